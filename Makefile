@@ -1,0 +1,70 @@
+# Every command that a developer or an operator types here. `make help` lists them.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+WORKSPACE ?= workspace
+STAMP := $(VENV)/.installed
+
+# PyTorch's CPU wheels come from its own index; a machine that has the wheel already needs none.
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+export EYRIE_WORKSPACE := $(WORKSPACE)
+# The engines and torch use every core they find; two processes that both do so crawl.
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the commands.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(STAMP) ## Make .venv with CPU vLLM and everything else, at the locked versions.
+
+$(STAMP): requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "eyrie needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$(TORCH)" \
+	  || $(PY) -m pip install --quiet --index-url $(TORCH_INDEX) "$(TORCH)"
+	$(PY) -m pip install --quiet --no-deps --require-hashes --requirement requirements.lock
+	touch $@
+
+.PHONY: demo
+demo: setup ## All four stages on a small target made on the spot: about ten minutes on two cores.
+	$(PY) -m stages.ops make-target $(WORKSPACE)/targets/demo
+	$(PY) -m stages.ops run --recipe compose/recipes/demo/recipe.yaml
+
+.PHONY: test
+test: setup ## Everything we promise, tested: real engines, about half an hour on two cores.
+	$(PY) -m pytest
+
+.PHONY: test-quick
+test-quick: setup ## The tests that start no engine: under two minutes.
+	$(PY) -m pytest -m "not engine and not gpu" tests/quick
+
+.PHONY: lint
+lint: setup ## Style, types, import rules.
+	$(PY) -m ruff format --check
+	$(PY) -m ruff check
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+.PHONY: format
+format: setup ## Rewrite the sources in the one style.
+	$(PY) -m ruff format
+	$(PY) -m ruff check --fix
+
+.PHONY: lock
+lock: setup ## Resolve requirements.lock anew from pyproject.toml.
+	$(PY) -m piptools compile --quiet --generate-hashes --strip-extras --no-header --no-emit-find-links \
+	  --no-emit-index-url --no-emit-options \
+	  --extra cpu --extra dev --output-file requirements.lock pyproject.toml \
+	  --unsafe-package torch --unsafe-package torchvision --unsafe-package torchaudio \
+	  --unsafe-package torchcodec --unsafe-package triton
+
+.PHONY: clean
+clean: ## Remove the virtual environment and caches; the workspace stays.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of every stage: fire collects flags, pydantic validates, then the stage runs.
+
+fire calls a function before it rejects a flag that it could not place, ignores annotations, turns
+`0.10` into a float and `--resume=false` into a truthy string. So fire only gathers raw texts here,
+and nothing runs until the whole configuration stands. A stage's `__main__.py` is a table:
+
+    launch("train", {"run": (TrainConfig, "stages.train.run:run"),
+                     "vocab": (VocabConfig, "stages.train.run:vocab")})
+
+The function is named by text so that `--help` never imports it, nor torch.
+"""
+
+import importlib
+import inspect
+import logging
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from shared import config as configs
+from shared import errors, process
+from shared.config import CommandConfig, StageConfig
+from shared.log import logged_to, start_logging
+from shared.status import Status
+
+Commands = Mapping[str, tuple[type[CommandConfig], str]]
+
+logger = logging.getLogger(__name__)
+
+
+def collect_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(positional words, flag -> raw text), gathered by fire and otherwise untouched.
+
+    Raises:
+        UserError: words that fire itself would act on (`--` starts fire's own flags).
+    """
+    import fire
+    from fire import decorators
+
+    if "--" in argv:
+        raise errors.UserError("unexpected argument '--'.")
+    words: list[str] = []
+    flags: dict[str, str] = {}
+
+    def collect(*args: str, **kwargs: str) -> None:
+        words.extend(args)
+        flags.update(kwargs)
+
+    fire.Fire(decorators.SetParseFn(str)(collect), command=list(argv), name="eyrie")
+    return words, {name.replace("-", "_"): text for name, text in flags.items()}
+
+
+def help_text(stage: str, commands: Commands, command: str) -> str:
+    """What --help prints: the config's own field docs."""
+    config = commands[command][0]
+    usage = " ".join(f"<{name}>" for name in config.positional)
+    lines = [f"python -m stages.{stage} {command} {usage}".rstrip() + " [--flag value ...]", ""]
+    lines += [inspect.cleandoc(config.__doc__ or ""), ""]
+    others = [name for name in commands if name != command]
+    if others:
+        lines += [f"Other commands: {', '.join(others)} (each has its own --help).", ""]
+    lines.append("Flags (flag over recipe over default; * changes the result):")
+    for name, field in configs.flag_fields(config).items():
+        star = "*" if configs.kind_of(field) == "identity" else " "
+        default = field.get_default(call_default_factory=True, validated_data={})
+        shown = "needed" if field.is_required() else f"default {default}"
+        lines.append(f"  {star} --{name:<24} {field.description or ''} [{shown}]")
+    codes = "0 done, 1 bug, 2 your input, 3 output failed its checks, 75 try again, 143 stopped"
+    return "\n".join([*lines, "", f"Exit codes: {codes}."])
+
+
+def _parse(stage: str, commands: Commands, argv: Sequence[str]) -> tuple[str, CommandConfig | str]:
+    """(command, its config), or (command, help text) where help was asked for."""
+    argv = list(argv)
+    default = next(iter(commands))
+    command = argv.pop(0) if argv and not argv[0].startswith("-") else default
+    if command not in commands:
+        raise errors.UserError(f"unknown command {command!r}. {configs.nearest(command, commands)}")
+    if "--help" in argv or "-h" in argv:
+        return command, help_text(stage, commands, command)
+    words, flags = collect_flags(argv)
+    config = commands[command][0]
+    if len(words) > len(config.positional):
+        raise errors.UserError(f"unexpected argument {words[len(config.positional)]!r}.")
+    flags |= dict(zip(config.positional, words, strict=False))
+    return command, configs.build(config, flags)
+
+
+def _resolve(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """(exit code, one message) for whatever ended the stage."""
+    if isinstance(error, errors.EyrieError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return errors.EXIT_STOPPED, "interrupted"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return errors.EXIT_USER, f"out of memory ({error}). Lower the batch or the length."
+    return errors.EXIT_BUG, f"a bug in eyrie: {type(error).__name__}: {error}"
+
+
+def _run(config: CommandConfig, function: str, status: Status | None) -> int:
+    try:
+        process.catch_stop_signals()
+        result = _resolve(function)(config)
+    except BaseException as error:  # the one broad handler: outcomes become exit codes here
+        code, message = _outcome(error)
+        if code == errors.EXIT_BUG:
+            traceback.print_exc()
+        logger.log(logging.INFO if code == errors.EXIT_STOPPED else logging.ERROR, "%s", message)
+        if status:
+            status.ended(code, message)
+        return code
+    if status:
+        status.ended(errors.EXIT_DONE, "")
+    return int(result or errors.EXIT_DONE)
+
+
+def launch(stage: str, commands: Commands, argv: Sequence[str] | None = None) -> NoReturn:
+    """Parse, validate, run, and leave with the outcome's exit code."""
+    start_logging(stage)
+    try:
+        command, config = _parse(stage, commands, sys.argv[1:] if argv is None else argv)
+    except errors.EyrieError as error:
+        logger.error("%s", error)
+        sys.exit(error.exit_code)
+    if isinstance(config, str):
+        sys.stdout.write(config + "\n")
+        sys.exit(errors.EXIT_DONE)
+    function = commands[command][1]
+    if not isinstance(config, StageConfig):
+        sys.exit(_run(config, function, None))
+    is_stage = command == next(iter(commands))
+    with logged_to(config.paths.log(stage)):
+        code = _run(config, function, Status(config.paths.status(stage)) if is_stage else None)
+    sys.exit(code)

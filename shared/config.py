@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration: environment = the machine, recipe = the run, flag = this invocation.
+
+Flag over recipe over default. Every stage's config is a pydantic model on `StageConfig`; a field is
+*identity* (it changes the result, so it is part of the fingerprint) or *operational* (it does not).
+A recipe is one YAML file with the section `run` and one section a stage:
+
+    run:   {name: demo, target: targets/demo}
+    synth: {prompts: targets/demo/prompts.jsonl}
+
+An unknown key or flag is refused with the nearest valid name, before anything runs.
+"""
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import pydantic
+import yaml
+from pydantic.fields import FieldInfo
+
+from shared.errors import UserError
+from shared.paths import STAGES, RunPaths
+
+SECTIONS = ("run", *STAGES)
+
+S = TypeVar("S", bound="Section")
+C = TypeVar("C", bound="CommandConfig")
+
+
+def identity(default: Any, doc: str, **constraints: Any) -> Any:
+    """A field that changes the result."""
+    return pydantic.Field(
+        default, description=doc, json_schema_extra={"kind": "identity"}, **constraints
+    )
+
+
+def operational(default: Any, doc: str, **constraints: Any) -> Any:
+    """A field that changes how the work is done, not what comes out."""
+    return pydantic.Field(
+        default, description=doc, json_schema_extra={"kind": "operational"}, **constraints
+    )
+
+
+def kind_of(field: FieldInfo) -> str:
+    """'identity', 'operational', or '' for a field that is neither (the invocation's own)."""
+    extra = field.json_schema_extra
+    return str(extra.get("kind", "")) if isinstance(extra, dict) else ""
+
+
+class Section(pydantic.BaseModel):
+    """A strict, frozen part of a recipe."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    """What all stages of a run must agree on."""
+
+    name: str = operational("run", "Name of the run: its folder in the workspace.")
+    target: str = identity(..., "Target model: a folder (workspace first) or a hub id.")
+    target_revision: str | None = identity(None, "Hub revision of the target.")
+    aux_layers: tuple[int, ...] | None = identity(
+        None, "Ids of the states that feed the draft head, vLLM's numbering; default 2, L//2, L-3."
+    )
+    max_length_tokens: int = identity(2048, "Longest row, prompt and answer together.", ge=8)
+    draft_vocab_size: int = identity(32000, "Tokens that the draft head can propose.", ge=1)
+    seed: int = identity(0, "Seed of everything random.")
+    trust_remote_code: bool = identity(
+        False, "Run the target's own Python code in every stage; only for a target you trust."
+    )
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _name_is_one_folder(cls, name: str) -> str:
+        if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise ValueError("a run's name is one folder name, without separators")
+        return name
+
+
+class CommandConfig(Section):
+    """What every command takes, whatever it does."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+
+    workspace: Path = pydantic.Field(
+        default_factory=lambda: Path(os.environ.get("EYRIE_WORKSPACE", "workspace")),
+        description="The folder that stages share; from $EYRIE_WORKSPACE where no flag is given.",
+    )
+
+
+class StageConfig(CommandConfig):
+    """What every stage takes."""
+
+    section: ClassVar[str] = ""
+    consumes: ClassVar[tuple[str, ...]] = ()
+
+    recipe: Path | None = pydantic.Field(None, description="The recipe, a YAML file.")
+    overwrite: bool = pydantic.Field(
+        False, description="Replace an artifact that was made with another configuration."
+    )
+    run: RunConfig = pydantic.Field(description="The recipe's section run.")
+
+    @property
+    def paths(self) -> RunPaths:
+        return RunPaths(self.workspace, self.run.name)
+
+    def identity(self) -> dict[str, Any]:
+        """The resolved identity keys that this stage consumes, as `section.key` -> JSON value."""
+        own = self.model_dump(mode="json")
+        keys = {f"run.{key}": own["run"][key] for key in self.consumes}
+        for name, field in type(self).model_fields.items():
+            if kind_of(field) == "identity":
+                keys[f"{self.section}.{name}"] = own[name]
+        return keys
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """' Did you mean x?' for the closest valid name, else the list of them."""
+    names = list(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]}?" if close else f"Valid: {', '.join(names)}."
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe as a dict of sections.
+
+    Raises:
+        UserError: missing, not YAML, or a section nobody knows.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"--recipe: expected a YAML file at {path}, found none.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--recipe: could not read {path}: {error}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--recipe: {path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: expected sections ({', '.join(SECTIONS)}), found no mapping.")
+    for name, section in recipe.items():
+        if name not in SECTIONS:
+            raise UserError(f"{path}: unknown section {name!r}. {nearest(str(name), SECTIONS)}")
+        if not isinstance(section, dict | None):
+            raise UserError(f"{path}: section {name}: expected keys and values, found {section!r}.")
+    return {name: section or {} for name, section in recipe.items()}
+
+
+def _from_text(text: str, field: FieldInfo) -> Any:
+    """A flag's text as the value that a recipe would hold: only non-scalars are YAML."""
+    parts: tuple[Any, ...] = (field.annotation,)
+    if typing.get_origin(field.annotation) in (types.UnionType, typing.Union):
+        parts = typing.get_args(field.annotation)
+    if type(None) in parts and text.lower() in ("null", "none", ""):
+        return None
+    if any(typing.get_origin(part) in (list, tuple, dict) for part in parts):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"not a list or mapping: {text}") from error
+        if isinstance(value, str) and "," in value:
+            return [yaml.safe_load(item) for item in value.split(",")]
+        return value if isinstance(value, list | dict) else [value]
+    return text
+
+
+def _refuse(
+    error: pydantic.ValidationError,
+    source: str,
+    valid: Iterable[str],
+    prefix: str = "",
+) -> UserError:
+    lines = []
+    for problem in error.errors(include_url=False):
+        where = prefix + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            name = str(problem["loc"][-1])
+            lines.append(f"{where}: unknown key in {source}. {nearest(name, valid)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: needed, but neither {source} nor a flag gives it.")
+        else:
+            lines.append(f"{where}: {problem['msg']}, found {problem['input']!r} (from {source}).")
+    return UserError("\n".join(lines))
+
+
+def _validate(model: type[S], values: Mapping[str, Any], source: str, prefix: str) -> S:
+    try:
+        return model.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise _refuse(error, source, model.model_fields, prefix) from error
+
+
+def flag_fields(config: type[CommandConfig]) -> dict[str, FieldInfo]:
+    """Every flag that a command takes: its own fields, and the run section's for a stage."""
+    fields = {name: field for name, field in config.model_fields.items() if name != "run"}
+    if issubclass(config, StageConfig):
+        fields |= RunConfig.model_fields
+    return fields
+
+
+def build(config: type[C], flags: Mapping[str, str]) -> C:
+    """The validated config from raw flag texts over the recipe over defaults.
+
+    Raises:
+        UserError: an unknown flag or key, or a value that does not fit.
+    """
+    fields = flag_fields(config)
+    values: dict[str, Any] = {}
+    for name, text in flags.items():
+        if name not in fields:
+            raise UserError(f"unknown flag --{name}. {nearest(name, fields)}")
+        try:
+            values[name] = _from_text(text, fields[name])
+        except ValueError as error:
+            raise UserError(f"--{name}: {error}") from error
+    if not issubclass(config, StageConfig):
+        return _validate(config, values, "the command line", "--")
+    recipe_path = values.get("recipe")
+    recipe = read_recipe(Path(recipe_path)) if recipe_path else {}
+    source = str(recipe_path) if recipe_path else "the command line (no --recipe given)"
+    run_flags = {name: values.pop(name) for name in list(values) if name in RunConfig.model_fields}
+    run = _validate(RunConfig, {**recipe.get("run", {}), **run_flags}, source, "run.")
+    section = {**recipe.get(config.section, {}), **values, "run": run}
+    return _validate(config, section, source, f"{config.section}.")

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dump -> train: the target's hidden states as `.pt` shards that map straight into memory.
+
+Legend: T tokens of a shard, N its samples, A aux layers, H the target's hidden size.
+
+    shard_00000.pt = {
+        "input_ids":     int32    [T]
+        "loss_mask":     uint8    [T]          1 where the target generated the token
+        "hidden_states": bfloat16 [T, A+1, H]  aux layers in order, then the final one (prenorm)
+        "offsets":       int64    [N+1]        sample n is the rows offsets[n]:offsets[n+1]
+        "sample_ids":    list[str]
+    }
+
+Tensors and plain lists only, loaded with weights_only=True and mmap=True: opening a shard reads
+nothing but its directory, and a file that holds anything else is refused unread.
+"""
+
+import dataclasses
+import itertools
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from shared.errors import UserError
+from shared.files import atomic_path
+
+SCHEMA_VERSION = 1
+DATA_CONFIG = "data_config.json"
+TOKEN_FREQ = "token_freq.pt"
+STATE_BYTES = 2
+
+
+def shard_name(index: int) -> str:
+    """File name of shard `index`."""
+    return f"shard_{index:05d}.pt"
+
+
+def state_bytes(num_tokens: int, num_aux: int, hidden_size: int) -> int:
+    """Bytes of the states of `num_tokens`: T * (A+1) * H * 2."""
+    return num_tokens * (num_aux + 1) * hidden_size * STATE_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard, its tensors mapped from the file."""
+
+    input_ids: torch.Tensor  # [T] int32
+    loss_mask: torch.Tensor  # [T] uint8
+    hidden_states: torch.Tensor  # [T, A+1, H] bfloat16
+    offsets: torch.Tensor  # [N+1] int64
+    sample_ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def rows(self, index: int) -> slice:
+        """The rows of sample `index`."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+
+def write_shard(
+    path: Path,
+    *,
+    input_ids: Sequence[Sequence[int]],
+    loss_masks: Sequence[Sequence[int]],
+    states: Sequence[torch.Tensor],
+    sample_ids: Sequence[str],
+) -> None:
+    """Write the samples, each with states [T_n, A+1, H], as one shard, whole or not at all."""
+    lengths = torch.tensor([0, *(len(ids) for ids in input_ids)], dtype=torch.int64)
+    flat_ids = [token for ids in input_ids for token in ids]
+    flat_mask = [bit for mask in loss_masks for bit in mask]
+    shard = {
+        "input_ids": torch.tensor(flat_ids, dtype=torch.int32),
+        "loss_mask": torch.tensor(flat_mask, dtype=torch.uint8),
+        "hidden_states": torch.cat(list(states)).to(torch.bfloat16).contiguous(),
+        "offsets": lengths.cumsum(0),
+        "sample_ids": list(sample_ids),
+    }
+    with atomic_path(path) as temporary:
+        torch.save(shard, temporary)
+
+
+def _check(shard: Shard, num_states: int, hidden_size: int) -> None:
+    num_tokens = shard.input_ids.numel()
+    dtypes = (torch.int32, torch.uint8, torch.bfloat16, torch.int64)
+    tensors = (shard.input_ids, shard.loss_mask, shard.hidden_states, shard.offsets)
+    for name, tensor, dtype in zip(Shard.__annotations__, tensors, dtypes, strict=False):
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected {dtype}, found {getattr(tensor, 'dtype', None)}")
+    expected = (num_tokens, num_states, hidden_size)
+    if tuple(shard.hidden_states.shape) != expected:
+        raise ValueError(f"hidden_states: expected {expected}, found {shard.hidden_states.shape}")
+    if shard.loss_mask.shape != (num_tokens,) or shard.offsets.shape != (len(shard) + 1,):
+        raise ValueError("loss_mask or offsets do not fit input_ids and sample_ids")
+    ends = shard.offsets.tolist()
+    if (
+        ends[0] != 0
+        or ends[-1] != num_tokens
+        or any(a >= b for a, b in itertools.pairwise(ends))
+    ):
+        raise ValueError(f"offsets: expected ascending from 0 to {num_tokens}")
+
+
+def read_shard(path: Path, *, num_states: int, hidden_size: int) -> Shard:
+    """Map a shard from its file and check its shapes.
+
+    Args:
+        num_states: A + 1.
+
+    Raises:
+        UserError: not such a file, or the tensors do not fit each other or the data_config.
+    """
+    try:
+        raw = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected a dict, found {type(raw).__name__}")
+        shard = Shard(**raw)
+        _check(shard, num_states, hidden_size)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        OSError,
+        EOFError,
+    ) as error:
+        raise UserError(
+            f"{path}: expected a shard of hidden states, found: {str(error).splitlines()[0]}. "
+            "Restore the file, or delete it and run dump again."
+        ) from error
+    return shard

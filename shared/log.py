@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logging: one format on stderr, and everything the process tree prints kept in the run's log file.
+
+Engines print from processes of their own, past Python's logging. So the file descriptors 1 and 2
+themselves are led through a pipe, and a thread copies it to the terminal and to the log file.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+FORMAT = "%(asctime)s %(levelname)s {stage} %(message)s"
+
+
+def start_logging(stage: str) -> None:
+    """Send this process's log records to stderr, in the one format."""
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(
+        level=logging.INFO,
+        format=FORMAT.format(stage=stage),
+        datefmt="%Y-%m-%dT%H:%M:%SZ",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("httpx", "httpx2", "httpcore", "openai", "urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _copy(source: int, terminal: int, log: int) -> None:
+    while chunk := os.read(source, 1 << 16):
+        for sink in (terminal, log):
+            # A closed terminal or a full disk must not end the stage: the work goes on unlogged.
+            with contextlib.suppress(OSError):
+                os.write(sink, chunk)
+    os.close(source)
+
+
+@contextlib.contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Copy what this process and its children print to `path` too, for the length of the block.
+
+    Where the folder cannot be written the stage still runs; its own write will name the fault.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        logging.getLogger(__name__).warning("no log file at %s: %s", path, error.strerror)
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    stdout, stderr = os.dup(1), os.dup(2)
+    source, sink = os.pipe()
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.close(sink)
+    copier = threading.Thread(target=_copy, args=(source, stderr, log), daemon=True)
+    copier.start()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        # A child that outlives the stage keeps the pipe open; do not wait for it.
+        copier.join(timeout=2.0)
+        os.close(stdout)
+
+
+class Every:
+    """True at most once in `period_s`: for progress lines and status files."""
+
+    def __init__(self, period_s: float) -> None:
+        self.period_s = period_s
+        self._next = time.monotonic() + period_s
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self.period_s
+        return True

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The artifact of a stage: a folder whose `manifest.json`, written last, alone means "complete".
+
+`identity.json` is written first, so that a half-made folder knows what it was to become: the same
+configuration continues it, another one is refused with the keys named, and nothing is deleted in
+silence. A fingerprint covers the identity keys that the stage consumes, the fingerprints of its
+parents, and the hashes of the input files; parallelism and paths of the machine change nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared import files, provenance
+from shared.config import StageConfig
+from shared.errors import UserError
+from shared.process import exclusive
+
+MANIFEST = "manifest.json"
+IDENTITY = "identity.json"
+SCHEMA_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of the canonical JSON (sorted keys, no spaces) of `identity`."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of `folder`, or None where the artifact is not complete.
+
+    Raises:
+        UserError: it is there and cannot be understood.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = files.read_json(path)
+    needed = {"schema_version", "stage", "fingerprint", "identity", "files"}
+    if not isinstance(manifest, dict) or not needed <= manifest.keys():
+        raise UserError(f"{path}: expected the keys {sorted(needed)}, found another file.")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: expected schema version {SCHEMA_VERSION}, found {manifest['schema_version']}. "
+            "Make the artifact again with this version of eyrie."
+        )
+    return manifest
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    return ", ".join(f"{key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
+
+
+def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str, Any]:
+    """The manifest of a complete parent artifact that agrees with `config`.
+
+    Raises:
+        UserError: not complete, a file is missing or of another size, or a `run` key differs.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(
+            f"expected the finished artifact of stage {stage} in {folder}, found no {MANIFEST}. "
+            f"Run it first: python -m stages.{stage} --recipe {config.recipe or '...'}"
+        )
+    if manifest["stage"] != stage:
+        raise UserError(f"{folder}: expected an artifact of {stage}, found {manifest['stage']}.")
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != facts["bytes"]:
+            raise UserError(
+                f"{path}: expected {facts['bytes']} bytes as the manifest says, found "
+                f"{'no file' if size is None else size}. Restore it, or run {stage} again with "
+                "--overwrite."
+            )
+    own = config.identity()
+    theirs = {key: value for key, value in manifest["identity"].items() if key in own}
+    shared_keys = {key: own[key] for key in theirs if key.startswith("run.")}
+    if differences := _differences({key: theirs[key] for key in shared_keys}, shared_keys):
+        raise UserError(
+            f"{folder} was made with other settings than this recipe has ({differences}). "
+            f"Run {stage} again with --overwrite, or set the recipe back."
+        )
+    return manifest
+
+
+class Artifact:
+    """One stage's folder on its way to completeness."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: StageConfig,
+        *,
+        parents: Mapping[str, Mapping[str, Any]] | None = None,
+        inputs: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.parents = {name: parent["fingerprint"] for name, parent in (parents or {}).items()}
+        self.identity: dict[str, Any] = {
+            **config.identity(),
+            **{f"input.{name}": digest for name, digest in (inputs or {}).items()},
+            **{f"parent.{name}": digest for name, digest in self.parents.items()},
+        }
+        self.fingerprint = fingerprint(self.identity)
+
+    def is_done(self) -> bool:
+        """Whether the finished artifact of this very configuration is there already.
+
+        Raises:
+            UserError: there is one of another configuration and --overwrite was not given.
+        """
+        manifest = read_manifest(self.folder)
+        found = manifest["identity"] if manifest else self._started_identity()
+        if found is None:
+            return False
+        if fingerprint(found) == self.fingerprint:
+            if manifest and not self.config.overwrite:
+                logger.info("already done: %s", self.folder / MANIFEST)
+                return True
+            return False
+        if not self.config.overwrite:
+            raise UserError(
+                f"{self.folder} holds {'a finished' if manifest else 'an unfinished'} artifact of "
+                f"another configuration ({_differences(found, self.identity)}). Give --overwrite "
+                "to replace it, or another run.name to keep both."
+            )
+        return False
+
+    def _started_identity(self) -> dict[str, Any] | None:
+        path = self.folder / IDENTITY
+        if not path.exists():
+            return None
+        found = files.read_json(path)
+        return found if isinstance(found, dict) else {}
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """Hold the folder; what a killed run of the same configuration left stays for resuming.
+
+        Raises:
+            RetryableError: another process works on it.
+        """
+        with exclusive(self.folder):
+            if self.config.overwrite:
+                self._clear()
+            files.sweep_temporaries(self.folder)
+            files.write_json(self.folder / IDENTITY, self.identity)
+            yield
+
+    def _clear(self) -> None:
+        # The manifest goes first: a half-deleted artifact must not look complete.
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for item in self.folder.iterdir():
+            if item.name == ".lock":
+                continue
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
+            else:
+                item.unlink()
+
+    def finish(
+        self,
+        names: Sequence[str],
+        *,
+        counts: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
+        checksums: Mapping[str, str] | None = None,
+        engine: str = "",
+    ) -> None:
+        """Write the manifest: from here on the artifact is complete.
+
+        Args:
+            names: every file that belongs to the artifact, relative to the folder.
+            checksums: SHA-256 of files that were hashed when written; the rest is hashed here.
+        """
+        known = checksums or {}
+        entries = {}
+        for name in sorted(names):
+            path = self.folder / name
+            digest = known.get(name) or files.sha256(path)
+            entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.config.section,
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "parents": self.parents,
+            "counts": dict(counts),
+            "facts": dict(facts or {}),
+            "files": entries,
+            "config": self.config.model_dump(mode="json"),
+            "provenance": provenance.collect(argv=sys.argv, engine=engine),
+        }
+        files.write_json(self.folder / MANIFEST, manifest)
+        logger.info("done: %s", self.folder / MANIFEST)

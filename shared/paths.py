@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where everything lies: the only file that joins paths inside the workspace.
+
+<workspace>/<run>/recipe.yaml
+<workspace>/<run>/{synth,dump,train,export,bench}/   one folder an artifact, manifest.json last
+<workspace>/<run>/logs/<stage>.log
+<workspace>/<run>/status/<stage>.json
+"""
+
+import dataclasses
+from pathlib import Path
+
+from shared.errors import UserError
+
+STAGES = ("synth", "dump", "train", "bench")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPaths:
+    """The folders and files of one run."""
+
+    workspace: Path
+    run_name: str
+
+    @property
+    def root(self) -> Path:
+        return self.workspace / self.run_name
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.stage("bench") / "report.json"
+
+    def stage(self, stage: str) -> Path:
+        return self.root / stage
+
+    def log(self, stage: str) -> Path:
+        return self.root / "logs" / f"{stage}.log"
+
+    def status(self, stage: str) -> Path:
+        return self.root / "status" / f"{stage}.json"
+
+
+def find_input(value: str, workspace: Path) -> Path | None:
+    """The existing path that a recipe's `value` means, or None.
+
+    A relative path is looked for in the workspace first, so that one recipe serves a container
+    (workspace at /workspace) and a checkout alike, and then in the current folder.
+    """
+    for candidate in (workspace / value, Path(value)):
+        if candidate.exists():
+            return candidate.absolute()
+    return None
+
+
+def require_input(value: str, workspace: Path, *, what: str) -> Path:
+    """As `find_input`, for what must exist.
+
+    Raises:
+        UserError: nothing is there; the message names both places looked at.
+    """
+    found = find_input(value, workspace)
+    if found is None:
+        raise UserError(
+            f"{what}: expected a file or folder at {workspace / value} or {Path(value).absolute()}, "
+            "found neither. Relative paths are taken from the workspace, then from the current "
+            "folder."
+        )
+    return found

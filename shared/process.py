@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage is as a process: it can be asked to stop, and it holds its folder alone."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from shared.errors import RetryableError, Stopped, UserError
+
+_stop = threading.Event()
+
+
+def _ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
+    _stop.set()
+
+
+def catch_stop_signals() -> None:
+    """From now on SIGTERM and Ctrl-C set a flag that the stage's loops look at."""
+    signal.signal(signal.SIGTERM, _ask_to_stop)
+    signal.signal(signal.SIGINT, _ask_to_stop)
+
+
+def stop_requested() -> bool:
+    """Whether a signal asked this process to stop."""
+    return _stop.is_set()
+
+
+def stop_if_requested(saved: str) -> None:
+    """Leave here if a stop was asked for; call it where everything finished is on disk.
+
+    Raises:
+        Stopped: with what was saved, for the log.
+    """
+    if _stop.is_set():
+        raise Stopped(f"stopped by a signal; {saved}. Run the same command again to continue.")
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone.
+
+    Raises:
+        RetryableError: another live process holds it; nothing was changed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"could not write to {folder}: {error.strerror}. Make the workspace writable."
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise RetryableError(
+            f"another process is working on {folder}. Wait for it, or stop it; "
+            "this one changed nothing."
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def end_group(process: "subprocess.Popen[bytes]", *, grace_s: float) -> None:
+    """End a child that leads a process group, and its workers: ask, wait, then insist."""
+    for ask in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, ask)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=grace_s)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row accounting, and the status file that `ops` and a waiting person read.
+
+    in = ok + skipped{reason: n} + failed{reason: n}      to the last row
+
+*skipped* is a row that was left out on purpose (a duplicate, too long); *failed* is a row that
+could not be done (broken JSON, an engine error). Both are listed in `rejects.jsonl`.
+"""
+
+import collections
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from shared import files
+from shared.errors import OutputError, UserError
+from shared.log import Every
+
+logger = logging.getLogger(__name__)
+
+
+class Accounting:
+    """Counts each row once, remembers why rows were rejected."""
+
+    def __init__(self) -> None:
+        self.ok = 0
+        self.skipped: collections.Counter[str] = collections.Counter()
+        self.failed: collections.Counter[str] = collections.Counter()
+        self._rejects: list[dict[str, str]] = []
+
+    def skip(self, row: str, reason: str, detail: str = "") -> None:
+        self.skipped[reason] += 1
+        self._rejects.append({"row": row, "skipped": reason, "detail": detail})
+
+    def fail(self, row: str, reason: str, detail: str = "") -> None:
+        self.failed[reason] += 1
+        self._rejects.append({"row": row, "failed": reason, "detail": detail})
+
+    @property
+    def rows_in(self) -> int:
+        return self.ok + self.skipped.total() + self.failed.total()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "in": self.rows_in,
+            "ok": self.ok,
+            "skipped": dict(sorted(self.skipped.items())),
+            "failed": dict(sorted(self.failed.items())),
+        }
+
+    def write_rejects(self, path: Path) -> None:
+        """One JSON line a rejected row; the file exists even when it is empty."""
+        lines = [json.dumps(reject, ensure_ascii=True) for reject in self._rejects]
+        files.write_text(path, "".join(line + "\n" for line in lines))
+
+    def check(self, *, max_failed_fraction: float, what: str, rejects: Path) -> None:
+        """Refuse an outcome that must not be called done.
+
+        Raises:
+            UserError: there was nothing to do.
+            OutputError: no row came out, or too many failed.
+        """
+        if self.rows_in == 0:
+            raise UserError(f"{what}: expected at least one row, found none.")
+        if self.ok == 0:
+            raise OutputError(
+                f"{what}: none of {self.rows_in} rows came out ({self.summary()}). See {rejects}."
+            )
+        fraction = self.failed.total() / self.rows_in
+        if fraction > max_failed_fraction:
+            raise OutputError(
+                f"{what}: {self.failed.total()} of {self.rows_in} rows failed ({fraction:.1%}), "
+                f"more than max_failed_fraction {max_failed_fraction:.1%} ({self.summary()}). "
+                f"See {rejects}."
+            )
+
+    def summary(self) -> str:
+        parts = [f"ok={self.ok}"]
+        parts += [f"skipped.{reason}={n}" for reason, n in sorted(self.skipped.items())]
+        parts += [f"failed.{reason}={n}" for reason, n in sorted(self.failed.items())]
+        return " ".join([f"in={self.rows_in}", *parts])
+
+
+class Status:
+    """`status/<stage>.json`: what the stage is doing, rewritten every few seconds."""
+
+    def __init__(self, path: Path, *, period_s: float = 5.0) -> None:
+        self.path = path
+        self._due = Every(period_s)
+        self._started_s = time.time()
+        self._first: tuple[float, int] | None = None  # when progress began, and what was done
+        self._last: dict[str, Any] = {}
+
+    def _write(self, state: str, **more: Any) -> None:
+        self._last |= more
+        record = {
+            "state": state,
+            "pid": os.getpid(),
+            "started_s": round(self._started_s, 3),
+            "updated_s": round(time.time(), 3),
+            **self._last,
+        }
+        try:
+            files.write_json(self.path, record)
+        except UserError as error:  # a status that cannot be written must not end the work
+            logger.warning("%s", error)
+
+    def progress(self, done: int, total: int, unit: str, **facts: Any) -> None:
+        """Tell how far the work is; at most once a period it is logged and written."""
+        now = time.monotonic()
+        self._first = self._first or (now, done)
+        if not self._due():
+            return
+        began_s, began_with = self._first
+        made = done - began_with
+        left = f"{(now - began_s) * (total - done) / made:.0f}" if made else "?"
+        shown = " ".join(f"{name}={value}" for name, value in facts.items())
+        logger.info("%s=%d/%d %s left_s=%s", unit, done, total, shown, left)
+        self._write("running", progress={"done": done, "total": total, "unit": unit, **facts})
+
+    def started(self) -> None:
+        self._write("running")
+
+    def ended(self, exit_code: int, message: str) -> None:
+        state = {0: "done", 143: "stopped"}.get(exit_code, "failed")
+        if self.path.exists():
+            try:
+                self._last = files.read_json(self.path) | self._last
+            except UserError as error:
+                logger.warning("%s", error)
+            for key in ("state", "pid", "updated_s"):
+                self._last.pop(key, None)
+            self._started_s = self._last.pop("started_s", self._started_s)
+        self._write(state, exit_code=exit_code, message=message)

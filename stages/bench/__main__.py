@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m stages.bench`: measure the draft head in vLLM."""
+
+from shared.cli import launch
+from stages.bench.config import BenchConfig
+
+if __name__ == "__main__":
+    launch("bench", {"run": (BenchConfig, "stages.bench.run:run")})

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capture with transformers: for targets that vLLM has no hooks for, and as the check on vLLM.
+
+In: rows of token ids. Out: per row the states entering the aux layers and the final state before
+the norm, [T, A+1, H] bf16. Costs one forward of the target without its lm_head, in padded batches
+of rows of like length. The surprise: HF's own `hidden_states[L]` is *after* the final norm, so the
+final state is taken on its way into the norm, by a hook.
+
+Shapes: B rows of a batch, T tokens of a row, S the longest T of a batch, A aux layers, H hidden.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from shared.errors import UserError
+from shared.layers import resolve_aux_layers
+
+# What transformers calls a decoder's list of layers, and the norm behind the last of them.
+LAYER_NAMES = ("layers", "h", "blocks")
+NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
+# Rows are sorted by length this many batches at a time: less padding, and still a stream.
+SORTED_BATCHES = 16
+
+
+@dataclasses.dataclass(kw_only=True)
+class HfCapture:
+    """A target in transformers that answers rows of token ids with hidden states.
+
+    Attributes:
+        target, revision: name or folder of the target; its revision where it is a name.
+        aux_layers: ids of the states to take, ascending; id i is the state entering layer i.
+        num_layers: L, checked against the target.
+        max_length_tokens: longest row that will be asked for.
+        dtype: what the target computes in; "auto" is what its weights are stored in.
+        max_num_batched_tokens: tokens of one forward, padding included.
+        device: "cuda", "cpu", or None for a GPU where there is one.
+    """
+
+    target: str | Path
+    revision: str | None = None
+    aux_layers: Sequence[int]
+    num_layers: int
+    max_length_tokens: int
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    max_num_batched_tokens: int = 8192
+    device: str | None = None
+
+    def __enter__(self) -> Self:
+        """Load the target.
+
+        Raises:
+            UserError: ids out of range, another number of layers, or no place to hook into.
+        """
+        self.aux_layers = resolve_aux_layers(self.aux_layers, self.num_layers)
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.target,
+                revision=self.revision,
+                dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code,
+                # Over all GPUs that are there; a target larger than one still loads.
+                device_map="auto" if device == "cuda" else device,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"transformers could not load {self.target}: {error}") from error
+        self._decoder, layers, norm = find_decoder(model.eval())
+        if len(layers) != self.num_layers:
+            raise UserError(
+                f"{self.target}: expected {self.num_layers} layers, found {len(layers)} in the "
+                f"loaded {type(model).__name__}. Set run.target to what the recipe was made for."
+            )
+        self._taken: dict[int, torch.Tensor] = {}
+        self._hooks = ExitStack()
+        for slot, module in enumerate([*(layers[i] for i in self.aux_layers), norm]):
+            hook = module.register_forward_pre_hook(self._keeper(slot), with_kwargs=True)
+            self._hooks.callback(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+        self._taken.clear()
+        del self._decoder
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def run(self, rows: Iterable[Sequence[int]]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (index of the row, states [T, A+1, H] bf16 on the CPU), not in the rows' order.
+
+        Raises:
+            UserError: a row is empty or longer than `max_length_tokens`, or memory is short.
+        """
+        numbered = enumerate(rows)
+        window_rows = SORTED_BATCHES * max(1, self.max_num_batched_tokens // self.max_length_tokens)
+        while window := list(itertools.islice(numbered, window_rows)):
+            for index, ids in window:
+                check_row(index, ids, self.max_length_tokens)
+            for batch in _batches(window, self.max_num_batched_tokens):
+                try:
+                    states = self._forward([ids for _, ids in batch])
+                except torch.OutOfMemoryError as error:
+                    raise UserError(
+                        f"the GPU has no memory for a batch of {self.max_num_batched_tokens} "
+                        f"tokens: lower max_num_batched_tokens. {error}"
+                    ) from error
+                for (index, ids), row in zip(batch, states, strict=True):
+                    # A copy of its own, or the longest row's padding would live as long as this.
+                    yield index, row[: len(ids)].clone()
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[Sequence[int]]) -> torch.Tensor:
+        """Run one batch, padded on the right.
+
+        Causal attention never looks right, so padding there changes no real token.
+
+        Returns:
+            [B, S, A+1, H] bf16 on the CPU.
+        """
+        longest = max(map(len, rows))
+        input_ids = torch.zeros(len(rows), longest, dtype=torch.long)  # [B, S]
+        attention_mask = torch.zeros_like(input_ids)
+        for i, ids in enumerate(rows):
+            input_ids[i, : len(ids)] = torch.tensor(ids)
+            attention_mask[i, : len(ids)] = 1
+        device = next(self._decoder.parameters()).device
+        # The decoder alone: logits of a large vocabulary would be the biggest tensor here.
+        self._decoder(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            use_cache=False,
+        )
+        slots = range(len(self.aux_layers) + 1)
+        taken = [self._taken.pop(slot).to("cpu", torch.bfloat16) for slot in slots]
+        return torch.stack(taken, dim=2)
+
+    def _keeper(self, slot: int) -> Any:
+        """A hook that keeps the first input of its module, [B, S, H], as `slot`."""
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._taken[slot] = args[0] if args else kwargs["hidden_states"]
+
+        return keep
+
+
+def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
+    """The text decoder of `model`, its layers and its final norm, vision models included.
+
+    Raises:
+        UserError: none of the known names is there.
+    """
+    candidates = [model.get_decoder(), model.base_model, getattr(model, "model", None)]
+    for decoder in filter(None, candidates):
+        layers = [getattr(decoder, name) for name in LAYER_NAMES if hasattr(decoder, name)]
+        norms = [getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name)]
+        if layers and norms:
+            return decoder, layers[0], norms[0]
+    raise UserError(
+        f"{type(model).__name__}: expected a decoder with one of {LAYER_NAMES} and one of "
+        f"{NORM_NAMES}, found neither in it. This target cannot be captured with engine: hf; try "
+        "engine: vllm."
+    )
+
+
+def check_row(index: int, ids: Sequence[int], max_length_tokens: int) -> None:
+    """Refuse what no engine can answer.
+
+    Raises:
+        UserError: the row is empty or longer than `max_length_tokens`.
+    """
+    if not 0 < len(ids) <= max_length_tokens:
+        raise UserError(
+            f"row {index}: expected 1 to {max_length_tokens} tokens, found {len(ids)}. Truncate or "
+            "drop the row, or raise run.max_length."
+        )
+
+
+def _batches(
+    window: list[tuple[int, Sequence[int]]], max_tokens: int
+) -> Iterator[list[tuple[int, Sequence[int]]]]:
+    """Rows of like length together, each batch at most `max_tokens` with its padding."""
+    batch: list[tuple[int, Sequence[int]]] = []
+    # Longest first: the first batch shows at once whether the memory is enough.
+    for index, ids in sorted(window, key=lambda row: -len(row[1])):
+        if batch and (len(batch) + 1) * len(batch[0][1]) > max_tokens:
+            yield batch
+            batch = []
+        batch.append((index, ids))
+    if batch:
+        yield batch

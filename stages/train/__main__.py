@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m stages.train`: train a draft head on dump's hidden states."""
+
+from shared.cli import launch
+from stages.train.config import TrainConfig, VocabConfig
+
+if __name__ == "__main__":
+    launch(
+        "train",
+        {
+            "run": (TrainConfig, "stages.train.run:run"),
+            "vocab": (VocabConfig, "stages.train.run:run_vocab"),
+        },
+    )

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden states -> a draft head that vLLM serves.
+
+In: dump's shards and three tensors of the target (embedding, final norm, lm_head). Out: `train/`
+with the vocabulary, checkpoints and history, and `export/` with the head of the best walk. Cost:
+see the README's floor. A killed run continues from its last checkpoint, to the same weights.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared import files, hidden_states, layers, target
+from shared.errors import UserError
+from shared.manifest import Artifact, require_parent
+from shared.target import TargetConfig
+from stages.train.config import TrainConfig, VocabConfig
+
+if TYPE_CHECKING:
+    from shared.target import TargetTensors
+    from stages.train.loop import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: TrainConfig) -> None:
+    """The stage, top to bottom.
+
+    Raises:
+        UserError: no finished dump, a changed target, nothing to train on.
+        OutputError: the loss is no number any more, or the export fails its checks.
+    """
+    parent, target_config = _inputs(config)
+    training = Artifact(config.paths.stage("train"), config, parents={"dump": parent})
+    if not training.is_done():
+        with training.work():
+            outcome = _train(config, parent, target_config, training.folder)
+            training.finish(
+                ["d2t.npy", "t2d.npy", "history.jsonl", "checkpoints/best.pt"],
+                counts={"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}},
+                facts=outcome.facts(),
+            )
+    trained = require_parent(training.folder, stage="train", config=config)
+    export = Artifact(config.paths.export, config, parents={"train": trained})
+    if export.is_done():
+        return
+    with export.work():
+        names = _export(config, parent, target_config, training.folder, trained, export.folder)
+        export.finish(names, counts=trained["counts"], facts=trained["facts"])
+
+
+def run_vocab(config: VocabConfig) -> None:
+    """The draft vocabulary alone.
+
+    Raises:
+        UserError: no finished dump, or another vocabulary is there already.
+    """
+    _, target_config = _inputs(config)
+    from stages.train import vocabulary
+
+    counts = vocabulary.read_counts(config.paths.stage("dump"), target_config.vocab_size)
+    folder = config.paths.stage("train")
+    vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
+
+
+def _inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
+    """The dump's manifest and the target's config, which must belong together."""
+    folder = config.paths.stage("dump")
+    parent = require_parent(folder, stage="dump", config=config)
+    located = target.locate(
+        config.run.target, config.workspace, revision=config.run.target_revision
+    )
+    target_config = target.read_config(located)
+    if target.weights_hash(located) != parent["facts"]["target_hash"]:
+        raise UserError(
+            f"{located} is not the target whose states are in {folder}: its weights changed since. "
+            "Run synth and dump again with --overwrite, or restore the target."
+        )
+    wanted = list(layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers))
+    if wanted != parent["facts"]["aux_layers"]:
+        raise UserError(
+            f"{folder}: expected states of the aux layers {wanted}, found "
+            f"{parent['facts']['aux_layers']}. Run dump again with --overwrite."
+        )
+    return parent, target_config
+
+
+def _build(
+    config: TrainConfig, target_config: TargetConfig, tensors: "TargetTensors", folder: Path
+) -> Any:
+    """A fresh head, its vocabulary and lm_head rows from the target's."""
+    from shared import vocab
+    from stages.train import vocabulary
+    from stages.train.model import DraftHead, HeadConfig
+
+    counts = vocabulary.read_counts(config.paths.stage("dump"), target_config.vocab_size)
+    draft = vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
+    raw = dict(target_config.raw)
+    if config.intermediate_size is not None:
+        raw["intermediate_size"] = config.intermediate_size
+    aux_layers = layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers)
+    head_config = HeadConfig.from_json(raw, aux_layers=aux_layers, draft_vocab_size=draft.size)
+    vocab.check(draft)
+    return DraftHead(
+        head_config,
+        embed_tokens=tensors.embed_tokens.float(),
+        d2t=draft.d2t if draft.size < target_config.vocab_size else None,
+        lm_head=tensors.lm_head[draft.token_ids].float(),
+    )
+
+
+def _train(
+    config: TrainConfig, parent: dict[str, Any], target_config: TargetConfig, folder: Path
+) -> "Outcome":
+    # Here, not above: an artifact that is done already must not wait for torch.
+    import torch
+
+    from stages.train.data import Dataset
+    from stages.train.loop import Trainer
+
+    torch.manual_seed(config.run.seed)
+    tensors = target.read_tensors(target_config)
+    head = _build(config, target_config, tensors, folder)
+    dump = config.paths.stage("dump")
+    dataset = Dataset(
+        dump,
+        files.read_json(dump / hidden_states.DATA_CONFIG),
+        [name for name in parent["files"] if name.endswith(".pt") and name.startswith("shard_")],
+        holdout_fraction=config.holdout_fraction if parent["facts"]["greedy"] else 0.0,
+        max_holdout_samples=config.max_holdout_samples,
+    )
+    if not dataset.held_out:
+        logger.warning("no walked acceptance length: it needs greedy answers and held-out samples")
+    return Trainer(config, target_config, tensors, head, dataset, folder).run()
+
+
+def _export(
+    config: TrainConfig,
+    parent: dict[str, Any],
+    target_config: TargetConfig,
+    train_folder: Path,
+    trained: dict[str, Any],
+    folder: Path,
+) -> list[str]:
+    from stages.train import checkpoint
+    from stages.train.export import export_head
+
+    tensors = target.read_tensors(target_config)
+    head = _build(config, target_config, tensors, train_folder)
+    best = checkpoint.load(train_folder / "checkpoints" / "best.pt")
+    if best is None:
+        raise UserError(f"{train_folder}: no checkpoints/best.pt. Train again with --overwrite.")
+    head.load_state_dict(best["weights"])
+    card = {"train": trained["facts"], "dump": parent["facts"], "settings": trained["identity"]}
+    export_head(
+        head,
+        folder / "head",
+        target=config.run.target,
+        provenance=card,
+        dtype=config.export_dtype,
+        num_draft_tokens=config.walk_tokens,
+    )
+    for path in (folder / "head").iterdir():
+        path.replace(folder / path.name)
+    (folder / "head").rmdir()
+    return ["config.json", "model.safetensors", "README.md"]

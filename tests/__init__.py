@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tests, flat by tier: quick (no engine) and engine (real vLLM)."""

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft head's mathematics again, plainly: what every fast path is held to.
+
+One document, one slot, one step at a time; full matrices, Python loops, no packing, no chunks, no
+cleverness, float64 unless told otherwise. Written from the definitions, sharing no code with the
+stage. Slow on purpose: a hundred tokens take seconds.
+
+Shapes: S tokens of a document, A aux layers, H hidden size, V target and D draft vocabulary.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the reference needs to know of a head."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document: tokens [S], states [S, A*H], finals [S, H], answer [S] bool."""
+
+    tokens: Tensor
+    states: Tensor
+    finals: Tensor
+    answer: Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight."""
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate_one(x: Tensor, position: int, theta: float) -> Tensor:
+    """Rotate one head's vector [d]: the pair (i, i + d/2) turns by position * theta^(-2i/d)."""
+    half = len(x) // 2
+    turned = []
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x))
+        turned.append(x[i] * math.cos(angle) - x[i + half] * math.sin(angle))
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x))
+        turned.append(x[i + half] * math.cos(angle) + x[i] * math.sin(angle))
+    return torch.stack(turned)
+
+
+def project(
+    weights: dict[str, Tensor], shape: Shape, name: str, x: Tensor, position: int
+) -> Tensor:
+    """[2H] through q_proj, k_proj or v_proj to [heads, d]; q and k are rotated."""
+    heads = (weights[f"midlayer.self_attn.{name}.weight"] @ x).view(-1, shape.head_dim)
+    if name == "v_proj":
+        return heads
+    return torch.stack([rotate_one(head, position, shape.rope_theta) for head in heads])
+
+
+def layer_input(
+    weights: dict[str, Tensor], shape: Shape, embedding: Tensor, state: Tensor
+) -> Tensor:
+    """[norm(embedding), norm(state)], [2H]."""
+    return torch.cat(
+        [
+            rms_norm(embedding, weights["midlayer.input_layernorm.weight"], shape.eps),
+            rms_norm(state, weights["midlayer.hidden_norm.weight"], shape.eps),
+        ]
+    )
+
+
+def layer_output(
+    weights: dict[str, Tensor],
+    shape: Shape,
+    state: Tensor,
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+) -> Tensor:
+    """One slot through attention over the listed keys, and the MLP; [H], before the final norm."""
+    per_head = []
+    for head in range(shape.num_heads):
+        shared = head // (shape.num_heads // shape.num_kv_heads)
+        scores = torch.stack([query[head] @ key[shared] for key in keys]) / shape.head_dim**0.5
+        shares = torch.softmax(scores, 0)
+        per_head.append(sum(s * value[shared] for s, value in zip(shares, values, strict=True)))
+    state = state + weights["midlayer.self_attn.o_proj.weight"] @ torch.cat(per_head)
+    normed = rms_norm(state, weights["midlayer.post_attention_layernorm.weight"], shape.eps)
+    gate = weights["midlayer.mlp.gate_proj.weight"] @ normed
+    up = weights["midlayer.mlp.up_proj.weight"] @ normed
+    return state + weights["midlayer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+
+
+def chain(
+    weights: dict[str, Tensor],
+    shape: Shape,
+    embed: Tensor,
+    document: Document,
+    slot: int,
+    num_steps: int,
+) -> list[Tensor]:
+    """The pre-norm outputs [H] of one slot's chain, as long as its next tokens exist."""
+    keys, values, outputs = [], [], []
+    for t in range(slot + 1):  # step-0 keys of this slot and of those before it
+        state = weights["fc.weight"] @ document.states[t]
+        x = layer_input(weights, shape, embed[document.tokens[t + 1]], state)
+        keys.append(project(weights, shape, "k_proj", x, t))
+        values.append(project(weights, shape, "v_proj", x, t))
+    for step in range(num_steps):
+        if slot + 1 + step >= len(document.tokens):
+            break
+        state = outputs[-1] if step else weights["fc.weight"] @ document.states[slot]
+        x = layer_input(weights, shape, embed[document.tokens[slot + 1 + step]], state)
+        if step:
+            keys.append(project(weights, shape, "k_proj", x, slot + step))
+            values.append(project(weights, shape, "v_proj", x, slot + step))
+        query = project(weights, shape, "q_proj", x, slot + step)
+        outputs.append(layer_output(weights, shape, state, query, keys, values))
+    return outputs
+
+
+def logits(weights: dict[str, Tensor], shape: Shape, hidden: Tensor) -> Tensor:
+    """[H] to the draft's logits [D]."""
+    return weights["lm_head.weight"] @ rms_norm(hidden, weights["norm.weight"], shape.eps)
+
+
+def counts(document: Document, slot: int, step: int) -> bool:
+    """Whether tokens slot+1 .. slot+2+step exist and are all answer."""
+    needed = range(slot + 1, slot + 3 + step)
+    return needed[-1] < len(document.tokens) and all(bool(document.answer[i]) for i in needed)
+
+
+def ttt_loss(
+    weights: dict[str, Tensor],
+    shape: Shape,
+    embed: Tensor,
+    documents: list[Document],
+    target: dict[str, Tensor],
+    token_ids: Tensor,
+    *,
+    num_steps: int,
+    decay: float,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> dict[str, object]:
+    """Loss (differentiable) and, for each step, mean loss, counts and hits, over whole documents.
+
+    Args:
+        target: norm [H] and lm_head [V, H] of the target.
+        token_ids: [D] the target id of each draft id.
+    """
+    losses: list[list[Tensor]] = [[] for _ in range(num_steps)]
+    counted, hits = [0] * num_steps, [0] * num_steps
+    for document in documents:
+        for slot in range(len(document.tokens) - 1):
+            outputs = chain(weights, shape, embed, document, slot, num_steps)
+            for step, hidden in enumerate(outputs):
+                if not counts(document, slot, step):
+                    continue
+                counted[step] += 1
+                final = rms_norm(document.finals[slot + 1 + step], target["norm"], shape.eps)
+                full = scale * (target["lm_head"] @ final)  # [V]
+                if softcap is not None:
+                    full = softcap * torch.tanh(full / softcap)
+                if int(full.argmax()) not in token_ids.tolist():
+                    continue
+                p = torch.softmax(full, 0)[token_ids]
+                p = p / p.sum()
+                z = logits(weights, shape, hidden)
+                losses[step].append(-(p * torch.log_softmax(z, 0)).sum())
+                hits[step] += int(token_ids[int(z.argmax())]) == int(full.argmax())
+    means = [torch.stack(step).mean() if step else None for step in losses]
+    step_weight = [decay**k if mean is not None else 0.0 for k, mean in enumerate(means)]
+    total = sum(w * m for w, m in zip(step_weight, means, strict=True) if m is not None)
+    return {
+        "loss": total / sum(step_weight),
+        "means": means,
+        "carried": [len(step) for step in losses],
+        "counted": counted,
+        "hits": hits,
+    }
+
+
+def engine_walk(hits: list[list[bool]], first_slot: int, num_scored: int) -> list[int]:
+    """Accepted tokens of each draft, as a served request would see them.
+
+    The prompt's pass emits token P (slot P - 1 = `first_slot`). Then, until `num_scored` tokens are
+    out: draft, accept up to the first miss, emit what was accepted and one token of the target's.
+    """
+    accepted = []
+    emitted = 1
+    while emitted < num_scored:
+        last_emitted = first_slot + emitted  # P - 1 + emitted
+        run = 0
+        for hit in hits[last_emitted - 1]:  # the slot before the last emitted token
+            if not hit:
+                break
+            run += 1
+        accepted.append(run)
+        emitted += run + 1
+    return accepted
