@@ -25,6 +25,7 @@ from shared.process import exclusive
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
 SCHEMA_VERSION = 1
+_NO_WORK = {IDENTITY, ".lock", "rejects.jsonl"}
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class Artifact:
         """
         manifest = read_manifest(self.folder)
         found = manifest["identity"] if manifest else self._started_identity()
-        if found is None:
+        if found is None or not (manifest or self._holds_work()):
             return False
         if fingerprint(found) == self.fingerprint:
             if manifest and not self.config.overwrite:
@@ -145,6 +146,10 @@ class Artifact:
             return None
         found = files.read_json(path)
         return found if isinstance(found, dict) else {}
+
+    def _holds_work(self) -> bool:
+        """Whether anything lies here that a new configuration would lose."""
+        return any(path.name not in _NO_WORK for path in self.folder.iterdir())
 
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import files
-from shared.errors import OutputError, UserError
+from shared.errors import EyrieError, OutputError, UserError
 from shared.log import Every
 
 logger = logging.getLogger(__name__)
@@ -63,18 +63,31 @@ class Accounting:
             UserError: there was nothing to do.
             OutputError: no row came out, or too many failed.
         """
-        if self.rows_in == 0:
+        self._check(self.ok, max_failed_fraction, what, rejects, OutputError)
+
+    def check_input(
+        self, *, usable: int, max_failed_fraction: float, what: str, rejects: Path
+    ) -> None:
+        """The same of rows that were only read so far: ask before an engine is started for them.
+
+        Raises:
+            UserError: no row is usable, or too many are not.
+        """
+        self._check(usable, max_failed_fraction, what, rejects, UserError)
+
+    def _check(
+        self, good: int, limit: float, what: str, rejects: Path, fault: type[EyrieError]
+    ) -> None:
+        rejected, failed = self.skipped.total() + self.failed.total(), self.failed.total()
+        rows = good + rejected
+        if rows == 0:
             raise UserError(f"{what}: expected at least one row, found none.")
-        if self.ok == 0:
-            raise OutputError(
-                f"{what}: none of {self.rows_in} rows came out ({self.summary()}). See {rejects}."
-            )
-        fraction = self.failed.total() / self.rows_in
-        if fraction > max_failed_fraction:
-            raise OutputError(
-                f"{what}: {self.failed.total()} of {self.rows_in} rows failed ({fraction:.1%}), "
-                f"more than max_failed_fraction {max_failed_fraction:.1%} ({self.summary()}). "
-                f"See {rejects}."
+        if good == 0:
+            raise fault(f"{what}: none of {rows} rows is usable ({self.summary()}). See {rejects}.")
+        if failed / rows > limit:
+            raise fault(
+                f"{what}: {failed} of {rows} rows failed ({failed / rows:.1%}), more than "
+                f"max_failed_fraction {limit:.1%} ({self.summary()}). See {rejects}."
             )
 
     def summary(self) -> str:

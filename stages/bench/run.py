@@ -56,7 +56,9 @@ def run(config: BenchConfig) -> None:
         rows = list(_usable(prompts_path, accounting))
         rejects = artifact.folder / "rejects.jsonl"
         accounting.write_rejects(rejects)
-        accounting.check(max_failed_fraction=0.0, what=str(prompts_path), rejects=rejects)
+        accounting.check_input(
+            usable=len(rows), max_failed_fraction=0.0, what=str(prompts_path), rejects=rejects
+        )
         results = _measure(config, folder, rows, artifact.folder)
         finished = report.build(config, results, provenance_of(parent, inputs))
         report_path = artifact.folder / "report.json"

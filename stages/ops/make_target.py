@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import math
-import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -54,7 +53,7 @@ HEAD_SIZE = 64  # what vLLM's CPU attention likes best
 MAX_LENGTH_TOKENS = 1024
 MAX_ANSWER_TOKENS = 192
 _TOKENIZER_DIALOGUES = 4000
-_ROWS_A_BUCKET = 512
+_BATCHES_A_BUCKET = 2
 _IGNORED = -100
 _LOG_EVERY_STEPS = 50
 
@@ -133,22 +132,18 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Dialogue]) -> lis
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, stream: Iterator[Dialogue], *, tokens: int, rng: random.Random
+    tokenizer: PreTrainedTokenizerFast, stream: Iterator[Dialogue], *, rows: int
 ) -> Iterator[Batch]:
-    """Endless (ids [B, T], labels [B, T]) of about `tokens` places; rows of like length, padded right.
+    """Endless (ids [B, T], labels [B, T]) of `rows` dialogues each, padded right.
 
-    Rows are sorted by length within a bucket, so that padding costs little, and a causal mask
-    alone keeps dialogues apart, which is the fastest attention there is on a CPU.
+    A dialogue a row: a causal mask alone keeps them apart. Rows are sorted by length within a few
+    batches only: kinds differ in length, and a batch must hold several kinds.
     """
     while True:
-        rows = sorted(encode(tokenizer, list(itertools.islice(stream, _ROWS_A_BUCKET))), key=lambda r: len(r[0]) + len(r[1]))
-        groups: list[list[tuple[list[int], list[int]]]] = [[]]
-        for row in rows:
-            if (len(groups[-1]) + 1) * (len(row[0]) + len(row[1])) > tokens and groups[-1]:
-                groups.append([])
-            groups[-1].append(row)
-        rng.shuffle(groups)
-        for group in groups:
+        bucket = encode(tokenizer, list(itertools.islice(stream, rows * _BATCHES_A_BUCKET)))
+        bucket.sort(key=lambda row: len(row[0]) + len(row[1]))
+        for start in range(0, len(bucket), rows):
+            group = bucket[start : start + rows]
             length = max(len(prompt) + len(answer) for prompt, answer in group)
             ids = torch.full((len(group), length), tokenizer.pad_token_id)
             labels = torch.full((len(group), length), _IGNORED)
@@ -285,7 +280,7 @@ def make_target(
     hidden_size: int = 192,
     num_layers: int = 8,
     vocab_size: int = 1024,
-    batch_tokens: int = 2048,
+    batch_rows: int = 20,
 ) -> TargetFacts:
     """Make the target in `out`, whole or not at all; at once where it is there already.
 
@@ -305,9 +300,7 @@ def make_target(
         texts = (text for dialogue in training for text in (dialogue.prompt, dialogue.answer))
         tokenizer = build_tokenizer(texts, vocab_size=vocab_size)
         model = build_model(tokenizer, hidden_size=hidden_size, num_layers=num_layers)
-        data = batches(
-            tokenizer, itertools.chain(training, stream), tokens=batch_tokens, rng=random.Random(seed)
-        )
+        data = batches(tokenizer, itertools.chain(training, stream), rows=batch_rows)
         final_loss = train(model, data, steps=steps)
     model.to(torch.bfloat16)
     entropy, distinct, answer_tokens = measure(model, tokenizer, held_out)

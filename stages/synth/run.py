@@ -46,12 +46,19 @@ def run(config: SynthConfig) -> None:
     with artifact.work():
         writer = PartWriter(artifact.folder, config.rows_per_part)
         accounting = Accounting()
+        rejects = artifact.folder / "rejects.jsonl"
         waiting = list(_unanswered(prompts_path, writer.done_ids, accounting))
+        accounting.write_rejects(rejects)
+        accounting.check_input(
+            usable=accounting.ok + len(waiting),
+            max_failed_fraction=config.max_failed_fraction,
+            what=str(prompts_path),
+            rejects=rejects,
+        )
         if waiting:
             asyncio.run(_answer(config, target_folder, waiting, writer, accounting))
         writer.flush()
         stop_if_requested(f"{accounting.ok} answers are saved")
-        rejects = artifact.folder / "rejects.jsonl"
         accounting.write_rejects(rejects)
         logger.info("%s", accounting.summary())
         accounting.check(

@@ -183,7 +183,7 @@ def test_accounting_adds_up_and_refuses_bad_outcomes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least one row"):
         accounting.check(max_failed_fraction=1, what="w", rejects=rejects)
     accounting.skip("a", "too_long")
-    with pytest.raises(OutputError, match="none of 1 rows"):
+    with pytest.raises(OutputError, match="none of 1 rows is usable"):
         accounting.check(max_failed_fraction=1, what="w", rejects=rejects)
     accounting.ok += 8
     accounting.fail("b", "broken_json", "line\x1b[31m")

@@ -125,7 +125,7 @@ def test_flag_over_recipe_over_default(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_recipe_names_the_key(text: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=".*") as refused:
+    with pytest.raises(UserError, match=r".") as refused:
         configs.build(TrainConfig, {"recipe": str(write_recipe(tmp_path, text))})
     assert told in str(refused.value)
 
