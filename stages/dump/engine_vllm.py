@@ -105,7 +105,6 @@ class VllmCapture:
             try:
                 self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
                 stack.callback(self._engine.engine_core.shutdown)
-                self._in_process = not hasattr(self._engine.engine_core, "resources")
                 # Not every model that says it has hooks has one for id L: find out now.
                 list(self.run([[0] * min(8, self.max_length_tokens)]))
             except (RuntimeError, ValueError, RetryableError) as error:
@@ -146,7 +145,7 @@ class VllmCapture:
                     num_tokens += len(upcoming[1])
                     upcoming = next(numbered, None)
                     last_progress = time.monotonic()
-                unanswered -= self._step(waiting=bool(unanswered))
+                unanswered -= self._step()
                 for path in self._ready_files():
                     # A file that nobody waits for is left of a run that was broken off.
                     if row := in_flight.pop(path.name, None):
@@ -190,14 +189,16 @@ class VllmCapture:
         self._engine.add_request(name, {"prompt_token_ids": ids}, params)
         return name
 
-    def _step(self, *, waiting: bool) -> set[str]:
+    def _step(self) -> set[str]:
         """Let the engine work. Returns the names of the requests it has answered.
 
         An engine in this process moves only when stepped, also to hand over files. One in a process
-        of its own moves by itself, and a step blocks until an answer comes, if any is to come.
+        of its own moves by itself; stepping only takes its answers. That would wait forever for an
+        engine that was killed, so look first whether there is one.
         """
-        if not waiting and not self._in_process:
-            if self._engine.engine_core.resources.engine_dead:
+        client = self._engine.engine_core
+        if hasattr(client, "outputs_queue") and client.outputs_queue.empty():
+            if client.resources.engine_dead:
                 raise EngineDeadError
             time.sleep(POLL_S)
             return set()

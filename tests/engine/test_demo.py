@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo, as its user runs it: all four stages on real vLLM, and once more."""
+
+import json
+import re
+import time
+
+import pytest
+
+from shared import conversations, hidden_states
+from tests.engine.conftest import RECIPE, Demo, ops
+
+pytestmark = pytest.mark.engine
+
+LIMIT_S = 12 * 60
+
+
+def test_the_demo_reaches_its_bars_in_time(demo: Demo) -> None:
+    report = json.loads((demo.run / "bench" / "report.json").read_text())
+    head = report["head"]["acceptance"]
+    ngram = report["ngram"]["acceptance"]
+    assert report["num_speculative_tokens"] == 3
+    assert head["acceptance_length"] >= 2.5
+    assert head["acceptance_length"] - ngram["acceptance_length"] >= 1.0
+    assert demo.seconds is None or demo.seconds < LIMIT_S
+
+
+def test_its_last_line_is_machine_readable(demo: Demo) -> None:
+    last = demo.stdout.strip().splitlines()[-1]
+    found = re.fullmatch(r"demo: acceptance_length=(\d\.\d\d) head=(\S+) report=(\S+)", last)
+    assert found
+    report = json.loads((demo.run / "bench" / "report.json").read_text())
+    assert float(found[1]) == round(report["head"]["acceptance"]["acceptance_length"], 2)
+    assert found[2] == str(demo.export)
+    assert found[3] == str(demo.run / "bench" / "report.json")
+
+
+def test_figures_follow_from_vllms_own_counters(demo: Demo) -> None:
+    """Computed here from the raw readings, by other code than bench's."""
+    report = json.loads((demo.run / "bench" / "report.json").read_text())
+    raw = json.loads((demo.run / "bench" / "head.raw.json").read_text())
+    before, after = raw["counters_before"], raw["counters_after"]
+    drafts = after["num_drafts"] - before["num_drafts"]
+    accepted = after["num_accepted_tokens"] - before["num_accepted_tokens"]
+    drafted = after["num_draft_tokens"] - before["num_draft_tokens"]
+    per_request = [request["counters"] for request in raw["requests"]]
+    assert drafts == sum(counted["num_drafts"] for counted in per_request)
+    assert accepted == sum(counted["num_accepted_tokens"] for counted in per_request)
+    assert drafted == 3 * drafts
+    figures = report["head"]["acceptance"]
+    assert figures["acceptance_length"] == pytest.approx(1 + accepted / drafts)
+    assert figures["acceptance_rate"] == pytest.approx(accepted / drafted)
+
+
+def test_again_is_done_within_seconds_and_redoes_nothing(demo: Demo) -> None:
+    before = {path: path.stat().st_mtime_ns for path in demo.workspace.rglob("*.json")}
+    manifests = [path for path in before if path.name == "manifest.json"]
+    assert len(manifests) == 5
+    started_s = time.monotonic()
+    assert ops(demo.workspace, "make-target", str(demo.target)).returncode == 0
+    assert ops(demo.workspace, "run", "--recipe", str(RECIPE)).returncode == 0
+    assert time.monotonic() - started_s < 30
+    for path, written in before.items():
+        if path.parent.name != "status":
+            assert path.stat().st_mtime_ns == written, path
+
+
+def test_held_out_prompts_were_never_trained_on(demo: Demo) -> None:
+    def prompts(name: str) -> set[str]:
+        lines = (demo.target / name).read_text().splitlines()
+        return {json.loads(line)["prompt"] for line in lines}
+
+    assert prompts("held_out.jsonl")
+    assert not prompts("held_out.jsonl") & prompts("prompts.jsonl")
+    answered = conversations.read_conversations(demo.run / "synth")
+    trained = {row.messages[0]["content"] for row in answered}
+    assert not prompts("held_out.jsonl") & trained
+
+
+def test_every_row_is_accounted_for(demo: Demo) -> None:
+    asked = len((demo.target / "prompts.jsonl").read_text().splitlines())
+    for stage in ("synth", "dump", "train"):
+        counts = json.loads((demo.run / stage / "manifest.json").read_text())["counts"]
+        skipped, failed = counts["skipped"].values(), counts["failed"].values()
+        assert counts["in"] == counts["ok"] + sum(skipped) + sum(failed) == asked, stage
+        asked = counts["ok"]
+
+
+def test_synths_ids_are_what_the_template_and_the_answer_make(demo: Demo) -> None:
+    """The server's own ids, held to transformers' tokenizer and template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.target)
+    for row in list(conversations.read_conversations(demo.run / "synth"))[:200]:
+        prompt = tokenizer.apply_chat_template(
+            list(row.messages[:-1]), add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        ((start, end),) = row.loss_spans
+        assert list(row.input_ids[:start]) == prompt
+        assert end == len(row.input_ids) == row.num_prompt_tokens + row.num_completion_tokens
+        text = tokenizer.decode(row.input_ids[start:end], skip_special_tokens=True)
+        assert text == row.messages[-1]["content"]
+
+
+def test_dump_says_what_its_states_are(demo: Demo) -> None:
+    facts = json.loads((demo.run / "dump" / hidden_states.DATA_CONFIG).read_text())
+    assert facts["hidden_states"]["aux_layer_ids"] == [2, 4, 5]
+    assert facts["hidden_states"]["layer_ids"] == [2, 4, 5, 8]
+    assert facts["hidden_states"]["final_hidden"] == "prenorm"
+    agreement = json.loads((demo.run / "dump" / "manifest.json").read_text())["facts"]["agreement"]
+    assert agreement > 0.95
+
+
+def test_the_walk_foretold_the_bench(demo: Demo) -> None:
+    """Other prompts of the same kinds, so not equal; a wrong alignment is far outside."""
+    trained = json.loads((demo.run / "train" / "manifest.json").read_text())["facts"]
+    report = json.loads((demo.run / "bench" / "report.json").read_text())
+    measured = report["head"]["acceptance"]["acceptance_length"]
+    assert trained["walked_acceptance_length"] == pytest.approx(measured, rel=0.1)
+
+
+def test_no_secret_is_written_anywhere(demo: Demo) -> None:
+    log = (demo.run / "logs" / "synth.log").read_text(errors="replace")
+    assert "starting the vLLM server" in log
+    for path in demo.run.rglob("*"):
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".log", ".yaml", ".md"):
+            text = path.read_text(errors="replace")
+            assert "VLLM_API_KEY=" not in text
+            assert "api_key': '" not in text.replace("api_key': ''", "")
