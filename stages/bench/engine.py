@@ -98,13 +98,15 @@ def check_head(plan: dict[str, Any]) -> None:
     shapes = {"fc.weight": [hidden, len(layers) * target.hidden_size], "norm.weight": [hidden]}
     if drafts < target.vocab_size:
         shapes |= {"lm_head.weight": [drafts, hidden], "d2t": [drafts]}
-    with safe_open(folder / "model.safetensors", "pt") as weights:
-        names = set(weights.keys())
-        there = {name: weights.get_slice(name).get_shape() for name in shapes.keys() & names}
+    path = folder / "model.safetensors"
+    try:
+        with safe_open(path, "pt") as weights:
+            names = shapes.keys() & set(weights.keys())
+            there = {name: weights.get_slice(name).get_shape() for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not readable ({error}). Export the head again.") from error
     if there != shapes:
-        raise UserError(
-            f"{folder}/model.safetensors: expected {shapes}, found {there}. Export the head again."
-        )
+        raise UserError(f"{path}: expected {shapes}, found {there}. Export the head again.")
 
 
 def build(plan: dict[str, Any]) -> LLM:
@@ -217,7 +219,7 @@ def main(plan_path: Path, out_path: Path) -> int:
         refusal = error
     except (ConnectionError, TimeoutError, EngineDeadError) as error:
         refusal = RetryableError(f"vLLM gave up: {error}")
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         # vLLM's and transformers' ways to refuse a model, a setting or the memory.
         offline = "couldn't connect" in str(error).lower()
         refusal = (RetryableError if offline else UserError)(f"vLLM refused: {error}")

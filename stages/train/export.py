@@ -103,6 +103,7 @@ def export_head(
     provenance: Mapping[str, Any],
     dtype: str = "bfloat16",
     num_draft_tokens: int = 3,
+    name: str | None = None,
 ) -> None:
     """Write the head to the folder `out`, replacing what stood there only once all is checked.
 
@@ -111,6 +112,7 @@ def export_head(
         provenance: what the card tells of the head's making, JSON values.
         dtype: of the weights, `bfloat16` or `float32`.
         num_draft_tokens: K of the model card's command.
+        name: what that command calls the folder, where it will be moved; default `out.name`.
 
     Raises:
         OutputError: the head does not have the exact tensors that engines load.
@@ -128,7 +130,7 @@ def export_head(
             head.config,
             target=target,
             provenance=provenance,
-            name=out.name,
+            name=name or out.name,
             num_draft_tokens=num_draft_tokens,
         )
         write_text(folder / "README.md", card)

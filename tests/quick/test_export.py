@@ -166,6 +166,11 @@ def test_the_card_has_a_command_that_parses(tmp_path: Path) -> None:
     assert '"steps": 7' in card
 
 
+def test_the_card_names_the_folder_where_it_will_be(tmp_path: Path) -> None:
+    export_head(make_head(), tmp_path / "new", target="t", provenance={}, name="heads/best")
+    assert '"model": "heads/best"' in (tmp_path / "new" / "README.md").read_text()
+
+
 def test_a_broken_head_leaves_the_older_folder_as_it_was(tmp_path: Path) -> None:
     head = make_head()
     export(head, tmp_path / "head")

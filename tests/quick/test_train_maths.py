@@ -189,7 +189,7 @@ def test_values_and_gradients_are_the_reference_s(
         assert sum(expected["carried"]) < sum(expected["counted"]), "no argmax fell outside"
     means = [m.detach().item() for m in expected["means"] if m is not None]
     assert (sums.loss / sums.carried).tolist()[: len(means)] == pytest.approx(means, abs=1e-5)
-    assert float(loss) == pytest.approx(expected["loss"].item(), abs=1e-5)
+    assert loss.item() == pytest.approx(expected["loss"].item(), abs=1e-5)
     assert sums.mean_loss(0.8) == pytest.approx(expected["loss"].item(), abs=1e-5)
     for name, grad in gradients(case.head).items():
         torch.testing.assert_close(grad.double(), expected_grads[name], atol=1e-5, rtol=1e-5)
@@ -223,10 +223,10 @@ def test_a_packed_batch_equals_its_documents_one_by_one() -> None:
             case.head, alone, case.output, num_steps=3, decay=0.8, carried=sums.carried
         )
         part_loss.backward()
-        losses.append(float(part_loss))
+        losses.append(part_loss.item())
         parts.append(part)
         start = stop
-    assert sum(losses) == pytest.approx(float(loss), abs=1e-6)
+    assert sum(losses) == pytest.approx(loss.item(), abs=1e-6)
     torch.testing.assert_close(torch.stack(combine(parts)), torch.stack(sums), atol=1e-5, rtol=0)
     torch.testing.assert_close(gradients(case.head), expected, atol=1e-6, rtol=1e-5)
 
@@ -237,7 +237,7 @@ def test_order_of_documents_does_not_matter() -> None:
     turned = pack(case.documents[::-1], torch.cat(parts[::-1]))
     loss, sums = ttt_loss(case.head, case.batch, case.output, num_steps=3, decay=0.8)
     other_loss, other = ttt_loss(case.head, turned, case.output, num_steps=3, decay=0.8)
-    assert float(other_loss) == pytest.approx(float(loss), abs=1e-6)
+    assert other_loss.item() == pytest.approx(loss.item(), abs=1e-6)
     torch.testing.assert_close(torch.stack(other), torch.stack(sums), atol=1e-5, rtol=0)
 
 
@@ -256,6 +256,26 @@ def test_the_worked_example_of_a_chain() -> None:
         )
         assert to_states.abs().sum(1).nonzero().flatten().tolist() == [0, 1, 2]
         assert to_embeddings[tokens].abs().sum(1).nonzero().flatten().tolist() == expected
+
+
+def test_rotary_positions_count_within_the_document_and_with_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Slot t of a document stands at t at step 0 and at t + k at step k, as in the engine.
+
+    Values cannot tell: the embedding is relative, so a shifted document gives the same output.
+    """
+    head, asked = make_head(), []
+    table = head.rotary.table
+
+    def watched_table(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        asked.append(positions.tolist())
+        return table(positions, dtype)
+
+    monkeypatch.setattr(head.rotary, "table", watched_table)
+    tokens, offsets = torch.zeros(7, dtype=torch.int64), torch.tensor([0, 3, 7])
+    head(tokens, torch.randn(7, 36), offsets=offsets, slots=torch.tensor([1, 4, 5]), num_steps=3)
+    assert asked == [[0, 1, 2, 0, 1, 2, 3], [2, 2, 3], [3, 3, 4]]
 
 
 def test_the_worked_example_of_counted_slots() -> None:
@@ -406,7 +426,7 @@ def test_a_batch_in_which_nothing_counts_gives_zero_and_zero_gradients() -> None
     case = make_case(answer_share=-1.0)
     loss, sums = ttt_loss(case.head, case.batch, case.output, num_steps=3, decay=0.8)
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert sums.mean_loss(0.8) == 0.0
     assert torch.stack(sums).sum() == 0
     for name, grad in gradients(case.head).items():
@@ -421,7 +441,7 @@ def test_no_grad_and_a_frozen_lm_head_take_no_gradient_of_it() -> None:
     case.head.lm_head.requires_grad_(False)
     loss, _ = ttt_loss(case.head, case.batch, case.output, num_steps=2, decay=0.8)
     loss.backward()
-    assert float(loss) == pytest.approx(float(value), abs=1e-6)
+    assert loss.item() == pytest.approx(value.item(), abs=1e-6)
     assert case.head.lm_head.weight.grad is None
     assert case.head.fc.weight.grad.any()
 
@@ -438,7 +458,7 @@ def test_mixed_precision_stays_close() -> None:
     mixed.backward()
     rough = torch.cat([grad.flatten() for grad in gradients(case.head).values()])
     assert rough.dtype == torch.float32
-    assert float(mixed) == pytest.approx(float(loss), rel=0.02)
+    assert mixed.item() == pytest.approx(loss.item(), rel=0.02)
     assert not torch.equal(rough, exact)
     assert float(torch.cosine_similarity(rough, exact, dim=0)) > 0.995
 
