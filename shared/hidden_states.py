@@ -96,11 +96,7 @@ def _check(shard: Shard, num_states: int, hidden_size: int) -> None:
     if shard.loss_mask.shape != (num_tokens,) or shard.offsets.shape != (len(shard) + 1,):
         raise ValueError("loss_mask or offsets do not fit input_ids and sample_ids")
     ends = shard.offsets.tolist()
-    if (
-        ends[0] != 0
-        or ends[-1] != num_tokens
-        or any(a >= b for a, b in itertools.pairwise(ends))
-    ):
+    if ends[0] != 0 or ends[-1] != num_tokens or any(a >= b for a, b in itertools.pairwise(ends)):
         raise ValueError(f"offsets: expected ascending from 0 to {num_tokens}")
 
 

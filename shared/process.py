@@ -70,9 +70,13 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def end_group(process: "subprocess.Popen[bytes]", *, grace_s: float) -> None:
-    """End a child that leads a process group, and its workers: ask, wait, then insist."""
-    for ask in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, ask)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=grace_s)
+    """End a child that leads a process group: ask it alone, wait, then insist with its workers.
+
+    Asking the workers too would end them under their leader, which then reports a crash.
+    """
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=grace_s)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

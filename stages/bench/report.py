@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def _counters(raw: Mapping[str, Any]) -> Counters:
-    return Counters(**{**raw, "num_accepted_tokens_per_pos": tuple(raw["num_accepted_tokens_per_pos"])})
+    return Counters(
+        **{**raw, "num_accepted_tokens_per_pos": tuple(raw["num_accepted_tokens_per_pos"])}
+    )
 
 
 def _throughput(raw: Mapping[str, Any]) -> dict[str, Any]:

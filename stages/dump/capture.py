@@ -71,12 +71,13 @@ class ShardWriter:
     def __init__(
         self,
         folder: Path,
-        config: DumpConfig,
         target_config: TargetConfig,
         aux_layers: tuple[int, ...],
+        *,
+        min_agreement: float,
     ) -> None:
         self.folder = folder
-        self.config = config
+        self.min_agreement = min_agreement
         self.target_config = target_config
         self.num_states = len(aux_layers) + 1
         self.tensors = targets.read_tensors(target_config)
@@ -115,7 +116,7 @@ class ShardWriter:
             agreement.add(torch.tensor(ids), torch.tensor(mask), captured)
             states[index] = captured
         name = hidden_states.shard_name(plan.index)
-        agreement.require(self.config.min_agreement, name)
+        agreement.require(self.min_agreement, name)
         path = self.folder / name
         hidden_states.write_shard(
             path,

@@ -58,7 +58,12 @@ def run(config: DumpConfig) -> None:
             max_failed_fraction=config.max_failed_fraction, what="synth's rows", rejects=rejects
         )
         _require_disk(artifact.folder, plans, target_config, len(aux_layers))
-        checksums, agreement = _capture(config, target_config, aux_layers, artifact, plans)
+        # Sampled answers are not the target's argmax, so their agreement is told and not asked for.
+        greedy = parent["identity"]["synth.temperature"] == 0
+        least = config.min_agreement if greedy else 0.0
+        checksums, agreement = _capture(
+            config, target_config, aux_layers, artifact.folder, plans, least
+        )
         # Here, not above: an artifact that is done already must not wait for torch.
         from stages.dump.metadata import write_metadata
 
@@ -71,7 +76,7 @@ def run(config: DumpConfig) -> None:
                 "aux_layers": list(aux_layers),
                 "agreement": agreement,
                 "target_hash": target_hash,
-                "greedy": parent["identity"]["synth.temperature"] == 0,
+                "greedy": greedy,
             },
             checksums=checksums,
             engine=config.engine,
@@ -141,13 +146,14 @@ def _capture(
     config: DumpConfig,
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
-    artifact: Artifact,
+    folder: Path,
     plans: list[ShardPlan],
+    min_agreement: float,
 ) -> tuple[dict[str, str], float]:
     """Capture what is missing; returns (file -> SHA-256, share of answer tokens predicted)."""
     from stages.dump.capture import ShardWriter, open_engine
 
-    writer = ShardWriter(artifact.folder, config, target_config, aux_layers)
+    writer = ShardWriter(folder, target_config, aux_layers, min_agreement=min_agreement)
     missing = [plan for plan in plans if not writer.is_written(plan)]
     if len(missing) < len(plans):
         logger.info("%d of %d shards are there already", len(plans) - len(missing), len(plans))

@@ -126,6 +126,8 @@ def export_head(
     with atomic_folder(out) as folder:
         write_json(folder / "config.json", config_json(head.config, dtype=dtype))
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        # safetensors leaves 0600: another user's container, or another node, could not serve it.
+        (folder / "model.safetensors").chmod(0o644)
         card = model_card(
             head.config,
             target=target,

@@ -115,7 +115,9 @@ class Trainer:
     def _in_vocab(self, tensors: TargetTensors) -> list[torch.Tensor]:
         """For each shard [T] bool: can the draft head propose what the target itself would say?"""
         if self.head.config.draft_vocab_size == self.head.config.vocab_size:
-            return [torch.ones(len(shard.input_ids), dtype=torch.bool) for shard in self.dataset.shards]
+            return [
+                torch.ones(len(shard.input_ids), dtype=torch.bool) for shard in self.dataset.shards
+            ]
         norm_weight = tensors.norm_weight.to(self.device).float()
         lm_head = tensors.lm_head.to(self.device)
         flags = []

@@ -159,6 +159,7 @@ def _export(
         provenance=card,
         dtype=config.export_dtype,
         num_draft_tokens=config.walk_tokens,
+        name=str(folder),
     )
     for path in (folder / "head").iterdir():
         path.replace(folder / path.name)

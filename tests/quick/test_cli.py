@@ -52,7 +52,16 @@ def test_help_is_instant_and_without_torch(stage: str) -> None:
 def test_fire_leaves_texts_as_they_are() -> None:
     """Each of these is changed or misread by fire's own parsing."""
     words, flags = collect_flags(
-        ["demo", "--model", "0.10", "--resume=false", "--ids=2,4,5", "--max-tokens", "7", "--seed=-1"]
+        [
+            "demo",
+            "--model",
+            "0.10",
+            "--resume=false",
+            "--ids=2,4,5",
+            "--max-tokens",
+            "7",
+            "--seed=-1",
+        ]
     )
     assert words == ["demo"]
     assert flags == {

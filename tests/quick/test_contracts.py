@@ -83,9 +83,13 @@ def test_conversations_survive_parquet(tmp_path: Path) -> None:
     assert list(conversations.read_conversations(tmp_path)) == rows
     stored = pq.read_table(tmp_path / conversations.part_name(0))
     assert stored.schema.field("input_ids").type == pa.list_(pa.int32())
-    assert pq.ParquetFile(tmp_path / conversations.part_name(0)).metadata.row_group(0).column(
-        0
-    ).compression == "ZSTD"
+    assert (
+        pq.ParquetFile(tmp_path / conversations.part_name(0))
+        .metadata.row_group(0)
+        .column(0)
+        .compression
+        == "ZSTD"
+    )
 
 
 def test_damaged_or_foreign_parquet_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dump (transformers' engine) and train as processes: kills, stops, refusals, a tied target."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared import hidden_states
+from tests.runs import ROOT, command, make_synth, run, write_recipe
+
+TRAIN = {"epochs": 12, "eval_every_steps": 20, "checkpoint_every_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def dumped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = tmp_path_factory.mktemp("dumped")
+    make_synth(workspace)
+    done = run(workspace, "dump")
+    assert done.returncode == 0, done.stderr
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def trained(dumped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = tmp_path_factory.mktemp("trained") / "workspace"
+    shutil.copytree(dumped, workspace)
+    write_recipe(workspace, **TRAIN)
+    done = run(workspace, "train")
+    assert done.returncode == 0, done.stderr
+    return workspace
+
+
+@pytest.fixture
+def workspace(dumped: Path, tmp_path: Path) -> Path:
+    shutil.copytree(dumped, tmp_path / "workspace")
+    write_recipe(tmp_path / "workspace", **TRAIN)
+    return tmp_path / "workspace"
+
+
+def weights(workspace: Path) -> dict[str, torch.Tensor]:
+    return load_file(workspace / "run" / "export" / "model.safetensors")
+
+
+def interrupt_after_a_checkpoint(workspace: Path, how: signal.Signals) -> int:
+    latest = workspace / "run" / "train" / "checkpoints" / "latest.pt"
+    process = subprocess.Popen(command(workspace, "train"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not latest.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    return process.wait(timeout=60)
+
+
+def test_dump_writes_what_it_says(dumped: Path) -> None:
+    folder = dumped / "run" / "dump"
+    facts = json.loads((folder / "manifest.json").read_text())
+    assert facts["counts"] == {"in": 40, "ok": 40, "skipped": {}, "failed": {}}
+    assert facts["facts"]["agreement"] > 0.95
+    shards = sorted(folder.glob("shard_*.pt"))
+    assert len(shards) > 3
+    read = [hidden_states.read_shard(path, num_states=4, hidden_size=128) for path in shards]
+    assert [name for shard in read for name in shard.sample_ids] == [
+        f"row-{i:03d}" for i in range(40)
+    ]
+    counts = torch.load(folder / hidden_states.TOKEN_FREQ, weights_only=True)
+    assert int(counts.sum()) == 40 * 24  # answers alone
+
+
+def test_a_killed_dump_continues_to_the_same_bytes(workspace: Path) -> None:
+    folder = workspace / "run" / "dump"
+    shards = sorted(folder.glob("shard_*.pt"))
+    before = {path: path.read_bytes() for path in shards}
+    kept = shards[0].stat().st_mtime_ns
+    # What kill -9 leaves: no manifest, a shard without its sidecar, and half a file.
+    (folder / "manifest.json").unlink()
+    shards[2].with_suffix(".json").unlink()
+    shards[3].unlink()
+    (folder / ".shard_00003.pt.tmp-1").write_bytes(b"half")
+    done = run(workspace, "dump")
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in shards} == before
+    assert shards[0].stat().st_mtime_ns == kept
+    assert not list(folder.glob(".*.tmp-*"))
+
+
+def test_training_learns_and_says_so(trained: Path) -> None:
+    folder = trained / "run" / "train"
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in history if "loss" in record]
+    walks = [r["walked_acceptance_length"] for r in history if "walked_acceptance_length" in r]
+    facts = json.loads((folder / "manifest.json").read_text())["facts"]
+    assert losses[-1] < 0.8 * losses[0]
+    assert facts["walked_acceptance_length"] == max(walks)
+    assert facts["steps"] == history[-1]["step"]
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_an_interrupted_training_ends_with_the_same_weights(
+    workspace: Path, trained: Path, how: signal.Signals, code: int
+) -> None:
+    assert interrupt_after_a_checkpoint(workspace, how) == code
+    assert not (workspace / "run" / "train" / "manifest.json").exists()
+    again = run(workspace, "train")
+    assert again.returncode == 0, again.stderr
+    assert "continuing from step" in again.stderr
+    expected, found = weights(trained), weights(workspace)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    histories = [w / "run" / "train" / "history.jsonl" for w in (workspace, trained)]
+    assert histories[0].read_text().count("\n") == histories[1].read_text().count("\n")
+
+
+def test_a_tied_target_gives_a_head_of_its_own(trained: Path) -> None:
+    """The shrunk lm_head of a tied target is no alias of the embedding, and is saved."""
+    config = json.loads((trained / "run" / "export" / "config.json").read_text())
+    target = json.loads((trained / "tiny" / "config.json").read_text())
+    assert target["tie_word_embeddings"] is True
+    assert config["tie_word_embeddings"] is False
+    assert weights(trained)["lm_head.weight"].shape == (128, 128)
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+
+
+def test_vocab_is_made_once_and_used_by_train(workspace: Path) -> None:
+    folder = workspace / "run" / "train"
+    assert run(workspace, "train", "vocab").returncode == 0
+    before = (folder / "d2t.npy").read_bytes()
+    done = run(workspace, "train", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "d2t.npy").read_bytes() == before
+    ids = weights(workspace)["d2t"] + torch.arange(128)
+    assert torch.equal(ids, weights(workspace)["t2d"].nonzero().flatten())
+
+
+def test_a_changed_setting_over_finished_work_is_refused(trained: Path) -> None:
+    before = weights(trained)
+    done = run(trained, "train", "--learning_rate", "5e-4")
+    assert done.returncode == 2
+    assert "train.learning_rate: was 0.001, now 0.0005" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(trained).items())
+
+
+def test_a_target_that_changed_since_is_refused(workspace: Path) -> None:
+    weights_file = workspace / "tiny" / "model.safetensors"
+    data = bytearray(weights_file.read_bytes())
+    data[-1] ^= 0xFF
+    weights_file.write_bytes(data)
+    done = run(workspace, "train")
+    assert done.returncode == 2
+    assert "its weights changed since" in done.stderr
+
+
+def test_other_aux_layers_than_dumped_are_refused(workspace: Path) -> None:
+    done = run(workspace, "train", "--aux_layers", "1,2,3")
+    assert done.returncode == 2
+    assert "run.aux_layers" in done.stderr
+
+
+def test_a_loss_that_is_no_number_stops_with_exit_3_and_names_the_samples(workspace: Path) -> None:
+    done = run(workspace, "train", "--learning_rate", "1e30")
+    assert done.returncode == 3, done.stderr
+    assert "the loss is" in done.stderr
+    assert "row-0" in done.stderr

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that needs no engine: a tiny target, its greedy answers as a synth artifact, and a recipe.
+
+The answers are transformers' own, so that dump (with `engine: hf`) and train run for real on them.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from shared import conversations, target
+from shared.config import build
+from shared.conversations import Conversation
+from shared.manifest import Artifact
+from stages.synth.config import SynthConfig
+from tests.models import tiny_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT_TOKENS = 8
+ANSWER_TOKENS = 24
+
+
+def write_recipe(workspace: Path, **train: object) -> Path:
+    """The recipe of the tiny run, with these settings of train on top."""
+    recipe = {
+        "run": {"target": "tiny", "max_length_tokens": 64, "draft_vocab_size": 128},
+        "synth": {"prompts": "prompts.jsonl"},
+        "dump": {"engine": "hf", "shard_bytes": 200_000},
+        "train": {"epochs": 6, "batch_tokens": 128, "learning_rate": 1e-3, **train},
+    }
+    path = workspace / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def make_synth(workspace: Path, *, num_rows: int = 40) -> None:
+    """A target, tied as the small Llamas are, and a finished synth artifact of its answers."""
+    folder = tiny_llama(workspace / "tiny", tied=True)
+    (workspace / "prompts.jsonl").write_text("made in code\n")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(10, 400, (num_rows, PROMPT_TOKENS), generator=generator)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for _ in range(ANSWER_TOKENS):
+            ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+    rows = [
+        Conversation(
+            sample_id=f"row-{index:03d}",
+            conversation_id=f"row-{index:03d}",
+            source="code",
+            category="",
+            messages=({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}),
+            input_ids=tuple(row),
+            loss_spans=((PROMPT_TOKENS, len(row)),),
+            finish_reason="length",
+            num_prompt_tokens=PROMPT_TOKENS,
+            num_completion_tokens=ANSWER_TOKENS,
+        )
+        for index, row in enumerate(ids.tolist())
+    ]
+    flags = {"recipe": str(write_recipe(workspace)), "workspace": str(workspace)}
+    config = build(SynthConfig, flags)
+    artifact = Artifact(config.paths.stage("synth"), config, inputs={"prompts": "made in code"})
+    with artifact.work():
+        conversations.write_part(artifact.folder / conversations.part_name(0), rows)
+        counts = {"in": num_rows, "ok": num_rows, "skipped": {}, "failed": {}}
+        facts = {"target_hash": target.weights_hash(folder)}
+        artifact.finish([conversations.part_name(0)], counts=counts, facts=facts)
+
+
+def command(workspace: Path, stage: str, *arguments: str) -> list[str]:
+    """The command line of a stage on the tiny run."""
+    recipe = ["--recipe", str(workspace / "recipe.yaml"), "--workspace", str(workspace)]
+    return [sys.executable, "-m", f"stages.{stage}", *arguments, *recipe]
+
+
+def run(workspace: Path, stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a stage to its end."""
+    words = command(workspace, stage, *arguments)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
