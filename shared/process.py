@@ -2,6 +2,7 @@
 """What a stage is as a process: it can be asked to stop, and it holds its folder alone."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import signal
@@ -13,6 +14,7 @@ from types import FrameType
 
 from shared.errors import RetryableError, Stopped, UserError
 
+_PR_SET_PDEATHSIG = 1
 _stop = threading.Event()
 
 
@@ -67,6 +69,15 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def die_with_parent() -> None:
+    """For `Popen(preexec_fn=...)`: the kernel sends the child SIGTERM when this process dies.
+
+    A stage that is killed with SIGKILL cannot end its engine; without this it would live on and
+    hold its memory. Linux's prctl(PR_SET_PDEATHSIG).
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_group(process: "subprocess.Popen[bytes]", *, grace_s: float) -> None:

@@ -18,7 +18,7 @@ from shared import files, target
 from shared.errors import OutputError, RetryableError, UserError
 from shared.manifest import Artifact, require_parent
 from shared.paths import require_input
-from shared.process import end_group, stop_if_requested
+from shared.process import die_with_parent, end_group, stop_if_requested
 from shared.prompts import BadRow, Prompt, read_prompts
 from shared.status import Accounting, Status
 from stages.bench import report
@@ -107,7 +107,8 @@ def speculative_configs(config: BenchConfig) -> dict[str, dict[str, Any] | None]
     """The speculative_config of each engine to measure; None is the plain target."""
     depth = config.num_speculative_tokens
     head = {"method": "eagle3", "model": str(config.paths.export), "num_speculative_tokens": depth}
-    drafters: dict[str, dict[str, Any] | None] = {"baseline": None, "head": head}
+    # The head comes first: one that the engine refuses must not cost a baseline.
+    drafters: dict[str, dict[str, Any] | None] = {"head": head, "baseline": None}
     if config.compare_ngram:
         drafters["ngram"] = {
             "method": "ngram",
@@ -173,7 +174,8 @@ def _measure_one(
     files.write_json(plan_path, plan)
     out_path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "stages.bench.engine", str(plan_path), str(out_path)]
-    code = _wait(subprocess.Popen(command, start_new_session=True), config.engine_timeout_s)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+    code = _wait(process, config.engine_timeout_s)
     found = files.read_json(out_path) if out_path.exists() else {}
     if error := found.get("error"):
         kind = UserError if error["kind"] == "user" else RetryableError

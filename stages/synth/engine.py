@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.errors import RetryableError, UserError
-from shared.process import end_group, stop_if_requested
+from shared.process import die_with_parent, end_group, stop_if_requested
 from stages.synth.config import SynthConfig
 
 MODEL_NAME = "target"
@@ -128,7 +128,9 @@ def serve(config: SynthConfig, target: Path) -> Iterator[Server]:
     command += _arguments(config, target, port)
     logger.info("starting the vLLM server for %s", target)
     started_s = time.monotonic()
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=die_with_parent
+    )
     server = Server(process, port, api_key)
     try:
         server.wait_until_ready(config.startup_timeout_s)
