@@ -22,7 +22,8 @@ from torch import Tensor
 from shared.errors import OutputError
 from shared.files import atomic_folder, read_json, write_json, write_text
 from shared.layers import to_output_ids
-from stages.train.model import DraftHead, HeadConfig
+from stages.train.head_config import HeadConfig
+from stages.train.model import DraftHead
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ARCHITECTURE = "LlamaForCausalLMEagle3"

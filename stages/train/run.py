@@ -91,7 +91,8 @@ def _build(
     """A fresh head, its vocabulary and lm_head rows from the target's."""
     from shared import vocab
     from stages.train import vocabulary
-    from stages.train.model import DraftHead, HeadConfig
+    from stages.train.head_config import HeadConfig
+    from stages.train.model import DraftHead
 
     counts = vocabulary.read_counts(config.paths.stage("dump"), target_config.vocab_size)
     draft = vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)

@@ -16,7 +16,8 @@ from transformers import AutoConfig
 
 from shared.errors import OutputError, UserError
 from stages.train.export import check_export, expected_tensors, export_head
-from stages.train.model import DraftHead, HeadConfig, load_head
+from stages.train.head_config import HeadConfig
+from stages.train.model import DraftHead, load_head
 
 CONFIG = HeadConfig(
     hidden_size=16,

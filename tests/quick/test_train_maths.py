@@ -18,9 +18,11 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from shared.errors import UserError
+from stages.train import attention as attention_module
 from stages.train import loss as loss_module
-from stages.train import model as model_module
+from stages.train.attention import ChainAttention, attention_blocks
 from stages.train.data import Batch
+from stages.train.head_config import HeadConfig
 from stages.train.loss import (
     SoftCrossEntropy,
     TargetOutput,
@@ -31,7 +33,7 @@ from stages.train.loss import (
     target_argmax,
     ttt_loss,
 )
-from stages.train.model import ChainAttention, DraftHead, HeadConfig, attention_blocks
+from stages.train.model import DraftHead
 from tests import reference
 
 CONFIG = HeadConfig(
@@ -384,9 +386,9 @@ def test_plain_attention_for_other_devices_equals_the_cpu_s(
 ) -> None:
     results = []
     for kind in ("_attend_cpu", "_attend_anywhere"):
-        monkeypatch.setattr(model_module, "_attend_cpu", getattr(model_module, kind))
+        monkeypatch.setattr(attention_module, "_attend_cpu", getattr(attention_module, kind))
         monkeypatch.setattr(
-            model_module, "_attend_cpu_backward", getattr(model_module, f"{kind}_backward")
+            attention_module, "_attend_cpu_backward", getattr(attention_module, f"{kind}_backward")
         )
         main, blocks, chain = attention_inputs(torch.float32)
         out = ChainAttention.apply(*main, blocks, *chain)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.train.data import Batch
-from stages.train.model import DraftHead, HeadConfig
+from stages.train.head_config import HeadConfig
+from stages.train.model import DraftHead
 from stages.train.walk import Walk, answer_spans, combine, slot_hits, walk, walked_acceptance_length
 from tests import reference
 
