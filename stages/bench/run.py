@@ -7,6 +7,7 @@ is a process of its own, so that none inherits the memory or the caches of the o
 """
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -174,7 +175,10 @@ def _measure_one(
     files.write_json(plan_path, plan)
     out_path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "stages.bench.engine", str(plan_path), str(out_path)]
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=die_with_parent
+    )
     code = _wait(process, config.engine_timeout_s)
     found = files.read_json(out_path) if out_path.exists() else {}
     if error := found.get("error"):

@@ -7,6 +7,7 @@ run trusts it without reading gigabytes again.
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -48,6 +49,9 @@ def open_engine(
         ) as engine:
             yield engine
     else:
+        # Read when vLLM is imported. Its own progress would drown the stage's.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from stages.dump.engine_vllm import VllmCapture
 
         with VllmCapture(

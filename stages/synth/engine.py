@@ -120,6 +120,7 @@ def serve(config: SynthConfig, target: Path) -> Iterator[Server]:
     port, api_key = _free_port(), secrets.token_urlsafe(32)
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",  # its own progress would drown the stage's
         "VLLM_NO_USAGE_STATS": "1",
         **os.environ,
         "VLLM_API_KEY": api_key,
