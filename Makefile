@@ -64,6 +64,7 @@ lock: setup ## Resolve requirements.lock anew from pyproject.toml.
 	  --extra cpu --extra dev --output-file requirements.lock pyproject.toml \
 	  --unsafe-package torch --unsafe-package torchvision --unsafe-package torchaudio \
 	  --unsafe-package torchcodec --unsafe-package triton
+	sed -i '/^# WARNING: The following/,$$d' requirements.lock  # torch is pinned above, not there
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches; the workspace stays.

@@ -4,9 +4,8 @@
 Comes in: a folder to make, a seed. Goes out: a Llama in Hugging Face's layout with its own byte-level
 BPE tokenizer and chat template, `prompts.jsonl` for synth, `held_out.jsonl` for bench (no prompt is
 in two sets, nor in the target's own training text) and, last of all, `target.json`. It costs about
-two and a half minutes on two cores. The surprise: where the processor has no bfloat16 arithmetic
-the training runs in float32, so the weights are the same from run to run but not from machine to
-machine.
+two and a half minutes on two cores. The surprise: a processor without bfloat16 arithmetic trains in float32,
+so the weights are the same from run to run, but not from machine to machine.
 """
 
 import dataclasses
@@ -22,12 +21,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shared.errors import UserError
 from shared.files import atomic_folder, read_json, write_json
@@ -39,15 +33,11 @@ FACTS = "target.json"
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 # The end token lies inside the generation block: the target generates it, so the head must learn it.
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
+    "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' -}}"
     "{%- if message['role'] == 'assistant' -%}"
-    "{{- '<|assistant|>' -}}"
     "{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}"
-    "{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+    "{%- else -%}{{- message['content'] + '<|end|>' -}}{%- endif -%}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 HEAD_SIZE = 64  # what vLLM's CPU attention likes best
 MAX_LENGTH_TOKENS = 1024
@@ -77,12 +67,9 @@ class TargetFacts:
 def build_tokenizer(texts: Iterator[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer learnt from `texts`; digits stay single, so that sums can be learnt."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    by_digit = pre_tokenizers.Digits(individual_digits=True)
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_digit, by_byte])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -135,33 +122,26 @@ def _opened(dialogue: Dialogue) -> str:
     return f"{USER}{dialogue.prompt}{END}{ASSISTANT}"
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, batch: Sequence[Dialogue]
-) -> list[tuple[list[int], list[int]]]:
-    """Per dialogue the ids of what the chat template makes of the prompt, and of the answer."""
-    prompts = tokenizer([_opened(dialogue) for dialogue in batch])["input_ids"]
-    answers = tokenizer([f"{dialogue.answer}{END}" for dialogue in batch])["input_ids"]
-    return list(zip(prompts, answers, strict=True))
-
-
 def batches(
     tokenizer: PreTrainedTokenizerFast, stream: Iterator[Dialogue], *, rows: int
 ) -> Iterator[Batch]:
-    """Endless (ids [B, T], labels [B, T]) of `rows` dialogues each, padded right.
+    """Endless batches of `rows` dialogues, one a row, padded right; labels cover the answers alone.
 
-    A dialogue a row: a causal mask alone keeps them apart. Rows are sorted by length within a few
-    batches only: kinds differ in length, and a batch must hold several kinds.
+    With a dialogue a row the causal mask keeps them apart. Rows are sorted by length within two
+    batches only: kinds differ in length, and a batch of one kind sets learning back several times.
     """
     while True:
-        bucket = encode(tokenizer, list(itertools.islice(stream, rows * _BATCHES_A_BUCKET)))
-        bucket.sort(key=lambda row: len(row[0]) + len(row[1]))
-        for start in range(0, len(bucket), rows):
-            group = bucket[start : start + rows]
-            length = max(len(prompt) + len(answer) for prompt, answer in group)
+        bucket = list(itertools.islice(stream, rows * _BATCHES_A_BUCKET))
+        prompts = tokenizer([_opened(dialogue) for dialogue in bucket])["input_ids"]
+        answers = tokenizer([f"{dialogue.answer}{END}" for dialogue in bucket])["input_ids"]
+        pairs = sorted(zip(prompts, answers, strict=True), key=lambda pair: len(pair[0] + pair[1]))
+        for start in range(0, len(pairs), rows):
+            group = pairs[start : start + rows]
+            length = max(len(prompt + answer) for prompt, answer in group)
             ids = torch.full((len(group), length), tokenizer.pad_token_id)
             labels = torch.full((len(group), length), _IGNORED)
             for index, (prompt, answer) in enumerate(group):
-                end = len(prompt) + len(answer)
+                end = len(prompt + answer)
                 ids[index, :end] = torch.tensor(prompt + answer)
                 labels[index, len(prompt) : end] = torch.tensor(answer)
             yield ids, labels
@@ -249,10 +229,10 @@ def measure(
 
 
 def _write_prompts(path: Path, kept: Sequence[Dialogue], *, prefix: str) -> None:
-    rows = (
-        {"id": f"{prefix}-{index:05d}", "prompt": dialogue.prompt, "category": dialogue.category}
-        for index, dialogue in enumerate(kept)
-    )
+    rows = [
+        {"id": f"{prefix}-{index:05d}", "prompt": each.prompt, "category": each.category}
+        for index, each in enumerate(kept)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -281,7 +261,7 @@ def make_target(
     out: Path,
     *,
     seed: int = 0,
-    steps: int = 700,
+    steps: int = 640,
     num_prompts: int = 1500,
     num_held_out: int = 96,
     hidden_size: int = 192,
@@ -329,5 +309,4 @@ def make_target(
         _write_prompts(folder / "prompts.jsonl", prompts, prefix="demo")
         _write_prompts(folder / "held_out.jsonl", held_out, prefix="held-out")
         write_json(folder / FACTS, {"arguments": arguments, "facts": dataclasses.asdict(facts)})
-    logger.info("made %s: %s", out, facts)
     return facts
