@@ -175,6 +175,11 @@ def test_draft_vocabulary_invariants(counts: list[int], data: st.DataObject) -> 
     assert not left_out or min(counts[i] for i in ids) >= max(left_out)
 
 
+def test_ties_go_to_the_lower_id() -> None:
+    draft = vocab.from_counts(torch.ones(50_000, dtype=torch.int64), 1000)
+    assert draft.token_ids.tolist() == list(range(1000))
+
+
 def test_a_broken_draft_vocabulary_is_refused() -> None:
     draft = vocab.from_counts(torch.tensor([5, 0, 9, 1, 9, 1]), 3)
     rolled = vocab.DraftVocab(draft.d2t.roll(1), draft.t2d)

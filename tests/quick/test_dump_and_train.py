@@ -153,9 +153,10 @@ def test_a_target_that_changed_since_is_refused(workspace: Path) -> None:
     data = bytearray(weights_file.read_bytes())
     data[-1] ^= 0xFF
     weights_file.write_bytes(data)
-    done = run(workspace, "train")
-    assert done.returncode == 2
-    assert "its weights changed since" in done.stderr
+    for stage in ("dump", "train"):
+        done = run(workspace, stage)
+        assert done.returncode == 2
+        assert "its weights changed since" in done.stderr
 
 
 def test_other_aux_layers_than_dumped_are_refused(workspace: Path) -> None:
