@@ -317,6 +317,21 @@ def test_slot_4_at_step_1_is_decided_by_the_argmax_at_token_6() -> None:
         assert bool(rows.counted[1, 4])
 
 
+def test_a_guess_outside_the_vocabulary_carries_no_loss_and_is_a_miss() -> None:
+    """Even where the draft's best is the best of what is left of the target's distribution."""
+    case = make_case(lengths=(40, 30), seed=1)
+    inside = dataclasses.replace(case.batch, in_vocab=torch.ones(70, dtype=torch.bool))
+    outside = dataclasses.replace(case.batch, in_vocab=torch.zeros(70, dtype=torch.bool))
+    _, sums = ttt_loss(case.head, inside, case.output, num_steps=2, decay=0.8)
+    assert (sums.hits > 0).all()
+    assert torch.equal(sums.carried, sums.counted)
+    loss, without = ttt_loss(case.head, outside, case.output, num_steps=2, decay=0.8)
+    assert loss.item() == 0.0
+    assert torch.equal(without.counted, sums.counted)
+    assert not without.hits.any()
+    assert not without.carried.any()
+
+
 def test_the_worked_example_of_the_soft_target() -> None:
     """Slots [2, 3, 4]; slot 3 at step 1 is scored against p_5, the third row of finals."""
     torch.manual_seed(0)
