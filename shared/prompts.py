@@ -1,114 +1,279 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of prompts: JSON lines with `prompt` or `messages`, and optionally `id` and `category`.
+"""A row of somebody's data set as a `Prompt`: turns to play with the target.
 
-synth answers such rows and bench measures on them. Every line is accounted for: one that cannot be
-used comes back as a `BadRow` with its line number and a reason, and never ends the reading.
+synth answers prompts and bench measures on them. The shapes that a row may have:
+
+    {"messages": [{"role": ..., "content": ...}, ...]}       chat; "conversation(s)" likewise
+    {"conversations": [{"from": "human", "value": ...}]}      ShareGPT
+    {"turns": ["first question", "second question"]}          MT-Bench's question.jsonl
+    {"prompt": ...}, {"question": ...}, {"instruction": ..., "input": ..., "output": ...}
+
+and beside them an id, a `category` and the `tools` that the target may call. A row that cannot be
+used comes back as a `BadRow` with its place and a reason, and never ends the reading.
+
+Worked example: [system, user, assistant, user] is two turns: the first asks (system, user) and the
+row's own answer to it is the assistant's message; the second asks (user,) and has no answer.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from shared.errors import UserError
+Message = dict[str, Any]
+Row = Mapping[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+TEXT_COLUMNS = ("prompt", "question", "query", "instruction")
+ANSWER_COLUMNS = ("response", "output", "answer", "completion")
+ID_COLUMNS = ("id", "sample_id", "conversation_id", "question_id", "prompt_id", "uuid")
+_LONGEST_ID = 512
+COLUMNS = ("messages", "turns", "prompt", "answer", "id", "category", "tools")
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+# What may stand before a message; "" is the beginning of the conversation.
+_MAY_FOLLOW = {
+    "system": {""},
+    "user": {"", "system", "assistant", "tool"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What is said before the target speaks, and what the row itself has as the answer."""
+
+    asked: tuple[Message, ...]
+    answer: Message | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One conversation whose next turn the target shall answer; it ends with a user turn."""
+    """A conversation to play: at least one turn."""
 
     sample_id: str
-    messages: tuple[dict[str, str], ...]
-    category: str
+    turns: tuple[Turn, ...]
+    category: str = ""
+    source: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """Every message, the row's own answers included."""
+        parts = [(*turn.asked, *([turn.answer] if turn.answer else [])) for turn in self.turns]
+        return tuple(message for part in parts for message in part)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """Everything up to the last thing asked: what an engine answers in one go."""
+        end = len(self.conversation) - (self.turns[-1].answer is not None)
+        return self.conversation[:end]
+
+    def content_hash(self) -> str:
+        """16 hex digits over turns and tools: equal for exact duplicates."""
+        text = json.dumps([self.conversation, self.tools], sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A line that is no prompt, and why."""
+    """A row that is no prompt: where it stands, and why."""
 
     row: str
     reason: str
     detail: str
 
 
-class _Unusable(ValueError):
-    def __init__(self, reason: str, detail: str = "") -> None:
+class Unusable(ValueError):
+    """A row cannot be used; `reason` is a short word for the accounting."""
+
+    def __init__(self, reason: str, detail: object = "") -> None:
         super().__init__(reason)
         self.reason = reason
-        self.detail = detail
+        self.detail = str(detail)[:200]
 
 
-def _messages(row: dict[str, Any]) -> tuple[dict[str, str], ...]:
-    if "prompt" in row:
-        raw: Any = [{"role": "user", "content": row["prompt"]}]
-    elif "messages" in row:
-        raw = row["messages"]
-    else:
-        raise _Unusable("no_prompt", f"keys {sorted(map(str, row))[:8]}")
-    if not isinstance(raw, list) or not raw:
-        raise _Unusable("empty_messages")
-    messages = []
-    for message in raw:
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise _Unusable("unknown_role", repr(role)[:80])
-        content = message.get("content")
-        if not isinstance(content, str) or not content.strip():
-            raise _Unusable("empty_content")
-        messages.append({"role": role, "content": content})
-    if messages[-1]["role"] != "user":
-        raise _Unusable("last_turn_not_user")
-    return tuple(messages)
-
-
-def _sample_id(row: dict[str, Any], messages: tuple[dict[str, str], ...]) -> str:
-    """The row's own id, else a hash of its content: stable over runs and over file order."""
-    own = row.get("id")
-    if isinstance(own, str | int) and not isinstance(own, bool) and str(own):
-        return str(own)
-    text = json.dumps(messages, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def parse_prompt(line: bytes) -> Prompt:
-    """One line as a prompt; raises ValueError with `.reason` where it is none."""
+def _encodable(text: str) -> str:
+    """JSON can spell half a surrogate pair, which no file can hold."""
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _Unusable("not_utf8", str(error)) from error
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Unusable("not_utf8", error.reason) from error
+    return text
+
+
+def _text(content: Any) -> str:
+    """A message's text; lists of text parts, as the OpenAI format has them, are joined."""
+    if isinstance(content, list) and content:
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            raise Unusable("not_text", "content has parts that are no text")
+        content = "".join(str(part.get("text") or "") for part in content)
+    if content is None:
+        return ""
+    if not isinstance(content, str):
+        raise Unusable("not_text", f"content is {type(content).__name__}")
+    return _encodable(content)
+
+
+def _json(value: Any, what: str) -> Any:
+    """`value` itself, or what its text holds: Parquet columns carry nested things as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise _Unusable("broken_json", str(error)) from error
-    if not isinstance(row, dict):
-        raise _Unusable("not_an_object", type(row).__name__)
-    messages = _messages(row)
-    return Prompt(_sample_id(row, messages), messages, str(row.get("category") or ""))
+        raise Unusable(f"broken_{what}", error) from error
 
 
-def read_prompts(path: Path) -> Iterator[Prompt | BadRow]:
-    """Every non-blank line of `path`, in order; a second row with the same id is a BadRow.
+def _tool_calls(raw: Any) -> list[dict[str, Any]]:
+    calls = _json(raw, "tool_calls") or []
+    if not isinstance(calls, list):
+        raise Unusable("broken_tool_calls", type(calls).__name__)
+    found = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Unusable("broken_tool_calls", call)
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str):  # the API's own form is JSON text
+            arguments = json.dumps(arguments if arguments is not None else {}, ensure_ascii=False)
+        plain = {"name": function["name"], "arguments": arguments}
+        found.append({"id": str(call.get("id") or ""), "type": "function", "function": plain})
+    return found
+
+
+def _message(raw: Any) -> Message:
+    if not isinstance(raw, dict):
+        raise Unusable("not_a_message", type(raw).__name__)
+    named = raw.get("role", raw.get("from"))
+    role = _ROLES.get(named) if isinstance(named, str) else None
+    if role is None:
+        raise Unusable("unknown_role", repr(named))
+    message: Message = {"role": role, "content": _text(raw.get("content", raw.get("value")))}
+    if role == "assistant":
+        reasoning = raw.get("reasoning_content") or raw.get("reasoning")
+        if isinstance(reasoning, str):
+            message["reasoning_content"] = reasoning
+        if calls := _tool_calls(raw.get("tool_calls")):
+            message["tool_calls"] = calls
+    if role == "tool" and isinstance(raw.get("tool_call_id"), str):
+        message["tool_call_id"] = raw["tool_call_id"]
+    if not message["content"].strip() and "tool_calls" not in message:
+        raise Unusable("empty_content", role)
+    return message
+
+
+def _turns_of(messages: Iterable[Message]) -> Iterator[Turn]:
+    asked: list[Message] = []
+    before = ""
+    for message in messages:
+        role = message["role"]
+        if before not in _MAY_FOLLOW[role]:
+            reason = (
+                f"two_{role}_turns" if role == before else f"{role}_after_{before or 'nothing'}"
+            )
+            raise Unusable(reason)
+        if role == "assistant":
+            yield Turn(tuple(asked), message)
+            asked = []
+        else:
+            asked.append(message)
+        before = role
+    if before == "system":
+        raise Unusable("no_user_turn")
+    if asked:
+        yield Turn(tuple(asked))
+
+
+def _first(row: Row, names: Iterable[str]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _find_turns(row: Row, columns: Mapping[str, str]) -> tuple[Turn, ...]:
+    """The turns, from the column that is there; an empty conversation is an error."""
+    chat = _first(row, [columns["messages"]] if "messages" in columns else CHAT_COLUMNS)
+    questions = row.get(columns.get("turns", "turns"))
+    text = _first(row, [columns["prompt"]] if "prompt" in columns else TEXT_COLUMNS)
+    if isinstance(text, list):  # some data sets keep a whole chat under "prompt"
+        chat, text = chat if chat is not None else text, None
+    if chat is not None:
+        chat = _json(chat, "messages")
+        if not isinstance(chat, list) or not chat:
+            raise Unusable("empty_messages")
+        return tuple(_turns_of(map(_message, chat)))
+    if questions is not None:
+        if not isinstance(questions, list) or not questions:
+            raise Unusable("empty_messages")
+        return tuple(Turn((_message({"role": "user", "content": text}),)) for text in questions)
+    if text is None:
+        raise Unusable("no_prompt", f"keys {sorted(map(str, row))[:8]}")
+    if "prompt" not in columns and text is row.get("instruction") and row.get("input"):
+        text = f"{_text(text)}\n\n{_text(row['input'])}"
+    answer = _first(row, [columns["answer"]] if "answer" in columns else ANSWER_COLUMNS)
+    said = isinstance(answer, str) and answer.strip()
+    asked = (_message({"role": "user", "content": text}),)
+    return (Turn(asked, {"role": "assistant", "content": answer} if said else None),)
+
+
+def _find_tools(row: Row, columns: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+    tools = _json(row.get(columns.get("tools", "tools")), "tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable("broken_tools", type(tools).__name__)
+    wrapped = (t if "function" in t else {"type": "function", "function": t} for t in tools)
+    return tuple(wrapped)
+
+
+def parse_row(row: Any, *, source: str = "", columns: Mapping[str, str] | None = None) -> Prompt:
+    """A data set's row as a prompt.
+
+    Args:
+        columns: where this data set keeps things, as our name (`COLUMNS`) -> its column.
 
     Raises:
-        UserError: the file cannot be read.
+        Unusable: it is none, with the reason.
     """
-    seen: set[str] = set()
+    if not isinstance(row, Mapping):
+        raise Unusable("not_an_object", type(row).__name__)
+    columns = columns or {}
+    turns = _find_turns(row, columns)
+    own = _first(row, [columns["id"]] if "id" in columns else ID_COLUMNS)
+    named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
+    if named and not (len(_encodable(str(own))) <= _LONGEST_ID and str(own).isprintable()):
+        raise Unusable("bad_id", f"expected at most {_LONGEST_ID} printable characters")
+    category = row.get(columns.get("category", "category"))
+    prompt = Prompt(
+        sample_id=str(own) if named else "",
+        turns=turns,
+        category=category if isinstance(category, str) else "",
+        source=source,
+        tools=_find_tools(row, columns),
+    )
+    # A row without an id gets its content's hash: stable over runs and over the file's order.
+    return prompt if named else dataclasses.replace(prompt, sample_id=prompt.content_hash())
+
+
+def parse_line(line: bytes) -> Any:
+    """The JSON value of a line.
+
+    Raises:
+        Unusable: it is not UTF-8, or not JSON.
+    """
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    prompt = parse_prompt(line)
-                except _Unusable as unusable:
-                    yield BadRow(f"line {number}", unusable.reason, unusable.detail)
-                    continue
-                if prompt.sample_id in seen:
-                    yield BadRow(prompt.sample_id, "duplicate_id", f"line {number}")
-                    continue
-                seen.add(prompt.sample_id)
-                yield prompt
-    except OSError as error:
-        raise UserError(f"could not read prompts from {path}: {error.strerror}.") from error
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Unusable("not_utf8", error) from error
+    except (ValueError, RecursionError) as error:
+        raise Unusable("broken_json", error) from error

@@ -20,7 +20,8 @@ from shared.errors import OutputError, RetryableError, UserError
 from shared.manifest import Artifact, require_parent
 from shared.paths import require_input
 from shared.process import die_with_parent, end_group, stop_if_requested
-from shared.prompts import BadRow, Prompt, read_prompts
+from shared.prompts import BadRow, Prompt
+from shared.sources import read_prompts
 from shared.status import Accounting, Status
 from stages.bench import report
 from stages.bench.config import BenchConfig

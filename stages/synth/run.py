@@ -15,7 +15,8 @@ from shared.conversations import Conversation
 from shared.manifest import Artifact
 from shared.paths import require_input
 from shared.process import stop_if_requested
-from shared.prompts import BadRow, Prompt, read_prompts
+from shared.prompts import BadRow, Prompt
+from shared.sources import read_prompts
 from shared.status import Accounting, Status
 from stages.synth.config import SynthConfig
 

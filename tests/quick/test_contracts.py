@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from shared import conversations, hidden_states, layers, vocab
 from shared.conversations import Conversation
 from shared.errors import UserError
-from shared.prompts import BadRow, Prompt, read_prompts
+from shared.prompts import BadRow, Prompt
+from shared.sources import read_prompts
 
 GOOD_LINES = [
     b'{"id": "a", "prompt": "Hello", "category": "greeting"}',
