@@ -136,6 +136,7 @@ def launch(stage: str, commands: Commands, argv: Sequence[str] | None = None) ->
     if not isinstance(config, StageConfig):
         sys.exit(_run(config, function, None))
     is_stage = command == next(iter(commands))
-    with logged_to(config.paths.log(stage)):
-        code = _run(config, function, Status(config.paths.status(stage)) if is_stage else None)
+    name = config.process_name
+    with logged_to(config.paths.log(name)):
+        code = _run(config, function, Status(config.paths.status(name)) if is_stage else None)
     sys.exit(code)

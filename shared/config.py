@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 
 from shared.errors import UserError
 from shared.paths import STAGES, RunPaths
+from shared.process import Share
 
 SECTIONS = ("run", *STAGES)
 
@@ -108,6 +109,17 @@ class StageConfig(CommandConfig):
     @property
     def paths(self) -> RunPaths:
         return RunPaths(self.workspace, self.run.name)
+
+    @property
+    def share(self) -> Share:
+        """The part of the stage's work that this process does: all of it, but for `ShardedConfig`."""
+        return Share()
+
+    @property
+    def process_name(self) -> str:
+        """What this process's log and status file are called."""
+        share = self.share
+        return self.section if share.count == 1 else f"{self.section}-{share.index}"
 
     def identity(self) -> dict[str, Any]:
         """The resolved identity keys that this stage consumes, as `section.key` -> JSON value."""

@@ -2,7 +2,7 @@
 """Files that appear whole or not at all: written beside their final name, fsynced, renamed.
 
 A reader never sees half a file, whatever killed the writer. What a killed writer leaves behind is
-named `.<name>.tmp-<pid>` and is swept by the next writer of the same folder.
+named `.<name>.tmp-<host>-<pid>` and is swept by the next writer of the same folder.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    # Processes in containers of their own, with like process ids, may write into one folder.
+    return path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
 
 
 @contextlib.contextmanager
@@ -89,14 +92,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def sweep_temporaries(folder: Path) -> None:
-    """Delete what a killed writer left in `folder`."""
+def sweep_temporaries(folder: Path, *, idle_s: float = 0.0) -> None:
+    """Delete what a killed writer left in `folder` and nobody has touched for `idle_s`."""
     if folder.is_dir():
         for leftover in folder.glob(".*.tmp-*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # its writer may be alive, and done with it
+                if time.time() - leftover.stat().st_mtime < idle_s:
+                    continue
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
 
 
 @contextlib.contextmanager
@@ -115,7 +123,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if item.is_file():
                 with item.open("rb+") as handle:
                     os.fsync(handle.fileno())
-        previous = path.with_name(f".{path.name}.tmp-{os.getpid()}-previous")
+        previous = temporary.with_name(f"{temporary.name}-previous")
         if path.exists():
             path.replace(previous)
         temporary.replace(path)

@@ -20,12 +20,15 @@ from typing import Any
 from shared import files, provenance
 from shared.config import StageConfig
 from shared.errors import UserError
-from shared.process import exclusive
+from shared.process import lock
 
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
 SCHEMA_VERSION = 1
-_NO_WORK = {IDENTITY, ".lock", "rejects.jsonl"}
+LOCK = ".lock"  # every lock file's name begins so
+# What a process of several leaves behind is swept once no writer can still be at it.
+_SHARED_SWEEP_S = 3600.0
+_NO_WORK = {IDENTITY, "rejects.jsonl"}
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +131,8 @@ class Artifact:
         if found is None or not (manifest or self._holds_work()):
             return False
         if fingerprint(found) == self.fingerprint:
-            if manifest and not self.config.overwrite:
+            # Of several processes none may undo what another has just made.
+            if manifest and (self._is_shared or not self.config.overwrite):
                 logger.info("already done: %s", self.folder / MANIFEST)
                 return True
             return False
@@ -149,27 +153,67 @@ class Artifact:
 
     def _holds_work(self) -> bool:
         """Whether anything lies here that a new configuration would lose."""
-        return any(path.name not in _NO_WORK for path in self.folder.iterdir())
+        return any(
+            path.name not in _NO_WORK and not path.name.startswith(LOCK)
+            for path in self.folder.iterdir()
+        )
+
+    @property
+    def _is_shared(self) -> bool:
+        return self.config.share.count > 1
 
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:
-        """Hold the folder; what a killed run of the same configuration left stays for resuming.
+        """Hold the folder, or this process's share of it (see `shared/sharding.py`).
+
+        What a killed run of the same configuration left stays for resuming.
 
         Raises:
             RetryableError: another process works on it.
         """
-        with exclusive(self.folder):
+        if self._is_shared:
+            with self._work_on_share():
+                yield
+            return
+        with lock(self.folder / LOCK):
             if self.config.overwrite:
                 self._clear()
             files.sweep_temporaries(self.folder)
             files.write_json(self.folder / IDENTITY, self.identity)
             yield
 
+    @contextlib.contextmanager
+    def _work_on_share(self) -> Iterator[None]:
+        share = self.config.share
+        with contextlib.ExitStack() as held:
+            with lock(self.folder / f"{LOCK}-setup", wait=True):
+                found = self._started_identity()
+                if found is not None and fingerprint(found) != self.fingerprint:
+                    with lock(self.folder / LOCK):  # nobody is at work on the other configuration
+                        self._clear()
+                        found = None
+                if found is None:
+                    files.write_json(self.folder / IDENTITY, self.identity)
+                held.enter_context(lock(self.folder / LOCK, alone=False))
+                own = f"{LOCK}-{share.index}-of-{share.count}"
+                held.enter_context(lock(self.folder / own))
+            files.sweep_temporaries(self.folder, idle_s=_SHARED_SWEEP_S)
+            yield
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[bool]:
+        """True in the one process that is to call `finish`; another one, later, gets False."""
+        if not self._is_shared:
+            yield True
+            return
+        with lock(self.folder / f"{LOCK}-finish", wait=True):
+            yield not (self.folder / MANIFEST).exists()
+
     def _clear(self) -> None:
         # The manifest goes first: a half-deleted artifact must not look complete.
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for item in self.folder.iterdir():
-            if item.name == ".lock":
+            if item.name.startswith(LOCK):
                 continue
             if item.is_dir() and not item.is_symlink():
                 shutil.rmtree(item)

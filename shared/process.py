@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage is as a process: it can be asked to stop, and it holds its folder alone."""
+"""What a stage is as a process: it can be asked to stop, and it holds its folder, or its share."""
 
 import contextlib
 import ctypes
+import dataclasses
+import errno
 import fcntl
 import os
 import signal
@@ -43,32 +45,61 @@ def stop_if_requested(saved: str) -> None:
         raise Stopped(f"stopped by a signal; {saved}. Run the same command again to continue.")
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of a stage's work is this process's: part `index` of `count`.
+
+    Worked example, 7 shards and 3 processes: process 1 owns the shards 1 and 4.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def owns(self, item: int) -> bool:
+        """Whether item `item` (a shard, a chunk) is this process's to make."""
+        return item % self.count == self.index
+
+
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone.
+def lock(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator[int]:
+    """Hold the lock file `path`, alone or together with others that do not ask to be alone.
+
+    Yields:
+        its descriptor.
 
     Raises:
-        RetryableError: another live process holds it; nothing was changed.
+        RetryableError: another live process holds it and `wait` is false; nothing was changed.
+        UserError: the folder cannot be written, or its file system has no locks.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(
-            f"could not write to {folder}: {error.strerror}. Make the workspace writable."
+            f"could not write to {path.parent}: {error.strerror}. Make the workspace writable."
         ) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise RetryableError(
-            f"another process is working on {folder}. Wait for it, or stop it; "
-            "this one changed nothing."
-        ) from error
-    try:
-        yield
+        _flock(descriptor, path, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, wait)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _flock(descriptor: int, path: Path, mode: int, wait: bool) -> None:
+    try:
+        fcntl.flock(descriptor, mode if wait else mode | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RetryableError(
+            f"another process is working on {path.parent}. Wait for it, or stop it; "
+            "this one changed nothing."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        raise UserError(
+            f"the file system of {path.parent} has no locks ({error.strerror}): mount it with them "
+            "(Lustre: -o flock), or two processes could write one artifact."
+        ) from error
 
 
 def die_with_parent() -> None:

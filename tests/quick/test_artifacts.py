@@ -15,7 +15,7 @@ from shared import files
 from shared.config import build
 from shared.errors import OutputError, RetryableError, UserError
 from shared.manifest import Artifact, fingerprint, read_manifest, require_parent
-from shared.process import exclusive
+from shared.process import lock
 from shared.status import Accounting
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig
@@ -162,18 +162,18 @@ def test_a_damaged_manifest_is_a_users_error(tmp_path: Path, text: str) -> None:
 
 def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
     code = (
-        "import time; from pathlib import Path; from shared.process import exclusive\n"
-        f"with exclusive(Path({str(tmp_path)!r})):\n"
+        "import time; from pathlib import Path; from shared.process import lock\n"
+        f"with lock(Path({str(tmp_path / '.lock')!r})):\n"
         "    print('held', flush=True); time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout is not None
     holder.stdout.readline()
-    with pytest.raises(RetryableError, match="another process"), exclusive(tmp_path):
+    with pytest.raises(RetryableError, match="another process"), lock(tmp_path / ".lock"):
         pass
     holder.kill()
     holder.wait()
-    with exclusive(tmp_path):  # a dead holder holds nothing
+    with lock(tmp_path / ".lock"):  # a dead holder holds nothing
         pass
 
 
