@@ -68,9 +68,9 @@ def arrow_schema() -> Any:
     )
 
 
-def part_name(index: int) -> str:
-    """File name of part `index`."""
-    return f"part-{index:05d}.parquet"
+def part_name(index: int, share: int = 0) -> str:
+    """File name of part `index` of the process that does share `share`."""
+    return f"part-{share:05d}-{index:05d}.parquet"
 
 
 def write_part(path: Path, rows: Sequence[Conversation]) -> None:
@@ -103,6 +103,39 @@ def _conversation(record: dict[str, Any]) -> Conversation:
     return row
 
 
+def _wrong_part(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: expected conversations in Parquet, found {type(error).__name__}: {error}. "
+        "Restore the file, or run synth again with --overwrite."
+    )
+
+
+def _require_schema(path: Path, found: Any) -> None:
+    version = (found.metadata or {}).get(b"eyrie.schema_version", b"none").decode()
+    if version != SCHEMA_VERSION or not found.equals(arrow_schema()):
+        raise UserError(
+            f"{path}: expected conversations of schema version {SCHEMA_VERSION}, found version "
+            f"{version} with the columns {found.names}. Run synth again."
+        )
+
+
+def read_columns(path: Path, names: Sequence[str]) -> Any:
+    """Some columns of a part, as a pyarrow table: what accounting needs without the token ids.
+
+    Raises:
+        UserError: not a Parquet file, or another schema or version.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as part:
+            _require_schema(path, part.schema_arrow)
+            return part.read(columns=list(names))
+    except (pa.ArrowException, OSError) as error:
+        raise _wrong_part(path, error) from error
+
+
 def read_part(path: Path) -> Iterator[Conversation]:
     """Every row of one part, in order, checked.
 
@@ -114,20 +147,11 @@ def read_part(path: Path) -> Iterator[Conversation]:
 
     try:
         with pq.ParquetFile(path) as part:
-            found = part.schema_arrow
-            version = (found.metadata or {}).get(b"eyrie.schema_version", b"none").decode()
-            if version != SCHEMA_VERSION or not found.equals(arrow_schema()):
-                raise UserError(
-                    f"{path}: expected conversations of schema version {SCHEMA_VERSION}, found "
-                    f"version {version} with the columns {found.names}. Run synth again."
-                )
+            _require_schema(path, part.schema_arrow)
             for batch in part.iter_batches(batch_size=256):
                 yield from map(_conversation, batch.to_pylist())
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: expected conversations in Parquet, found {type(error).__name__}: {error}. "
-            "Restore the file, or run synth again with --overwrite."
-        ) from error
+        raise _wrong_part(path, error) from error
 
 
 def read_conversations(folder: Path) -> Iterator[Conversation]:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ class Accounting:
         self.skipped: collections.Counter[str] = collections.Counter()
         self.failed: collections.Counter[str] = collections.Counter()
         self._rejects: list[dict[str, str]] = []
+
+    @classmethod
+    def sum_of(cls, counts: Iterable[Mapping[str, Any]]) -> "Accounting":
+        """What several `as_dict` come to, without the rows' reasons."""
+        total = cls()
+        for each in counts:
+            total.ok += each["ok"]
+            total.skipped.update(each["skipped"])
+            total.failed.update(each["failed"])
+        return total
 
     def skip(self, row: str, reason: str, detail: str = "") -> None:
         self.skipped[reason] += 1
@@ -133,6 +144,12 @@ class Status:
         shown = " ".join(f"{name}={value}" for name, value in facts.items())
         logger.info("%s=%d/%d %s left_s=%s", unit, done, total, shown, left)
         self._write("running", progress={"done": done, "total": total, "unit": unit, **facts})
+
+    def rate(self, amount: float) -> int:
+        """`amount` a second since progress began."""
+        began_s = self._first[0] if self._first else time.monotonic()
+        passed_s = time.monotonic() - began_s
+        return round(amount / passed_s) if passed_s > 0 else 0
 
     def started(self) -> None:
         self._write("running")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The client's side: many requests in flight, exact token ids back.
+"""Many requests in flight against one or more servers; what may yet succeed is asked again.
 
 vLLM answers `return_token_ids` with the prompt's ids and each choice's ids, so nothing is ever
 tokenised here.
@@ -8,39 +8,69 @@ tokenised here.
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
 import openai
 import tenacity
 
 from shared.conversations import Conversation
-from shared.errors import OutputError, RetryableError
+from shared.errors import OutputError
 from shared.process import stop_requested
-from shared.prompts import Prompt
+from shared.prompts import Message, Prompt
 from stages.synth.config import SynthConfig
-from stages.synth.engine import MODEL_NAME, Server
+from stages.synth.mixture import request_seed, sampling_of
+from stages.synth.play import Played, Refused, Reply, play, to_rows
 
 logger = logging.getLogger(__name__)
 
 _MAY_YET_SUCCEED = (
-    openai.APIConnectionError,
-    openai.APITimeoutError,
+    openai.APIConnectionError,  # a timeout is one, too
     openai.RateLimitError,
     openai.InternalServerError,
 )
 
 
+class ServerDiedError(Exception):
+    """No server answers any more; the rows in flight are to be asked again."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Refused:
-    """A prompt that the server would not answer, and why."""
+class Endpoint:
+    """A server: its address, the name of its model, its key, and how to tell what became of it."""
+
+    base_url: str
+    model: str
+    api_key: str
+    has_ended: Callable[[], bool]  # its process is gone; asked before each request
+    is_healthy: Callable[[], bool]  # it answers /health; asked after a failure
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one prompt: rows, or a refusal."""
 
     prompt: Prompt
-    reason: str
-    detail: str
+    rows: tuple[Conversation, ...] = ()
+    refused: Refused | None = None
+    ended_early: str = ""
 
 
-def _to_conversation(prompt: Prompt, response: Any, source: str) -> Conversation:
+def _message(choice: Any) -> Message:
+    message: Message = {"role": "assistant", "content": choice.message.content or ""}
+    extra = choice.message.model_extra or {}
+    reasoning = extra.get("reasoning") or extra.get("reasoning_content")
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if choice.message.tool_calls:
+        message["tool_calls"] = [
+            call.model_dump(include={"id", "type", "function"})
+            for call in choice.message.tool_calls
+        ]
+    return message
+
+
+def _reply(response: Any) -> Reply:
     choice = response.choices[0]
     prompt_ids = (response.model_extra or {}).get("prompt_token_ids")
     answer_ids = (choice.model_extra or {}).get("token_ids")
@@ -49,90 +79,163 @@ def _to_conversation(prompt: Prompt, response: Any, source: str) -> Conversation
             "the server's answer carries no token ids: it must understand return_token_ids "
             "(vLLM 0.10.2 or newer)."
         )
-    start, end = len(prompt_ids), len(prompt_ids) + len(answer_ids)
-    answer = {"role": "assistant", "content": choice.message.content or ""}
-    return Conversation(
-        sample_id=prompt.sample_id,
-        conversation_id=prompt.sample_id,
-        source=source,
-        category=prompt.category,
-        messages=(*prompt.messages, answer),
-        input_ids=(*prompt_ids, *answer_ids),
-        loss_spans=((start, end),) if answer_ids else (),
+    return Reply(
+        message=_message(choice),
+        prompt_ids=tuple(prompt_ids),
+        answer_ids=tuple(answer_ids),
         finish_reason=choice.finish_reason or "",
-        num_prompt_tokens=len(prompt_ids),
-        num_completion_tokens=len(answer_ids),
     )
 
 
-async def _answer(
-    client: openai.AsyncOpenAI, config: SynthConfig, prompt: Prompt, source: str
-) -> Conversation | Refused:
-    retrying = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(_MAY_YET_SUCCEED),
-        stop=tenacity.stop_after_attempt(config.max_retries + 1),
-        wait=tenacity.wait_exponential_jitter(initial=0.5, max=20),
-        reraise=True,
-    )
-    messages: Any = list(prompt.messages)
-    try:
-        async for attempt in retrying:
-            with attempt:
-                response = await client.chat.completions.create(
-                    model=MODEL_NAME,
-                    messages=messages,
-                    max_tokens=config.max_tokens,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    seed=config.run.seed,
-                    extra_body={"return_token_ids": True},
-                )
-    except openai.BadRequestError as error:
-        too_long = "context length" in str(error) or "max_model_len" in str(error)
-        return Refused(prompt, "too_long" if too_long else "refused_by_server", str(error)[:500])
-    conversation = _to_conversation(prompt, response, source)
-    if not conversation.loss_spans:
-        return Refused(prompt, "empty_answer", conversation.finish_reason)
-    return conversation
+class Client:
+    """Asks the endpoints in turn."""
 
-
-async def answer_all(
-    server: Server, config: SynthConfig, prompts: Iterable[Prompt], source: str
-) -> AsyncIterator[Conversation | Refused]:
-    """Every prompt's answer as it arrives, with at most `config.concurrency` in flight.
-
-    Ends early, without an error, when a stop was asked for.
-
-    Raises:
-        RetryableError: the server does not answer any more.
-    """
-    client = openai.AsyncOpenAI(
-        base_url=f"{server.base_url}/v1",
-        api_key=server.api_key,
-        timeout=config.request_timeout_s,
-        max_retries=0,
-    )
-    waiting = iter(prompts)
-    in_flight: set[asyncio.Task[Conversation | Refused]] = set()
-    try:
-        while not stop_requested():
-            while len(in_flight) < config.concurrency and (prompt := next(waiting, None)):
-                in_flight.add(asyncio.ensure_future(_answer(client, config, prompt, source)))
-            if not in_flight:
-                return
-            done, in_flight = await asyncio.wait(
-                in_flight, timeout=1.0, return_when=asyncio.FIRST_COMPLETED
+    def __init__(
+        self, endpoints: Sequence[Endpoint], config: SynthConfig, reasoning_end: tuple[int, ...]
+    ) -> None:
+        self.config = config
+        self._endpoints = endpoints
+        self._asked = 0
+        self._reasoning_end = reasoning_end
+        self._clients = {
+            endpoint.base_url: openai.AsyncOpenAI(
+                base_url=f"{endpoint.base_url}/v1",
+                api_key=endpoint.api_key,
+                timeout=config.request_timeout_s,
+                max_retries=0,
             )
-            for task in done:
-                yield task.result()
-    except openai.OpenAIError as error:
-        code = server.exit_code()
-        state = "still runs" if code is None else f"ended with code {code}"
-        raise RetryableError(
-            f"the vLLM server {state} and does not answer: {error}. Finished rows are saved; run "
-            "the same command again."
-        ) from error
-    finally:
-        for task in in_flight:
-            task.cancel()
-        await client.close()
+            for endpoint in endpoints
+        }
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.close()
+
+    def _options(self, prompt: Prompt, turn: int) -> dict[str, Any]:
+        config = self.config
+        temperature, top_p = sampling_of(config, prompt.sample_id)
+        extra: dict[str, Any] = {"return_token_ids": True}
+        switches = dict(config.chat_template_kwargs)
+        if config.reasoning == "disable":
+            switches = {"enable_thinking": False, "thinking": False, **switches}
+        if switches:
+            extra["chat_template_kwargs"] = switches
+        options: dict[str, Any] = {
+            "max_tokens": config.max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": request_seed(config, prompt.sample_id, turn),
+            "extra_body": extra,
+        }
+        if prompt.tools:
+            options["tools"] = list(prompt.tools)
+            # Without a parser the calls stay in the answer's text; the template shows the tools.
+            options["tool_choice"] = "auto" if config.tool_call_parser else "none"
+        return options
+
+    async def _ask(self, prompt: Prompt, messages: Sequence[Message], turn: int) -> Reply:
+        """One answer.
+
+        Raises:
+            Refused: the server will not, or could not in time although it lives.
+            ServerDiedError: it is gone.
+        """
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_MAY_YET_SUCCEED),
+            stop=tenacity.stop_after_attempt(self.config.max_retries + 1),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=20),
+            reraise=True,
+        )
+        conversation: Any = list(messages)
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    endpoint = self._endpoints[self._asked % len(self._endpoints)]
+                    self._asked += 1
+                    if endpoint.has_ended():
+                        raise ServerDiedError(f"{endpoint.base_url} is gone")
+                    response = await self._clients[endpoint.base_url].chat.completions.create(
+                        model=endpoint.model,
+                        messages=conversation,
+                        **self._options(prompt, turn),
+                    )
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            too_long = "context length" in str(error) or "max_model_len" in str(error)
+            raise Refused(
+                "too_long" if too_long else "refused_by_server", str(error)[:500]
+            ) from error
+        except _MAY_YET_SUCCEED as error:
+            healthy = [await asyncio.to_thread(each.is_healthy) for each in self._endpoints]
+            if not any(healthy):
+                raise ServerDiedError(str(error)) from error
+            slow = isinstance(error, openai.APITimeoutError)
+            raise Refused("timeout" if slow else "server_error", str(error)[:500]) from error
+        return _reply(response)
+
+    async def answer(self, prompt: Prompt) -> Outcome:
+        """Play one prompt to its end.
+
+        Raises:
+            ServerDiedError: no server answers any more.
+        """
+
+        async def ask(messages: Sequence[Message], turn: int) -> Reply:
+            return await self._ask(prompt, messages, turn)
+
+        try:
+            played: Played = await play(prompt, ask, self.config)
+        except Refused as refused:
+            return Outcome(prompt, refused=refused)
+        rows = tuple(to_rows(prompt, played, reasoning_end=self._reasoning_end))
+        if not rows:
+            said = played.turns[-1].reply
+            reason = "only_reasoning" if said.answer_ids else "empty_answer"
+            return Outcome(prompt, refused=Refused(reason, said.finish_reason))
+        return Outcome(prompt, rows, ended_early=played.ended_early)
+
+
+class Dispatcher:
+    """Keeps at most `concurrency` prompts in flight, and knows which they are."""
+
+    def __init__(self, concurrency: int) -> None:
+        self.concurrency = concurrency
+        self._in_flight: dict[asyncio.Task[Outcome], Prompt] = {}
+        self._again: list[Prompt] = []
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    async def outcomes(
+        self, client: Client, prompts: Iterable[Prompt]
+    ) -> AsyncGenerator[Outcome, None]:
+        """Every prompt's outcome as it arrives; what an earlier, dead server left comes first.
+
+        Ends early, without an error, when a stop was asked for.
+
+        Raises:
+            ServerDiedError: call again with a client of a new server and the same iterator.
+        """
+        waiting = iter(prompts)
+        try:
+            while not stop_requested():
+                while len(self) < self.concurrency and (prompt := self._next(waiting)):
+                    task = asyncio.ensure_future(client.answer(prompt))
+                    self._in_flight[task] = prompt
+                if not self._in_flight:
+                    return
+                done, _ = await asyncio.wait(
+                    self._in_flight, timeout=1.0, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    outcome = task.result()  # raises before the task is forgotten
+                    del self._in_flight[task]
+                    yield outcome
+        finally:
+            self._again += self._in_flight.values()
+            for task in self._in_flight:
+                task.cancel()
+            await asyncio.gather(*self._in_flight, return_exceptions=True)
+            self._in_flight = {}
+
+    def _next(self, waiting: Any) -> Prompt | None:
+        return self._again.pop(0) if self._again else next(waiting, None)

@@ -1,16 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section `synth` of a recipe."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from shared.config import StageConfig, identity, operational
+import pydantic
+
+from shared.config import Section, identity, operational
+from shared.sharding import ShardedConfig
+from shared.sources import Source
+
+# Server options that have a field of their own here, or that are ours alone to set.
+_OWN_OPTIONS = {
+    "model": "run.target",
+    "revision": "run.target_revision",
+    "max-model-len": "run.max_length_tokens",
+    "seed": "run.seed",
+    "trust-remote-code": "run.trust_remote_code",
+    "dtype": "synth.dtype",
+    "tensor-parallel-size": "synth.tensor_parallel_size",
+    "pipeline-parallel-size": "synth.pipeline_parallel_size",
+    "reasoning-parser": "synth.reasoning_parser",
+    "tool-call-parser": "synth.tool_call_parser",
+    "api-key": "the environment, which is the stage's own",
+    "host": "nothing: the server listens on loopback",
+    "port": "nothing: a free one is taken",
+    "served-model-name": "nothing: only this stage asks the server",
+}
+# Server options that change what the target answers, and so belong to the fingerprint.
+_CHANGE_ANSWERS = {
+    "chat-template",
+    "hf-overrides",
+    "kv-cache-dtype",
+    "load-format",
+    "lora-modules",
+    "quantization",
+    "rope-scaling",
+    "tokenizer",
+}
+_SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
-class SynthConfig(StageConfig):
+class SynthSource(Source):
+    """A source among several."""
+
+    weight: float = identity(1.0, "How often a row is drawn here, beside other sources.", gt=0)
+    max_samples: int | None = identity(None, "At most so many prompts from here.", ge=1)
+
+
+class Sampling(Section):
+    """One of several ways to sample."""
+
+    weight: float = identity(1.0, "Share of rows, beside the others.", gt=0)
+    temperature: float = identity(0.0, "Sampling temperature; 0 is greedy.", ge=0)
+    top_p: float = identity(1.0, "Nucleus sampling.", gt=0, le=1)
+
+
+class SynthConfig(ShardedConfig):
     """Answers prompts with the target's own vLLM server and writes Parquet with its token ids.
 
-    In:  a JSON-lines file of prompts (`prompt` or `messages`; `id` and `category` if you have them).
-    Out: <workspace>/<run>/synth/part-*.parquet, rejects.jsonl, manifest.json.
+    In:  prompts: JSON, JSON lines, Parquet, a folder, a glob, or a hub data set.
+    Out: <workspace>/<run>/synth/part-*.parquet, rejects*.jsonl, manifest.json.
     """
 
     section: ClassVar[str] = "synth"
@@ -22,21 +71,100 @@ class SynthConfig(StageConfig):
         "trust_remote_code",
     )
 
-    prompts: str = identity(..., "JSON-lines file of prompts (workspace first).")
+    prompts: str | None = identity(None, "One source of prompts; or give `sources`.")
+    sources: tuple[SynthSource, ...] = identity(
+        (), "Several: each with path, weight, max_samples, columns, split, subset, revision."
+    )
+    mode: Literal["regenerate", "complete", "keep"] = identity(
+        "regenerate",
+        "regenerate: every answer anew, turn by turn; complete: only the last; keep: none, the "
+        "rows' own answers.",
+    )
+    reasoning: Literal["keep", "drop", "disable"] = identity(
+        "keep",
+        "keep: reasoning is answer; drop: it is not trained on; disable: the template is told.",
+    )
+    reasoning_end: str = identity("</think>", "What ends the reasoning in the target's answers.")
+    max_samples: int | None = identity(None, "At most so many prompts in all.", ge=1)
+    shuffle: bool = identity(False, "Shuffle each source, seeded, through a buffer.")
+    shuffle_buffer_rows: int = identity(10_000, "Rows that the shuffle holds.", ge=1)
+    deduplicate: bool = identity(True, "Skip rows whose content was there before.")
     max_tokens: int = identity(1024, "Longest answer; run.max_length_tokens bounds it too.", ge=1)
     temperature: float = identity(0.0, "Sampling temperature; 0 is greedy.", ge=0)
     top_p: float = identity(1.0, "Nucleus sampling.", gt=0, le=1)
+    sampling: tuple[Sampling, ...] = identity(
+        (), "Instead: several ways to sample (weight, temperature, top_p), seeded over rows."
+    )
     dtype: str = identity("auto", "The server's dtype.")
+    chat_template_kwargs: dict[str, Any] = identity({}, "Switches for the target's chat template.")
+    reasoning_parser: str | None = identity(None, "vLLM's parser of this target's reasoning.")
+    tool_call_parser: str | None = identity(None, "vLLM's parser of this target's tool calls.")
 
+    endpoints: tuple[str, ...] = operational(
+        (), "Servers that run already (http://host:port), instead of one of our own."
+    )
     concurrency: int = operational(64, "Requests in flight.", ge=1)
     rows_per_part: int = operational(500, "Rows a Parquet part; a kill loses at most these.", ge=1)
     max_failed_fraction: float = operational(
         0.02, "More failed rows than this is exit 3.", ge=0, le=1
     )
     max_retries: int = operational(
-        5, "Attempts after the first, for a row that may yet succeed.", ge=0
+        5, "Attempts after the first, for a request that may yet succeed.", ge=0
     )
+    max_restarts: int = operational(3, "Starts after the first, for a server that died.", ge=0)
     request_timeout_s: float = operational(600.0, "Longest wait for one answer.", gt=0)
     startup_timeout_s: float = operational(1800.0, "Longest wait for the server's start.", gt=0)
     tensor_parallel_size: int = operational(1, "GPUs that share the target's layers.", ge=1)
+    pipeline_parallel_size: int = operational(1, "GPUs that take turns with them.", ge=1)
     server_args: dict[str, Any] = operational({}, "More vLLM server options by their own names.")
+    server_env: dict[str, str] = operational({}, "Environment of the server, no secrets.")
+
+    @pydantic.field_validator("server_args")
+    @classmethod
+    def _options_are_free(cls, options: dict[str, Any]) -> dict[str, Any]:
+        plain = {name.lstrip("-").replace("_", "-"): value for name, value in options.items()}
+        for name in plain:
+            if name in _OWN_OPTIONS:
+                raise ValueError(f"{name} is set by {_OWN_OPTIONS[name]}")
+        return plain
+
+    @pydantic.field_validator("server_env")
+    @classmethod
+    def _no_secrets(cls, variables: dict[str, str]) -> dict[str, str]:
+        for name in variables:
+            if any(word in name.upper() for word in _SECRET_WORDS):
+                raise ValueError(
+                    f"{name} looks like a secret, and a recipe is copied into manifests: set it "
+                    "in the stage's own environment, which the server inherits"
+                )
+        return variables
+
+    @pydantic.model_validator(mode="after")
+    def _one_way_each(self) -> "SynthConfig":
+        if (self.prompts is None) == (not self.sources):
+            raise ValueError("give either `prompts` or `sources`")
+        names = [source.name for source in self.sources]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources are named {doubled[0]}: rows could not be told apart")
+        if self.sampling and (self.temperature != 0 or self.top_p != 1):
+            raise ValueError("give either `sampling` or `temperature` and `top_p`")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        keys = super().identity()
+        for name in sorted(_CHANGE_ANSWERS & set(self.server_args)):
+            keys[f"synth.server_args.{name}"] = self.server_args[name]
+        return keys
+
+    @property
+    def all_sources(self) -> tuple[SynthSource, ...]:
+        return self.sources or (SynthSource(path=str(self.prompts)),)
+
+    @property
+    def all_sampling(self) -> tuple[Sampling, ...]:
+        return self.sampling or (Sampling(temperature=self.temperature, top_p=self.top_p),)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every answer is the target's argmax."""
+        return all(way.temperature == 0 for way in self.all_sampling)

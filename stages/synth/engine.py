@@ -7,6 +7,7 @@ environment, so that neither a log nor the process list shows it.
 """
 
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from shared.errors import RetryableError, UserError
 from shared.process import die_with_parent, end_group, stop_if_requested
+from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
 
 MODEL_NAME = "target"
@@ -47,6 +49,10 @@ def _arguments(config: SynthConfig, target: Path, port: int) -> list[str]:
         "max-model-len": config.run.max_length_tokens,
         "max-num-seqs": config.concurrency,
         "tensor-parallel-size": config.tensor_parallel_size,
+        "pipeline-parallel-size": config.pipeline_parallel_size,
+        "reasoning-parser": config.reasoning_parser,
+        "tool-call-parser": config.tool_call_parser,
+        "enable-auto-tool-choice": config.tool_call_parser is not None,
         "seed": config.run.seed,
         # The recipe says how to sample; the target's generation_config.json must not.
         "generation-config": "vllm",
@@ -55,7 +61,7 @@ def _arguments(config: SynthConfig, target: Path, port: int) -> list[str]:
         # Compiling for a CPU takes longer than most runs there.
         "enforce-eager": not any(path.exists() for path in _ACCELERATORS),
     }
-    arguments |= {name.replace("_", "-"): value for name, value in config.server_args.items()}
+    arguments |= config.server_args
     flags = []
     for name, value in arguments.items():
         if value is True:
@@ -64,6 +70,15 @@ def _arguments(config: SynthConfig, target: Path, port: int) -> list[str]:
             text = json.dumps(value) if isinstance(value, dict | list) else str(value)
             flags += [f"--{name}", text]
     return flags
+
+
+def is_healthy(base_url: str) -> bool:
+    """Whether a server answers /health."""
+    try:
+        with urllib.request.urlopen(f"{base_url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException):
+        return False
 
 
 class Server:
@@ -79,11 +94,7 @@ class Server:
         return self._process.poll()
 
     def healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.base_url}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            return False
+        return is_healthy(self.base_url)
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Return once /health answers.
@@ -115,14 +126,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(config: SynthConfig, target: Path) -> Iterator[Server]:
-    """A ready server for the length of the block."""
+def serve(config: SynthConfig, target: Path) -> Iterator[Endpoint]:
+    """A ready server of our own for the length of the block."""
     port, api_key = _free_port(), secrets.token_urlsafe(32)
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",  # its own progress would drown the stage's
         "VLLM_NO_USAGE_STATS": "1",
         **os.environ,
+        **config.server_env,
         "VLLM_API_KEY": api_key,
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -136,6 +148,12 @@ def serve(config: SynthConfig, target: Path) -> Iterator[Server]:
     try:
         server.wait_until_ready(config.startup_timeout_s)
         logger.info("the server is ready after %.0f s", time.monotonic() - started_s)
-        yield server
+        yield Endpoint(
+            base_url=server.base_url,
+            model=MODEL_NAME,
+            api_key=api_key,
+            has_ended=lambda: server.exit_code() is not None,
+            is_healthy=lambda: server.exit_code() is None and server.healthy(),
+        )
     finally:
         server.stop()

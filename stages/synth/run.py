@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts -> the target's answers -> Parquet.
 
-In: a JSON-lines file. Out: `part-*.parquet` with the server's own token ids. Cost: the target's
+In: prompts of any shape. Out: `part-*.parquet` with the server's own token ids. Cost: the target's
 generation time; the client is idle beside it. A killed run continues after its last whole part.
+Several processes may share the work; whoever finds all shares done writes the manifest.
 """
 
 import asyncio
@@ -10,14 +11,12 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared import conversations, files, target
-from shared.conversations import Conversation
+from shared import files, target
 from shared.manifest import Artifact
-from shared.paths import require_input
-from shared.process import stop_if_requested
+from shared.process import Share, stop_if_requested
 from shared.prompts import BadRow, Prompt
-from shared.sources import read_prompts
 from shared.status import Accounting, Status
+from stages.synth import mixture, parts
 from stages.synth.config import SynthConfig
 
 logger = logging.getLogger(__name__)
@@ -29,134 +28,134 @@ def run(config: SynthConfig) -> None:
     Raises:
         UserError: no prompts, no target, no chat template.
         OutputError: no row came out, or too many failed.
-        RetryableError: the server died or does not answer.
+        RetryableError: the server died too often, or does not answer.
     """
-    prompts_path = require_input(config.prompts, config.workspace, what="synth.prompts")
+    inputs = mixture.input_hashes(config)
     target_folder = target.locate(
         config.run.target, config.workspace, revision=config.run.target_revision
     )
     target.read_config(target_folder)
     target.require_chat_template(target_folder)
-    inputs = {
-        "prompts": files.sha256(prompts_path),
-        "target": target.weights_hash(target_folder),
-    }
+    inputs["target"] = target.weights_hash(target_folder)
     artifact = Artifact(config.paths.stage("synth"), config, inputs=inputs)
     if artifact.is_done():
         return
     with artifact.work():
-        writer = PartWriter(artifact.folder, config.rows_per_part)
-        accounting = Accounting()
-        rejects = artifact.folder / "rejects.jsonl"
-        waiting = list(_unanswered(prompts_path, writer.done_ids, accounting))
-        accounting.write_rejects(rejects)
-        accounting.check_input(
-            usable=accounting.ok + len(waiting),
-            max_failed_fraction=config.max_failed_fraction,
-            what=str(prompts_path),
-            rejects=rejects,
-        )
-        if waiting:
-            asyncio.run(_answer(config, target_folder, waiting, writer, accounting))
-        writer.flush()
-        stop_if_requested(f"{accounting.ok} answers are saved")
+        rejects = artifact.folder / rejects_name(config.share)
+        total = _survey(config, artifact.folder, rejects)
+        accounting = asyncio.run(_answer(config, target_folder, artifact.folder, total))
         accounting.write_rejects(rejects)
         logger.info("%s", accounting.summary())
-        accounting.check(
+        if total or config.share.count == 1:  # a share may be empty, the whole may not
+            accounting.check(
+                max_failed_fraction=config.max_failed_fraction, what="synth", rejects=rejects
+            )
+        files.write_json(artifact.folder / _record(config.share), accounting.as_dict())
+        _finish(config, artifact, {"target_hash": inputs["target"]})
+
+
+def rejects_name(share: Share) -> str:
+    """File of the rows that a share rejected."""
+    return "rejects.jsonl" if share.count == 1 else f"rejects-{share.index:05d}.jsonl"
+
+
+def _record(share: Share) -> str:
+    """File that says what a finished share accounted for."""
+    return f"share-{share.index:05d}-of-{share.count:05d}.json"
+
+
+def _survey(config: SynthConfig, folder: Path, rejects: Path) -> int:
+    """Read all input once before an engine starts; returns the number of rows.
+
+    Raises:
+        UserError: no row is usable, or too many are not.
+    """
+    accounting = Accounting()
+    usable = sum(1 for _ in _usable(mixture.prompts(config), accounting))
+    if usable or accounting.rows_in or config.share.count == 1:
+        accounting.write_rejects(rejects)
+        accounting.check_input(
+            usable=usable,
             max_failed_fraction=config.max_failed_fraction,
-            what=str(prompts_path),
+            what=", ".join(source.path for source in config.all_sources),
             rejects=rejects,
         )
-        facts = writer.facts()
-        artifact.finish(
-            [*writer.names, rejects.name],
-            counts=accounting.as_dict(),
-            facts={**facts, "target_hash": inputs["target"]},
-            engine="vllm",
-        )
+    return usable + accounting.rows_in
 
 
-class PartWriter:
-    """Collects answers into Parquet parts; what earlier runs wrote counts as done."""
-
-    def __init__(self, folder: Path, rows_per_part: int) -> None:
-        self.folder = folder
-        self.rows_per_part = rows_per_part
-        self.names = [path.name for path in sorted(folder.glob(conversations.PART_GLOB))]
-        self.done_ids: set[str] = set()
-        self._buffer: list[Conversation] = []
-        self._prompt_tokens = 0
-        self._answer_tokens = 0
-        for row in conversations.read_conversations(folder):
-            self._count(row)
-
-    def _count(self, row: Conversation) -> None:
-        self.done_ids.add(row.sample_id)
-        self._prompt_tokens += row.num_prompt_tokens
-        self._answer_tokens += row.num_completion_tokens
-
-    @property
-    def answer_tokens(self) -> int:
-        return self._answer_tokens
-
-    def add(self, row: Conversation) -> None:
-        self._count(row)
-        self._buffer.append(row)
-        if len(self._buffer) >= self.rows_per_part:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is collected as one part."""
-        if self._buffer:
-            name = conversations.part_name(len(self.names))
-            rows = sorted(self._buffer, key=lambda row: row.sample_id)
-            conversations.write_part(self.folder / name, rows)
-            self.names.append(name)
-            self._buffer = []
-
-    def facts(self) -> dict[str, int]:
-        return {"prompt_tokens": self._prompt_tokens, "answer_tokens": self._answer_tokens}
-
-
-def _unanswered(path: Path, done_ids: set[str], accounting: Accounting) -> Iterator[Prompt]:
-    for row in read_prompts(path):
-        if isinstance(row, BadRow):
-            account = accounting.skip if row.reason == "duplicate_id" else accounting.fail
-            account(row.row, row.reason, row.detail)
-        elif row.sample_id in done_ids:
-            accounting.ok += 1
-        else:
+def _usable(rows: Iterator[Prompt | BadRow], accounting: Accounting) -> Iterator[Prompt]:
+    """The prompts among the rows; the others are accounted for."""
+    for row in rows:
+        if isinstance(row, Prompt):
             yield row
+        else:
+            account = accounting.skip if row.reason.startswith("duplicate") else accounting.fail
+            account(row.row, row.reason, row.detail)
 
 
-async def _answer(
-    config: SynthConfig,
-    target_folder: Path,
-    waiting: list[Prompt],
-    writer: PartWriter,
-    accounting: Accounting,
-) -> None:
+async def _answer(config: SynthConfig, target_folder: Path, folder: Path, total: int) -> Accounting:
     # Here, not above: an artifact that is done already must not wait for these imports.
-    from stages.synth.client import Refused, answer_all
-    from stages.synth.engine import serve
+    from stages.synth.answers import answers
 
-    total = len(waiting) + accounting.rows_in
+    accounting = Accounting()
     status = Status(config.paths.status("synth"))
     status.started()
-    source = Path(config.prompts).name
-    with serve(config, target_folder) as server:
-        async for answer in answer_all(server, config, waiting, source):
-            if isinstance(answer, Refused):
-                account = accounting.skip if answer.reason == "too_long" else accounting.fail
-                account(answer.prompt.sample_id, answer.reason, answer.detail)
-            else:
-                writer.add(answer)
+    writer = parts.PartWriter(folder, config.rows_per_part, config.share.index)
+    done = parts.done_ids(folder)
+
+    def unanswered() -> Iterator[Prompt]:
+        for prompt in _usable(mixture.prompts(config), accounting):
+            if prompt.sample_id in done:
                 accounting.ok += 1
-            status.progress(
-                accounting.rows_in,
-                total,
-                "rows",
-                failed=accounting.failed.total(),
-                answer_tokens=writer.answer_tokens,
-            )
-        writer.flush()
+            else:
+                yield prompt
+
+    async for outcome, in_flight in answers(config, target_folder, unanswered()):
+        if outcome.refused is not None:
+            reason = outcome.refused.reason
+            account = accounting.skip if reason == "too_long" else accounting.fail
+            account(outcome.prompt.sample_id, reason, outcome.refused.detail)
+        else:
+            writer.add(outcome.rows)
+            accounting.ok += 1
+        status.progress(
+            accounting.rows_in,
+            total,
+            "rows",
+            answer_tokens_per_s=status.rate(writer.answer_tokens),
+            in_flight=in_flight,
+            failed=accounting.failed.total(),
+        )
+    writer.flush()
+    stop_if_requested(f"{accounting.ok} answers are saved")
+    return accounting
+
+
+def _finish(config: SynthConfig, artifact: Artifact, facts: dict[str, str]) -> None:
+    """Complete the artifact, if this was the last share of it."""
+    from stages.synth.summary import show
+
+    shares = [Share(index, config.share.count) for index in range(config.share.count)]
+    records = [artifact.folder / _record(share) for share in shares]
+    if missing := [path.name for path in records if not path.exists()]:
+        logger.info("this share is done; still to come: %s", ", ".join(missing))
+        return
+    with artifact.finishing() as mine:
+        if not mine:
+            return
+        accounting = Accounting.sum_of(map(files.read_json, records))
+        totals = parts.add_up(artifact.folder)
+        rejects = [rejects_name(share) for share in shares]
+        present = [name for name in rejects if (artifact.folder / name).exists()]
+        show(config.run.name, accounting, totals)
+        artifact.finish(
+            [*totals.names, *present, *(path.name for path in records)],
+            counts=accounting.as_dict(),
+            facts={
+                **totals.facts(),
+                **facts,
+                "greedy": config.greedy,
+                "on_policy": config.mode != "keep",
+            },
+            engine="vllm" if config.mode != "keep" else "",
+        )

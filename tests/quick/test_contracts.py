@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stages hand each other: prompts, Parquet, `.pt` shards, the vocabulary, layer ids."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,46 +14,6 @@ from hypothesis import strategies as st
 from shared import conversations, hidden_states, layers, vocab
 from shared.conversations import Conversation
 from shared.errors import UserError
-from shared.prompts import BadRow, Prompt
-from shared.sources import read_prompts
-
-GOOD_LINES = [
-    b'{"id": "a", "prompt": "Hello", "category": "greeting"}',
-    b'{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}',
-]
-BAD_LINES = {
-    b'{"prompt": "x"': "broken_json",
-    b'{"prompt": ""}': "empty_content",
-    b'{"prompt": 7}': "empty_content",
-    b'{"text": "x"}': "no_prompt",
-    b"[1]": "not_an_object",
-    b'{"prompt": "\xff"}': "not_utf8",
-    b'{"messages": []}': "empty_messages",
-    b'{"messages": [{"role": "wizard", "content": "x"}]}': "unknown_role",
-    b'{"messages": [{"role": "assistant", "content": "x"}]}': "last_turn_not_user",
-    b'{"id": "a", "prompt": "again"}': "duplicate_id",
-    b"[" * 100_000: "broken_json",
-}
-
-
-def test_every_line_of_a_prompts_file_is_accounted_for(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(b"\n".join([*GOOD_LINES, b"", *BAD_LINES]) + b"\n")
-    rows = list(read_prompts(path))
-    good = [row for row in rows if isinstance(row, Prompt)]
-    bad = [row.reason for row in rows if isinstance(row, BadRow)]
-    assert [row.category for row in good] == ["greeting", ""]
-    assert good[0].sample_id == "a"
-    assert bad == list(BAD_LINES.values())
-
-
-def test_a_row_without_id_gets_a_stable_one(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(b'{"prompt": "x"}\n{"prompt": "y"}\n')
-    first = [row.sample_id for row in read_prompts(path) if isinstance(row, Prompt)]
-    path.write_bytes(b'{"prompt": "y"}\n{"prompt": "x", "category": "c"}\n')
-    second = [row.sample_id for row in read_prompts(path) if isinstance(row, Prompt)]
-    assert first == second[::-1]
 
 
 def row(sample_id: str = "a", **changes: object) -> Conversation:
@@ -223,21 +182,3 @@ def test_vocabulary_files_are_kept_never_remade(tmp_path: Path) -> None:
     np.save(tmp_path / "d2t.npy", np.array([0, 2, 1]))
     with pytest.raises(UserError, match="ascending"):
         load_or_make(tmp_path, torch.tensor([5, 0, 9, 1, 9, 1]), 3)
-
-
-def test_prompts_that_are_json_of_any_kind_never_crash_the_reader(tmp_path: Path) -> None:
-    values = st.recursive(
-        st.none() | st.booleans() | st.floats(allow_nan=True) | st.text(),
-        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-        max_leaves=8,
-    )
-    keyed = st.dictionaries(st.sampled_from(["id", "prompt", "messages", "category"]), values)
-
-    @settings(max_examples=300, deadline=None)
-    @given(st.lists(keyed | values, max_size=5))
-    def check(rows: list[object]) -> None:
-        path = tmp_path / "fuzz.jsonl"
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        assert len(list(read_prompts(path))) == len(rows)
-
-    check()

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where answers come from: a server of our own, servers that run already, or the rows themselves."""
+
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+
+from shared.errors import RetryableError, UserError
+from shared.process import stop_requested
+from shared.prompts import Prompt
+from stages.synth.client import Client, Dispatcher, Endpoint, Outcome, ServerDiedError
+from stages.synth.config import SynthConfig
+
+logger = logging.getLogger(__name__)
+
+
+async def answers(
+    config: SynthConfig, target: Path, prompts: Iterator[Prompt]
+) -> AsyncGenerator[tuple[Outcome, int], None]:
+    """Every prompt's outcome as it arrives, and how many are in flight.
+
+    A server that dies is started again, at most `max_restarts` times; the prompts in flight are
+    asked again. Ends early, without an error, when a stop was asked for.
+
+    Raises:
+        RetryableError: the server died once too often, or endpoints do not answer.
+        UserError: the server cannot start, or an endpoint serves something else.
+    """
+    first = next(prompts, None)
+    if first is None:  # all is answered already: no server for that
+        return
+    prompts = _chain(first, prompts)
+    if config.mode == "keep":
+        from stages.synth.keep import Keeper
+
+        keeper = Keeper(config, target)
+        for prompt in prompts:
+            if stop_requested():
+                return
+            yield keeper.keep(prompt), 0
+        return
+    reasoning_end = _reasoning_end(config, target)
+    dispatcher = Dispatcher(config.concurrency)
+    for start in range(config.max_restarts + 1):
+        with _endpoints(config, target, start) as endpoints:
+            client = Client(endpoints, config, reasoning_end)
+            try:
+                async with contextlib.aclosing(dispatcher.outcomes(client, prompts)) as outcomes:
+                    async for outcome in outcomes:
+                        yield outcome, len(dispatcher)
+                return
+            except ServerDiedError as error:
+                if config.endpoints or start == config.max_restarts:
+                    raise RetryableError(
+                        f"the server does not answer any more: {error}. Finished rows are saved; "
+                        "run the same command again."
+                    ) from error
+                logger.warning("the server died (%s); starting it again", error)
+            finally:
+                await client.close()
+
+
+def _chain(first: Prompt, rest: Iterator[Prompt]) -> Iterator[Prompt]:
+    yield first
+    yield from rest
+
+
+@contextlib.contextmanager
+def _endpoints(config: SynthConfig, target: Path, start: int) -> Iterator[list[Endpoint]]:
+    from stages.synth.endpoints import connect
+    from stages.synth.engine import serve
+
+    if config.endpoints:
+        yield connect(config, target)
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            endpoint = held.enter_context(serve(config, target))
+        except UserError as error:
+            if start == 0:
+                raise
+            raise RetryableError(f"the server died and does not start again: {error}") from error
+        yield [endpoint]
+
+
+def _reasoning_end(config: SynthConfig, target: Path) -> tuple[int, ...]:
+    """The ids that end the reasoning, where it must not be trained on."""
+    if config.reasoning != "drop":
+        return ()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        target, trust_remote_code=config.run.trust_remote_code
+    )
+    return tuple(tokenizer(config.reasoning_end, add_special_tokens=False)["input_ids"])

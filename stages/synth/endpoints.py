@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers that run already: asked what they serve, and whether it is the target, before any prompt."""
+
+import functools
+import http.client
+import json
+import logging
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from shared.errors import RetryableError, UserError
+from stages.synth.client import Endpoint
+from stages.synth.config import SynthConfig
+from stages.synth.engine import is_healthy
+
+KEY_VARIABLE = "EYRIE_ENDPOINT_KEY"
+_PROBE = [{"role": "user", "content": "Do these two share one tokenizer? 12 345, naïve, \\n\\n"}]
+_TIMEOUT_S = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+def connect(config: SynthConfig, target: Path) -> list[Endpoint]:
+    """The recipe's endpoints, each seen to answer and to tokenise as the target does.
+
+    Raises:
+        RetryableError: one does not answer.
+        UserError: one serves another model, shorter contexts, or refuses the key.
+    """
+    key = os.environ.get(KEY_VARIABLE, "none")
+    expected = _local_ids(config, target)
+    found = []
+    for url in config.endpoints:
+        base_url = url.rstrip("/").removesuffix("/v1")
+        served = _request(base_url, "/v1/models", key)["data"][0]
+        _require_same(config, base_url, served, expected, key)
+        logger.info("%s serves %s", base_url, served["id"])
+        found.append(
+            Endpoint(
+                base_url=base_url,
+                model=served["id"],
+                api_key=key,
+                has_ended=lambda: False,
+                is_healthy=functools.partial(is_healthy, base_url),
+            )
+        )
+    return found
+
+
+def _local_ids(config: SynthConfig, target: Path) -> list[int]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        target, trust_remote_code=config.run.trust_remote_code
+    )
+    encoded = tokenizer.apply_chat_template(_PROBE, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def _require_same(
+    config: SynthConfig, base_url: str, served: Any, expected: list[int], key: str
+) -> None:
+    body = {"model": served["id"], "messages": _PROBE, "add_generation_prompt": True}
+    found = _request(base_url, "/tokenize", key, body)["tokens"]
+    if found != expected:
+        raise UserError(
+            f"{base_url} serves {served['id']}, which turns a probe message into {len(found)} "
+            f"tokens {found[:12]}, while {config.run.target} gives {len(expected)}: "
+            f"{expected[:12]}. Its tokenizer or chat template is another one; set run.target to "
+            "what it serves."
+        )
+    longest = served.get("max_model_len") or config.run.max_length_tokens
+    if longest < config.run.max_length_tokens:
+        raise UserError(
+            f"{base_url} serves at most {longest} tokens a row; run.max_length_tokens is "
+            f"{config.run.max_length_tokens}. Start it with a longer --max-model-len, or lower that."
+        )
+
+
+def _request(base_url: str, path: str, key: str, body: Any = None) -> Any:
+    request = urllib.request.Request(
+        f"{base_url}{path}",
+        data=json.dumps(body).encode() if body is not None else None,
+        headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code >= 500:
+            raise RetryableError(f"{base_url}{path} answers {error.code}.") from error
+        raise UserError(
+            f"{base_url}{path} answers {error.code} {error.reason}. It must be a vLLM server"
+            + (f", and its key goes into ${KEY_VARIABLE}." if error.code in (401, 403) else ".")
+        ) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise RetryableError(
+            f"{base_url} does not answer: {error}. Is it up, and is synth.endpoints right?"
+        ) from error

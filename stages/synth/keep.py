@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mode `keep`: the rows' own answers, tokenised and masked by the target's chat template.
+
+No server, no GPU. Off-policy: the target would have said something else, so expect less acceptance
+than from regenerated answers.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.conversations import Conversation
+from shared.prompts import Message, Prompt
+from shared.templates import TemplateMismatch, tokenize_conversation
+from stages.synth.client import Outcome
+from stages.synth.config import SynthConfig
+from stages.synth.play import Refused, as_text
+
+
+class Keeper:
+    """Turns prompts that have answers into rows."""
+
+    def __init__(self, config: SynthConfig, target: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.config = config
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            target, trust_remote_code=config.run.trust_remote_code
+        )
+
+    def keep(self, prompt: Prompt) -> Outcome:
+        """One row, or one a turn where the template shows earlier answers otherwise."""
+        messages = [self._shown(message) for message in prompt.conversation]
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        if not messages:
+            return Outcome(prompt, refused=Refused("no_answer", "mode keep needs the row's own"))
+        try:
+            rows = list(self._rows(prompt, messages))
+        except TemplateMismatch as mismatch:
+            return Outcome(prompt, refused=Refused("template_mismatch", str(mismatch)[:500]))
+        if not rows:
+            return Outcome(prompt, refused=Refused("empty_answer", "no token of it is an answer"))
+        return Outcome(prompt, tuple(rows))
+
+    def _shown(self, message: Message) -> Message:
+        if self.config.reasoning == "keep" or "reasoning_content" not in message:
+            return message
+        return {key: value for key, value in message.items() if key != "reasoning_content"}
+
+    def _rows(self, prompt: Prompt, messages: list[Message]) -> Iterator[Conversation]:
+        tools: Any = prompt.tools or None
+        try:
+            ids, spans = tokenize_conversation(self.tokenizer, messages, tools)
+        except TemplateMismatch:
+            ends = [i + 1 for i, each in enumerate(messages) if each["role"] == "assistant"]
+            if len(ends) == 1:
+                raise
+            for turn, end in enumerate(ends):
+                said = messages[:end]
+                ids, spans = tokenize_conversation(self.tokenizer, said, tools, last_only=True)
+                if spans:
+                    yield _row(prompt, f"{prompt.sample_id}/{turn}", said, ids, spans)
+            return
+        if spans:
+            yield _row(prompt, prompt.sample_id, messages, ids, spans)
+
+
+def _row(
+    prompt: Prompt,
+    sample_id: str,
+    messages: list[Message],
+    ids: tuple[int, ...],
+    spans: tuple[tuple[int, int], ...],
+) -> Conversation:
+    return Conversation(
+        sample_id=sample_id,
+        conversation_id=prompt.sample_id,
+        source=prompt.source,
+        category=prompt.category,
+        messages=as_text(messages),
+        input_ids=ids,
+        loss_spans=spans,
+        finish_reason="kept",
+        num_prompt_tokens=spans[0][0],
+        num_completion_tokens=sum(end - start for start, end in spans),
+    )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several sources as one stream of prompts: shuffled, mixed, without duplicates, shared out.
+
+The stream is the same in every process and on every run, so that a resumed or a sharded run sees the
+same rows. Beside the shuffle's buffer it holds 16 bytes of hash a row.
+"""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from shared.process import Share
+from shared.prompts import BadRow, Prompt
+from shared.sources import digest, read_source
+from stages.synth.config import SynthConfig, SynthSource
+
+Row = Prompt | BadRow
+
+
+def input_hashes(config: SynthConfig) -> dict[str, str]:
+    """A hash of each source's content, for the fingerprint."""
+    return {
+        source.name: digest(source, config.workspace, what="synth.prompts")
+        for source in config.all_sources
+    }
+
+
+def prompts(config: SynthConfig) -> Iterator[Row]:
+    """Every row that is this process's to account for, in a fixed order.
+
+    A duplicate comes as a `BadRow` with the reason duplicate_id or duplicate_content.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    sources = config.all_sources
+    streams = [_stream(source, config) for source in sources]
+    weights = [source.weight for source in sources]
+    rows = _mix(streams, weights, seed=config.run.seed)
+    rows = _without_duplicates(rows, same_content=config.deduplicate)
+    return _own(_at_most(rows, config.max_samples), config.share)
+
+
+def _stream(source: SynthSource, config: SynthConfig) -> Iterator[Row]:
+    rows = read_source(source, config.workspace, what="synth.prompts")
+    if len(config.sources) > 1:  # two data sets may both count from 0
+        rows = (_named_after(row, source.name) for row in rows)
+    if config.shuffle:
+        rows = _shuffled(rows, config.shuffle_buffer_rows, seed=f"{config.run.seed}/{source.name}")
+    return _at_most(rows, source.max_samples)
+
+
+def _named_after(row: Row, source: str) -> Row:
+    if isinstance(row, Prompt):
+        return replace(row, sample_id=f"{source}:{row.sample_id}")
+    return replace(row, row=f"{source}: {row.row}")
+
+
+def _shuffled(rows: Iterator[Row], buffer_rows: int, *, seed: str) -> Iterator[Row]:
+    """A full buffer gives a random row of it for each that comes in."""
+    chance = random.Random(seed)
+    buffer = list(itertools.islice(rows, buffer_rows))
+    for row in rows:
+        place = chance.randrange(len(buffer))
+        yield buffer[place]
+        buffer[place] = row
+    chance.shuffle(buffer)
+    yield from buffer
+
+
+def _at_most(rows: Iterator[Row], limit: int | None) -> Iterator[Row]:
+    """Up to `limit` prompts; rows that are none do not count, those after the last are not read."""
+    if limit is None:
+        yield from rows
+        return
+    taken = 0
+    while taken < limit and (row := next(rows, None)) is not None:
+        taken += isinstance(row, Prompt)
+        yield row
+
+
+def _mix(streams: list[Iterator[Row]], weights: list[float], *, seed: int) -> Iterator[Row]:
+    """Draw from the streams by weight until all are empty."""
+    chance = random.Random(seed)
+    live = dict(enumerate(streams))
+    while live:
+        names = list(live)
+        drawn = chance.choices(names, [weights[name] for name in names])[0]
+        row = next(live[drawn], None)
+        if row is None:
+            del live[drawn]
+        else:
+            yield row
+
+
+def _short_hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def _without_duplicates(rows: Iterable[Row], *, same_content: bool) -> Iterator[Row]:
+    ids: set[int] = set()
+    contents: set[int] = set()
+    for row in rows:
+        if not isinstance(row, Prompt):
+            yield row
+            continue
+        own, content = _short_hash(row.sample_id), int(row.content_hash(), 16)
+        if own in ids:
+            yield BadRow(row.sample_id, "duplicate_id", row.source)
+        elif same_content and content in contents:
+            yield BadRow(row.sample_id, "duplicate_content", row.source)
+        else:
+            ids.add(own)
+            contents.add(content)
+            yield row
+
+
+def _own(rows: Iterator[Row], share: Share) -> Iterator[Row]:
+    """Rows are dealt out by position, so that every process's share is of one size."""
+    for position, row in enumerate(rows):
+        if share.owns(position):
+            yield row
+
+
+def sampling_of(config: SynthConfig, sample_id: str) -> tuple[float, float]:
+    """Temperature and top_p of a row: the same however often and in whatever order it is asked."""
+    ways = config.all_sampling
+    chance = random.Random(f"{config.run.seed}/{sample_id}")
+    way = chance.choices(ways, [each.weight for each in ways])[0]
+    return way.temperature, way.top_p
+
+
+def request_seed(config: SynthConfig, sample_id: str, turn: int) -> int:
+    """The engine's seed for one answer (31 bits): rows with equal prompts still differ."""
+    return _short_hash(f"{config.run.seed}/{sample_id}/{turn}") % 2**31
