@@ -26,6 +26,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from shared.errors import UserError
 from shared.files import atomic_folder, read_json, write_json
 from stages.ops.dialogues import Dialogue, dialogues
+from stages.ops.muon import Muon
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,12 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
-        torch.optim.Muon(inner, lr=0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        Muon(
+            inner,
+            lr=0.01,
+            weight_decay=0.05,
+            dtype=torch.bfloat16 if has_bfloat16() else torch.float32,
+        ),
         torch.optim.AdamW(outer, lr=0.008, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 

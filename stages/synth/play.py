@@ -120,7 +120,7 @@ def _why_ended(turns: Sequence[Turn], index: int, reply: Reply, config: SynthCon
     if index + 1 == len(turns):
         return ""
     if reply.finish_reason == "length":
-        return "answer_cut_off"
+        return "length"
     recorded = _calls(turns[index].answer)
     if recorded and not config.tool_call_parser:
         return "no_tool_call_parser"
@@ -183,7 +183,9 @@ def to_rows(prompt: Prompt, played: Played, *, reasoning_end: Ids = ()) -> list[
                 messages=as_text(last.messages),
                 input_ids=last.reply.prompt_ids + last.reply.answer_ids,
                 loss_spans=tuple(spans),
-                finish_reason=last.reply.finish_reason,
+                # Why a conversation ended early is how it finished, on its last row.
+                finish_reason=(played.ended_early if last is played.turns[-1] else "")
+                or last.reply.finish_reason,
                 num_prompt_tokens=len(group[0].reply.prompt_ids),
                 num_completion_tokens=sum(len(turn.reply.answer_ids) for turn in group),
             )

@@ -88,7 +88,7 @@ def test_complete_asks_once_after_the_rows_own_history() -> None:
 
 def test_an_answer_that_was_cut_off_ends_the_conversation() -> None:
     prompt, done, asked = played(TWO_TURNS, [reply([1], [7], finish="length")])
-    assert (len(asked), done.ended_early) == (1, "answer_cut_off")
+    assert (len(asked), done.ended_early) == (1, "length")
     assert to_rows(prompt, done)[0].finish_reason == "length"
 
 
@@ -122,7 +122,8 @@ def test_a_call_that_cannot_be_continued_ends_it(
     answers: list[Reply | Refused] = [reply([1], [7, 2], message=message)]
     prompt, done, _ = played(WITH_TOOL, answers, tool_call_parser=parser)
     assert done.ended_early == reason
-    assert to_rows(prompt, done)[0].loss_spans == ((1, 3),)
+    (row,) = to_rows(prompt, done)
+    assert (row.loss_spans, row.finish_reason) == (((1, 3),), reason)
 
 
 def test_dropped_reasoning_is_context_and_not_trained_on() -> None:
