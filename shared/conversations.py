@@ -80,7 +80,7 @@ def write_part(path: Path, rows: Sequence[Conversation]) -> None:
 
     records = []
     for row in rows:
-        record = dataclasses.asdict(row)
+        record = dict(vars(row))
         record["messages"] = [{k: m.get(k) for k in _MESSAGE_KEYS} for m in row.messages]
         record["loss_spans"] = [{"start": start, "end": end} for start, end in row.loss_spans]
         records.append(record)

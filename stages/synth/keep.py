@@ -5,6 +5,7 @@ No server, no GPU. Off-policy: the target would have said something else, so exp
 than from regenerated answers.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ class Keeper:
 
     def keep(self, prompt: Prompt) -> Outcome:
         """One row, or one a turn where the template shows earlier answers otherwise."""
-        messages = [self._shown(message) for message in prompt.conversation]
-        while messages and messages[-1]["role"] != "assistant":
-            messages.pop()
-        if not messages:
+        answered = [turn for turn in prompt.turns if turn.answer is not None]
+        if not answered or prompt.turns[: len(answered)] != tuple(answered):
             return Outcome(prompt, refused=Refused("no_answer", "mode keep needs the row's own"))
+        said = dataclasses.replace(prompt, turns=tuple(answered)).conversation
+        messages = [self._shown(message) for message in said]
         try:
             rows = list(self._rows(prompt, messages))
         except TemplateMismatch as mismatch:

@@ -71,6 +71,8 @@ async def play(prompt: Prompt, ask: Ask, config: SynthConfig) -> Played:
         Refused: the first turn cannot be answered.
     """
     if config.mode == "complete":
+        if any(turn.answer is None for turn in prompt.turns[:-1]):
+            raise Refused("unanswered_turn", "mode regenerate answers the turns before the last")
         reply = await ask(prompt.messages, 0)
         return Played((Answered((*prompt.messages, reply.message), reply),))
     said: list[Message] = []
