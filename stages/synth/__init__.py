@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 of 4: the target answers prompts. In: JSON lines. Out: Parquet with exact token ids."""
+"""Stage 1 of 4: the target answers prompts. In: prompts. Out: Parquet with exact token ids."""
