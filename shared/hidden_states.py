@@ -25,8 +25,10 @@ Tensors and plain lists only, loaded with weights_only=True and mmap=True: openi
 nothing but its directory, and a file that holds anything else is refused unread.
 """
 
+import ctypes
 import dataclasses
 import itertools
+import mmap
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +76,24 @@ class Shard:
     def rows(self, index: int) -> slice:
         """The rows of sample `index`."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def states(self, index: int) -> torch.Tensor:
+        """The states [S, A+1, H] of sample `index`, mapped, and on their way from the disk."""
+        states = self.hidden_states[self.rows(index)]
+        _fetch(states)
+        return states
+
+
+def _fetch(tensor: torch.Tensor) -> None:
+    """Ask the kernel for all pages of a mapped, contiguous tensor at once.
+
+    Without it every fault reads some 128 KiB and waits; the disk would be idle in between. Advice:
+    where it is refused, reading is slower and just as right.
+    """
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
+    libc = ctypes.CDLL(None)
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_WILLNEED))
 
 
 def write_shard(

@@ -8,9 +8,9 @@ from shared.sharding import ShardedConfig
 
 
 class DumpConfig(ShardedConfig):
-    """Runs the target over synth's conversations and keeps its hidden states, checked.
+    """Runs the target over conversations and keeps its hidden states, checked.
 
-    In:  <workspace>/<run>/synth/.
+    In:  <workspace>/<run>/synth/, or --conversations.
     Out: <workspace>/<run>/dump/shard_*.pt, data_config.json, token_freq.pt, manifest.json.
     """
 
@@ -23,6 +23,11 @@ class DumpConfig(ShardedConfig):
         "trust_remote_code",
     )
 
+    conversations: str | None = identity(
+        None,
+        "Finished conversations instead of synth's: file, folder, glob (workspace first) or hub "
+        "data set. The target's chat template gives their token ids.",
+    )
     backend: Literal["vllm", "hf", "auto"] = identity(
         "vllm", "vllm; hf for targets whose vLLM model has no hooks; auto asks vLLM which."
     )

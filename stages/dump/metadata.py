@@ -16,7 +16,7 @@ from shared import target as targets
 from shared.target import TargetConfig
 from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan
-from stages.dump.sources import Source
+from stages.dump.sources import RowSource
 
 
 def answer_counts(plan: Plan, vocab_size: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ def _data_config(
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
     plan: Plan,
-    source: Source,
+    source: RowSource,
 ) -> dict[str, Any]:
     num_states, hidden_size = len(aux_layers) + 1, target_config.hidden_size
     return {
@@ -86,7 +86,9 @@ def _data_config(
             "num_hidden_layers": target_config.num_layers,
         },
         "data": {
-            "synth_fingerprint": source.parents["synth"]["fingerprint"],
+            "train_data_path": config.conversations or "synth",
+            "parents": {name: parent["fingerprint"] for name, parent in source.parents.items()},
+            "inputs": dict(source.inputs),
             "seq_length": config.run.max_length_tokens,
             "num_samples": plan.samples,
             "num_tokens": plan.tokens,
@@ -108,7 +110,7 @@ def write_metadata(
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
     plan: Plan,
-    source: Source,
+    source: RowSource,
 ) -> list[str]:
     """Write both files; returns their names."""
     data_config = _data_config(config, target_config, aux_layers, plan, source)

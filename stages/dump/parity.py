@@ -44,10 +44,10 @@ def run(config: ParityConfig) -> None:
     if name == config.against:
         raise UserError(f"parity: both backends are {name}. Set --backend or --against.")
     limit = config.run.max_length_tokens
-    chosen = itertools.islice(source.rows(Accounting()), config.rows)
+    chosen = itertools.islice(source.rows(folder, Accounting()), config.rows)
     rows = [Row(row.input_ids[:limit]) for row in chosen]
     if not rows:
-        raise UserError(f"parity: expected at least one row in {source.folder}, found none.")
+        raise UserError("parity: expected at least one row to compare, found none.")
     found = _capture(name, config, target_config, aux_layers, rows)
     every = tuple(range(target_config.num_layers))
     expected = _capture(config.against, config, target_config, every, rows)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations -> the target's hidden states -> `.pt` files.
 
-In: synth's Parquet. Out: shards of [T, A+1, H] bfloat16 with ids and masks. Cost: one prefill of
-every row, and T * (A+1) * H * 2 bytes of disk. Shards are planned from the rows alone, so a killed
-run continues with the first shard that is not whole, and several processes share the shards out.
+In: synth's Parquet, or finished conversations. Out: shards of [T, A+1, H] bfloat16 with ids and
+masks. Cost: one prefill of every row, and T * (A+1) * H * 2 bytes of disk. Shards are planned from
+the rows alone, so a killed run continues with the first shard that is not whole, and several
+processes share the shards out.
 """
 
 import logging
@@ -63,7 +64,7 @@ def run(config: DumpConfig) -> None:
 def _settle(
     config: DumpConfig,
     folder: Path,
-    source: sources.Source,
+    source: sources.RowSource,
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
 ) -> Plan:
@@ -77,7 +78,7 @@ def _settle(
     accounting = Accounting()
     plan = plans.settle(
         folder,
-        source.rows(accounting),
+        source.rows(target_config.folder, accounting),
         config,
         accounting=accounting,
         token_bytes=hidden_states.state_bytes(1, len(aux_layers), target_config.hidden_size),
@@ -138,7 +139,7 @@ def _capture(
 def _complete(
     config: DumpConfig,
     artifact: Artifact,
-    source: sources.Source,
+    source: sources.RowSource,
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
     plan: Plan,
