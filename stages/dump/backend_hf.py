@@ -11,7 +11,7 @@ Shapes: B rows of a batch, T tokens of a row, S the longest T of a batch, A aux 
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -97,7 +97,7 @@ class HfCapture:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def run(self, rows: Iterable[Row]) -> Iterator[Captured]:
+    def run(self, rows: Iterable[Row]) -> Generator[Captured, None, None]:
         """Yield each row's states, not in the rows' order.
 
         Raises:

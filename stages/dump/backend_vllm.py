@@ -18,7 +18,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -101,7 +101,7 @@ class VllmCapture(VllmSettings):
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(self, rows: Iterable[Row]) -> Iterator[Captured]:
+    def run(self, rows: Iterable[Row]) -> Generator[Captured, None, None]:
         """Yield each row's states, mapped from the spool, as they become ready.
 
         `rows` is drawn from only as fast as results are taken: at most BATCHES_IN_FLIGHT batches

@@ -8,7 +8,7 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -48,7 +48,7 @@ class Backend(Protocol):
     # Whether it loses speed when a shard must be complete before the next one is begun.
     streams: bool
 
-    def run(self, rows: Iterable[Row]) -> Iterator[Captured]:
+    def run(self, rows: Iterable[Row]) -> Generator[Captured, None, None]:
         """Every row's answer, in any order."""
         ...
 

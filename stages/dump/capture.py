@@ -133,7 +133,7 @@ class ShardWriter:
         self, group: Sequence[ShardPlan], backend: Backend, told: Callable[[int], None]
     ) -> Iterator[FillingShard]:
         places: dict[int, tuple[FillingShard, int]] = {}
-        with contextlib.closing(backend.run(self._rows(group, places))) as answers:  # type: ignore[type-var]
+        with contextlib.closing(backend.run(self._rows(group, places))) as answers:
             for captured in answers:
                 shard, row = places.pop(captured.row)
                 shard.put(row, captured)

@@ -53,7 +53,11 @@ def run(config: DumpConfig) -> None:
             _settle(config, artifact.folder, source, target_config, aux_layers)
         parallel.run_children(config)
         artifact.config = config.model_copy(update={"overwrite": False})
+        if artifact.is_done():  # the last of the children saw every shard whole
+            return
     with artifact.work():
+        if config.share.count > 1 and artifact.is_done():  # the others finished just now
+            return
         plan = _settle(config, artifact.folder, source, target_config, aux_layers)
         # Sampled answers are not the target's argmax, so their agreement is told and not asked for.
         least = config.min_agreement if source.is_greedy else 0.0
