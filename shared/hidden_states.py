@@ -78,7 +78,10 @@ class Shard:
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def states(self, index: int) -> torch.Tensor:
-        """The states [S, A+1, H] of sample `index`, mapped, and on their way from the disk."""
+        """The states [S, A+1, H] of sample `index`, mapped, and on their way from the disk.
+
+        A reader that asks for a few samples ahead of the one that it copies keeps the disk busy.
+        """
         states = self.hidden_states[self.rows(index)]
         _fetch(states)
         return states

@@ -10,7 +10,6 @@ Shapes: B rows of a batch, T tokens of a row, S the longest T of a batch, A aux 
 """
 
 import dataclasses
-import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +26,7 @@ from stages.dump.backends import Captured, Row, check_row
 # What transformers calls a decoder's list of layers, and the norm behind the last of them.
 LAYER_NAMES = ("layers", "h", "blocks")
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
-# Rows are sorted by length this many batches at a time: less padding, and still a stream.
+# Rows are sorted by length this many batches at a time: little padding, and still a stream.
 SORTED_BATCHES = 16
 
 
@@ -103,9 +102,7 @@ class HfCapture:
         Raises:
             UserError: a row is empty or longer than `max_length_tokens`, or memory is short.
         """
-        numbered = enumerate(rows)
-        window_rows = SORTED_BATCHES * max(1, self.max_num_batched_tokens // self.max_length_tokens)
-        while window := list(itertools.islice(numbered, window_rows)):
+        for window in _windows(enumerate(rows), SORTED_BATCHES * self.max_num_batched_tokens):
             for index, row in window:
                 check_row(index, row.ids, self.max_length_tokens)
             for batch in _batches(window, self.max_num_batched_tokens):
@@ -199,6 +196,22 @@ def require_known(target: Path, *, trust_remote_code: bool, why: str) -> None:
             f"no backend can capture {target}. vLLM: {why} hf: transformers has no causal model "
             f"for {type(config).__name__}."
         )
+
+
+def _windows(
+    numbered: Iterator[tuple[int, Row]], max_tokens: int
+) -> Iterator[list[tuple[int, Row]]]:
+    """Rows in their order, about `max_tokens` at a time."""
+    window: list[tuple[int, Row]] = []
+    tokens = 0
+    for index, row in numbered:
+        window.append((index, row))
+        tokens += len(row.ids)
+        if tokens >= max_tokens:
+            yield window
+            window, tokens = [], 0
+    if window:
+        yield window
 
 
 def _batches(window: list[tuple[int, Row]], max_tokens: int) -> Iterator[list[tuple[int, Row]]]:

@@ -39,7 +39,8 @@ from stages.dump.vllm_setup import VllmSettings, check_version, start_failure
 BATCHES_IN_FLIGHT = 4
 # A file follows its answer within a step or two: this long means a hung disk or engine.
 FILE_TIMEOUT_S = 300.0
-POLL_S = 0.001
+# Each look lists the spool; a step of the engine takes longer than this.
+POLL_S = 0.004
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from shared.config import build
 from shared.errors import OutputError, RetryableError, UserError
 from stages.dump import checks, connector, spool
 from stages.dump.backend_hf import HfCapture
-from stages.dump.backend_vllm import VllmCapture, _Asked
+from stages.dump.backend_vllm import VllmCapture, _Asked, _token_logprobs
 from stages.dump.backends import Row, choose
 from stages.dump.config import DumpConfig
 from stages.dump.vllm_setup import check_version, start_failure
@@ -355,6 +356,17 @@ def test_row_of_no_or_too_many_tokens_is_refused(tmp_path: Path, row: list[int])
 
 
 # The connector's and the reader's parts by themselves.
+
+
+def test_token_logprobs_worked_example() -> None:
+    """ids [7, 8, 9]: vLLM's list is [None, {8: -1.5}, {9: -0.3}]."""
+    told = [
+        None,
+        {8: SimpleNamespace(logprob=-1.5), 3: SimpleNamespace(logprob=-0.1)},
+        {9: SimpleNamespace(logprob=-0.3)},
+    ]
+    assert _token_logprobs([7, 8, 9], told).tolist() == pytest.approx([-1.5, -0.3])
+    assert _token_logprobs([7], [None]).shape == (0,)
 
 
 def cache_and_request(tmp_path: Path) -> tuple[torch.Tensor, connector.Finished]:

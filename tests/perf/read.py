@@ -8,6 +8,7 @@ line is JSON.
 """
 
 import argparse
+import collections
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from shared import hidden_states
 HIDDEN_SIZE = 4096
 NUM_STATES = 4
 SAMPLE_TOKENS = 1024  # 32 MiB a sample
+AHEAD = 3  # samples that are on their way from the disk while one is copied
 
 
 def write_shards(folder: Path, total_bytes: int, shard_bytes: int) -> list[Path]:
@@ -89,8 +91,13 @@ def random_rate(paths: list[Path], seed: int) -> tuple[float, int]:
     ]
     places = [(shard, row) for shard in shards for row in range(len(shard))]
     random.Random(seed).shuffle(places)
-    for shard, row in places:
-        states = shard.states(row)
+    # Asked for ahead, as a loader that knows its next batch does.
+    coming = collections.deque(shard.states(row) for shard, row in places[:AHEAD])
+    for place in range(len(places)):
+        if place + AHEAD < len(places):
+            shard, row = places[place + AHEAD]
+            coming.append(shard.states(row))
+        states = coming.popleft()
         kept.copy_(states)
         size += states.numel() * states.element_size()
         most = max(most, anonymous_bytes())
