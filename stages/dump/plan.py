@@ -109,12 +109,14 @@ def _digest(rows: ShardRows) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_plan(folder: Path) -> Plan | None:
-    """The plan in `folder`, or None where there is no whole one."""
+def read_plan(folder: Path, fingerprint: str) -> Plan | None:
+    """The plan in `folder`, or None where there is no whole one of this artifact's fingerprint."""
     path = folder / PLAN
     if not path.exists():
         return None
     raw = files.read_json(path)
+    if raw["fingerprint"] != fingerprint:
+        return None
     shards = [
         ShardPlan(**shard, path=_shard_path(folder, shard["index"])) for shard in raw["shards"]
     ]
@@ -126,6 +128,7 @@ def settle(
     rows: Iterable[Conversation],
     config: DumpConfig,
     *,
+    fingerprint: str,
     accounting: Accounting,
     token_bytes: int,
     vocab_size: int,
@@ -134,6 +137,7 @@ def settle(
     """The plan of the artifact in `folder`: read, or made by the first process that asks.
 
     Args:
+        fingerprint: of the artifact that the plan is for.
         accounting: counts the rows; it may hold those that could not be read already.
         token_bytes: bytes of the states of one token.
         backend: what captures, to be remembered.
@@ -143,7 +147,7 @@ def settle(
         OutputError: none is usable, or too many failed.
     """
     with lock(folder / f"{LOCK}-plan", wait=True):
-        found = read_plan(folder / FOLDER)
+        found = read_plan(folder / FOLDER, fingerprint)
         if found is not None:
             return found
         shards = list(_write_shards(folder, rows, config, accounting, token_bytes, vocab_size))
@@ -157,7 +161,12 @@ def settle(
         listed = [dataclasses.asdict(shard) for shard in shards]
         for shard in listed:
             del shard["path"]
-        value = {"backend": backend, "counts": plan.counts, "shards": listed}
+        value = {
+            "fingerprint": fingerprint,
+            "backend": backend,
+            "counts": plan.counts,
+            "shards": listed,
+        }
         files.write_json(folder / FOLDER / PLAN, value)
     return plan
 

@@ -50,7 +50,7 @@ def run(config: DumpConfig) -> None:
         from stages.dump import parallel
 
         with artifact.work():
-            _settle(config, artifact.folder, source, target_config, aux_layers)
+            _settle(config, artifact, source, target_config, aux_layers)
         parallel.run_children(config)
         artifact.config = config.model_copy(update={"overwrite": False})
         if artifact.is_done():  # the last of the children saw every shard whole
@@ -58,7 +58,7 @@ def run(config: DumpConfig) -> None:
     with artifact.work():
         if config.share.count > 1 and artifact.is_done():  # the others finished just now
             return
-        plan = _settle(config, artifact.folder, source, target_config, aux_layers)
+        plan = _settle(config, artifact, source, target_config, aux_layers)
         # Sampled answers are not the target's argmax, so their agreement is told and not asked for.
         least = config.min_agreement if source.is_greedy else 0.0
         _capture(config, target_config, aux_layers, artifact.folder, plan, least)
@@ -67,13 +67,14 @@ def run(config: DumpConfig) -> None:
 
 def _settle(
     config: DumpConfig,
-    folder: Path,
+    artifact: Artifact,
     source: sources.RowSource,
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
 ) -> Plan:
     """The plan, and room for it on the disk."""
-    found = plans.read_plan(folder / plans.FOLDER)
+    folder, fingerprint = artifact.folder, artifact.fingerprint
+    found = plans.read_plan(folder / plans.FOLDER, fingerprint)
     backend = found.backend if found else config.backend
     if backend == "auto":
         from stages.dump.backends import choose
@@ -84,6 +85,7 @@ def _settle(
         folder,
         source.rows(target_config.folder, accounting),
         config,
+        fingerprint=fingerprint,
         accounting=accounting,
         token_bytes=hidden_states.state_bytes(1, len(aux_layers), target_config.hidden_size),
         vocab_size=target_config.vocab_size,

@@ -87,6 +87,7 @@ class Bench:
             folder,
             self.rows,
             self.config(backend),
+            fingerprint="",
             accounting=Accounting(),
             token_bytes=hidden_states.state_bytes(1, 3, self.target.hidden_size),
             vocab_size=self.target.vocab_size,

@@ -27,7 +27,7 @@ from shared.status import Accounting
 from stages.dump import parallel
 from stages.dump.capture import FillingShard
 from stages.dump.config import DumpConfig
-from stages.dump.plan import REJECTS, settle
+from stages.dump.plan import REJECTS, read_plan, settle
 from stages.dump.run import run as dump
 from tests.runs import ROOT, command, make_synth, run
 
@@ -219,6 +219,22 @@ def test_states_that_fail_leave_nothing_of_their_shard(
     assert not list((workspace / "run" / "dump").glob("shard_*"))
 
 
+def test_before_anything_is_captured_the_recipe_may_change(
+    workspace: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the engine refuses the target, and its message names another setting to try."""
+
+    def refuse(*_: Any) -> None:
+        raise UserError("no hooks")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.dump.backends.open_backend", refuse)
+        with pytest.raises(UserError, match="no hooks"):
+            dump(config(workspace, shard_bytes=300_000))
+    dump(config(workspace))
+    assert contents(workspace / "run" / "dump") == contents(whole)
+
+
 def row(name: str, length: int, start: int, *, token: int = 5) -> Conversation:
     """A row of `length` tokens, answered from `start` on."""
     return Conversation(
@@ -242,6 +258,7 @@ def test_every_row_is_accounted_for(workspace: Path, tmp_path: Path, over_long: 
         tmp_path / "dump",
         rows,
         settings,
+        fingerprint="one",
         accounting=accounting,
         token_bytes=4 * 128 * 2,
         vocab_size=512,
@@ -263,12 +280,14 @@ def test_every_row_is_accounted_for(workspace: Path, tmp_path: Path, over_long: 
         tmp_path / "dump",
         [],
         settings,
+        fingerprint="one",
         accounting=Accounting(),
         token_bytes=1,
         vocab_size=1,
         backend="vllm",
     )
     assert again == plan
+    assert read_plan(tmp_path / "dump" / "plan", "another") is None
     # A changed file would give states to the wrong tokens.
     with plan.shards[0].path.open("r+b") as handle:
         handle.truncate(40)
