@@ -93,9 +93,9 @@ def sha256(path: Path) -> str:
 
 
 def sweep_temporaries(folder: Path, *, idle_s: float = 0.0) -> None:
-    """Delete what a killed writer left in `folder` and nobody has touched for `idle_s`."""
+    """Delete what a killed writer left below `folder` and nobody has touched for `idle_s`."""
     if folder.is_dir():
-        for leftover in folder.glob(".*.tmp-*"):
+        for leftover in list(folder.rglob(".*.tmp-*")):
             with contextlib.suppress(
                 FileNotFoundError
             ):  # its writer may be alive, and done with it

@@ -11,12 +11,24 @@ Legend: T tokens of a shard, N its samples, A aux layers, H the target's hidden 
         "sample_ids":    list[str]
     }
 
+The other layout, `samples`, has a file a sample, as speculators 0.3 writes and reads; S its tokens:
+
+    samples/data_7.pt = {
+        "input_ids":     int64 [S]
+        "hidden_states": list of A+1 bfloat16 [S, H]   aux layers in order, then the final one
+        "loss_mask":     int64 [S]
+    }
+
+They lie in a folder of their own, since speculators reads every `.pt` below the one it is given.
+
 Tensors and plain lists only, loaded with weights_only=True and mmap=True: opening a shard reads
 nothing but its directory, and a file that holds anything else is refused unread.
 """
 
+import ctypes
 import dataclasses
 import itertools
+import mmap
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +41,18 @@ from shared.files import atomic_path
 SCHEMA_VERSION = 1
 DATA_CONFIG = "data_config.json"
 TOKEN_FREQ = "token_freq.pt"
+SAMPLES = "samples"
 STATE_BYTES = 2
 
 
 def shard_name(index: int) -> str:
     """File name of shard `index`."""
     return f"shard_{index:05d}.pt"
+
+
+def sample_name(index: int) -> str:
+    """Name, in the artifact, of sample `index` in the layout `samples`."""
+    return f"{SAMPLES}/data_{index}.pt"
 
 
 def state_bytes(num_tokens: int, num_aux: int, hidden_size: int) -> int:
@@ -59,23 +77,46 @@ class Shard:
         """The rows of sample `index`."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
+    def states(self, index: int) -> torch.Tensor:
+        """The states [S, A+1, H] of sample `index`, mapped, and on their way from the disk.
+
+        A reader that asks for a few samples ahead of the one that it copies keeps the disk busy.
+        """
+        states = self.hidden_states[self.rows(index)]
+        _fetch(states)
+        return states
+
+
+def _fetch(tensor: torch.Tensor) -> None:
+    """Ask the kernel for all pages of a mapped, contiguous tensor at once.
+
+    Without it every fault reads some 128 KiB and waits; the disk would be idle in between. Advice:
+    where it is refused, reading is slower and just as right.
+    """
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
+    libc = ctypes.CDLL(None)
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_WILLNEED))
+
 
 def write_shard(
     path: Path,
     *,
     input_ids: Sequence[Sequence[int]],
     loss_masks: Sequence[Sequence[int]],
-    states: Sequence[torch.Tensor],
+    states: torch.Tensor | Sequence[torch.Tensor],
     sample_ids: Sequence[str],
 ) -> None:
-    """Write the samples, each with states [T_n, A+1, H], as one shard, whole or not at all."""
+    """Write samples as one shard, whole or not at all; `states` is [T, A+1, H], or a list to join."""
+    if not isinstance(states, torch.Tensor):
+        states = torch.cat(list(states))
     lengths = torch.tensor([0, *(len(ids) for ids in input_ids)], dtype=torch.int64)
     flat_ids = [token for ids in input_ids for token in ids]
     flat_mask = [bit for mask in loss_masks for bit in mask]
     shard = {
         "input_ids": torch.tensor(flat_ids, dtype=torch.int32),
         "loss_mask": torch.tensor(flat_mask, dtype=torch.uint8),
-        "hidden_states": torch.cat(list(states)).to(torch.bfloat16).contiguous(),
+        "hidden_states": states.to(torch.bfloat16).contiguous(),
         "offsets": lengths.cumsum(0),
         "sample_ids": list(sample_ids),
     }

@@ -28,7 +28,8 @@ SCHEMA_VERSION = 1
 LOCK = ".lock"  # every lock file's name begins so
 # What a process of several leaves behind is swept once no writer can still be at it.
 _SHARED_SWEEP_S = 3600.0
-_NO_WORK = {IDENTITY, "rejects.jsonl"}
+# What costs nothing to make again: another configuration may take its place without being told to.
+_NO_WORK = {IDENTITY, "rejects.jsonl", "plan"}
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB_SIZE = 512
@@ -87,6 +91,68 @@ def tiny_qwen3(
     shape = _shape(hidden_size, num_layers, vocab_size, max_length_tokens)
     config = Qwen3Config(**shape, tie_word_embeddings=tied)
     return _save(Qwen3ForCausalLM(config), path, seed=seed)
+
+
+def tiny_sliding(
+    path: Path,
+    *,
+    window: int = 48,
+    hidden_size: int = 128,
+    num_layers: int = 8,
+    vocab_size: int = VOCAB_SIZE,
+    max_length_tokens: int = 2048,
+    seed: int = 0,
+) -> Path:
+    """A Mistral target whose tokens see the last `window` tokens alone, in `path`."""
+    shape = _shape(hidden_size, num_layers, vocab_size, max_length_tokens)
+    config = MistralConfig(**shape, sliding_window=window)
+    return _save(MistralForCausalLM(config), path, seed=seed)
+
+
+def tiny_moe(
+    path: Path,
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 8,
+    vocab_size: int = VOCAB_SIZE,
+    max_length_tokens: int = 2048,
+    seed: int = 0,
+) -> Path:
+    """A Qwen3-MoE target, two of four experts a token, in `path`."""
+    shape = _shape(hidden_size, num_layers, vocab_size, max_length_tokens)
+    config = Qwen3MoeConfig(
+        **shape,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=hidden_size,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+    )
+    return _save(Qwen3MoeForCausalLM(config), path, seed=seed)
+
+
+def tiny_scaled_rotary(
+    path: Path,
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 8,
+    vocab_size: int = VOCAB_SIZE,
+    max_length_tokens: int = 2048,
+    seed: int = 0,
+) -> Path:
+    """A Llama target with Llama 3's own scaling of the rotary frequencies, in `path`."""
+    shape = _shape(hidden_size, num_layers, vocab_size, max_length_tokens)
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    config = LlamaConfig(**shape, tie_word_embeddings=False, rope_parameters=scaling)
+    return _save(LlamaForCausalLM(config), path, seed=seed)
 
 
 def _shape(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that needs no engine: a tiny target, its greedy answers as a synth artifact, and a recipe.
 
-The answers are transformers' own, so that dump (with `engine: hf`) and train run for real on them.
+The answers are transformers' own, so that dump (with `backend: hf`) and train run for real on them.
 """
 
 import subprocess
@@ -29,7 +29,7 @@ def write_recipe(workspace: Path, **train: object) -> Path:
     recipe = {
         "run": {"target": "tiny", "max_length_tokens": 64, "draft_vocab_size": 128},
         "synth": {"prompts": "prompts.jsonl"},
-        "dump": {"engine": "hf", "shard_bytes": 200_000},
+        "dump": {"backend": "hf", "shard_bytes": 200_000},
         "train": {"epochs": 6, "batch_tokens": 128, "learning_rate": 1e-3, **train},
     }
     path = workspace / "recipe.yaml"

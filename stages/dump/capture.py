@@ -1,154 +1,196 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards from an engine: capture, check, write; each shard whole with its sidecar, or not there.
+"""Shards from a backend: captured, checked and written while the engine runs on.
 
-The sidecar, written after the shard, holds its checksum and what the checks found, so that a later
-run trusts it without reading gigabytes again.
+States arrive row by row, in any order, and go straight to their place in their shard. A full shard
+is checked and written on a thread of its own; each is whole with its sidecar, or not there. The
+sidecar, written last, holds checksums and what the checks found, so that a later run trusts the
+shard without reading gigabytes again. Memory: the shard that is filling, the one being written, and
+what the engine has in flight.
 """
 
 import contextlib
+import dataclasses
 import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 
-from shared import files, hidden_states
+from shared import files
 from shared import target as targets
+from shared.process import stop_if_requested
 from shared.target import TargetConfig
-from stages.dump.checks import Agreement, check_sample
+from stages.dump.backends import Backend, Captured, Row
+from stages.dump.checks import ShardChecks, check_sample
 from stages.dump.config import DumpConfig
-from stages.dump.run import ShardPlan, read_sidecar, sidecar
+from stages.dump.faults import require_right
+from stages.dump.layouts import write_samples
+from stages.dump.plan import ShardPlan, ShardRows, probe_rows
 
 logger = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
-    """Yields (index, states [T, A+1, H]) for each row of ids, in any order."""
+def sidecar(folder: Path, index: int) -> Path:
+    """The small file beside a shard that says what it holds: a shard without it is not whole."""
+    return folder / f"shard_{index:05d}.json"
 
-    def run(self, rows: Sequence[Sequence[int]]) -> Iterable[tuple[int, torch.Tensor]]: ...
+
+def read_sidecar(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
+    """What the sidecar says, or None where this very shard is not whole."""
+    path = sidecar(folder, plan.index)
+    if not path.exists():
+        return None
+    facts = dict(files.read_json(path))
+    if facts.get("rows") != plan.digest:
+        return None
+    for name, entry in facts["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            return None
+    return facts
 
 
-@contextlib.contextmanager
-def open_engine(
-    config: DumpConfig, target_config: TargetConfig, aux_layers: tuple[int, ...]
-) -> Iterator[Engine]:
-    """The recipe's engine, loaded for the length of the block."""
-    if config.engine == "hf":
-        from stages.dump.engine_hf import HfCapture
+@dataclasses.dataclass
+class FillingShard:
+    """A shard in the making: room for all its states, and the rows still missing."""
 
-        with HfCapture(
-            target=target_config.folder,
-            aux_layers=aux_layers,
-            num_layers=target_config.num_layers,
-            max_length_tokens=config.run.max_length_tokens,
-            dtype=config.dtype,
-            trust_remote_code=config.run.trust_remote_code,
-            max_num_batched_tokens=config.batch_tokens,
-        ) as engine:
-            yield engine
-    else:
-        # Read when vLLM is imported. Its own progress would drown the stage's.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        from stages.dump.engine_vllm import VllmCapture
+    plan: ShardPlan
+    rows: ShardRows
+    states: torch.Tensor  # [T, A+1, H] bfloat16
+    probes: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    missing: set[int] = dataclasses.field(init=False)
+    starts: list[int] = dataclasses.field(init=False)
 
-        with VllmCapture(
-            target=target_config.folder,
-            aux_layers=aux_layers,
-            num_layers=target_config.num_layers,
-            max_length_tokens=config.run.max_length_tokens,
-            dtype=config.dtype,
-            trust_remote_code=config.run.trust_remote_code,
-            tensor_parallel=config.tensor_parallel_size,
-            max_num_batched_tokens=config.batch_tokens,
-            scratch=config.paths.root / "tmp",
-            seed=config.run.seed,
-        ) as engine:
-            yield engine
+    def __post_init__(self) -> None:
+        self.missing = set(range(len(self.rows.input_ids)))
+        self.starts = [0]
+        for ids in self.rows.input_ids:
+            self.starts.append(self.starts[-1] + len(ids))
+
+    def put(self, row: int, captured: Captured) -> None:
+        """Take the states of `row`, checked.
+
+        Raises:
+            OutputError: they cannot be the target's.
+        """
+        place = self.states[self.starts[row] : self.starts[row + 1]]
+        check_sample(
+            self.rows.sample_ids[row],
+            captured.states,
+            num_tokens=place.shape[0],
+            num_states=place.shape[1],
+        )
+        place.copy_(captured.states)
+        if captured.logprobs is not None:
+            self.probes[row] = captured.logprobs
+        self.missing.discard(row)
 
 
 class ShardWriter:
-    """Writes planned shards into a folder, and remembers what is there."""
+    """Takes planned shards from a backend into a folder."""
 
     def __init__(
         self,
         folder: Path,
-        target_config: TargetConfig,
-        aux_layers: tuple[int, ...],
+        config: DumpConfig,
+        target: TargetConfig,
+        num_states: int,
         *,
         min_agreement: float,
     ) -> None:
         self.folder = folder
+        self.config = config
         self.min_agreement = min_agreement
-        self.target_config = target_config
-        self.num_states = len(aux_layers) + 1
-        self.tensors = targets.read_tensors(target_config)
-        self.checksums: dict[str, str] = {}
-        self.tokens = 0
-        self._hits = 0
-        self._asked = 0
+        self._shape = (num_states, target.hidden_size)
+        self._target = target
+        self._tensors = targets.read_tensors(target)
 
-    def is_written(self, plan: ShardPlan) -> bool:
-        """Whether an earlier run left this very shard."""
-        found = read_sidecar(self.folder, plan.index)
-        path = self.folder / hidden_states.shard_name(plan.index)
-        if found is None or not path.exists() or path.stat().st_size != found["bytes"]:
-            return False
-        if found["sample_ids"] != plan.sample_ids or found["tokens"] != plan.num_tokens:
-            return False
-        self._remember(plan, found["sha256"], found["hits"], found["asked"])
-        return True
-
-    def write(self, plan: ShardPlan, engine: Engine) -> None:
-        """Capture, check and write one shard.
+    def capture(
+        self, shards: Sequence[ShardPlan], backend: Backend, told: Callable[[int], None]
+    ) -> None:
+        """Capture `shards`; `told` gets the tokens of each row as it arrives.
 
         Raises:
-            OutputError: the states fail a check; nothing of the shard is kept.
+            OutputError: states that fail a check; nothing of their shard is kept.
+            Stopped: a signal asked for it; every whole shard is on disk.
         """
-        states: dict[int, torch.Tensor] = {}
-        agreement = Agreement(self.target_config, self.tensors)
-        for index, captured in engine.run(plan.input_ids):
-            check_sample(
-                plan.sample_ids[index],
-                captured,
-                num_tokens=len(plan.input_ids[index]),
-                num_states=self.num_states,
+        together = backend.streams and not self.config.drain
+        groups = [shards] if together else [[shard] for shard in shards]
+        with ThreadPoolExecutor(1, thread_name_prefix="eyrie-shard") as pool:
+            written: Future[None] | None = None
+            for group in groups:
+                for shard in self._full_shards(group, backend, told):
+                    if written is not None:
+                        written.result()  # one waits at most: memory for two shards is enough
+                    written = pool.submit(self._write, shard)
+            if written is not None:
+                written.result()
+
+    def _full_shards(
+        self, group: Sequence[ShardPlan], backend: Backend, told: Callable[[int], None]
+    ) -> Iterator[FillingShard]:
+        places: dict[int, tuple[FillingShard, int]] = {}
+        with contextlib.closing(backend.run(self._rows(group, places))) as answers:
+            for captured in answers:
+                shard, row = places.pop(captured.row)
+                shard.put(row, captured)
+                told(captured.states.shape[0])
+                if not shard.missing:
+                    yield shard
+                stop_if_requested("every whole shard is saved")
+
+    def _rows(
+        self, group: Sequence[ShardPlan], places: dict[int, tuple[FillingShard, int]]
+    ) -> Iterator[Row]:
+        """The rows of the shards, one after the other; `places` learns where each belongs."""
+        index = 0
+        for plan in group:
+            rows = plan.read()
+            shard = FillingShard(
+                plan, rows, torch.empty(plan.tokens, *self._shape, dtype=torch.bfloat16)
             )
-            ids, mask = plan.input_ids[index], plan.loss_masks[index]
-            agreement.add(torch.tensor(ids), torch.tensor(mask), captured)
-            states[index] = captured
-        name = hidden_states.shard_name(plan.index)
-        agreement.require(self.min_agreement, name)
-        path = self.folder / name
-        hidden_states.write_shard(
-            path,
-            input_ids=plan.input_ids,
-            loss_masks=plan.loss_masks,
-            states=[states[index] for index in range(len(plan.input_ids))],
-            sample_ids=plan.sample_ids,
+            probes = probe_rows(rows)
+            for row, ids in enumerate(rows.input_ids):
+                places[index] = (shard, row)
+                index += 1
+                yield Row(ids, is_probe=row in probes)
+
+    def _write(self, shard: FillingShard) -> None:
+        """Check and write one shard. Runs on the writer's thread."""
+        started_s = time.monotonic()
+        name = f"shard {shard.plan.index}"
+        checks = ShardChecks(self._target, self._tensors, shard.rows, shard.states, shard.starts)
+        agreement = checks.agreement()
+        gap = require_right(
+            name,
+            checks,
+            agreement,
+            shard.probes,
+            min_agreement=self.min_agreement,
+            max_logprob_gap=self.config.max_logprob_gap,
         )
-        digest = files.sha256(path)
+        entries = write_samples(
+            self.folder, self.config.layout, shard.plan, shard.rows, shard.states, shard.starts
+        )
         facts = {
-            "sha256": digest,
-            "bytes": path.stat().st_size,
-            "tokens": plan.num_tokens,
+            "rows": shard.plan.digest,
+            "tokens": shard.plan.tokens,
             "hits": agreement.hits,
             "asked": agreement.asked,
-            "sample_ids": plan.sample_ids,
+            "logprob_gap": gap,
+            "files": entries,
         }
-        files.write_json(sidecar(self.folder, plan.index), facts)
-        self._remember(plan, digest, agreement.hits, agreement.asked)
-        logger.info("%s: %d samples, agreement %.4f", name, len(plan.sample_ids), agreement.share)
-
-    def _remember(self, plan: ShardPlan, digest: str, hits: int, asked: int) -> None:
-        self.checksums[hidden_states.shard_name(plan.index)] = digest
-        self.checksums[sidecar(self.folder, plan.index).name] = ""
-        self.tokens += plan.num_tokens
-        self._hits += hits
-        self._asked += asked
-
-    def agreement(self) -> float:
-        """Share of answer tokens that the stored states predict, over all shards."""
-        return self._hits / self._asked if self._asked else 1.0
+        files.write_json(sidecar(self.folder, shard.plan.index), facts)
+        size, spent_s = sum(e["bytes"] for e in entries.values()), time.monotonic() - started_s
+        logger.info(
+            "%s: %d samples, agreement %.4f, log-probability gap %.4f nats, %.2f GB/s checked and "
+            "written",
+            name,
+            shard.plan.samples,
+            agreement.share,
+            gap,
+            size / spent_s / 1e9,
+        )

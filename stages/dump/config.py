@@ -3,13 +3,14 @@
 
 from typing import ClassVar, Literal
 
-from shared.config import StageConfig, identity, operational
+from shared.config import identity, operational
+from shared.sharding import ShardedConfig
 
 
-class DumpConfig(StageConfig):
-    """Runs the target over synth's conversations and keeps its hidden states, checked.
+class DumpConfig(ShardedConfig):
+    """Runs the target over conversations and keeps its hidden states, checked.
 
-    In:  <workspace>/<run>/synth/.
+    In:  <workspace>/<run>/synth/, or --conversations.
     Out: <workspace>/<run>/dump/shard_*.pt, data_config.json, token_freq.pt, manifest.json.
     """
 
@@ -22,10 +23,18 @@ class DumpConfig(StageConfig):
         "trust_remote_code",
     )
 
-    engine: Literal["vllm", "hf"] = identity(
-        "vllm", "vllm; or hf for targets whose vLLM model has no capture hooks."
+    conversations: str | None = identity(
+        None,
+        "Finished conversations instead of synth's: file, folder, glob (workspace first) or hub "
+        "data set. The target's chat template gives their token ids.",
     )
-    dtype: str = identity("auto", "The engine's dtype; states are stored as bfloat16.")
+    backend: Literal["vllm", "hf", "auto"] = identity(
+        "vllm", "vllm; hf for targets whose vLLM model has no hooks; auto asks vLLM which."
+    )
+    layout: Literal["shards", "samples"] = identity(
+        "shards", "shards: files of shard_bytes; samples: a file a sample, as speculators 0.3 has."
+    )
+    dtype: str = identity("auto", "What the target computes in; states are stored as bfloat16.")
     over_long: Literal["truncate", "skip"] = identity(
         "truncate", "What to do with a row longer than run.max_length_tokens."
     )
@@ -37,8 +46,32 @@ class DumpConfig(StageConfig):
         ge=0,
         le=1,
     )
+    max_logprob_gap: float = operational(
+        0.1,
+        "Most nats, on average, between a probe row's log-probabilities rebuilt from its stored "
+        "states and the engine's own; above is exit 3.",
+        gt=0,
+    )
     max_failed_fraction: float = operational(
         0.0, "More failed rows than this is exit 3.", ge=0, le=1
     )
     batch_tokens: int = operational(8192, "Tokens that the engine takes at once.", ge=1)
     tensor_parallel_size: int = operational(1, "GPUs that share the target's layers.", ge=1)
+    data_parallel: int = operational(1, "Engines on this node, each with its own shards.", ge=1)
+    drain: bool = operational(
+        False, "Finish each shard before the next is begun: repeatable batches, less speed."
+    )
+
+
+class ParityConfig(DumpConfig):
+    """Captures the same rows with two backends and compares them, layer by layer.
+
+    In:  the recipe, and the rows that dump would take.
+    Out: a table; exit 3 where a layer differs by more than --tolerance.
+    """
+
+    rows: int = operational(8, "Rows to compare.", ge=1)
+    against: Literal["hf", "vllm"] = operational("hf", "The backend to compare with.")
+    tolerance: float = operational(
+        0.02, "Largest relative difference of a layer that is still called the same.", gt=0
+    )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The half of capture that vLLM loads into its own processes: finished requests become files.
 
-In: requests whose `kv_transfer_params` name a file (see `engine_vllm`). vLLM's method
+In: requests whose `kv_transfer_params` name a file (see `backend_vllm`). vLLM's method
 `extract_hidden_states` keeps the wanted states of every prompt token in a cache layer of its own,
 paged like keys and values. Out: that file in the spool, safetensors {`token_ids` int32 [T],
 `hidden_states` [T, A+1, H] bf16}, written beside its name and renamed, so that a reader sees it whole
@@ -18,15 +18,8 @@ not been run: the machines that the tests run on have no GPU.
 Shapes: T tokens of one request, A+1 aux layers and the final state, H hidden.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import logging
-import os
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +44,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec, KVCacheConfig
 
-from shared.errors import UserError
+from stages.dump.spool import FAILED_SUFFIX
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -61,15 +54,6 @@ logger = logging.getLogger(__name__)
 
 # The key in a request's kv_transfer_params that holds the path of its file.
 WRITE_TO = "eyrie_write_to"
-# Ends the name of an empty file that says: the states could not be written.
-FAILED_SUFFIX = ".failed"
-STATES_SUFFIX = ".safetensors"
-SHM = Path("/dev/shm")
-# What vLLM's own queues need there.
-SHM_RESERVE_BYTES = 256 << 20
-SPOOL_PREFIX = "eyrie-spool-"
-# A spool younger than this may not have its lock yet; do not take it for abandoned.
-SPOOL_GRACE_S = 60.0
 # tmpfs takes about 2 GB/s from one thread; four keep up with the fastest prefill.
 NUM_WRITERS = 4
 
@@ -260,48 +244,3 @@ def _write(request: Finished, states: torch.Tensor, copied: "torch.cuda.Event | 
         # It would vanish in the pool, and the driver wait for a file that never comes.
         logger.exception("could not write the hidden states to %s", path)
         path.with_suffix(FAILED_SUFFIX).touch()
-
-
-@contextlib.contextmanager
-def open_spool(parents: Sequence[Path], *, needed_bytes: int) -> Iterator[Path]:
-    """A private folder in the first of `parents` with room, gone at the end.
-
-    Spools that a killed run left behind are removed first: in /dev/shm they hold memory.
-
-    Raises:
-        UserError: none has room.
-    """
-    for parent in parents:
-        parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(parent)
-        reserve = SHM_RESERVE_BYTES if parent == SHM else 0
-        if shutil.disk_usage(parent).free >= needed_bytes + reserve:
-            break
-    else:
-        raise UserError(
-            f"expected {needed_bytes >> 20} MiB free for hidden states in flight, found less in "
-            f"{' and '.join(map(str, parents))}. Free some, or take fewer tokens at once."
-        )
-    # mkdtemp makes it 0700: prompts lie there in clear.
-    spool = Path(tempfile.mkdtemp(prefix=SPOOL_PREFIX, dir=parent))
-    lock = os.open(spool, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield spool
-    finally:
-        shutil.rmtree(spool, ignore_errors=True)
-        os.close(lock)
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Remove the spools whose lock nobody holds; a process id would say nothing across containers."""
-    for spool in parent.glob(f"{SPOOL_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - spool.stat().st_mtime < SPOOL_GRACE_S:
-                continue
-            lock = os.open(spool, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(spool)
-            finally:
-                os.close(lock)

@@ -6,7 +6,6 @@ reproducibility) plus what no peer states: the numbering of the layer ids, that 
 before the norm, and the hashes of the target and its tokenizer.
 """
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,65 @@ from shared import files, hidden_states, layers, provenance
 from shared import target as targets
 from shared.target import TargetConfig
 from stages.dump.config import DumpConfig
-from stages.dump.run import ShardPlan
+from stages.dump.plan import Plan
+from stages.dump.sources import RowSource
 
 
-def answer_counts(plans: Sequence[ShardPlan], vocab_size: int) -> torch.Tensor:
+def answer_counts(plan: Plan, vocab_size: int) -> torch.Tensor:
     """[V] int64: how often each token occurs in the answers; prompts are not counted."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for plan in plans:
-        for ids, mask in zip(plan.input_ids, plan.loss_masks, strict=True):
+    for shard in plan.shards:
+        rows = shard.read()
+        for ids, mask in zip(rows.input_ids, rows.loss_masks, strict=True):
             answers = torch.tensor(ids)[torch.tensor(mask, dtype=torch.bool)]
             counts += torch.bincount(answers, minlength=vocab_size)
     return counts
+
+
+def _format(layout: str, num_states: int, hidden_size: int) -> dict[str, Any]:
+    """The layout of the files, as `data_config.json` describes it."""
+    if layout == "samples":
+        return {
+            "layout": "samples",
+            "file_pattern": "samples/data_{idx}.pt",
+            "schema": {
+                "input_ids": {"dtype": "torch.long", "shape": "[seq_len]"},
+                "hidden_states": {
+                    "dtype": "list[torch.bfloat16]",
+                    "shape": f"list of [seq_len, {hidden_size}]",
+                    "num_tensors": num_states,
+                },
+                "loss_mask": {"dtype": "torch.long", "shape": "[seq_len]"},
+            },
+        }
+    return {
+        "layout": "shards",
+        "file_pattern": "shard_{index:05d}.pt",
+        "schema": {
+            "input_ids": {"dtype": "torch.int32", "shape": "[T]"},
+            "loss_mask": {"dtype": "torch.uint8", "shape": "[T]"},
+            "hidden_states": {
+                "dtype": "torch.bfloat16",
+                "shape": f"[T, {num_states}, {hidden_size}]",
+            },
+            "offsets": {"dtype": "torch.int64", "shape": "[N+1]"},
+            "sample_ids": {"dtype": "list[str]", "shape": "[N]"},
+        },
+    }
 
 
 def _data_config(
     config: DumpConfig,
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
-    plans: Sequence[ShardPlan],
-    parent: Mapping[str, Any],
+    plan: Plan,
+    source: RowSource,
 ) -> dict[str, Any]:
     num_states, hidden_size = len(aux_layers) + 1, target_config.hidden_size
     return {
         "version": "2.0",
         "schema_version": hidden_states.SCHEMA_VERSION,
-        "reproducibility": provenance.collect(argv=[], engine=config.engine),
+        "reproducibility": provenance.collect(argv=[], engine=plan.backend),
         "model": {
             "target_model_path": config.run.target,
             "target_revision": config.run.target_revision,
@@ -53,10 +86,12 @@ def _data_config(
             "num_hidden_layers": target_config.num_layers,
         },
         "data": {
-            "synth_fingerprint": parent["fingerprint"],
+            "train_data_path": config.conversations or "synth",
+            "parents": {name: parent["fingerprint"] for name, parent in source.parents.items()},
+            "inputs": dict(source.inputs),
             "seq_length": config.run.max_length_tokens,
-            "num_samples": sum(len(plan.sample_ids) for plan in plans),
-            "num_tokens": sum(plan.num_tokens for plan in plans),
+            "num_samples": plan.samples,
+            "num_tokens": plan.tokens,
         },
         "hidden_states": {
             "layer_ids": [*aux_layers, target_config.num_layers],
@@ -65,20 +100,7 @@ def _data_config(
             "final_hidden": "prenorm",
             "dtype": "bfloat16",
         },
-        "format": {
-            "layout": "shards",
-            "file_pattern": "shard_{index:05d}.pt",
-            "schema": {
-                "input_ids": {"dtype": "torch.int32", "shape": "[T]"},
-                "loss_mask": {"dtype": "torch.uint8", "shape": "[T]"},
-                "hidden_states": {
-                    "dtype": "torch.bfloat16",
-                    "shape": f"[T, {num_states}, {hidden_size}]",
-                },
-                "offsets": {"dtype": "torch.int64", "shape": "[N+1]"},
-                "sample_ids": {"dtype": "list[str]", "shape": "[N]"},
-            },
-        },
+        "format": _format(config.layout, num_states, hidden_size),
     }
 
 
@@ -87,12 +109,12 @@ def write_metadata(
     config: DumpConfig,
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
-    plans: Sequence[ShardPlan],
-    parent: Mapping[str, Any],
+    plan: Plan,
+    source: RowSource,
 ) -> list[str]:
     """Write both files; returns their names."""
-    data_config = _data_config(config, target_config, aux_layers, plans, parent)
+    data_config = _data_config(config, target_config, aux_layers, plan, source)
     files.write_json(folder / hidden_states.DATA_CONFIG, data_config)
     with files.atomic_path(folder / hidden_states.TOKEN_FREQ) as temporary:
-        torch.save(answer_counts(plans, target_config.vocab_size), temporary)
+        torch.save(answer_counts(plan, target_config.vocab_size), temporary)
     return [hidden_states.DATA_CONFIG, hidden_states.TOKEN_FREQ]

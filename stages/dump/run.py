@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations -> the target's hidden states -> `.pt` shards.
+"""Conversations -> the target's hidden states -> `.pt` files.
 
-In: synth's Parquet. Out: shards of [T, A+1, H] bfloat16 with ids and masks. Cost: one prefill of
-every row, and T * (A+1) * H * 2 bytes of disk. Shards are planned from the rows alone, so a killed
-run continues with the first shard that is not whole.
+In: synth's Parquet, or finished conversations. Out: shards of [T, A+1, H] bfloat16 with ids and
+masks. Cost: one prefill of every row, and T * (A+1) * H * 2 bytes of disk. Shards are planned from
+the rows alone, so a killed run continues with the first shard that is not whole, and several
+processes share the shards out.
 """
 
-import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from shared import conversations, files, layers, target
+from shared import hidden_states, layers, target
 from shared.errors import UserError
-from shared.manifest import Artifact, require_parent
-from shared.process import stop_if_requested
+from shared.manifest import Artifact
 from shared.status import Accounting, Status
 from shared.target import TargetConfig
+from stages.dump import plan as plans
+from stages.dump import sources
 from stages.dump.config import DumpConfig
+from stages.dump.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -31,110 +31,75 @@ def run(config: DumpConfig) -> None:
         UserError: no finished synth artifact, a changed target, too little disk.
         OutputError: states that fail their checks, or no row left.
     """
-    parent = require_parent(config.paths.stage("synth"), stage="synth", config=config)
+    source = sources.open_source(config)
     folder = target.locate(config.run.target, config.workspace, revision=config.run.target_revision)
     target_config = target.read_config(folder)
     aux_layers = layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers)
     target_hash = target.weights_hash(folder)
-    if target_hash != parent["facts"]["target_hash"]:
-        raise UserError(
-            f"{folder} is not the target that answered in {config.paths.stage('synth')}: its "
-            "weights changed since. Run synth again with --overwrite, or restore the target."
-        )
+    source.require_target(folder, target_hash)
     artifact = Artifact(
         config.paths.stage("dump"),
         config,
-        parents={"synth": parent},
-        inputs={"target": target_hash},
+        parents=source.parents,
+        inputs={"target": target_hash, **source.inputs},
     )
     if artifact.is_done():
         return
+    if config.data_parallel > 1:
+        # Here, not above: an artifact that is done already must not wait for what it does not need.
+        from stages.dump import parallel
+
+        with artifact.work():
+            _settle(config, artifact, source, target_config, aux_layers)
+        parallel.run_children(config)
+        artifact.config = config.model_copy(update={"overwrite": False})
+        if artifact.is_done():  # the last of the children saw every shard whole
+            return
     with artifact.work():
-        accounting = Accounting()
-        plans = list(plan_shards(config, target_config, len(aux_layers), accounting))
-        rejects = artifact.folder / "rejects.jsonl"
-        accounting.write_rejects(rejects)
-        accounting.check(
-            max_failed_fraction=config.max_failed_fraction, what="synth's rows", rejects=rejects
-        )
-        _require_disk(artifact.folder, plans, target_config, len(aux_layers))
+        if config.share.count > 1 and artifact.is_done():  # the others finished just now
+            return
+        plan = _settle(config, artifact, source, target_config, aux_layers)
         # Sampled answers are not the target's argmax, so their agreement is told and not asked for.
-        greedy = parent["identity"]["synth.temperature"] == 0
-        least = config.min_agreement if greedy else 0.0
-        checksums, agreement = _capture(
-            config, target_config, aux_layers, artifact.folder, plans, least
-        )
-        # Here, not above: an artifact that is done already must not wait for torch.
-        from stages.dump.metadata import write_metadata
-
-        names = write_metadata(artifact.folder, config, target_config, aux_layers, plans, parent)
-        artifact.finish(
-            [*checksums, *names, rejects.name],
-            counts=accounting.as_dict(),
-            facts={
-                "tokens": sum(plan.num_tokens for plan in plans),
-                "aux_layers": list(aux_layers),
-                "agreement": agreement,
-                "target_hash": target_hash,
-                "greedy": greedy,
-            },
-            checksums=checksums,
-            engine=config.engine,
-        )
+        least = config.min_agreement if source.is_greedy else 0.0
+        _capture(config, target_config, aux_layers, artifact.folder, plan, least)
+        _complete(config, artifact, source, target_config, aux_layers, plan)
 
 
-@dataclasses.dataclass
-class ShardPlan:
-    """The rows of one shard: known before anything is captured, the same in every run."""
+def _settle(
+    config: DumpConfig,
+    artifact: Artifact,
+    source: sources.RowSource,
+    target_config: TargetConfig,
+    aux_layers: tuple[int, ...],
+) -> Plan:
+    """The plan, and room for it on the disk."""
+    folder, fingerprint = artifact.folder, artifact.fingerprint
+    found = plans.read_plan(folder / plans.FOLDER, fingerprint)
+    backend = found.backend if found else config.backend
+    if backend == "auto":
+        from stages.dump.backends import choose
 
-    index: int
-    sample_ids: list[str] = dataclasses.field(default_factory=list)
-    input_ids: list[list[int]] = dataclasses.field(default_factory=list)
-    loss_masks: list[list[int]] = dataclasses.field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.input_ids))
-
-
-def plan_shards(
-    config: DumpConfig, target_config: TargetConfig, num_aux: int, accounting: Accounting
-) -> Iterator[ShardPlan]:
-    """Rows in the order of synth's parts, cut into shards of about `shard_bytes`."""
-    token_bytes = (num_aux + 1) * target_config.hidden_size * 2
-    limit = config.run.max_length_tokens
-    plan = ShardPlan(0)
-    for row in conversations.read_conversations(config.paths.stage("synth")):
-        ids, mask = list(row.input_ids), row.loss_mask()
-        if len(ids) > limit and config.over_long == "skip":
-            accounting.skip(row.sample_id, "too_long", f"{len(ids)} > {limit}")
-            continue
-        ids, mask = ids[:limit], mask[:limit]
-        if not any(mask):
-            accounting.skip(row.sample_id, "no_trained_token")
-            continue
-        if max(ids) >= target_config.vocab_size:
-            accounting.fail(row.sample_id, "token_outside_vocabulary", str(max(ids)))
-            continue
-        accounting.ok += 1
-        plan.sample_ids.append(row.sample_id)
-        plan.input_ids.append(ids)
-        plan.loss_masks.append(mask)
-        if plan.num_tokens * token_bytes >= config.shard_bytes:
-            yield plan
-            plan = ShardPlan(plan.index + 1)
-    if plan.sample_ids:
-        yield plan
+        backend = choose(config, target_config, aux_layers)
+    accounting = Accounting()
+    plan = plans.settle(
+        folder,
+        source.rows(target_config.folder, accounting),
+        config,
+        fingerprint=fingerprint,
+        accounting=accounting,
+        token_bytes=hidden_states.state_bytes(1, len(aux_layers), target_config.hidden_size),
+        vocab_size=target_config.vocab_size,
+        backend=backend,
+    )
+    _require_disk(folder, plan, len(aux_layers), target_config.hidden_size)
+    return plan
 
 
-def _require_disk(
-    folder: Path, plans: list[ShardPlan], target_config: TargetConfig, num_aux: int
-) -> None:
-    tokens = sum(plan.num_tokens for plan in plans)
-    needed = tokens * (num_aux + 1) * target_config.hidden_size * 2
-    held = sum(path.stat().st_size for path in folder.glob("shard_*.pt"))
+def _require_disk(folder: Path, plan: Plan, num_aux: int, hidden_size: int) -> None:
+    needed = hidden_states.state_bytes(plan.tokens, num_aux, hidden_size)
+    held = sum(path.stat().st_size for path in folder.rglob("*.pt"))
     free = shutil.disk_usage(folder).free
-    logger.info("%d tokens in %d shards: %.3f GB", tokens, len(plans), needed / 1e9)
+    logger.info("%d tokens in %d shards: %.3f GB", plan.tokens, len(plan.shards), needed / 1e9)
     if needed - held > free:
         raise UserError(
             f"{folder}: the hidden states need {needed - held} bytes more, found {free} free. Free "
@@ -147,34 +112,77 @@ def _capture(
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
     folder: Path,
-    plans: list[ShardPlan],
+    plan: Plan,
     min_agreement: float,
-) -> tuple[dict[str, str], float]:
-    """Capture what is missing; returns (file -> SHA-256, share of answer tokens predicted)."""
-    from stages.dump.capture import ShardWriter, open_engine
+) -> None:
+    """Capture what is missing of this process's share."""
+    from stages.dump.backends import open_backend
+    from stages.dump.capture import ShardWriter, read_sidecar
 
-    writer = ShardWriter(folder, target_config, aux_layers, min_agreement=min_agreement)
-    missing = [plan for plan in plans if not writer.is_written(plan)]
-    if len(missing) < len(plans):
-        logger.info("%d of %d shards are there already", len(plans) - len(missing), len(plans))
-    status = Status(config.paths.status("dump"))
+    own = [shard for shard in plan.shards if config.share.owns(shard.index)]
+    missing = [shard for shard in own if read_sidecar(folder, shard) is None]
+    if len(missing) < len(own):
+        logger.info("%d of %d shards are there already", len(own) - len(missing), len(own))
+    status = Status(config.paths.status(config.process_name))
     status.started()
-    if missing:
-        total = sum(plan.num_tokens for plan in plans)
-        with open_engine(config, target_config, aux_layers) as engine:
-            for plan in missing:
-                writer.write(plan, engine)
-                stop_if_requested(f"shards up to {plan.index} are saved")
-                status.progress(writer.tokens, total, "tokens", shard=plan.index)
-    return writer.checksums, writer.agreement()
+    if not missing:
+        return
+    total = sum(shard.tokens for shard in own)
+    done = total - sum(shard.tokens for shard in missing)
+
+    def told(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        status.progress(done, total, "tokens")
+
+    writer = ShardWriter(
+        folder, config, target_config, len(aux_layers) + 1, min_agreement=min_agreement
+    )
+    with open_backend(plan.backend, config, target_config, aux_layers) as backend:
+        writer.capture(missing, backend, told)
 
 
-def sidecar(folder: Path, index: int) -> Path:
-    """The small file beside a shard that says what it holds: a shard without it is not whole."""
-    return folder / f"shard_{index:05d}.json"
+def _complete(
+    config: DumpConfig,
+    artifact: Artifact,
+    source: sources.RowSource,
+    target_config: TargetConfig,
+    aux_layers: tuple[int, ...],
+    plan: Plan,
+) -> None:
+    """Write the manifest, if this process is the one that sees every shard whole."""
+    from stages.dump.capture import read_sidecar, sidecar
+    from stages.dump.metadata import write_metadata
 
-
-def read_sidecar(folder: Path, index: int) -> dict[str, Any] | None:
-    """What the sidecar says, or None where the shard is not whole."""
-    path = sidecar(folder, index)
-    return dict(files.read_json(path)) if path.exists() else None
+    found = [read_sidecar(artifact.folder, shard) for shard in plan.shards]
+    sidecars = [facts for facts in found if facts is not None]
+    if len(sidecars) < len(found):
+        waiting = len(found) - len(sidecars)
+        logger.info("this process's shards are whole; %d are left to the others", waiting)
+        return
+    with artifact.finishing() as mine:
+        if not mine:
+            return
+        names = write_metadata(artifact.folder, config, target_config, aux_layers, plan, source)
+        checksums = {
+            name: entry["sha256"] for facts in sidecars for name, entry in facts["files"].items()
+        }
+        names += [sidecar(artifact.folder, shard.index).name for shard in plan.shards]
+        asked = sum(facts["asked"] for facts in sidecars)
+        artifact.finish(
+            [*checksums, *names, plans.REJECTS],
+            counts=plan.counts,
+            facts={
+                "tokens": plan.tokens,
+                "aux_layers": list(aux_layers),
+                "agreement": sum(f["hits"] for f in sidecars) / asked if asked else 1.0,
+                "logprob_gap": max(facts["logprob_gap"] for facts in sidecars),
+                "target_hash": artifact.identity["input.target"],
+                "greedy": source.is_greedy,
+                "backend": plan.backend,
+                "layout": config.layout,
+            },
+            checksums=checksums,
+            engine=plan.backend,
+        )
+    shutil.rmtree(artifact.folder / plans.FOLDER, ignore_errors=True)

@@ -6,14 +6,17 @@ many or too few. Costs about four engine starts: a minute and a half on two core
 """
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +24,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel
 
+from shared import target as targets
+from shared.config import build
 from shared.errors import OutputError, RetryableError, UserError
-from stages.dump import connector
-from stages.dump.engine_hf import HfCapture
-from stages.dump.engine_vllm import VllmCapture, check_version
-from tests.models import VOCAB_SIZE, tiny_llama, tiny_qwen3, tiny_tokenizer
+from stages.dump import checks, connector, spool
+from stages.dump.backend_hf import HfCapture
+from stages.dump.backend_vllm import VllmCapture, _Asked, _token_logprobs
+from stages.dump.backends import Row, choose
+from stages.dump.config import DumpConfig
+from stages.dump.vllm_setup import check_version, start_failure
+from tests.models import (
+    VOCAB_SIZE,
+    tiny_llama,
+    tiny_moe,
+    tiny_qwen3,
+    tiny_scaled_rotary,
+    tiny_sliding,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -35,6 +51,8 @@ NUM_LAYERS = 8
 MAX_LENGTH_TOKENS = 256
 # Measured between the engines: 0.5 % at id 2, growing to 1.2 % at id L, all of it bf16 rounding.
 TOLERANCE = 0.02
+# Rows that are asked for their log-probabilities: one token, one chunk, three chunks of 96.
+PROBES = (0, 4, 7)
 LENGTHS = (1, 2, 5, 17, 64, 130, 200, 256, 99, 3, 255, 31)
 
 
@@ -54,7 +72,17 @@ def settings(target: Path, aux_layers: tuple[int, ...] = AUX_LAYERS) -> dict[str
 
 def capture_hf(target: Path, aux_layers: tuple[int, ...] = AUX_LAYERS) -> dict[int, torch.Tensor]:
     with HfCapture(**settings(target, aux_layers), max_num_batched_tokens=600) as capture:
-        return dict(capture.run(make_rows()))
+        return answers(capture)[0]
+
+
+def answers(capture: Any) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """row -> states, and row -> log-probabilities of the rows of `PROBES`, as `capture` says."""
+    states, logprobs = {}, {}
+    for captured in capture.run([Row(ids, i in PROBES) for i, ids in enumerate(make_rows())]):
+        states[captured.row] = captured.states.clone()
+        if captured.logprobs is not None:
+            logprobs[captured.row] = captured.logprobs
+    return states, logprobs
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -79,29 +107,36 @@ class Captured:
     target: Path
     vllm: dict[int, torch.Tensor]
     hf: dict[int, torch.Tensor]
+    logprobs: dict[int, torch.Tensor]  # by vLLM
 
 
-@pytest.fixture(scope="module", params=["llama-tied", "qwen3"])
+TARGETS: dict[str, Callable[..., Path]] = {
+    "llama-tied": functools.partial(tiny_llama, tied=True),
+    "qwen3": tiny_qwen3,
+    "sliding-window": tiny_sliding,
+    "moe": tiny_moe,
+    "scaled-rotary": tiny_scaled_rotary,
+}
+
+
+@pytest.fixture(scope="module", params=list(TARGETS))
 def captured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Captured]:
     """The same rows through both engines. vLLM prefills in chunks of 96, several rows a step."""
     target = tmp_path_factory.mktemp(request.param)
-    if request.param == "llama-tied":
-        tiny_llama(target, tied=True, max_length_tokens=MAX_LENGTH_TOKENS)
-    else:
-        tiny_qwen3(target, max_length_tokens=MAX_LENGTH_TOKENS)
-    spool = tmp_path_factory.mktemp("spool")
-    with VllmCapture(**settings(target), max_num_batched_tokens=96, spool=spool) as capture:
+    TARGETS[request.param](target, max_length_tokens=MAX_LENGTH_TOKENS)
+    parent = tmp_path_factory.mktemp("spool")
+    with VllmCapture(**settings(target), max_num_batched_tokens=96, spool=parent) as capture:
         # A run broken off after its first result must leave nothing behind in the next one.
-        for _ in capture.run(make_rows(seed=1)):
+        for _ in capture.run([Row(ids) for ids in make_rows(seed=1)]):
             break
-        vllm = dict(capture.run(make_rows()))
-        (folder,) = spool.iterdir()
+        states, logprobs = answers(capture)
+        (folder,) = parent.iterdir()
         assert folder.stat().st_mode & 0o777 == 0o700
-        assert not [path for path in folder.iterdir() if path.suffix == connector.STATES_SUFFIX]
-    assert not list(spool.iterdir())
-    yield Captured(target, vllm, capture_hf(target))
+        assert not [path for path in folder.iterdir() if path.suffix == spool.STATES_SUFFIX]
+    assert not list(parent.iterdir())
+    yield Captured(target, states, capture_hf(target), logprobs)
 
 
 def test_engines_agree(captured: Captured) -> None:
@@ -117,6 +152,35 @@ def test_ids_one_off_are_caught(captured: Captured) -> None:
     wrong = capture_hf(captured.target, (5, 6, NUM_LAYERS - 1))
     for index, states in captured.vllm.items():
         assert error(states[:, -1], wrong[index][:, -2]) > 5 * TOLERANCE
+
+
+def test_rebuilt_log_probabilities_are_the_engines_own(captured: Captured) -> None:
+    """What dump asks of its probe rows, with dump's own tolerance of 0.1 nats."""
+    config = targets.read_config(captured.target)
+    tensors = targets.read_tensors(config)
+    assert set(captured.logprobs) == set(PROBES)
+    for index, told in captured.logprobs.items():
+        ids = torch.tensor(make_rows()[index])
+        assert told.shape == (len(ids) - 1,)
+        if not told.numel():
+            continue
+        final = captured.vllm[index][:-1, -1]
+        rebuilt = checks.token_logprobs(checks.logits(final, config, tensors), ids[1:])
+        assert float((rebuilt - told).abs().mean()) < 0.05
+        # Planted: the norm left out, and the state of another layer.
+        for wrong in (
+            checks.head_logits(final, config, tensors),
+            checks.logits(captured.vllm[index][:-1, -2], config, tensors),
+        ):
+            assert float((checks.token_logprobs(wrong, ids[1:]) - told).abs().mean()) > 0.3
+
+
+@torch.inference_mode()
+def test_both_backends_say_the_same_log_probabilities(captured: Captured) -> None:
+    with HfCapture(**settings(captured.target)) as capture:
+        _, hf = answers(capture)
+    for index, told in captured.logprobs.items():
+        assert torch.allclose(told, hf[index], atol=0.3)
 
 
 @torch.inference_mode()
@@ -159,10 +223,10 @@ def test_engine_in_this_process_captures_too(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from safetensors.torch import save_file\n"
-        "from stages.dump.engine_vllm import VllmCapture\n"
-        "from tests.engine.test_capture import make_rows, settings\n"
+        "from stages.dump.backend_vllm import VllmCapture\n"
+        "from tests.engine.test_capture import answers, settings\n"
         "with VllmCapture(**settings(sys.argv[1]), max_num_batched_tokens=96) as capture:\n"
-        "    states = {str(index): states for index, states in capture.run(make_rows())}\n"
+        "    states = {str(index): states for index, states in answers(capture)[0].items()}\n"
         "save_file(states, sys.argv[2])\n"
     )
     target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
@@ -186,12 +250,51 @@ def test_dead_engine_is_retryable_and_leaves_no_spool(tmp_path: Path) -> None:
         VllmCapture(**settings(target), max_num_batched_tokens=256, spool=spool) as capture,
     ):
         (core,) = (p for p in multiprocessing.active_children() if "EngineCore" in p.name)
-        results = capture.run(make_rows((200,) * 400))
+        results = capture.run([Row(ids) for ids in make_rows((200,) * 400)])
         next(results)
         # Without a chance to say anything, as the kernel does when memory is out.
         core.kill()
         list(results)
     assert not list(spool.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("codes", "kind"),
+    [({"EngineCore_DP0": -9}, RetryableError), ({"EngineCore_DP0": 1}, UserError)],
+)
+def test_a_killed_start_is_told_from_a_refused_one(
+    codes: dict[str, int], kind: type[Exception]
+) -> None:
+    told = f"Engine core initialization failed. Failed core proc(s): {codes}"
+    assert type(start_failure(RuntimeError(told), "tiny")) is kind
+
+
+def test_an_engine_killed_while_it_starts_is_retryable(tmp_path: Path) -> None:
+    target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
+    killer = threading.Thread(target=_kill_engine_core)
+    killer.start()
+    with pytest.raises(RetryableError, match="ended by a signal"), VllmCapture(**settings(target)):
+        pass
+    killer.join()
+
+
+def _kill_engine_core() -> None:
+    for _ in range(600):
+        for process in multiprocessing.active_children():
+            if "EngineCore" in process.name:
+                time.sleep(0.5)
+                process.kill()
+                return
+        time.sleep(0.05)
+
+
+def test_a_start_that_the_engine_itself_refuses_is_the_users(tmp_path: Path) -> None:
+    target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
+    damaged = load_file(target / "model.safetensors")
+    damaged["model.norm.weight"] = torch.ones(64, dtype=torch.bfloat16)
+    save_file(damaged, target / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="could not start"), VllmCapture(**settings(target)):
+        pass
 
 
 @pytest.mark.parametrize("found", ["0.27.1", "0.33.0", "1.0"])
@@ -205,11 +308,31 @@ def test_supported_version_is_taken(found: str) -> None:
     check_version(found)
 
 
+def test_auto_asks_the_engine_and_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder = tiny_llama(tmp_path / "llama", max_length_tokens=MAX_LENGTH_TOKENS)
+    assert choose_for(folder) == "vllm"
+    folder = tmp_path / "gemma"
+    config = Gemma2Config(num_hidden_layers=NUM_LAYERS, architectures=["Gemma2ForCausalLM"])
+    config.save_pretrained(folder)
+    tiny_tokenizer(folder)
+    assert choose_for(folder) == "hf"
+    assert "Gemma2ForCausalLM" in caplog.text
+    assert "its model has no hooks" in caplog.text
+
+
+def choose_for(folder: Path) -> str:
+    flags = {"target": str(folder), "max_length_tokens": str(MAX_LENGTH_TOKENS), "backend": "auto"}
+    return choose(build(DumpConfig, flags), targets.read_config(folder), AUX_LAYERS)
+
+
 def test_target_without_hooks_is_sent_to_the_other_engine(tmp_path: Path) -> None:
     config = Gemma2Config(num_hidden_layers=NUM_LAYERS, architectures=["Gemma2ForCausalLM"])
     config.save_pretrained(tmp_path)
     tiny_tokenizer(tmp_path)
-    refused = pytest.raises(UserError, match=r"Gemma2ForCausalLM.*engine: hf")
+    refused = pytest.raises(UserError, match=r"Gemma2ForCausalLM.*backend: hf")
     with refused, VllmCapture(**settings(tmp_path)):
         pass
 
@@ -229,10 +352,21 @@ def test_row_of_no_or_too_many_tokens_is_refused(tmp_path: Path, row: list[int])
     with HfCapture(**settings(tiny_llama(tmp_path))) as capture:
         refused = pytest.raises(UserError, match=rf"row 1: .* found {len(row)}")
         with refused:
-            list(capture.run([[1, 2], row]))
+            list(capture.run([Row([1, 2]), Row(row)]))
 
 
 # The connector's and the reader's parts by themselves.
+
+
+def test_token_logprobs_worked_example() -> None:
+    """ids [7, 8, 9]: vLLM's list is [None, {8: -1.5}, {9: -0.3}]."""
+    told = [
+        None,
+        {8: SimpleNamespace(logprob=-1.5), 3: SimpleNamespace(logprob=-0.1)},
+        {9: SimpleNamespace(logprob=-0.3)},
+    ]
+    assert _token_logprobs([7, 8, 9], told).tolist() == pytest.approx([-1.5, -0.3])
+    assert _token_logprobs([7], [None]).shape == (0,)
 
 
 def cache_and_request(tmp_path: Path) -> tuple[torch.Tensor, connector.Finished]:
@@ -267,16 +401,16 @@ def test_pages_never_written_are_refused(tmp_path: Path) -> None:
     connector._write(request, connector._take(cache, request, 16), None)
     (path,) = reader(tmp_path)._ready_files()
     with pytest.raises(OutputError, match="18 of 18 tokens have no final hidden state"):
-        reader(tmp_path)._read(path, 0, request.token_ids)
+        reader(tmp_path)._read(path, _Asked(0, request.token_ids, False))
 
 
 def test_states_of_another_row_are_refused(tmp_path: Path) -> None:
     cache, request = cache_and_request(tmp_path)
     connector._write(request, connector._take(cache, request, 16), None)
     (path,) = reader(tmp_path)._ready_files()
-    assert reader(tmp_path)._read(path, 0, request.token_ids).shape == (18, 2, 4)
+    assert reader(tmp_path)._read(path, _Asked(0, request.token_ids, False)).shape == (18, 2, 4)
     with pytest.raises(OutputError, match=r"row 0: .* other tokens"):
-        reader(tmp_path)._read(path, 0, [1, *request.token_ids[1:]])
+        reader(tmp_path)._read(path, _Asked(0, [1, *request.token_ids[1:]], False))
 
 
 def test_file_that_cannot_be_written_is_reported(
@@ -300,18 +434,18 @@ def test_half_a_file_is_not_taken_for_one(tmp_path: Path) -> None:
 def test_spool_goes_where_there_is_room(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match="MiB free"),
-        connector.open_spool([tmp_path], needed_bytes=1 << 60),
+        spool.open_spool([tmp_path], needed_bytes=1 << 60),
     ):
         pass
-    with connector.open_spool([tmp_path], needed_bytes=1) as spool:
-        assert spool.parent == tmp_path
+    with spool.open_spool([tmp_path], needed_bytes=1) as folder:
+        assert folder.parent == tmp_path
 
 
 def test_only_abandoned_spools_are_removed(tmp_path: Path) -> None:
-    abandoned = tmp_path / f"{connector.SPOOL_PREFIX}killed"
+    abandoned = tmp_path / f"{spool.SPOOL_PREFIX}killed"
     abandoned.mkdir()
-    with connector.open_spool([tmp_path], needed_bytes=1) as held:
+    with spool.open_spool([tmp_path], needed_bytes=1) as held:
         for folder in (abandoned, held):
             os.utime(folder, (time.time() - 3600,) * 2)
-        with connector.open_spool([tmp_path], needed_bytes=1) as fresh:
+        with spool.open_spool([tmp_path], needed_bytes=1) as fresh:
             assert sorted(tmp_path.iterdir()) == sorted([held, fresh])

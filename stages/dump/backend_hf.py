@@ -10,23 +10,23 @@ Shapes: B rows of a batch, T tokens of a row, S the longest T of a batch, A aux 
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.errors import UserError
 from shared.layers import resolve_aux_layers
+from stages.dump.backends import Captured, Row, check_row
 
 # What transformers calls a decoder's list of layers, and the norm behind the last of them.
 LAYER_NAMES = ("layers", "h", "blocks")
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
-# Rows are sorted by length this many batches at a time: less padding, and still a stream.
+# Rows are sorted by length this many batches at a time: little padding, and still a stream.
 SORTED_BATCHES = 16
 
 
@@ -53,6 +53,8 @@ class HfCapture:
     trust_remote_code: bool = False
     max_num_batched_tokens: int = 8192
     device: str | None = None
+    # Batches of rows of like length never cross a shard's edge: the same in every run.
+    streams = False
 
     def __enter__(self) -> Self:
         """Load the target.
@@ -73,7 +75,8 @@ class HfCapture:
             )
         except (OSError, ValueError) as error:
             raise UserError(f"transformers could not load {self.target}: {error}") from error
-        self._decoder, layers, norm = find_decoder(model.eval())
+        self._model = model.eval()
+        self._decoder, layers, norm = find_decoder(model)
         if len(layers) != self.num_layers:
             raise UserError(
                 f"{self.target}: expected {self.num_layers} layers, found {len(layers)} in the "
@@ -89,32 +92,39 @@ class HfCapture:
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
         self._taken.clear()
-        del self._decoder
+        del self._decoder, self._model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def run(self, rows: Iterable[Sequence[int]]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (index of the row, states [T, A+1, H] bf16 on the CPU), not in the rows' order.
+    def run(self, rows: Iterable[Row]) -> Generator[Captured, None, None]:
+        """Yield each row's states, not in the rows' order.
 
         Raises:
             UserError: a row is empty or longer than `max_length_tokens`, or memory is short.
         """
-        numbered = enumerate(rows)
-        window_rows = SORTED_BATCHES * max(1, self.max_num_batched_tokens // self.max_length_tokens)
-        while window := list(itertools.islice(numbered, window_rows)):
-            for index, ids in window:
-                check_row(index, ids, self.max_length_tokens)
+        for window in _windows(enumerate(rows), SORTED_BATCHES * self.max_num_batched_tokens):
+            for index, row in window:
+                check_row(index, row.ids, self.max_length_tokens)
             for batch in _batches(window, self.max_num_batched_tokens):
                 try:
-                    states = self._forward([ids for _, ids in batch])
+                    states = self._forward([row.ids for _, row in batch])
+                    for slot, (index, row) in enumerate(batch):
+                        logprobs = self._logprobs(row.ids) if row.is_probe else None
+                        yield Captured(index, states[slot, : len(row.ids)], logprobs)
                 except torch.OutOfMemoryError as error:
                     raise UserError(
                         f"the GPU has no memory for a batch of {self.max_num_batched_tokens} "
-                        f"tokens: lower max_num_batched_tokens. {error}"
+                        f"tokens: lower batch_tokens. {error}"
                     ) from error
-                for (index, ids), row in zip(batch, states, strict=True):
-                    # A copy of its own, or the longest row's padding would live as long as this.
-                    yield index, row[: len(ids)].clone()
+
+    @torch.inference_mode()
+    def _logprobs(self, ids: Sequence[int]) -> torch.Tensor:
+        """[T-1] log-probabilities of a row, by the whole model, alone and without padding."""
+        device = next(self._decoder.parameters()).device
+        row = torch.tensor([list(ids)], device=device)
+        values = self._model(input_ids=row, use_cache=False).logits[0, :-1].float()  # [T-1, V]
+        wanted = row[0, 1:].to(values.device)[:, None]
+        return torch.log_softmax(values, dim=-1).gather(-1, wanted)[:, 0].cpu()
 
     @torch.inference_mode()
     def _forward(self, rows: list[Sequence[int]]) -> torch.Tensor:
@@ -165,34 +175,53 @@ def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
             return decoder, layers[0], norms[0]
     raise UserError(
         f"{type(model).__name__}: expected a decoder with one of {LAYER_NAMES} and one of "
-        f"{NORM_NAMES}, found neither in it. This target cannot be captured with engine: hf; try "
-        "engine: vllm."
+        f"{NORM_NAMES}, found neither in it. This target cannot be captured with backend: hf; try "
+        "backend: vllm."
     )
 
 
-def check_row(index: int, ids: Sequence[int], max_length_tokens: int) -> None:
-    """Refuse what no engine can answer.
+def require_known(target: Path, *, trust_remote_code: bool, why: str) -> None:
+    """Refuse a target whose config transformers has no causal model for.
 
     Raises:
-        UserError: the row is empty or longer than `max_length_tokens`.
+        UserError: with `why`, the reason that the other backend gave.
     """
-    if not 0 < len(ids) <= max_length_tokens:
+    try:
+        config = AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no backend can capture {target}. vLLM: {why} hf: {error}") from error
+    known = AutoModelForCausalLM._model_mapping
+    if type(config) not in known and not getattr(config, "auto_map", None):
         raise UserError(
-            f"row {index}: expected 1 to {max_length_tokens} tokens, found {len(ids)}. Truncate or "
-            "drop the row, or raise run.max_length."
+            f"no backend can capture {target}. vLLM: {why} hf: transformers has no causal model "
+            f"for {type(config).__name__}."
         )
 
 
-def _batches(
-    window: list[tuple[int, Sequence[int]]], max_tokens: int
-) -> Iterator[list[tuple[int, Sequence[int]]]]:
+def _windows(
+    numbered: Iterator[tuple[int, Row]], max_tokens: int
+) -> Iterator[list[tuple[int, Row]]]:
+    """Rows in their order, about `max_tokens` at a time."""
+    window: list[tuple[int, Row]] = []
+    tokens = 0
+    for index, row in numbered:
+        window.append((index, row))
+        tokens += len(row.ids)
+        if tokens >= max_tokens:
+            yield window
+            window, tokens = [], 0
+    if window:
+        yield window
+
+
+def _batches(window: list[tuple[int, Row]], max_tokens: int) -> Iterator[list[tuple[int, Row]]]:
     """Rows of like length together, each batch at most `max_tokens` with its padding."""
-    batch: list[tuple[int, Sequence[int]]] = []
+    batch: list[tuple[int, Row]] = []
     # Longest first: the first batch shows at once whether the memory is enough.
-    for index, ids in sorted(window, key=lambda row: -len(row[1])):
-        if batch and (len(batch) + 1) * len(batch[0][1]) > max_tokens:
+    for index, row in sorted(window, key=lambda numbered: -len(numbered[1].ids)):
+        if batch and (len(batch) + 1) * len(batch[0][1].ids) > max_tokens:
             yield batch
             batch = []
-        batch.append((index, ids))
+        batch.append((index, row))
     if batch:
         yield batch

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of the backends: rows of token ids in, the target's hidden states out.
+
+Legend: T tokens of a row, A aux layers, H hidden size.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from shared.errors import UserError
+from shared.target import TargetConfig
+from stages.dump.config import DumpConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """What a backend is asked: token ids, and whether it shall say their log-probabilities too."""
+
+    ids: Sequence[int]
+    is_probe: bool = False
+
+
+class Captured(NamedTuple):
+    """What a backend answers.
+
+    Attributes:
+        row: its place among the rows asked, from 0.
+        states: [T, A+1, H] bfloat16 on the CPU. It may be mapped from the spool: copy what you keep.
+        logprobs: [T-1] float32, log p(ids[t+1] | ids[:t+1]) in nats as the backend's own model and
+            sampler say it; None where the row was no probe.
+    """
+
+    row: int
+    states: torch.Tensor
+    logprobs: torch.Tensor | None
+
+
+class Backend(Protocol):
+    """A target that is loaded and answers."""
+
+    # Whether it loses speed when a shard must be complete before the next one is begun.
+    streams: bool
+
+    def run(self, rows: Iterable[Row]) -> Generator[Captured, None, None]:
+        """Every row's answer, in any order."""
+        ...
+
+
+def check_row(index: int, ids: Sequence[int], max_length_tokens: int) -> None:
+    """Refuse what no backend can answer.
+
+    Raises:
+        UserError: the row is empty or longer than `max_length_tokens`.
+    """
+    if not 0 < len(ids) <= max_length_tokens:
+        raise UserError(
+            f"row {index}: expected 1 to {max_length_tokens} tokens, found {len(ids)}. Truncate or "
+            "drop the row, or raise run.max_length_tokens."
+        )
+
+
+def choose(config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]) -> str:
+    """The recipe's backend; for `auto`, what the engine says of this target decides.
+
+    Raises:
+        UserError: `auto`, and neither vLLM nor transformers knows the target.
+    """
+    if config.backend != "auto":
+        return config.backend
+    if importlib.util.find_spec("vllm") is None:
+        name, why = "hf", "vLLM is not installed here"
+    else:
+        _quieten_vllm()
+        from stages.dump.backend_vllm import VllmCapture
+
+        refusal = VllmCapture(**_settings(config, target, aux_layers)).refusal()
+        name, why = ("hf", refusal) if refusal else ("vllm", "vLLM has hooks for this target")
+    if name == "hf":
+        from stages.dump.backend_hf import require_known
+
+        require_known(target.folder, trust_remote_code=config.run.trust_remote_code, why=why)
+    logger.info("backend: auto takes %s: %s", name, why)
+    return name
+
+
+@contextlib.contextmanager
+def open_backend(
+    name: str, config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]
+) -> Iterator[Backend]:
+    """Backend `name` ("vllm" or "hf"), loaded for the length of the block."""
+    settings = _settings(config, target, aux_layers)
+    if name == "hf":
+        from stages.dump.backend_hf import HfCapture
+
+        with HfCapture(**settings) as hf:
+            yield hf
+        return
+    _quieten_vllm()
+    from stages.dump.backend_vllm import VllmCapture
+
+    with VllmCapture(
+        **settings,
+        tensor_parallel=config.tensor_parallel_size,
+        scratch=config.paths.root / "tmp",
+        seed=config.run.seed,
+    ) as vllm:
+        yield vllm
+
+
+def _settings(
+    config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]
+) -> dict[str, Any]:
+    """What every backend takes."""
+    return {
+        "target": target.folder,
+        "aux_layers": aux_layers,
+        "num_layers": target.num_layers,
+        "max_length_tokens": config.run.max_length_tokens,
+        "dtype": config.dtype,
+        "trust_remote_code": config.run.trust_remote_code,
+        "max_num_batched_tokens": config.batch_tokens,
+    }
+
+
+def _quieten_vllm() -> None:
+    """Read when vLLM is imported: its own progress would drown the stage's."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

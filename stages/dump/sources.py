@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the rows come from: synth's artifact of the same run, or finished conversations.
+
+Conversations that nobody regenerates get their token ids and answer spans from the target's own chat
+template (`shared/templates.py`); a row for which the template cannot tell them is left out, with its
+reason. The target did not say these answers, so they are no measure of its states.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shared import conversations, sources, target
+from shared.conversations import Conversation
+from shared.errors import UserError
+from shared.manifest import require_parent
+from shared.prompts import BadRow, Prompt
+from shared.status import Accounting
+from shared.templates import TemplateMismatch, tokenize_conversation
+from stages.dump.config import DumpConfig
+
+_WHAT = "dump.conversations"
+
+
+class RowSource(abc.ABC):
+    """Rows with token ids and answer spans, and what the artifact must remember of them.
+
+    Attributes:
+        parents, inputs: as `Artifact` takes them.
+        is_greedy: whether each answer token is the target's own argmax.
+    """
+
+    parents: Mapping[str, Mapping[str, Any]]
+    inputs: Mapping[str, str]
+    is_greedy: bool
+
+    @abc.abstractmethod
+    def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
+        """Every row, in an order that never changes; those that cannot be read are accounted for."""
+
+    @abc.abstractmethod
+    def require_target(self, target_folder: Path, target_hash: str) -> None:
+        """Refuse a target that these rows are not for.
+
+        Raises:
+            UserError: another target gave the answers, or this one has no chat template.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class SynthRows(RowSource):
+    """The rows of a finished synth artifact: ids and spans are the server's own."""
+
+    folder: Path
+    parents: Mapping[str, Mapping[str, Any]]
+    inputs: Mapping[str, str]
+    is_greedy: bool
+
+    def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
+        yield from conversations.read_conversations(self.folder)
+
+    def require_target(self, target_folder: Path, target_hash: str) -> None:
+        if self.parents["synth"]["facts"]["target_hash"] != target_hash:
+            raise UserError(
+                f"{target_folder} is not the target that answered in {self.folder}: its weights "
+                "changed since. Run synth again with --overwrite, or restore the target."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainRows(RowSource):
+    """Finished conversations as JSON lines, Parquet or a hub's data set."""
+
+    source: sources.Source
+    workspace: Path
+    inputs: Mapping[str, str]
+    parents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    is_greedy: bool = False
+
+    def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(target_folder)
+        read = sources.read_source(self.source, self.workspace, what=_WHAT)
+        for prompt in sources.without_duplicates(read):
+            if isinstance(prompt, BadRow):
+                accounting.fail(prompt.row, prompt.reason, prompt.detail)
+                continue
+            try:
+                yield tokenized(tokenizer, prompt)
+            except TemplateMismatch as mismatch:
+                accounting.skip(prompt.sample_id, "template_mismatch", str(mismatch)[:200])
+
+    def require_target(self, target_folder: Path, target_hash: str) -> None:
+        target.require_chat_template(target_folder)
+
+
+def tokenized(tokenizer: Any, prompt: Prompt) -> Conversation:
+    """A finished conversation as a row.
+
+    Where the template shows earlier answers otherwise than it showed them when they were the last
+    (reasoning is dropped from them), only the last answer's tokens are what the target would say.
+
+    Raises:
+        TemplateMismatch: the template does not tell which tokens are the answers.
+    """
+    messages, tools = prompt.conversation, prompt.tools or None
+    try:
+        ids, spans = tokenize_conversation(tokenizer, messages, tools)
+    except TemplateMismatch:
+        ids, spans = tokenize_conversation(tokenizer, messages, tools, last_only=True)
+    answered = sum(end - start for start, end in spans)
+    return Conversation(
+        sample_id=prompt.sample_id,
+        conversation_id=prompt.sample_id,
+        source=prompt.source,
+        category=prompt.category,
+        messages=(),
+        input_ids=tuple(ids),
+        loss_spans=tuple(spans),
+        finish_reason="",
+        num_prompt_tokens=len(ids) - answered,
+        num_completion_tokens=answered,
+    )
+
+
+def open_source(config: DumpConfig) -> RowSource:
+    """The rows that the recipe names.
+
+    Raises:
+        UserError: there is no finished synth artifact, or nothing at `conversations`.
+    """
+    if config.conversations is not None:
+        source = sources.Source(path=config.conversations)
+        digest = sources.digest(source, config.workspace, what=_WHAT)
+        return PlainRows(source, config.workspace, {"conversations": digest})
+    folder = config.paths.stage("synth")
+    parent = require_parent(folder, stage="synth", config=config)
+    return SynthRows(
+        folder=folder,
+        parents={"synth": parent},
+        inputs={},
+        is_greedy=parent["identity"]["synth.temperature"] == 0,
+    )

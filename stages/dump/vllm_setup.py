@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Before a vLLM engine captures: is this vLLM, this target, this machine able to?
+
+All of it is asked before a weight is loaded, so that a refusal costs seconds.
+"""
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import vllm
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from vllm import EngineArgs
+from vllm.config import VllmConfig
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.platforms import current_platform
+
+from shared.errors import EyrieError, RetryableError, UserError
+
+SUPPORTED_VLLM = ">=0.28,<0.33"
+# vLLM takes no states at all from a step in which a row fills its limit: the limit is one higher.
+HEADROOM_TOKENS = 1
+MAX_ROWS_A_STEP = 256
+# How vLLM tells which of its processes failed to start: {'EngineCore_DP0': -9}.
+_EXIT_CODES = re.compile(r"'[^']+': (-?\d+)")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True)
+class VllmSettings:
+    """What an engine for capture is started with.
+
+    Attributes:
+        target, revision: name or folder of the target; its revision where it is a name.
+        aux_layers: ids of the states to take, ascending; id i is the state entering layer i.
+        num_layers: L, checked against the target.
+        max_length_tokens: longest row that will be asked for.
+        dtype: what the target computes in, as vLLM's `--dtype`.
+        tensor_parallel: GPUs that share the target.
+        max_num_batched_tokens: tokens of one engine step; longer rows are prefilled in chunks.
+    """
+
+    target: str | Path
+    revision: str | None = None
+    aux_layers: Sequence[int]
+    num_layers: int
+    max_length_tokens: int
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    tensor_parallel: int = 1
+    max_num_batched_tokens: int = 8192
+    seed: int = 0
+
+    def resolve(self) -> VllmConfig:
+        """The configuration for capture, as vLLM resolves it.
+
+        Raises:
+            UserError: vLLM refuses it, or has no hooks for this target.
+            RetryableError: the target could not be fetched.
+        """
+        prepare_environment()
+        try:
+            config = self._resolve()
+        except ValueError as error:
+            raise UserError(f"vLLM {vllm.__version__} refuses {self.target}: {error}") from error
+        except OSError as error:
+            kind = UserError if Path(self.target).exists() else RetryableError
+            raise kind(f"could not load {self.target}: {error}") from error
+        self._check_target(config)
+        return config
+
+    def refusal(self) -> str | None:
+        """Why vLLM cannot capture this target, or None: what `backend: auto` asks.
+
+        Raises:
+            RetryableError: the target could not be fetched.
+        """
+        try:
+            check_version(vllm.__version__)
+            self.resolve()
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _resolve(self) -> VllmConfig:
+        try:
+            return self._arguments(HEADROOM_TOKENS).create_engine_config()
+        except ValueError:
+            # Perhaps only for the headroom, where rows go up to the target's own limit. No token
+            # is ever computed at that position, so vLLM may be told to let it pass.
+            self._arguments(0).create_engine_config()
+            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+            return self._arguments(HEADROOM_TOKENS).create_engine_config()
+
+    def _arguments(self, headroom_tokens: int) -> EngineArgs:
+        layer_ids = [*self.aux_layers, self.num_layers]
+        speculative: dict[str, Any] = {
+            "method": "extract_hidden_states",
+            "num_speculative_tokens": 1,
+            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layer_ids}},
+        }
+        return EngineArgs(
+            model=str(self.target),
+            revision=self.revision,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            tensor_parallel_size=self.tensor_parallel,
+            max_model_len=self.max_length_tokens + headroom_tokens,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=min(MAX_ROWS_A_STEP, self.max_num_batched_tokens),
+            enforce_eager=current_platform.is_cpu(),
+            # A row whose prefix is found in a cache comes back short by it.
+            enable_prefix_caching=False,
+            seed=self.seed,
+            speculative_config=speculative,
+            kv_transfer_config={
+                "kv_connector": "HiddenStatesConnector",
+                "kv_connector_module_path": "stages.dump.connector",
+                "kv_role": "kv_producer",
+            },
+        )
+
+    def _check_target(self, config: VllmConfig) -> None:
+        model = config.model_config
+        found = model.get_total_num_hidden_layers()
+        if found != self.num_layers:
+            raise UserError(
+                f"{self.target}: expected {self.num_layers} layers, found {found}. Set run.target "
+                "to the model the recipe was made for."
+            )
+        model_class, architecture = ModelRegistry.resolve_model_cls(model.architectures, model)
+        if model.use_mla:
+            raise UserError(
+                f"vLLM {vllm.__version__} cannot hand out the hidden states of {architecture} "
+                f"({self.target}): its attention is latent (MLA). Set backend: hf in the recipe's "
+                "dump section."
+            )
+        if not supports_eagle3(model_class):
+            raise UserError(
+                f"vLLM {vllm.__version__} cannot hand out the hidden states of {architecture} "
+                f"({self.target}): its model has no hooks. Set backend: hf in the recipe's dump "
+                "section."
+            )
+
+
+def check_version(found: str) -> None:
+    """Refuse a vLLM whose capture was never tried.
+
+    Raises:
+        UserError: naming the version found and the versions supported.
+    """
+    # A build for CPUs is 0.32.0+cpu; a specifier is about the release alone.
+    if Version(Version(found).base_version) not in SpecifierSet(SUPPORTED_VLLM):
+        raise UserError(
+            f"this stage captures with vLLM {SUPPORTED_VLLM}, found vLLM {found}. Build the dump "
+            "image with DUMP_VLLM_VERSION set to one of those, or set backend: hf."
+        )
+
+
+def start_failure(error: BaseException, target: str | Path) -> EyrieError:
+    """What an engine that did not start means: try again, or change something first.
+
+    A process that a signal ended (the machine's memory, a drained node) may start next time; one
+    that left with an exception of its own will raise it again.
+
+    Worked example: "... Failed core proc(s): {'EngineCore_DP0': -9}" is the former, 1 the latter.
+    """
+    codes = [int(code) for code in _EXIT_CODES.findall(str(error))]
+    told = f"vLLM {vllm.__version__} could not start capturing {target}: {error} "
+    if any(code < 0 for code in codes):
+        return RetryableError(
+            f"{told}Its process was ended by a signal. If that was for want of memory, lower "
+            "batch_tokens; else run the same command again."
+        )
+    return UserError(
+        f"{told}The cause stands above this in the log. If memory is short, lower batch_tokens; if "
+        "the model is not supported, set backend: hf."
+    )
+
+
+def prepare_environment() -> None:
+    """What vLLM's processes inherit: where our connector is, how much to say, how much to take."""
+    source_root = str(Path(__file__).resolve().parents[2])
+    search = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if source_root not in search:
+        os.environ["PYTHONPATH"] = os.pathsep.join([source_root, *filter(None, search)])
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
