@@ -45,9 +45,7 @@ class Conversation:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Conversation":
-        return cls(
-            raw["id"], raw["category"], tuple(map(tuple, raw["steps"])), tuple(raw["tools"])
-        )
+        return cls(raw["id"], raw["category"], tuple(map(tuple, raw["steps"])), tuple(raw["tools"]))
 
     def key(self) -> str:
         """The text of what is asked first, to tell whether two conversations begin alike."""

@@ -9,6 +9,7 @@ No request is retried: a second attempt would be counted by the server and not b
 
 import asyncio
 import contextlib
+import json
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ from typing import Any
 import openai
 
 from shared.errors import RetryableError, UserError
+from shared.process import stop_if_requested
 from stages.bench import plans
 from stages.bench.cells import Cell, Conversation
 from stages.bench.divergence import TOP, Probe, Scored
@@ -52,7 +54,11 @@ class Server:
         try:
             async with client:
                 yield client
-        except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
+        except (
+            openai.APIConnectionError,
+            openai.InternalServerError,
+            openai.RateLimitError,
+        ) as error:
             raise RetryableError(
                 f"the server at {self.base_url} does not answer ({error}; {error.__cause__}). Is it "
                 "up and reachable from here? Run the same command again once it is."
@@ -77,8 +83,6 @@ class Server:
         self.max_model_len = int((found.model_extra or {}).get("max_model_len") or 0)
         self.read()
         with contextlib.suppress(RetryableError, ValueError):
-            import json
-
             return str(json.loads(self._get("/version"))["version"])
         return "unknown"
 
@@ -89,7 +93,9 @@ class Server:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return str(answer.read().decode())
         except urllib.error.HTTPError as error:
-            raise UserError(f"{self.base_url}{path} answered {error.code} {error.reason}.") from error
+            raise UserError(
+                f"{self.base_url}{path} answered {error.code} {error.reason}."
+            ) from error
         except OSError as error:
             raise RetryableError(f"{self.base_url}{path} does not answer ({error}).") from error
 
@@ -170,12 +176,15 @@ class Server:
     ) -> None:
         messages: list[Any] = []
         for turn, step in enumerate(conversation.steps):
+            stop_if_requested("a measurement is only kept whole")
             messages += step
             row, text = await self._chat(client, conversation, messages, cell, max_tokens)
             if self.max_model_len:
                 longest = len(row["prompt_token_ids"])
                 plans.check_room(conversation.id, longest, max_tokens, depth, self.max_model_len)
-            rows.append({"id": conversation.id, "turn": turn, "category": conversation.category, **row})
+            rows.append(
+                {"id": conversation.id, "turn": turn, "category": conversation.category, **row}
+            )
             messages.append({"role": "assistant", "content": text})
 
     async def _chat(

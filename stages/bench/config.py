@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 
 from shared.config import CommandConfig, StageConfig, identity, operational
+from shared.sources import Source
 
 Counts = tuple[Annotated[int, pydantic.Field(ge=1)], ...]
 Temperatures = tuple[Annotated[float, pydantic.Field(ge=0)], ...]
@@ -30,8 +31,8 @@ class BenchConfig(StageConfig):
         "trust_remote_code",
     )
 
-    prompts: str | None = identity(
-        None, "Held-out prompts (workspace first); default: 40 of our own over eight categories."
+    prompts: Source | None = identity(
+        None, "Held-out prompts: file, folder, glob or hub data set; default: 40 of our own."
     )
     max_prompts: int | None = identity(None, "Measure the first so many of the prompts.", ge=1)
     head: str | None = identity(
@@ -42,7 +43,8 @@ class BenchConfig(StageConfig):
         "in_process", "vLLM inside a process of bench's, or its server, asked over HTTP."
     )
     endpoint: str | None = identity(
-        None, "An existing vLLM server with the head, as http://host:8000; key: $EYRIE_ENDPOINT_KEY."
+        None,
+        "An existing vLLM server with the head, as http://host:8000; key: $EYRIE_ENDPOINT_KEY.",
     )
     baseline_endpoint: str | None = identity(
         None, "The same target served without the head; key: $EYRIE_BASELINE_ENDPOINT_KEY."
@@ -81,6 +83,11 @@ class BenchConfig(StageConfig):
         3600.0, "Longest time for one engine's measurement.", gt=0
     )
     engine_args: dict[str, Any] = operational({}, "More vLLM engine options by their own names.")
+
+    @pydantic.field_validator("prompts", mode="before")
+    @classmethod
+    def _a_path_is_a_source(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
 
     @pydantic.field_validator(
         "num_speculative_tokens", "concurrency", "temperature", "max_tokens", mode="before"

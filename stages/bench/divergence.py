@@ -46,7 +46,7 @@ class Scored:
     """The tokens that followed, and the best logprobs of each step."""
 
     token_ids: list[int]
-    logprobs: list[Logprobs]
+    logprobs: Sequence[Logprobs]
 
 
 Ask = Callable[[list[Probe], int], list[Scored]]  # (probes, requests in flight)
@@ -120,9 +120,7 @@ def judge(
         undisturbed: rows of the baseline, for contexts beside the divergent ones.
         ask: scores probes on the plain engine.
     """
-    contexts = [
-        _Context(d.context, min(LEAD_TOKENS, d.position)) for d in divergences[:MAX_PROBES]
-    ]
+    contexts = [_Context(d.context, min(LEAD_TOKENS, d.position)) for d in divergences[:MAX_PROBES]]
     for row in undisturbed[:MORE_CONTEXTS]:
         ids = (*row["prompt_token_ids"], *row["token_ids"][:-1])
         contexts.append(_Context(ids, min(LEAD_TOKENS, max(len(row["token_ids"]) - 1, 0))))
@@ -132,7 +130,9 @@ def judge(
         [ask([context.decoded() for context in contexts], flight) for flight in (1, together)],
     ]
     changes = [
-        change for index, context in enumerate(contexts) for change in _changes(index, context, shapes)
+        change
+        for index, context in enumerate(contexts)
+        for change in _changes(index, context, shapes)
     ]
     noise = max(changes, default=0.0)
     judged = [
@@ -164,11 +164,11 @@ def _changes(index: int, context: _Context, shapes: list[list[list[Scored]]]) ->
             if tuple(scored.token_ids[:step]) == wanted[:step]:
                 readings[step].append(best)
     changes = []
-    for step in readings:
-        if len(step) < 2:
+    for reading in readings:
+        if len(reading) < 2:
             continue
-        pair = _top_two(step[0])
-        gaps = [gap for best in step if (gap := _top_two_gap(best, pair)) is not None]
+        pair = _top_two(reading[0])
+        gaps = [gap for best in reading if (gap := _top_two_gap(best, pair)) is not None]
         changes.append(max(gaps) - min(gaps))
     return changes
 

@@ -63,9 +63,7 @@ def _by_category(requests: Requests) -> dict[str, list[Mapping[str, Any]]]:
     return groups
 
 
-def drafted(
-    cell: Mapping[str, Any], *, depth: int, always_drafts: bool, seed: int
-) -> Entry:
+def drafted(cell: Mapping[str, Any], *, depth: int, always_drafts: bool, seed: int) -> Entry:
     """The same and the acceptance, from the counters' differences.
 
     Raises:
@@ -131,7 +129,11 @@ def _tokens_per_step(requests: Requests) -> float | None:
 
 
 def add_speedup(
-    entry: Entry, cell: Mapping[str, Any], baseline: Entry, baseline_cell: Mapping[str, Any], seed: int
+    entry: Entry,
+    cell: Mapping[str, Any],
+    baseline: Entry,
+    baseline_cell: Mapping[str, Any],
+    seed: int,
 ) -> None:
     """Speed-up over the baseline at the same load, with its interval, overall and by category."""
     requests, plain = requests_of(cell), requests_of(baseline_cell)
@@ -148,5 +150,7 @@ def add_speedup(
         ratio = after / before if after and before else None
         of_category["speedup"] = ratio
         of_category["speedup_interval"] = (
-            summary.speedup_interval(rows, theirs[name], speedup=ratio, seed=seed) if ratio else None
+            summary.speedup_interval(rows, theirs[name], speedup=ratio, seed=seed)
+            if ratio
+            else None
         )

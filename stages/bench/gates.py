@@ -7,6 +7,7 @@ from typing import Any
 
 from shared.errors import UserError
 from shared.files import read_json
+from stages.bench.cells import cells
 from stages.bench.config import BenchConfig
 from stages.bench.report import SCHEMA_VERSION
 
@@ -21,7 +22,13 @@ def judge(
     A gate whose value could not be measured is not met.
     """
     return [
-        {"name": name, "value": value, "bound": bound, "limit": limit, "met": _met(value, bound, limit)}
+        {
+            "name": name,
+            "value": value,
+            "bound": bound,
+            "limit": limit,
+            "met": _met(value, bound, limit),
+        }
         for name, value, bound, limit in _asked(config, report, earlier)
         if limit is not None
     ]
@@ -85,19 +92,33 @@ def read_report(path: Path) -> dict[str, Any]:
     return dict(report)
 
 
-def check_comparable(report: Mapping[str, Any], earlier: Mapping[str, Any], path: Path) -> None:
-    """Refuse to hold a run against one that measured something else.
+def check_comparable(
+    config: BenchConfig, prompts: str, earlier: Mapping[str, Any], path: Path
+) -> None:
+    """Refuse to hold a run against one that measured something else, before it is measured.
 
     Raises:
         UserError: with the settings that differ.
     """
-    names = ("num_speculative_tokens", "concurrency", "temperature", "max_tokens")
-    found = {n: (earlier[n], report[n]) for n in names if earlier[n] != report[n]}
-    theirs, ours = earlier["lineage"].get("prompts"), report["lineage"].get("prompts")
-    if theirs != ours:
-        found["prompts"] = (theirs, ours)
+    load = cells(config)[0]
+    ours = {
+        "num_speculative_tokens": config.num_speculative_tokens[0],
+        "concurrency": load.concurrency,
+        "temperature": load.temperature,
+        "max_tokens": load.max_tokens,
+        "prompts": prompts,
+    }
+    theirs = {
+        **{name: earlier.get(name) for name in ours},
+        "prompts": earlier["lineage"]["prompts"],
+    }
+    found = [
+        f"{name}: {theirs[name]} then, {ours[name]} now"
+        for name in ours
+        if theirs[name] != ours[name]
+    ]
     if found:
         raise UserError(
-            f"bench.earlier_report: {path} was measured otherwise (then, now): {found}. "
+            f"bench.earlier_report: {path} was measured otherwise ({'; '.join(found)}). "
             "Give a report of the same load and prompts."
         )

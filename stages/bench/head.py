@@ -11,6 +11,7 @@ warning, in the log and in the report. Held to vLLM 0.32's `llama_eagle3.py`, `a
 `_get_eagle3_aux_layers_from_config`.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,9 @@ class Head:
         found = self.config.get("eagle_config")
         return found if isinstance(found, dict) else {}
 
-    def refuse(self, expected: str, found: object, then: str = "Export the head again.") -> UserError:
+    def refuse(
+        self, expected: str, found: object, then: str = "Export the head again."
+    ) -> UserError:
         return UserError(f"{self.folder}: expected {expected}, found {found}. {then}")
 
 
@@ -84,7 +87,9 @@ def read(folder: Path) -> Head:
     """
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
-        raise UserError(f"{folder}/config.json: expected a head's config, found {type(raw).__name__}.")
+        raise UserError(
+            f"{folder}/config.json: expected a head's config, found {type(raw).__name__}."
+        )
     kind = raw.get("speculators_model_type")
     if kind is not None:
         inner = raw.get("transformer_layer_config")
@@ -136,7 +141,7 @@ def _check_target(head: Head, target: TargetConfig) -> None:
 
 
 def _check_tensors(head: Head) -> None:
-    """vLLM leaves what the file lacks as it was allocated, and says nothing."""
+    """VLLM leaves what the file lacks as it was allocated, and says nothing."""
     hidden = [head.hidden_size]
     if head.nested.get("use_aux_hidden_state") is False:
         raise head.refuse(
@@ -154,7 +159,9 @@ def _check_tensors(head: Head) -> None:
     names = {"fc.weight"}
     if "quantization_config" not in head.config:
         depth = int(head.config.get("num_hidden_layers", 1))
-        names |= {f"layers.{i}.{name}.weight" for i in range(depth) for name in _LAYER[:1] + _LAYER[2:]}
+        names |= {
+            f"layers.{i}.{name}.weight" for i in range(depth) for name in _LAYER[:1] + _LAYER[2:]
+        }
         names.add("layers.0.hidden_norm.weight")
     if missing := names - head.shapes.keys():
         raise head.refuse("every tensor of an EAGLE-3 head", f"none named {sorted(missing)}")
@@ -230,7 +237,7 @@ def _check_aux_layers(head: Head, target: TargetConfig) -> None:
         head.warnings.append(
             f"eagle_config's aux layers {nested} are not the top-level {own}, which vLLM takes."
         )
-    ascending = all(low < high for low, high in zip(used, used[1:], strict=False))
+    ascending = all(low < high for low, high in itertools.pairwise(used))
     if not ascending or used[0] < 0 or used[-1] > target.num_layers:
         raise head.refuse(
             f"ascending eagle_aux_hidden_state_layer_ids within the target's {target.num_layers} layers",

@@ -14,20 +14,35 @@ from typing import Any
 from shared import target
 from shared.errors import UserError
 from shared.prompts import Prompt
-from stages.bench.cells import Conversation, by_category, cells
+from shared.templates import for_template
+from stages.bench.cells import Conversation, Message, by_category, cells
 from stages.bench.config import BenchConfig
 from stages.bench.metrics import needed_model_len
 
 # Never measured: they only make the engine allocate and compile what it will need.
 WARMUP_TEXTS = ("Hello there.", "What is the capital of a country?", "Tell me something short.")
 WARMUP_TOKENS = 16  # enough for several drafts and verifications, and for a CUDA graph's first use
+UNCATEGORISED = "uncategorised"
 _LEAST_BATCH = 8  # so that the logit noise between batch sizes can be measured at concurrency 1
 _TURN_SLACK_TOKENS = 16  # a template's words around an answer that becomes history
 
 
 def conversation_of(prompt: Prompt) -> Conversation:
-    """The steps of a prompt: what is asked before each answer that it does not give itself."""
-    return Conversation(prompt.sample_id, prompt.category or "uncategorised", (prompt.messages,))
+    """The steps of a prompt: what is asked before each answer that it does not give itself.
+
+    A row's own answers are history; its last turn is asked even where the row has the answer.
+    Example: turns q1/a1, q2, q3 are two steps, (q1, a1, q2) and (q3,).
+    """
+    steps, said = [], list[Message]()
+    for turn in prompt.turns:
+        said += turn.asked
+        if turn.answer is not None and turn is not prompt.turns[-1]:
+            said.append(turn.answer)
+            continue
+        steps.append(tuple(said))
+        said = []
+    category = prompt.category or UNCATEGORISED
+    return Conversation(prompt.sample_id, category, tuple(steps), prompt.tools)
 
 
 def warmup() -> list[Conversation]:
@@ -62,7 +77,10 @@ def groups(
 def prompt_ids(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any]) -> list[int]:
     """A chat as the engine gets it, up to where the target speaks."""
     encoded = tokenizer.apply_chat_template(
-        list(messages), tools=list(tools) or None, add_generation_prompt=True, return_dict=True
+        [for_template(message) for message in messages],
+        tools=list(tools) or None,
+        add_generation_prompt=True,
+        return_dict=True,
     )
     return list(encoded["input_ids"])
 
@@ -98,6 +116,22 @@ def _longest_row(config: BenchConfig, folder: Path, conversations: Sequence[Conv
         needed = needed_model_len(tokens, max_tokens=answer, num_speculative_tokens=depth)
         longest = max(longest, needed)
     return longest
+
+
+def plan_for_endpoint(config: BenchConfig, conversations: list[Conversation]) -> dict[str, Any]:
+    """What a client of somebody else's server needs to know."""
+    return {
+        "cells": [asdict(cell) for cell in cells(config)],
+        "conversations": [asdict(conversation) for conversation in conversations],
+        "warmup": [asdict(conversation) for conversation in warmup()],
+    }
+
+
+def endpoint_drafters(config: BenchConfig) -> dict[str, dict[str, Any] | None]:
+    """The servers of `endpoint` and `baseline_endpoint`, by their engines' names."""
+    depth = config.num_speculative_tokens[0]
+    drafters: dict[str, dict[str, Any] | None] = {"head": {"num_speculative_tokens": depth}}
+    return {**drafters, "baseline": None} if config.baseline_endpoint else drafters
 
 
 def plan_for_all(

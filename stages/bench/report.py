@@ -43,7 +43,9 @@ def build(
         OutputError: vLLM's counters contradict each other.
     """
     entries = {(name, at): entry for name, at, entry in _entries(config, results)}
-    first = {name: entries[name, 0] for name in ("baseline", "head", "ngram") if (name, 0) in entries}
+    first = {
+        name: entries[name, 0] for name in ("baseline", "head", "ngram") if (name, 0) in entries
+    }
     sweep = list(_sweep(config, results, entries))
     cell = results["head"]["cells"][0]["cell"]
     plain = results.get("baseline", {})
@@ -65,9 +67,7 @@ def build(
     }
 
 
-def _entries(
-    config: BenchConfig, results: Mapping[str, Raw]
-) -> Iterator[tuple[str, int, Report]]:
+def _entries(config: BenchConfig, results: Mapping[str, Raw]) -> Iterator[tuple[str, int, Report]]:
     """(engine, number of the cell, figures) of everything that was measured."""
     seed = config.run.seed
     baseline = results.get("baseline")
@@ -132,7 +132,9 @@ def _cautions(first: Mapping[str, Report]) -> list[str]:
             "target or a busy machine a draft takes as long as the steps that it spares."
         )
     if head["acceptance"]["acceptance_length_interval"] is None:
-        found.append("no interval for the acceptance length: too few prompts, or no counts by request.")
+        found.append(
+            "no interval for the acceptance length: too few prompts, or no counts by request."
+        )
     if "baseline" not in first:
         found.append("no baseline was measured: there is no speed-up, and nothing was compared.")
     return found

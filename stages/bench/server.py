@@ -72,17 +72,25 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
+
+
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
-        with contextlib.suppress(urllib.error.URLError, TimeoutError, ConnectionError):
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
+        if _healthy(url):
+            return
         stop_if_requested("a measurement is only kept whole")
         code = process.poll()
         if code is not None and code < 0:
-            raise RetryableError(f"the vLLM server was ended by signal {-code} before it was ready.")
+            raise RetryableError(
+                f"the vLLM server was ended by signal {-code} before it was ready."
+            )
         if code is not None:
             raise UserError(
                 f"the vLLM server ended with code {code} before it was ready. The log above says why: "

@@ -34,7 +34,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float] | None:
 def latencies(requests: Sequence[Request]) -> dict[str, Any]:
     """Time to first token and time per output token after it, in seconds.
 
-        tpot = (last token's time - first token's time) / (tokens - 1)
+    tpot = (last token's time - first token's time) / (tokens - 1)
     """
     timed = [r for r in requests if r["ttft_s"] is not None]
     return {
