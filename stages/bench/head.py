@@ -171,7 +171,7 @@ def _check_vocabulary(head: Head, target: TargetConfig) -> None:
     tied, own = bool(head.config.get("tie_word_embeddings")), head.shapes.get("lm_head.weight")
     if own is None:
         head.warnings.append(
-            "the head has no lm_head.weight: vLLM gives it the target's"
+            "The head has no lm_head.weight: vLLM gives it the target's"
             + (", although its config ties it to the embedding." if tied else ".")
         )
     elif tied:
@@ -231,7 +231,7 @@ def _check_aux_layers(head: Head, target: TargetConfig) -> None:
         )
     if not own and not nested:
         head.warnings.append(
-            f"the head names no aux layers: vLLM takes {default}. Trained on others, it is misread."
+            f"The head names no aux layers: vLLM takes {default}. Trained on others, it is misread."
         )
     if own and nested and nested not in (own, [layer - 1 for layer in own]):
         head.warnings.append(

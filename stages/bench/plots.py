@@ -134,7 +134,9 @@ def _by_category(axes: Axes, series: Series, categories: Sequence[str]) -> None:
                 error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
             )
             axes.text(0.06, y, f"{length:.2f}", va="center", fontsize=8, color="white")
+    axes.axvline(1.0, color=QUIET, linestyle="--", linewidth=1)  # what no draft at all would be
     axes.set_yticks(range(len(categories)), categories)
+    axes.set_ylim(-0.6, max(len(categories), 4) - 0.4)  # few categories are not drawn fat
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 1.05 * longest)

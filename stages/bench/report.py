@@ -128,13 +128,13 @@ def _cautions(first: Mapping[str, Report]) -> list[str]:
     found = []
     if head.get("speedup") is not None and head["speedup"] < 1:
         found.append(
-            f"drafting costs more than it saves here (speed-up {head['speedup']:.2f}): on a small "
+            f"Drafting costs more than it saves here (speed-up {head['speedup']:.2f}): on a small "
             "target or a busy machine a draft takes as long as the steps that it spares."
         )
     if head["acceptance"]["acceptance_length_interval"] is None:
         found.append(
-            "no interval for the acceptance length: too few prompts, or no counts by request."
+            "No interval for the acceptance length: too few prompts, or no counts by request."
         )
     if "baseline" not in first:
-        found.append("no baseline was measured: there is no speed-up, and nothing was compared.")
+        found.append("No baseline was measured: there is no speed-up, and nothing was compared.")
     return found

@@ -136,10 +136,10 @@ def test_a_sweep_names_the_best_k_of_each_load() -> None:
 def test_a_slow_head_and_a_missing_baseline_are_said() -> None:
     slow = made(head=engine(cell(head_requests(scale=4.0), wall_s=24.0)))
     assert any(
-        "drafting costs more than it saves here (speed-up 0.50)" in w for w in slow["warnings"]
+        "Drafting costs more than it saves here (speed-up 0.50)" in w for w in slow["warnings"]
     )
     alone = report.build(config(), {"head": results()["head"]}, lineage={})
-    assert any("no baseline was measured" in warning for warning in alone["warnings"])
+    assert any("No baseline was measured" in warning for warning in alone["warnings"])
     assert "speedup" not in alone["head"]
 
 
