@@ -24,6 +24,7 @@ WARMUP_TEXTS = ("Hello there.", "What is the capital of a country?", "Tell me so
 WARMUP_TOKENS = 16  # enough for several drafts and verifications, and for a CUDA graph's first use
 UNCATEGORISED = "uncategorised"
 _LEAST_BATCH = 8  # so that the logit noise between batch sizes can be measured at concurrency 1
+_HISTORY_ROOM = 4
 _TURN_SLACK_TOKENS = 16  # a template's words around an answer that becomes history
 
 
@@ -100,7 +101,14 @@ def check_room(name: str, prompt_tokens: int, max_tokens: int, depth: int, limit
         )
 
 
-def _longest_row(config: BenchConfig, folder: Path, conversations: Sequence[Conversation]) -> int:
+def _row_lengths(
+    config: BenchConfig, folder: Path, conversations: Sequence[Conversation]
+) -> tuple[int, int]:
+    """(positions that the longest row needs, positions to give it).
+
+    A row of one turn needs what it says. An answer that becomes history is tokenised anew from its
+    text, and text that is no language may then take more tokens than it had: it gets room.
+    """
     # Here, not above: a benchmark that is done already must not wait for it.
     from transformers import AutoTokenizer
 
@@ -108,14 +116,14 @@ def _longest_row(config: BenchConfig, folder: Path, conversations: Sequence[Conv
         folder, trust_remote_code=config.run.trust_remote_code
     )
     answer, depth = max(config.max_tokens), max(config.num_speculative_tokens)
-    longest = 0
+    needed, roomy = 0, 0
     for conversation in conversations:
         asked = [message for step in conversation.steps for message in step]
+        tokens = len(prompt_ids(tokenizer, asked, conversation.tools))
+        own = needed_model_len(tokens, max_tokens=answer, num_speculative_tokens=depth)
         history = (len(conversation.steps) - 1) * (answer + _TURN_SLACK_TOKENS)
-        tokens = len(prompt_ids(tokenizer, asked, conversation.tools)) + history
-        needed = needed_model_len(tokens, max_tokens=answer, num_speculative_tokens=depth)
-        longest = max(longest, needed)
-    return longest
+        needed, roomy = max(needed, own + history), max(roomy, own + _HISTORY_ROOM * history)
+    return needed, roomy
 
 
 def plan_for_endpoint(config: BenchConfig, conversations: list[Conversation]) -> dict[str, Any]:
@@ -142,9 +150,9 @@ def plan_for_all(
     Raises:
         UserError: the target cannot hold the longest row.
     """
-    needed = _longest_row(config, folder, conversations)
-    limit = target.read_config(folder).raw.get("max_position_embeddings")
-    if limit and needed > int(limit):
+    needed, roomy = _row_lengths(config, folder, conversations)
+    limit = int(target.read_config(folder).raw.get("max_position_embeddings") or roomy)
+    if needed > limit:
         raise UserError(
             f"bench: the longest row needs {needed} positions (prompt, answers of "
             f"{max(config.max_tokens)} tokens, 3 x {max(config.num_speculative_tokens)} drafted), and "
@@ -156,7 +164,7 @@ def plan_for_all(
         "trust_remote_code": config.run.trust_remote_code,
         "dtype": config.dtype,
         "tensor_parallel": config.tensor_parallel_size,
-        "max_model_len": needed,
+        "max_model_len": min(roomy, limit),
         "max_num_seqs": max(*config.concurrency, _LEAST_BATCH),
         "seed": config.run.seed,
         "cells": [asdict(cell) for cell in cells(config)],

@@ -81,7 +81,7 @@ def _by_position(axes: Axes, series: Series) -> None:
         axes.bar_label(bars, fmt="%.2f", fontsize=8, color=INK, padding=2)
         points = [
             (x, share)
-            for x, share in zip(at, known["conditional"], strict=True)
+            for x, share in zip(at[1:], known["conditional"][1:], strict=True)
             if share is not None
         ]
         axes.plot(
