@@ -92,6 +92,7 @@ def find_subject(config: BenchConfig) -> Subject:
         UserError: missing, of another target, or certain to be misread by vLLM.
     """
     if config.endpoint:
+        served.check_urls(config)
         return Subject(inputs={"endpoint": config.endpoint})
     subject = Subject()
     if config.head is None:

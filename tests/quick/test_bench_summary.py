@@ -50,6 +50,12 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 def test_turns_of_one_conversation_are_drawn_together() -> None:
     rows = [request("a", "x", [1, 1], tokens=3, latency_s=1.0, turn=turn) for turn in range(8)]
     assert summary.acceptance_length_interval(rows, seed=0) is None  # one conversation says nothing
+    split = [
+        request("a", "x", [1, 0], tokens=1, latency_s=1.0),
+        request("a", "x", [0, 1], tokens=2, latency_s=1.0, turn=1),
+        request("b", "x", [0, 0, 3], tokens=9, latency_s=1.0),
+    ]  # the docstring's two conversations, the first in two turns
+    assert summary.acceptance_length_interval(split, seed=0) == pytest.approx([1.5, 3.0])
 
 
 def test_no_interval_without_counts_by_request() -> None:
