@@ -104,6 +104,7 @@ def lossless(**more: Any) -> dict[str, Any]:
         "identical": 4,
         "ties": 0,
         "wrong": 0,
+        "not_scored": 0,
         "noise_logits": None,
         "contexts_scored": 0,
         "changes_measured": 0,

@@ -19,6 +19,7 @@ there: 6 at -0.70, 9 at -0.72; gap 0.02. Noise 0.05: a tie. With noise 0.01, or 
 top two: wrong.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,8 +27,9 @@ from typing import Any
 from stages.bench.metrics import first_divergence
 
 LEAD_TOKENS = 8  # decoded before a context's end, in two of the four shapes
-MAX_PROBES = 64  # divergences whose context is scored; more than these is no near-tie anyway
+MAX_CONTEXTS = 256  # scored at most; the divergences of a sweep share many of theirs
 MORE_CONTEXTS = 16  # undisturbed answers scored too, so that few divergences give a fair noise
+LEAST_TOGETHER = 8  # few contexts are repeated, so that together is another batch than alone
 TOP = 5  # logprobs asked for
 
 Logprobs = Mapping[int, float]  # token id -> logprob, the TOP best
@@ -120,14 +122,20 @@ def judge(
         undisturbed: rows of the baseline, for contexts beside the divergent ones.
         ask: scores probes on the plain engine.
     """
-    contexts = [_Context(d.context, min(LEAD_TOKENS, d.position)) for d in divergences[:MAX_PROBES]]
+    places: dict[tuple[int, ...], int] = {}  # a divergent context -> its place in `contexts`
+    contexts: list[_Context] = []
+    for divergence in divergences:
+        if divergence.context not in places and len(contexts) < MAX_CONTEXTS:
+            places[divergence.context] = len(contexts)
+            contexts.append(_Context(divergence.context, min(LEAD_TOKENS, divergence.position)))
     for row in undisturbed[:MORE_CONTEXTS]:
         ids = (*row["prompt_token_ids"], *row["token_ids"][:-1])
         contexts.append(_Context(ids, min(LEAD_TOKENS, max(len(row["token_ids"]) - 1, 0))))
-    together = len(contexts)
+    crowd = contexts * math.ceil(LEAST_TOGETHER / len(contexts))
+    at_once, decoded = [c.at_once() for c in crowd], [c.decoded() for c in crowd]
     shapes = [
-        [ask([context.at_once() for context in contexts], flight) for flight in (1, together)],
-        [ask([context.decoded() for context in contexts], flight) for flight in (1, together)],
+        [ask(at_once[: len(contexts)], 1), ask(at_once, len(crowd))],
+        [ask(decoded[: len(contexts)], 1), ask(decoded, len(crowd))],
     ]
     changes = [
         change
@@ -136,10 +144,10 @@ def judge(
     ]
     noise = max(changes, default=0.0)
     judged = [
-        _verdict(divergence, shapes[0][0][index].logprobs[0], noise)
-        if index < MAX_PROBES
+        _verdict(divergence, shapes[0][0][places[divergence.context]].logprobs[0], noise)
+        if divergence.context in places
         else divergence
-        for index, divergence in enumerate(divergences)
+        for divergence in divergences
     ]
     return judged, {
         "noise_logits": noise,

@@ -49,7 +49,7 @@ def _asked(
         gain = length - report["ngram"]["acceptance"]["acceptance_length"]
         yield "acceptance length above ngram's", gain, "least", config.min_gain_over_ngram
     if report["lossless"]:
-        wrong = report["lossless"]["wrong"]
+        wrong = report["lossless"]["wrong"] + report["lossless"]["not_scored"]
         yield "answers that differ without a tie", wrong, "most", config.max_wrong_answers
     if earlier:
         kept = 1 - config.max_regression

@@ -46,7 +46,8 @@ def judged(baseline: Raw, others: Mapping[str, Raw], ask: Ask) -> dict[str, Any]
         "prompts_differ": apart,
         "identical": compared - len(found),
         "ties": verdicts.count("tie"),
-        "wrong": len(found) - verdicts.count("tie"),
+        "wrong": verdicts.count("wrong"),
+        "not_scored": verdicts.count("not scored"),
         **noise,
         "divergences": shown,
     }

@@ -113,3 +113,18 @@ def test_counts_add_up_over_heads() -> None:
         ("head", "a", "tie"),
         ("head-k5", "b", "wrong"),
     ]
+
+
+def test_the_divergences_of_a_sweep_share_their_contexts_and_too_many_are_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("stages.bench.divergence.MAX_CONTEXTS", 1)
+    rows = [row("a", BASELINE), row("b", BASELINE, prompt_token_ids=[4])]
+    drafted = [row("a", HEAD), row("b", HEAD, prompt_token_ids=[4])]
+    plain, head = engine(cell(rows, wall_s=1.0)), engine(cell(drafted, wall_s=1.0))
+    target = Target(noise=0.5)
+    found = lossless.judged(plain, {"head": head, "head-k5": head}, target)
+    assert found is not None
+    assert (found["ties"], found["wrong"], found["not_scored"]) == (2, 0, 2)
+    # One context, though two heads part there; it is repeated to be in company.
+    assert target.asked[:2] == [(1, 1), (8, 8)]
