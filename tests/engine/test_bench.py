@@ -24,6 +24,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared import files
+from shared.config import build
+from shared.prompts import Prompt, Turn
+from stages.bench import plans
+from stages.bench.config import BenchConfig
 from tests import recompute
 from tests.engine.conftest import ROOT
 from tests.heads import write_random_head
@@ -291,3 +295,51 @@ def test_more_draft_tokens_than_vllm_verifies(place: Path) -> None:
     flags = ("--target", "tiny", "--head", "head", "--max_tokens", "8", "--max_prompts", "2")
     done = bench(place, "deep", *flags, "--num_speculative_tokens", "129")
     refused(done, 2, "expected at most 128", place / "deep" / "bench")
+
+
+def measured(plan: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
+    """One engine's raw measurement, straight from its process."""
+    files.write_json(folder / f"{name}.plan.json", plan)
+    words = [sys.executable, "-m", "stages.bench.engine"]
+    words += [str(folder / f"{name}.plan.json"), str(folder / f"{name}.json")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(files.read_json(folder / f"{name}.json"))
+
+
+def test_planted_tokens_are_a_tie_or_wrong_by_the_targets_own_logits(
+    place: Path, tmp_path: Path
+) -> None:
+    """A target whose best two logits are always equal: swapped twins tie, a stranger is wrong."""
+    target = tiny_llama(tmp_path / "twins", tied=False, max_length_tokens=512)
+    rows = torch.zeros(512, 128)
+    rows[10] = rows[11] = torch.linspace(-1, 1, 128)
+    rows[20] = rows[21] = -rows[10]  # whichever sign the state has, one pair of twins wins
+    change(target, lm_head__weight=rows.to(torch.bfloat16))
+    flags = {"target": "twins", "workspace": str(tmp_path), "max_tokens": "12", "concurrency": "4"}
+    prompts = [
+        Prompt(f"p{n}", (Turn(({"role": "user", "content": f"Number {n}?"},)),)) for n in range(5)
+    ]
+    conversations = [plans.conversation_of(prompt) for prompt in prompts]
+    plan = plans.plan_for_all(build(BenchConfig, flags), target, conversations)
+    plan["speculative"] = None
+    raw = measured(plan, tmp_path, "plain")
+    answers = raw["cells"][0]["segments"][0]["requests"]
+    twin, stranger = answers[1]["token_ids"], answers[3]["token_ids"]
+    assert {token for answer in answers for token in answer["token_ids"]} <= {10, 11, 20, 21}
+    right = (twin[5], stranger[9])
+    twin[5] ^= 1  # 10 and 11, 20 and 21
+    stranger[9] = 400
+    files.write_json(tmp_path / "planted.json", raw)
+    again = measured(
+        {**plan, "references": {"head": str(tmp_path / "planted.json")}}, tmp_path, "again"
+    )
+    lossless = again["lossless"]
+    found = [
+        (d["id"], d["position"], d["baseline_token"], d["verdict"]) for d in lossless["divergences"]
+    ]
+    assert found == [("p1", 5, right[0], "tie"), ("p3", 9, right[1], "wrong")]
+    assert [lossless[key] for key in ("compared", "identical", "ties", "wrong")] == [5, 3, 1, 1]
+    assert lossless["divergences"][0]["gap"] == 0.0
+    assert lossless["noise_logits"] < 0.5
+    assert lossless["changes_measured"] > 20
