@@ -126,6 +126,21 @@ def _row_lengths(
     return needed, roomy
 
 
+def check_urls(config: BenchConfig) -> None:
+    """Refuse an address that the client cannot use or that must not be written down.
+
+    Raises:
+        UserError: it has no scheme, or carries credentials; they are not repeated.
+    """
+    for name in ("endpoint", "baseline_endpoint"):
+        url = getattr(config, name)
+        if url is not None and (not url.startswith(("http://", "https://")) or "@" in url):
+            raise UserError(
+                f"bench.{name}: expected http://host:port without credentials, which would stand in "
+                f"the report; a key comes from $EYRIE_{name.upper()}_KEY."
+            )
+
+
 def plan_for_endpoint(config: BenchConfig, conversations: list[Conversation]) -> dict[str, Any]:
     """What a client of somebody else's server needs to know."""
     return {

@@ -19,9 +19,9 @@ from shared.paths import require_input
 from shared.prompts import BadRow
 from shared.sources import Source
 from shared.status import Accounting, Status
-from stages.bench import gates, head, in_process, plans, report, served
+from stages.bench import gates, head, in_process, plans, report
 from stages.bench.cells import Conversation, cells
-from stages.bench.config import BenchConfig
+from stages.bench.config import BenchConfig, CompareConfig
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 REPORT, PAGE = "report.json", "report.html"
@@ -92,7 +92,7 @@ def find_subject(config: BenchConfig) -> Subject:
         UserError: missing, of another target, or certain to be misread by vLLM.
     """
     if config.endpoint:
-        served.check_urls(config)
+        plans.check_urls(config)
         return Subject(inputs={"endpoint": config.endpoint})
     subject = Subject()
     if config.head is None:
@@ -169,6 +169,9 @@ def _measure(
         heads = {key: raw for key, raw in results.items() if key.startswith("head")}
         others = heads if name == "baseline" else {}
         if config.endpoint or config.mode == "served":
+            # Here, not above: a benchmark that is done already must not wait for the client.
+            from stages.bench import served
+
             results[name] = served.measure(config, name, plan, folder, others=others)
             continue
         plan["references"] = {key: str(folder / "raw" / f"{key}.json") for key in others}
@@ -186,7 +189,7 @@ def _write(found: Mapping[str, Any], folder: Path) -> None:
     show.show(found)
 
 
-def compare(config: Any) -> None:
+def compare(config: CompareConfig) -> None:
     """Two reports side by side: printed, and drawn on a page.
 
     Raises:

@@ -36,21 +36,6 @@ def endpoint_key(name: str) -> str:
     return os.environ.get(f"EYRIE_{name.upper()}_KEY", "")
 
 
-def check_urls(config: BenchConfig) -> None:
-    """Refuse an address that the client cannot use or that must not be written down.
-
-    Raises:
-        UserError: it has no scheme, or carries credentials; they are not repeated.
-    """
-    for name in ("endpoint", "baseline_endpoint"):
-        url = getattr(config, name)
-        if url is not None and (not url.startswith(("http://", "https://")) or "@" in url):
-            raise UserError(
-                f"bench.{name}: expected http://host:port without credentials, which would stand in "
-                f"the report; a key comes from $EYRIE_{name.upper()}_KEY."
-            )
-
-
 @contextlib.contextmanager
 def _server(config: BenchConfig, name: str, plan: Plan) -> Iterator[Server]:
     url = config.baseline_endpoint if name == "baseline" else config.endpoint
