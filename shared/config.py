@@ -195,7 +195,9 @@ def _refuse(
         elif problem["type"] == "missing":
             lines.append(f"{where}: needed, but neither {source} nor a flag gives it.")
         else:
-            lines.append(f"{where}: {problem['msg']}, found {problem['input']!r} (from {source}).")
+            # A check over several keys has the whole section as its input: too much to show.
+            found = f", found {problem['input']!r}" if problem["loc"] else ""
+            lines.append(f"{where or 'settings'}: {problem['msg']}{found} (from {source}).")
     return UserError("\n".join(lines))
 
 

@@ -52,8 +52,8 @@ class TargetConfig:
         return float(value) if value else None
 
 
-def locate(target: str, workspace: Path, *, revision: str | None) -> Path:
-    """The target's folder: in the workspace, here, or in the hub's cache (downloaded if need be).
+def locate(target: str, workspace: Path, *, revision: str | None, what: str = "run.target") -> Path:
+    """A model's folder: in the workspace, here, or in the hub's cache (downloaded if need be).
 
     Raises:
         UserError: no such folder and no such hub id.
@@ -62,11 +62,11 @@ def locate(target: str, workspace: Path, *, revision: str | None) -> Path:
     found = find_input(target, workspace)
     if found is not None:
         if not found.is_dir():
-            raise UserError(f"run.target: expected a model's folder, found the file {found}.")
+            raise UserError(f"{what}: expected a model's folder, found the file {found}.")
         return found
     if target.count("/") != 1 or target.startswith((".", "/")):
         raise UserError(
-            f"run.target: expected a model's folder at {workspace / target} or "
+            f"{what}: expected a model's folder at {workspace / target} or "
             f"{Path(target).absolute()}, or a hub id (organisation/name); found neither."
         )
     import huggingface_hub
@@ -75,10 +75,10 @@ def locate(target: str, workspace: Path, *, revision: str | None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(target, revision=revision))
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
-        raise UserError(f"run.target: {target} is no folder, and the hub says: {error}") from error
+        raise UserError(f"{what}: {target} is no folder, and the hub says: {error}") from error
     except (hub.LocalEntryNotFoundError, OSError) as error:
         raise RetryableError(
-            f"run.target: {target} is no folder here, and the hub could not be reached ({error}). "
+            f"{what}: {target} is no folder here, and the hub could not be reached ({error}). "
             "Check the name, the network, or HF_HOME for a filled cache."
         ) from error
 

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section `bench` of a recipe."""
 
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from shared.config import StageConfig, identity, operational
+import pydantic
+
+from shared.config import CommandConfig, StageConfig, identity, operational
+from shared.sources import Source
+
+Counts = tuple[Annotated[int, pydantic.Field(ge=1)], ...]
+Temperatures = tuple[Annotated[float, pydantic.Field(ge=0)], ...]
 
 
 class BenchConfig(StageConfig):
     """Measures the draft head in vLLM: the same prompts without it and with it.
 
-    In:  <workspace>/<run>/export/ and a JSON-lines file of prompts that no training has seen.
-    Out: <workspace>/<run>/bench/report.json; exit 3 where a gate is missed.
+    In:  <workspace>/<run>/export/ (or --head) and prompts that no training has seen.
+    Out: <workspace>/<run>/bench/report.json and report.html; exit 3 where a gate is missed.
+    num_speculative_tokens, concurrency, temperature and max_tokens may each be a list: every
+    combination is measured, and the gates ask the first of each.
     """
 
     section: ClassVar[str] = "bench"
@@ -22,13 +31,35 @@ class BenchConfig(StageConfig):
         "trust_remote_code",
     )
 
-    prompts: str = identity(..., "JSON-lines file of held-out prompts (workspace first).")
-    num_speculative_tokens: int = identity(3, "Draft length K.", ge=1)
-    max_tokens: int = identity(256, "Longest answer.", ge=1)
-    temperature: float = identity(0.0, "Sampling temperature; 0 is greedy.", ge=0)
-    concurrency: int = identity(1, "Requests in flight.", ge=1)
+    prompts: Source | None = identity(
+        None, "Held-out prompts: file, folder, glob or hub data set; default: 40 of our own."
+    )
+    max_prompts: int | None = identity(None, "Measure the first so many of the prompts.", ge=1)
+    head: str | None = identity(
+        None, "A head from elsewhere, a folder or a hub id, instead of the run's export."
+    )
+    head_revision: str | None = identity(None, "Hub revision of that head.")
+    mode: Literal["in_process", "served"] = identity(
+        "in_process", "vLLM inside a process of bench's, or its server, asked over HTTP."
+    )
+    endpoint: str | None = identity(
+        None,
+        "An existing vLLM server with the head, as http://host:8000; key: $EYRIE_ENDPOINT_KEY.",
+    )
+    baseline_endpoint: str | None = identity(
+        None, "The same target served without the head; key: $EYRIE_BASELINE_ENDPOINT_KEY."
+    )
+    num_speculative_tokens: Counts = identity((3,), "Draft length K, one or a list.", min_length=1)
+    concurrency: Counts = identity((1,), "Requests in flight, one or a list.", min_length=1)
+    temperature: Temperatures = identity(
+        (0.0,), "Sampling temperature, one or a list; 0 is greedy.", min_length=1
+    )
+    max_tokens: Counts = identity((256,), "Longest answer, one or a list.", min_length=1)
     dtype: str = identity("auto", "The engine's dtype.")
     compare_ngram: bool = identity(False, "Measure vLLM's own ngram proposer at the same K too.")
+    speculative_args: dict[str, Any] = identity(
+        {}, "More keys of vLLM's speculative_config, for the head's engine alone."
+    )
 
     min_acceptance_length: float = identity(2.1, "Gate: a lower acceptance length is exit 3.", ge=0)
     min_gain_over_ngram: float | None = identity(
@@ -37,9 +68,63 @@ class BenchConfig(StageConfig):
     min_speedup: float | None = identity(
         None, "Gate: least speed-up; off by default, since on a tiny target drafting may cost more."
     )
+    earlier_report: str | None = identity(None, "Gate: a report.json to hold this run against.")
+    max_regression: float = identity(
+        0.05, "Gate: largest share lost of the earlier acceptance length and speed-up.", ge=0, le=1
+    )
+    max_wrong_answers: int | None = identity(
+        0, "Gate: greedy answers that part from the baseline's without a tie; null asks nothing."
+    )
 
     tensor_parallel_size: int = operational(1, "GPUs that share the target's layers.", ge=1)
+    startup_timeout_s: float = operational(1800.0, "Longest wait for a server's start.", gt=0)
+    request_timeout_s: float = operational(600.0, "Longest wait for one served answer.", gt=0)
     engine_timeout_s: float = operational(
         3600.0, "Longest time for one engine's measurement.", gt=0
     )
     engine_args: dict[str, Any] = operational({}, "More vLLM engine options by their own names.")
+
+    @pydantic.field_validator("prompts", mode="before")
+    @classmethod
+    def _a_path_is_a_source(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @pydantic.field_validator(
+        "num_speculative_tokens", "concurrency", "temperature", "max_tokens", mode="before"
+    )
+    @classmethod
+    def _one_or_a_list(cls, value: object) -> object:
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if len(set(map(repr, values))) != len(values):
+            raise ValueError("the values of a sweep must differ")
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _one_way_to_the_engine(self) -> "BenchConfig":
+        if self.baseline_endpoint and not self.endpoint:
+            raise ValueError("baseline_endpoint is for an endpoint with the head; none is given")
+        if self.endpoint and (self.head or self.compare_ngram or self.speculative_args):
+            raise ValueError(
+                "an endpoint serves its own head: head, compare_ngram and speculative_args "
+                "cannot be given with it"
+            )
+        if self.endpoint and len(self.num_speculative_tokens) > 1:
+            raise ValueError("an endpoint has one draft length; give num_speculative_tokens once")
+        if self.min_speedup is not None and self.endpoint and not self.baseline_endpoint:
+            raise ValueError("min_speedup needs a baseline; give baseline_endpoint")
+        if self.min_gain_over_ngram is not None and not self.compare_ngram:
+            raise ValueError("min_gain_over_ngram needs compare_ngram")
+        return self
+
+
+class CompareConfig(CommandConfig):
+    """Sets two finished benches side by side: a table here, and a page with figures.
+
+    Each is a run's name in the workspace, a bench folder or a report.json.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("first", "second")
+
+    first: str = pydantic.Field(description="The earlier run: a name, a folder or a report.json.")
+    second: str = pydantic.Field(description="The later run.")
+    out: Path = pydantic.Field(Path("compare.html"), description="Where the page goes.")

@@ -1,112 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures one engine configuration in a process of its own: the one bench file that imports vllm.
 
-In: a plan (JSON): the target, how to draft (or not), the warm-up prompts and the measured ones.
-Out: a report (JSON): every request's tokens, times and draft counters, the wall time, and vLLM's
-speculative-decoding counters around the measurement; or `{"error": {"kind", "message"}}`. Costs one
-engine start, about 10 s on a CPU, and the answers. The surprise: no grouping by category. All
-prompts run as one closed loop of `max_num_seqs`, since a group per category would drain the batch
-once per category and spoil the throughput; vLLM (0.30 or newer) counts per request, at no cost.
+In: a plan (JSON): the target, how to draft (or not), the cells of the sweep, the warm-up texts and
+the conversations. Out: the raw measurement (JSON): for each cell every answer's tokens, times and
+draft counters, the wall time, and vLLM's speculative-decoding counters around it; or
+`{"error": {"kind", "message"}}`. Costs one engine start, 3 to 20 s on a CPU, and the answers. The
+surprise: no grouping by category. All prompts run as one closed loop, since a group per category
+would drain the batch once per category and spoil the throughput; vLLM (0.30 or newer) counts per
+request, at no cost. An older vLLM is measured category by category.
 
 `python -m stages.bench.engine PLAN.json OUT.json`
 """
 
+import itertools
 import os
 import sys
 import time
 import traceback
+from collections.abc import Generator, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 from vllm import __version__ as VLLM_VERSION
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.reader import Counter, Vector
+from vllm.v1.sample.rejection_sampler import MAX_SPEC_LEN
 
 from shared.errors import EyrieError, RetryableError, UserError
 from shared.files import read_json, write_json
-from stages.bench.metrics import Counters, needed_model_len
+from stages.bench import lossless, plans
+from stages.bench.cells import Cell, Conversation
+from stages.bench.divergence import TOP, Probe, Scored
+from stages.bench.metrics import Counters
 
-WARMUP_TOKENS = 16  # enough for several drafts and verifications, and for a CUDA graph's first use
 MIN_TOKEN_BUDGET = 8192  # tokens per step; vLLM warns below it when it drafts
 PREFIX = "vllm:spec_decode_"
 SCALARS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+COUNTS_PER_REQUEST = "per_request_spec_decode_metrics" in EngineArgs.__dataclass_fields__
+
+Question = tuple[list[int], SamplingParams]
+Talk = Generator[Question, RequestOutput, None]
 
 
 def check_plan(plan: dict[str, Any]) -> None:
-    """Refuse what vLLM would measure wrongly in silence.
+    """Refuse what vLLM answers with a bare assertion or a traceback.
 
     Raises:
-        UserError: a warm-up prompt is measured too, max_model_len cuts the last drafts short, or
-            vLLM has no such engine option.
+        UserError: no such engine option, or more draft tokens than vLLM verifies at once.
     """
     if unknown := plan["engine_args"].keys() - EngineArgs.__dataclass_fields__.keys():
         raise UserError(
             f"bench.engine_args: expected options of vLLM {VLLM_VERSION}, found {sorted(unknown)}."
         )
-    measured = {tuple(prompt["prompt_token_ids"]) for prompt in plan["prompts"]}
-    if not measured or measured & {tuple(ids) for ids in plan["warmup"]}:
-        raise UserError(
-            f"bench: expected prompts to measure that are not in the warm-up, found {len(measured)} "
-            f"distinct ones and a warm-up of {len(plan['warmup'])}. Give it more prompts."
-        )
     depth = (plan["speculative"] or {}).get("num_speculative_tokens", 0)
-    longest, answer, limit = max(map(len, measured)), plan["max_tokens"], plan["max_model_len"]
-    needed = needed_model_len(longest, max_tokens=answer, num_speculative_tokens=depth)
-    if limit < needed:
+    if depth > MAX_SPEC_LEN:
         raise UserError(
-            f"bench: expected max_model_len >= {needed} (longest prompt {longest} + max_tokens "
-            f"{answer} + 3 x {depth} drafted), found {limit}; nearer the limit vLLM drafts zeros "
-            "and counts them. Raise it, lower max_tokens or drop the longest prompts."
+            f"bench.num_speculative_tokens: expected at most {MAX_SPEC_LEN}, what vLLM {VLLM_VERSION} "
+            f"verifies at once, found {depth}."
         )
-
-
-def check_head(plan: dict[str, Any]) -> None:
-    """Refuse a head that is not this target's or not whole.
-
-    vLLM serves a head without `norm.weight` or `d2t` with a made-up one, at an acceptance near 0,
-    and answers a wrong shape with a bare assertion.
-
-    Raises:
-        UserError: the head is missing, or its sizes, aux layers or tensors do not fit.
-    """
-    folder = Path(plan["speculative"]["model"])
-    head = read_json(folder / "config.json")
-    target = AutoConfig.from_pretrained(
-        plan["target"], revision=plan["revision"], trust_remote_code=plan["trust_remote_code"]
-    ).get_text_config()
-    hidden, drafts = head["hidden_size"], head.get("draft_vocab_size", head["vocab_size"])
-    found = (head["vocab_size"], head.get("target_hidden_size", hidden))
-    expected = (target.vocab_size, target.hidden_size)
-    if found != expected:
-        raise UserError(
-            f"{folder}/config.json: expected a head for {plan['target']} (vocabulary, hidden size: "
-            f"{expected}), found one for another target {found}. Bench it with its own."
-        )
-    layers = head.get("eagle_aux_hidden_state_layer_ids") or []
-    if not layers or max(layers) > target.num_hidden_layers:
-        raise UserError(
-            f"{folder}/config.json: expected eagle_aux_hidden_state_layer_ids within the target's "
-            f"{target.num_hidden_layers} layers, found {layers}. Export the head again."
-        )
-    shapes = {"fc.weight": [hidden, len(layers) * target.hidden_size], "norm.weight": [hidden]}
-    if drafts < target.vocab_size:
-        shapes |= {"lm_head.weight": [drafts, hidden], "d2t": [drafts]}
-    path = folder / "model.safetensors"
-    try:
-        with safe_open(path, "pt") as weights:
-            names = shapes.keys() & set(weights.keys())
-            there = {name: weights.get_slice(name).get_shape() for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not readable ({error}). Export the head again.") from error
-    if there != shapes:
-        raise UserError(f"{path}: expected {shapes}, found {there}. Export the head again.")
 
 
 def build(plan: dict[str, Any]) -> LLM:
@@ -119,11 +76,10 @@ def build(plan: dict[str, Any]) -> LLM:
         # With an explicit size (GiB) and no compiling, vLLM skips its warm-up pass.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         arguments["enforce_eager"] = True
-    if speculative and "per_request_spec_decode_metrics" in EngineArgs.__dataclass_fields__:
+    if speculative and COUNTS_PER_REQUEST:
         arguments["per_request_spec_decode_metrics"] = "summary"
     arguments |= {
         "model": plan["target"],
-        "revision": plan["revision"],
         "trust_remote_code": plan["trust_remote_code"],
         "dtype": plan["dtype"],
         "tensor_parallel_size": plan["tensor_parallel"],
@@ -157,16 +113,138 @@ def read_counters(llm: LLM) -> Counters | None:
     return Counters(**scalars, num_accepted_tokens_per_pos=per_pos)
 
 
-def describe(prompt: dict[str, Any], output: RequestOutput) -> dict[str, Any]:
-    """One request's row. Times run from its admission to the batch: the queue is our own making."""
+def closed_loop(llm: LLM, talks: Iterable[Talk], concurrency: int) -> None:
+    """Play the talks, `concurrency` at a time; the next begins when one has ended."""
+    engine, waiting, numbers = llm.llm_engine, iter(talks), itertools.count()
+    active: dict[str, Talk] = {}
+
+    def ask(talk: Talk, question: Question) -> None:
+        name = str(next(numbers))
+        prompt = TokensPrompt(prompt_token_ids=question[0])
+        engine.add_request(name, prompt, question[1])
+        active[name] = talk
+
+    for talk in itertools.islice(waiting, concurrency):
+        ask(talk, next(talk))
+    while active:
+        for output in engine.step():
+            if not output.finished:
+                continue
+            talk = active.pop(output.request_id)
+            try:
+                ask(talk, talk.send(output))
+            except StopIteration:
+                for following in itertools.islice(waiting, 1):
+                    ask(following, next(following))
+
+
+class Engine:
+    """A running engine and what a plan asks of it."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self.plan = plan
+        self.llm = build(plan)
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def _sampling(self, cell: Cell, max_tokens: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=cell.temperature,
+            max_tokens=max_tokens,
+            detokenize=False,  # ids are what we compare; text would cost every drafter the same
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _talk(
+        self, conversation: Conversation, sampling: SamplingParams, rows: list[dict[str, Any]]
+    ) -> Talk:
+        messages: list[Any] = []
+        for turn, step in enumerate(conversation.steps):
+            messages += step
+            ids = plans.prompt_ids(self.tokenizer, messages, conversation.tools)
+            self._check_room(conversation, len(ids), sampling.max_tokens or 0)
+            output = yield ids, sampling
+            rows.append(describe(conversation, turn, ids, output))
+            text = self.tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": text})
+
+    def _check_room(self, conversation: Conversation, prompt_tokens: int, max_tokens: int) -> None:
+        depth = (self.plan["speculative"] or {}).get("num_speculative_tokens", 0)
+        limit = self.plan["max_model_len"]
+        plans.check_room(conversation.id, prompt_tokens, max_tokens, depth, limit)
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Warm up, then play every conversation between two readings of the counters."""
+        conversations = [Conversation.from_json(raw) for raw in self.plan["conversations"]]
+        warmup = [Conversation.from_json(raw) for raw in self.plan["warmup"]]
+        self._play(warmup, cell, min(plans.WARMUP_TOKENS, cell.max_tokens))
+        groups = plans.groups(conversations, one_loop=COUNTS_PER_REQUEST)
+        return {"cell": asdict(cell), "segments": [self._segment(*group, cell) for group in groups]}
+
+    def _segment(
+        self, category: str | None, conversations: list[Conversation], cell: Cell
+    ) -> dict[str, Any]:
+        before = read_counters(self.llm)
+        clock = time.perf_counter()
+        rows = self._play(conversations, cell, cell.max_tokens)
+        wall_s = time.perf_counter() - clock
+        after = read_counters(self.llm)
+        return {
+            "category": category,
+            "wall_s": wall_s,
+            "counters_before": before and asdict(before),
+            "counters_after": after and asdict(after),
+            "requests": rows,
+        }
+
+    def _play(
+        self, conversations: list[Conversation], cell: Cell, max_tokens: int
+    ) -> list[dict[str, Any]]:
+        sampling = self._sampling(cell, max_tokens)
+        rows: list[list[dict[str, Any]]] = [[] for _ in conversations]
+        talks = (
+            self._talk(conversation, sampling, into)
+            for conversation, into in zip(conversations, rows, strict=True)
+        )
+        closed_loop(self.llm, talks, cell.concurrency)
+        return [row for talk in rows for row in talk]
+
+    def score(self, probes: list[Probe], concurrency: int) -> list[Scored]:
+        """The greedy tokens after each probe, with their best logprobs."""
+        scored: dict[int, Scored] = {}
+
+        def talk(index: int, probe: Probe) -> Talk:
+            sampling = SamplingParams(
+                temperature=0.0,
+                max_tokens=probe.num_tokens,
+                logprobs=TOP,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            output = yield probe.prompt_token_ids, sampling
+            answer = output.outputs[0]
+            best = [
+                {token: entry.logprob for token, entry in step.items()} for step in answer.logprobs
+            ]
+            scored[index] = Scored(list(answer.token_ids), best)
+
+        closed_loop(self.llm, (talk(i, probe) for i, probe in enumerate(probes)), concurrency)
+        return [scored[index] for index in range(len(probes))]
+
+
+def describe(
+    conversation: Conversation, turn: int, prompt_token_ids: list[int], output: RequestOutput
+) -> dict[str, Any]:
+    """One answer's row. Times run from its admission to the batch: the queue is our own making."""
     answer, times = output.outputs[0], output.metrics
     drafted = getattr(answer, "spec_decode_metrics", None)
     if drafted:
         drafted = Counters.from_histogram(drafted.histogram, draft_tokens=drafted.num_draft_tokens)
     return {
-        "id": prompt["id"],
-        "category": prompt["category"],
-        "prompt_tokens": len(prompt["prompt_token_ids"]),
+        "id": conversation.id,
+        "turn": turn,
+        "category": conversation.category,
+        "prompt_token_ids": prompt_token_ids,
         "token_ids": list(answer.token_ids),
         "finish_reason": answer.finish_reason,
         "ttft_s": times.first_token_ts - times.scheduled_ts if times else None,
@@ -176,42 +254,21 @@ def describe(prompt: dict[str, Any], output: RequestOutput) -> dict[str, Any]:
 
 
 def measure(plan: dict[str, Any]) -> dict[str, Any]:
-    """Start, warm up, measure. See the module docstring for the report."""
+    """Start and measure every cell; the plain engine is then asked about the divergences."""
     check_plan(plan)
-    if plan["speculative"] and plan["speculative"]["method"] == "eagle3":
-        check_head(plan)
     clock = time.perf_counter()
-    llm = build(plan)
+    engine = Engine(plan)
     start_s = time.perf_counter() - clock
-
-    def answer(prompts: list[list[int]], max_tokens: int) -> list[RequestOutput]:
-        sampling = SamplingParams(
-            temperature=plan["temperature"],
-            max_tokens=max_tokens,
-            ignore_eos=plan["ignore_eos"],
-            detokenize=False,  # ids are what we compare; text would cost every drafter the same
-        )
-        tokens = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
-        return llm.generate(tokens, sampling, use_tqdm=False)
-
-    answer(plan["warmup"], min(WARMUP_TOKENS, plan["max_tokens"]))
-    before = read_counters(llm)
-    clock = time.perf_counter()
-    outputs = answer([prompt["prompt_token_ids"] for prompt in plan["prompts"]], plan["max_tokens"])
-    wall_s = time.perf_counter() - clock
-    after = read_counters(llm)
-    return {
-        "vllm_version": VLLM_VERSION,
-        "start_s": start_s,
-        "wall_s": wall_s,
-        "requests": [describe(*pair) for pair in zip(plan["prompts"], outputs, strict=True)],
-        "counters_before": before and asdict(before),
-        "counters_after": after and asdict(after),
-    }
+    measured = [engine.measure(Cell(**cell)) for cell in plan["cells"]]
+    raw = {"vllm_version": VLLM_VERSION, "start_s": start_s, "cells": measured}
+    if plan["references"]:
+        others = {name: read_json(Path(path)) for name, path in plan["references"].items()}
+        raw["lossless"] = lossless.judged(raw, others, engine.score)
+    return raw
 
 
 def main(plan_path: Path, out_path: Path) -> int:
-    """Measure, and write the report or the refusal. What it does not recognise is a traceback."""
+    """Measure, and write the raw measurement or the refusal. The unknown is a traceback."""
     try:
         write_json(out_path, measure(read_json(plan_path)))
         return 0

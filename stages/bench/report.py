@@ -1,142 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From raw measurements to `report.json`, its gates, and what a person sees.
+"""From raw measurements to `report.json`.
 
-Formulas: acceptance as in `metrics`; tokens/s = answer tokens / wall seconds of the measured
-prompts, engine start and warm-up left out; speed-up = tokens/s with the head / without.
+    baseline, head, ngram   the figures at the first load and the first K: what the gates ask
+    sweep                   one row for each load, drafter and K: lengths, rates, latencies, speed-up
+    best                    the K to serve with at each load
+    lossless                greedy answers against the baseline's, every divergence with its verdict
+    gates                   name, value, bound and whether it is met
+    warnings                what was found odd about the head or the measurement
+
+Figures as in `figures`; an interval is [low, high] at 95 %, or null where nothing tells it.
 """
 
-import logging
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from shared import provenance
+from stages.bench import figures
 from stages.bench.config import BenchConfig
-from stages.bench.metrics import Counters, acceptance, decode_steps, delta, first_divergence
+from stages.bench.plans import engine_name
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-logger = logging.getLogger(__name__)
-
-
-def _counters(raw: Mapping[str, Any]) -> Counters:
-    return Counters(
-        **{**raw, "num_accepted_tokens_per_pos": tuple(raw["num_accepted_tokens_per_pos"])}
-    )
-
-
-def _throughput(raw: Mapping[str, Any]) -> dict[str, Any]:
-    tokens = sum(len(request["token_ids"]) for request in raw["requests"])
-    return {
-        "requests": len(raw["requests"]),
-        "output_tokens": tokens,
-        "wall_s": raw["wall_s"],
-        "tokens_per_s": tokens / raw["wall_s"],
-    }
-
-
-def _drafted(raw: Mapping[str, Any], *, depth: int, always_drafts: bool) -> dict[str, Any]:
-    """Throughput and acceptance of one drafting engine, from its counters' difference."""
-    counted = delta(_counters(raw["counters_before"]), _counters(raw["counters_after"]))
-    figures = acceptance(counted, num_speculative_tokens=depth, always_drafts=always_drafts)
-    return {**_throughput(raw), "acceptance": asdict(figures), "counters": asdict(counted)}
-
-
-def _tokens_per_step(raw: Mapping[str, Any]) -> float | None:
-    """Decoded tokens per target step, undrafted steps included; None where vLLM does not tell."""
-    requests = raw["requests"]
-    if any(request["counters"] is None for request in requests):
-        return None
-    steps = sum(
-        decode_steps(_counters(request["counters"]), output_tokens=len(request["token_ids"]))
-        for request in requests
-    )
-    return sum(len(request["token_ids"]) - 1 for request in requests) / max(steps, 1)
-
-
-def _divergence(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Requests whose tokens differ, and the first position where they do."""
-    found = []
-    for a, b in zip(left["requests"], right["requests"], strict=True):
-        position = first_divergence(a["token_ids"], b["token_ids"])
-        if position is not None:
-            found.append({"id": a["id"], "position": position})
-    return found
+Raw = Mapping[str, Any]
+Report = dict[str, Any]
 
 
 def build(
-    config: BenchConfig, results: Mapping[str, Mapping[str, Any]], parent: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The whole report.
+    config: BenchConfig,
+    results: Mapping[str, Raw],
+    *,
+    lineage: Mapping[str, Any],
+    warnings: Sequence[str] = (),
+) -> Report:
+    """The whole report but for its gates.
+
+    Args:
+        results: the raw measurement under each engine's name.
+        lineage: where the head comes from.
 
     Raises:
         OutputError: vLLM's counters contradict each other.
     """
-    depth = config.num_speculative_tokens
-    baseline = _throughput(results["baseline"])
-    head = _drafted(results["head"], depth=depth, always_drafts=True)
-    head["speedup"] = head["tokens_per_s"] / baseline["tokens_per_s"]
-    finished: dict[str, Any] = {
+    entries = {(name, at): entry for name, at, entry in _entries(config, results)}
+    first = {
+        name: entries[name, 0] for name in ("baseline", "head", "ngram") if (name, 0) in entries
+    }
+    sweep = list(_sweep(config, results, entries))
+    cell = results["head"]["cells"][0]["cell"]
+    plain = results.get("baseline", {})
+    return {
         "schema_version": SCHEMA_VERSION,
         "run": config.run.name,
         "target": config.run.target,
-        "num_speculative_tokens": depth,
-        "temperature": config.temperature,
-        "concurrency": config.concurrency,
+        "mode": "endpoint" if config.endpoint else config.mode,
+        "num_speculative_tokens": config.num_speculative_tokens[0],
+        **cell,
         "vllm_version": results["head"]["vllm_version"],
-        "baseline": baseline,
-        "head": head,
-        "greedy_divergences": _divergence(results["baseline"], results["head"])
-        if config.temperature == 0
-        else None,
+        **first,
+        "sweep": sweep,
+        "best": _best(sweep),
+        "lossless": plain.get("lossless"),
+        "warnings": [*warnings, *_cautions(first)],
+        "lineage": dict(lineage),
+        "provenance": provenance.collect(argv=sys.argv),
     }
-    if "ngram" in results:
-        ngram = _drafted(results["ngram"], depth=depth, always_drafts=False)
-        ngram["speedup"] = ngram["tokens_per_s"] / baseline["tokens_per_s"]
-        ngram["tokens_per_step"] = _tokens_per_step(results["ngram"])
-        finished["ngram"] = ngram
-    return {**finished, "lineage": dict(parent), "provenance": provenance.collect(argv=sys.argv)}
 
 
-def missed_gates(config: BenchConfig, finished: Mapping[str, Any]) -> list[str]:
-    """One sentence for each gate that the measurement misses."""
-    length = finished["head"]["acceptance"]["acceptance_length"]
-    gates: list[tuple[str, float, float | None]] = [
-        ("acceptance length", length, config.min_acceptance_length),
-        ("speed-up", finished["head"]["speedup"], config.min_speedup),
-    ]
-    if "ngram" in finished:
-        gain = length - finished["ngram"]["acceptance"]["acceptance_length"]
-        gates.append(("acceptance length above ngram's", gain, config.min_gain_over_ngram))
-    return [
-        f"{name} {value:.3f} is {least - value:.3f} under the gate {least}"
-        for name, value, least in gates
-        if least is not None and value < least
-    ]
+def _entries(config: BenchConfig, results: Mapping[str, Raw]) -> Iterator[tuple[str, int, Report]]:
+    """(engine, number of the cell, figures) of everything that was measured."""
+    seed = config.run.seed
+    baseline = results.get("baseline")
+    plain = [figures.throughput(cell) for cell in baseline["cells"]] if baseline else []
+    for at, entry in enumerate(plain):
+        yield "baseline", at, entry
+    for drafter in ("head", "ngram"):
+        for depth in config.num_speculative_tokens:
+            name = engine_name(config, drafter, depth)
+            for at, cell in enumerate(results.get(name, {}).get("cells", ())):
+                always = drafter == "head"
+                entry = figures.drafted(cell, depth=depth, always_drafts=always, seed=seed)
+                if baseline:
+                    figures.add_speedup(entry, cell, plain[at], baseline["cells"][at], seed)
+                yield name, at, entry
 
 
-def show(finished: Mapping[str, Any]) -> None:
-    """Print the report as a table, for the person who waited."""
-    table = Table(title=f"{finished['run']}: K = {finished['num_speculative_tokens']}")
-    for column in ("engine", "acceptance length", "rate", "by position", "tokens/s", "speed-up"):
-        table.add_column(column, justify="left" if column == "engine" else "right")
-    for name in ("baseline", "ngram", "head"):
-        if name not in finished:
-            continue
-        entry = finished[name]
-        figures = entry.get("acceptance")
-        cells = ["1.00", "", ""]
-        if figures:
-            positions = " ".join(f"{share:.2f}" for share in figures["per_position"])
-            rate = f"{figures['acceptance_rate']:.2f}"
-            cells = [f"{figures['acceptance_length']:.2f}", rate, positions]
-        speedup = f"{entry.get('speedup', 1.0):.2f}"
-        table.add_row(name, *cells, f"{entry['tokens_per_s']:.1f}", speedup)
-    Console(stderr=True, width=100).print(table)
-    divergences = finished["greedy_divergences"]
-    if divergences:
-        logger.info("%d greedy answers differ from the baseline's", len(divergences))
+def _sweep(
+    config: BenchConfig, results: Mapping[str, Raw], entries: Mapping[tuple[str, int], Report]
+) -> Iterator[Report]:
+    for (name, at), entry in entries.items():
+        drafter, _, depth = name.partition("-k")
+        known = entry.get("acceptance", {})
+        yield {
+            "drafter": drafter,
+            "num_speculative_tokens": 0
+            if drafter == "baseline"
+            else int(depth or config.num_speculative_tokens[0]),
+            **results[name]["cells"][at]["cell"],
+            "tokens_per_s": entry["tokens_per_s"],
+            "ttft_s": entry["ttft_s"],
+            "tpot_s": entry["tpot_s"],
+            "acceptance_length": known.get("acceptance_length"),
+            "acceptance_length_interval": known.get("acceptance_length_interval"),
+            "acceptance_rate": known.get("acceptance_rate"),
+            "speedup": entry.get("speedup"),
+            "speedup_interval": entry.get("speedup_interval"),
+        }
+
+
+def _best(sweep: Sequence[Report]) -> list[Report]:
+    """The head's fastest K at each load; without a baseline, by tokens/s all the same."""
+    loads: dict[tuple[Any, ...], Report] = {}
+    axes = ("concurrency", "temperature", "max_tokens")
+    for row in sweep:
+        load = tuple(row[axis] for axis in axes)
+        if row["drafter"] == "head" and (
+            load not in loads or row["tokens_per_s"] > loads[load]["tokens_per_s"]
+        ):
+            loads[load] = row
+    kept = (*axes, "num_speculative_tokens", "tokens_per_s", "speedup", "speedup_interval")
+    return [{key: row[key] for key in kept} for row in loads.values()]
+
+
+def _cautions(first: Mapping[str, Report]) -> list[str]:
+    """What an operator must not overlook in the figures themselves."""
+    head = first["head"]
+    found = []
+    if head.get("speedup") is not None and head["speedup"] < 1:
+        found.append(
+            f"Drafting costs more than it saves here (speed-up {head['speedup']:.2f}): on a small "
+            "target or a busy machine a draft takes as long as the steps that it spares."
+        )
+    if head["acceptance"]["acceptance_length_interval"] is None:
+        found.append(
+            "No interval for the acceptance length: too few prompts, or no counts by request."
+        )
+    if "baseline" not in first:
+        found.append("No baseline was measured: there is no speed-up, and nothing was compared.")
+    return found

@@ -1,37 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """A draft head -> what it is worth in vLLM.
 
-In: the export and prompts that no training has seen. Out: `report.json`. Cost: one engine start and
-one pass over the prompts for each of: no draft head, the head, and (where asked) ngram. Each engine
-is a process of its own, so that none inherits the memory or the caches of the one before.
+In: the export, a head from elsewhere or a server that has one, and prompts that no training has
+seen. Out: `report.json` and `report.html`. Cost: one engine start for the baseline and for each K
+(and for ngram), and one pass over the prompts for each load on each.
 """
 
 import logging
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared import files, target
-from shared.errors import OutputError, RetryableError, UserError
+from shared import files, sources, target
+from shared.errors import OutputError, UserError
 from shared.manifest import Artifact, require_parent
 from shared.paths import require_input
-from shared.process import die_with_parent, end_group, stop_if_requested
-from shared.prompts import BadRow, Prompt
-from shared.sources import read_prompts
+from shared.prompts import BadRow
+from shared.sources import Source
 from shared.status import Accounting, Status
-from stages.bench import report
-from stages.bench.config import BenchConfig
-from stages.bench.metrics import needed_model_len
+from stages.bench import gates, head, in_process, plans, report
+from stages.bench.cells import Conversation, cells
+from stages.bench.config import BenchConfig, CompareConfig
 
-# Never measured: they only make the engine allocate and compile what it will need.
-WARMUP_TEXTS = ("Hello there.", "What is the capital of a country?", "Tell me something short.")
-_GRACE_S = 20.0
+OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
+REPORT, PAGE = "report.json", "report.html"
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Subject:
+    """What is measured, found and checked: the target's folder and the head's, or neither."""
+
+    target: Path | None = None
+    head: Path | None = None
+    parents: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def lineage(self) -> dict[str, Any]:
+        """What the report says of where the head comes from."""
+        train = self.parents.get("train")
+        known = (
+            {"head_fingerprint": train["fingerprint"], "training": train["facts"]} if train else {}
+        )
+        return {**known, **self.inputs}
 
 
 def run(config: BenchConfig) -> None:
@@ -40,170 +54,166 @@ def run(config: BenchConfig) -> None:
     Raises:
         UserError: no finished export, no prompts, or the engine refuses the head.
         OutputError: a gate is missed; the report is written and says by how much.
-        RetryableError: an engine died.
+        RetryableError: an engine died, or an endpoint does not answer.
     """
-    export = config.paths.export
-    parent = require_parent(export, stage="train", config=config)
-    folder = target.locate(config.run.target, config.workspace, revision=config.run.target_revision)
-    target.require_chat_template(folder)
-    prompts_path = require_input(config.prompts, config.workspace, what="bench.prompts")
-    inputs = {"prompts": files.sha256(prompts_path), "target": target.weights_hash(folder)}
+    subject = find_subject(config)
+    prompts = config.prompts or Source(path=str(OWN_PROMPTS))
+    subject.inputs["prompts"] = sources.digest(prompts, config.workspace, what="bench.prompts")
+    earlier = _earlier_report(config, subject.inputs["prompts"])
     artifact = Artifact(
-        config.paths.stage("bench"), config, parents={"train": parent}, inputs=inputs
+        config.paths.stage("bench"), config, parents=subject.parents, inputs=subject.inputs
     )
     if artifact.is_done():
         return
+    for warning in subject.warnings:
+        logger.warning("%s", warning)
     with artifact.work():
+        _forget(artifact.folder)
         accounting = Accounting()
-        rows = list(_usable(prompts_path, accounting))
-        rejects = artifact.folder / "rejects.jsonl"
-        accounting.write_rejects(rejects)
-        accounting.check_input(
-            usable=len(rows), max_failed_fraction=0.0, what=str(prompts_path), rejects=rejects
-        )
-        results = _measure(config, folder, rows, artifact.folder)
-        finished = report.build(config, results, provenance_of(parent, inputs))
-        report_path = artifact.folder / "report.json"
-        files.write_json(report_path, finished)
-        report.show(finished)
-        if missed := report.missed_gates(config, finished):
-            raise OutputError(f"{'; '.join(missed)}. The whole report: {report_path}")
+        conversations = _conversations(config, prompts, accounting, artifact.folder)
+        results = _measure(config, subject, conversations, artifact.folder)
+        found = report.build(config, results, lineage=subject.lineage(), warnings=subject.warnings)
+        found["gates"] = gates.judge(config, found, earlier)
+        _write(found, artifact.folder)
+        if missed := gates.shortfalls(found["gates"]):
+            raise OutputError(f"{'; '.join(missed)}. The whole report: {artifact.folder / REPORT}")
         artifact.finish(
-            [report_path.name, rejects.name],
+            [REPORT, PAGE, "rejects.jsonl"],
             counts=accounting.as_dict(),
-            facts=finished["head"]["acceptance"],
-            engine=f"vllm {finished['vllm_version']}",
+            facts=found["head"]["acceptance"],
+            engine=f"vllm {found['vllm_version']}",
         )
 
 
-def provenance_of(parent: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What the report says of where the head comes from."""
-    return {"head_fingerprint": parent["fingerprint"], "training": parent["facts"], **inputs}
+def find_subject(config: BenchConfig) -> Subject:
+    """The target and the head, checked before any engine starts; nothing here for an endpoint.
+
+    Raises:
+        UserError: missing, of another target, or certain to be misread by vLLM.
+    """
+    if config.endpoint:
+        plans.check_urls(config)
+        return Subject(inputs={"endpoint": config.endpoint})
+    subject = Subject()
+    if config.head is None:
+        export = config.paths.export
+        subject.parents["train"] = require_parent(export, stage="train", config=config)
+        subject.head = export
+    else:
+        subject.head = target.locate(
+            config.head, config.workspace, revision=config.head_revision, what="bench.head"
+        )
+        subject.inputs["head"] = target.weights_hash(subject.head)
+    folder = target.locate(config.run.target, config.workspace, revision=config.run.target_revision)
+    target.require_chat_template(folder)
+    subject.target = folder
+    subject.inputs["target"] = target.weights_hash(folder)
+    subject.warnings = head.check(subject.head, target.read_config(folder))
+    return subject
 
 
-def _usable(path: Path, accounting: Accounting) -> Iterator[Prompt]:
-    for row in read_prompts(path):
+def _forget(folder: Path) -> None:
+    """A report of an earlier try must not outlive this one."""
+    for name in (REPORT, PAGE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _earlier_report(config: BenchConfig, prompts: str) -> dict[str, Any] | None:
+    if config.earlier_report is None:
+        return None
+    path = require_input(config.earlier_report, config.workspace, what="bench.earlier_report")
+    earlier = gates.read_report(path)
+    gates.check_comparable(config, prompts, earlier, path)
+    return earlier
+
+
+def _conversations(
+    config: BenchConfig, prompts: Source, accounting: Accounting, folder: Path
+) -> list[Conversation]:
+    rows = sources.without_duplicates(
+        sources.read_source(prompts, config.workspace, what="bench.prompts")
+    )
+    found: list[Conversation] = []
+    for row in rows:
+        if len(found) == config.max_prompts:
+            break
         if isinstance(row, BadRow):
             accounting.fail(row.row, row.reason, row.detail)
         else:
+            found.append(plans.conversation_of(row))
             accounting.ok += 1
-            yield row
+    rejects = folder / "rejects.jsonl"
+    accounting.write_rejects(rejects)
+    accounting.check_input(
+        usable=len(found), max_failed_fraction=0.0, what=prompts.path, rejects=rejects
+    )
+    plans.check_warmup(found)
+    return found
 
 
 def _measure(
-    config: BenchConfig, target_folder: Path, rows: list[Prompt], folder: Path
+    config: BenchConfig, subject: Subject, conversations: list[Conversation], folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """One engine after another; returns its raw measurement for each name."""
-    plan = _plan(config, target_folder, rows)
-    drafters = speculative_configs(config)
+    """One engine after another; the raw measurement under each engine's name."""
+    if subject.target is None or subject.head is None:
+        shared = plans.plan_for_endpoint(config, conversations)
+        drafters = plans.endpoint_drafters(config)
+    else:
+        shared = plans.plan_for_all(config, subject.target, conversations)
+        drafters = plans.speculative_configs(config, subject.head)
     status = Status(config.paths.status("bench"), period_s=0.0)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for number, (name, speculative) in enumerate(drafters.items()):
-        status.progress(number, len(drafters), "engines", measuring=name)
-        results[name] = _measure_one(config, name, {**plan, "speculative": speculative}, folder)
-        stop_if_requested("a measurement is only kept whole")
+        status.progress(number, len(drafters), "engines", measuring=name, loads=len(cells(config)))
+        plan = {**shared, "speculative": speculative}
+        heads = {key: raw for key, raw in results.items() if key.startswith("head")}
+        others = heads if name == "baseline" else {}
+        if config.endpoint or config.mode == "served":
+            # Here, not above: a benchmark that is done already must not wait for the client.
+            from stages.bench import served
+
+            results[name] = served.measure(config, name, plan, folder, others=others)
+            continue
+        plan["references"] = {key: str(folder / "raw" / f"{key}.json") for key in others}
+        results[name] = in_process.measure(name, plan, folder, timeout_s=config.engine_timeout_s)
     return results
 
 
-def speculative_configs(config: BenchConfig) -> dict[str, dict[str, Any] | None]:
-    """The speculative_config of each engine to measure; None is the plain target."""
-    depth = config.num_speculative_tokens
-    head = {"method": "eagle3", "model": str(config.paths.export), "num_speculative_tokens": depth}
-    # The head comes first: one that the engine refuses must not cost a baseline.
-    drafters: dict[str, dict[str, Any] | None] = {"head": head, "baseline": None}
-    if config.compare_ngram:
-        drafters["ngram"] = {
-            "method": "ngram",
-            "num_speculative_tokens": depth,
-            # The strongest setting on structured answers, in tokens per target step.
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        }
-    return drafters
+def _write(found: Mapping[str, Any], folder: Path) -> None:
+    # Here, not above: a benchmark that is done already must not wait for matplotlib.
+    from stages.bench import page, show
+
+    drawn = page.render(found)
+    files.write_json(folder / REPORT, found)
+    files.write_text(folder / PAGE, drawn)
+    show.show(found)
 
 
-def _plan(config: BenchConfig, target_folder: Path, rows: list[Prompt]) -> dict[str, Any]:
-    # Here, not above: a benchmark that is done already must not wait for it.
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        target_folder, trust_remote_code=config.run.trust_remote_code
-    )
-
-    def ids(messages: Any) -> list[int]:
-        encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
-
-    prompts = [
-        {"id": row.sample_id, "category": row.category, "prompt_token_ids": ids(row.messages)}
-        for row in rows
-    ]
-    longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts)
-    return {
-        "target": str(target_folder),
-        "revision": None,
-        "trust_remote_code": config.run.trust_remote_code,
-        "dtype": config.dtype,
-        "tensor_parallel": config.tensor_parallel_size,
-        "max_model_len": needed_model_len(
-            longest,
-            max_tokens=config.max_tokens,
-            num_speculative_tokens=config.num_speculative_tokens,
-        ),
-        "max_num_seqs": config.concurrency,
-        "seed": config.run.seed,
-        "temperature": config.temperature,
-        "max_tokens": config.max_tokens,
-        "ignore_eos": False,
-        "prompts": prompts,
-        "warmup": [ids([{"role": "user", "content": text}]) for text in WARMUP_TEXTS],
-        "engine_args": config.engine_args,
-    }
-
-
-def _measure_one(
-    config: BenchConfig, name: str, plan: dict[str, Any], folder: Path
-) -> dict[str, Any]:
-    """Run one engine in a process of its own.
+def compare(config: CompareConfig) -> None:
+    """Two reports side by side: printed, and drawn on a page.
 
     Raises:
-        UserError: the engine refused the head or a setting.
-        RetryableError: it died or took too long.
+        UserError: one of them is no bench report.
     """
-    plan_path, out_path = folder / f"{name}.plan.json", folder / f"{name}.raw.json"
-    files.write_json(plan_path, plan)
-    out_path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "stages.bench.engine", str(plan_path), str(out_path)]
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **os.environ}
-    process = subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=die_with_parent
+    from stages.bench import page, show
+
+    first, second = (
+        gates.read_report(_report_path(name, config.workspace))
+        for name in (config.first, config.second)
     )
-    code = _wait(process, config.engine_timeout_s)
-    found = files.read_json(out_path) if out_path.exists() else {}
-    if error := found.get("error"):
-        kind = UserError if error["kind"] == "user" else RetryableError
-        raise kind(f"measuring {name}: {error['message']}")
-    if code != 0 or not found:
-        raise RetryableError(
-            f"measuring {name}: the engine's process ended with code {code} and left no result. "
-            "The log above says why; run the same command again, or give it more memory."
-        )
-    return dict(found)
+    show.compare(first, second)
+    files.write_text(config.out, page.render_comparison(first, second))
+    logger.info("the page: %s", config.out)
 
 
-def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> int:
-    deadline = time.monotonic() + timeout_s
-    try:
-        while True:
-            try:
-                return process.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                stop_if_requested("a measurement is only kept whole")
-                if time.monotonic() > deadline:
-                    raise RetryableError(
-                        f"an engine did not finish in {timeout_s:.0f} s (bench.engine_timeout_s)."
-                    ) from None
-    finally:
-        end_group(process, grace_s=_GRACE_S)
+def _report_path(name: str, workspace: Path) -> Path:
+    """The report that a run's name, a bench folder or a file means."""
+    places = [workspace / name / "bench" / REPORT, Path(name) / "bench" / REPORT]
+    places += [workspace / name / REPORT, Path(name) / REPORT, workspace / name, Path(name)]
+    for place in places:
+        if place.is_file():
+            return place
+    raise UserError(
+        f"expected a run's name, a bench folder or a report.json, found nothing for {name!r} in "
+        f"{workspace} or here."
+    )

@@ -2,13 +2,17 @@
 """The demo, as its user runs it: all four stages on real vLLM, and once more."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from shared import conversations, hidden_states
-from tests.engine.conftest import RECIPE, Demo, ops
+from tests.engine.conftest import RECIPE, ROOT, Demo, ops
 
 pytestmark = pytest.mark.engine
 
@@ -38,18 +42,69 @@ def test_its_last_line_is_machine_readable(demo: Demo) -> None:
 def test_figures_follow_from_vllms_own_counters(demo: Demo) -> None:
     """Computed here from the raw readings, by other code than bench's."""
     report = json.loads((demo.run / "bench" / "report.json").read_text())
-    raw = json.loads((demo.run / "bench" / "head.raw.json").read_text())
-    before, after = raw["counters_before"], raw["counters_after"]
+    raw = json.loads((demo.run / "bench" / "raw" / "head.json").read_text())
+    ((segment,),) = (cell["segments"] for cell in raw["cells"])
+    before, after = segment["counters_before"], segment["counters_after"]
     drafts = after["num_drafts"] - before["num_drafts"]
     accepted = after["num_accepted_tokens"] - before["num_accepted_tokens"]
     drafted = after["num_draft_tokens"] - before["num_draft_tokens"]
-    per_request = [request["counters"] for request in raw["requests"]]
+    per_request = [request["counters"] for request in segment["requests"]]
     assert drafts == sum(counted["num_drafts"] for counted in per_request)
     assert accepted == sum(counted["num_accepted_tokens"] for counted in per_request)
     assert drafted == 3 * drafts
     figures = report["head"]["acceptance"]
     assert figures["acceptance_length"] == pytest.approx(1 + accepted / drafts)
     assert figures["acceptance_rate"] == pytest.approx(accepted / drafted)
+
+
+def test_its_report_is_whole(demo: Demo) -> None:
+    report = json.loads((demo.run / "bench" / "report.json").read_text())
+    head = report["head"]
+    assert len(head["categories"]) == 6  # the demo's kinds of dialogue
+    drafts = [entry["counters"]["num_drafts"] for entry in head["categories"].values()]
+    assert sum(drafts) == head["counters"]["num_drafts"]
+    low, high = head["acceptance"]["acceptance_length_interval"]
+    assert low < head["acceptance"]["acceptance_length"] < high
+    assert (demo.run / "bench" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_greedy_answers_are_identical_or_part_at_a_tie(demo: Demo) -> None:
+    lossless = json.loads((demo.run / "bench" / "report.json").read_text())["lossless"]
+    assert lossless["compared"] == 96
+    assert lossless["identical"] + lossless["ties"] == 96
+    assert lossless["wrong"] == 0
+    for divergence in lossless["divergences"]:
+        assert divergence["gap"] <= lossless["noise_logits"]
+
+
+def test_a_planted_wrong_token_is_caught(demo: Demo, tmp_path: Path) -> None:
+    """The demo's own answers, one token of one of them changed: the plain engine names it."""
+    raw = json.loads((demo.run / "bench" / "raw" / "head.json").read_text())
+    rows = raw["cells"][0]["segments"][0]["requests"]
+    plan = json.loads((demo.run / "bench" / "raw" / "baseline.plan.json").read_text())
+    kept = {row["id"] for row in rows[:6]}
+    victim = rows[2]
+    position = len(victim["token_ids"]) // 2
+    right = victim["token_ids"][position]
+    victim["token_ids"][position] = (right + 7) % 800
+    (tmp_path / "head.json").write_text(json.dumps(raw))
+    plan["references"] = {"head": str(tmp_path / "head.json")}
+    plan["conversations"] = [c for c in plan["conversations"] if c["id"] in kept]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "stages.bench.engine", "plan.json", "out.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lossless = json.loads((tmp_path / "out.json").read_text())["lossless"]
+    assert lossless["compared"] == 6
+    wrong = [d for d in lossless["divergences"] if d["verdict"] != "tie"]
+    ((name, turn, at, expected),) = [
+        (d["id"], d["turn"], d["position"], d["baseline_token"]) for d in wrong
+    ]
+    assert (name, turn, at, expected) == (victim["id"], 0, position, right)
+    assert lossless["wrong"] == 1
 
 
 def test_again_is_done_within_seconds_and_redoes_nothing(demo: Demo) -> None:

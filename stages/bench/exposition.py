@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a vLLM server's `/metrics`: Prometheus' text format, by prometheus-client's own parser.
+
+In: the text. Out: the speculative-decoding counters, what runs, what was answered. The surprise:
+one sample for each data-parallel rank, so everything is summed, and a counter's sample carries
+`_total` while its family does not.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from stages.bench.metrics import Counters
+
+_DRAFTING = "vllm:spec_decode_num_"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A server at one moment, over all its ranks."""
+
+    counters: Counters | None  # None where it does not draft
+    unfinished: int  # requests running or waiting
+    answered: int  # requests ended since the server started
+    text: str
+
+
+def parse(text: str) -> Reading:
+    """The reading in a `/metrics` text.
+
+    Raises:
+        ValueError: not Prometheus' text format, or no vLLM behind it.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    per_pos: dict[int, float] = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == f"{_DRAFTING}accepted_tokens_per_pos_total":
+                per_pos[int(sample.labels["position"])] += sample.value
+            else:
+                sums[sample.name] += sample.value
+    if "vllm:num_requests_running" not in sums:
+        raise ValueError("no vllm:num_requests_running in it")
+    counters = None
+    if per_pos:
+        counters = Counters(
+            int(sums[f"{_DRAFTING}drafts_total"]),
+            int(sums[f"{_DRAFTING}draft_tokens_total"]),
+            int(sums[f"{_DRAFTING}accepted_tokens_total"]),
+            tuple(int(per_pos[position]) for position in sorted(per_pos)),
+        )
+    unfinished = sums["vllm:num_requests_running"] + sums["vllm:num_requests_waiting"]
+    return Reading(counters, int(unfinished), int(sums["vllm:request_success_total"]), text)
