@@ -65,6 +65,9 @@ class RunConfig(Section):
     name: str = operational("run", "Name of the run: its folder in the workspace.")
     target: str = identity(..., "Target model: a folder (workspace first) or a hub id.")
     target_revision: str | None = identity(None, "Hub revision of the target.")
+    target_train: str | None = identity(
+        None, "Where run.target is quantised: its original, whose states are dumped and trained on."
+    )
     aux_layers: tuple[int, ...] | None = identity(
         None, "Ids of the states that feed the draft head, vLLM's numbering; default 2, L//2, L-3."
     )

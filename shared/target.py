@@ -12,8 +12,9 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.config import RunConfig
 from shared.errors import RetryableError, UserError
-from shared.files import read_json
+from shared.files import read_json, sha256
 from shared.paths import find_input
 
 if TYPE_CHECKING:
@@ -81,6 +82,17 @@ def locate(target: str, workspace: Path, *, revision: str | None, what: str = "r
             f"{what}: {target} is no folder here, and the hub could not be reached ({error}). "
             "Check the name, the network, or HF_HOME for a filled cache."
         ) from error
+
+
+def locate_trained(run: RunConfig, workspace: Path) -> Path:
+    """The target whose states are dumped and trained on: a quantised one's original.
+
+    Raises:
+        UserError, RetryableError: as `locate`.
+    """
+    if run.target_train is not None:
+        return locate(run.target_train, workspace, revision=None, what="run.target_train")
+    return locate(run.target, workspace, revision=run.target_revision)
 
 
 def read_config(folder: Path) -> TargetConfig:
@@ -232,6 +244,17 @@ def tokenizer_hash(folder: Path) -> str:
         if path.exists():
             digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def vocabulary_hash(folder: Path) -> str:
+    """A hash of which text has which token id: equal for a model and its quantised copies."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return sha256(folder / "tokenizer.model") if (folder / "tokenizer.model").exists() else ""
+    from tokenizers import Tokenizer
+
+    vocabulary = sorted(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def require_chat_template(folder: Path) -> None:

@@ -68,7 +68,11 @@ def make_synth(workspace: Path, *, num_rows: int = 40) -> None:
     with artifact.work():
         conversations.write_part(artifact.folder / conversations.part_name(0), rows)
         counts = {"in": num_rows, "ok": num_rows, "skipped": {}, "failed": {}}
-        facts = {"target_hash": target.weights_hash(folder)}
+        facts = {
+            "target_hash": target.weights_hash(folder),
+            "vocabulary_hash": target.vocabulary_hash(folder),
+            "greedy": True,
+        }
         artifact.finish([conversations.part_name(0)], counts=counts, facts=facts)
 
 

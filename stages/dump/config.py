@@ -18,6 +18,7 @@ class DumpConfig(ShardedConfig):
     consumes: ClassVar[tuple[str, ...]] = (
         "target",
         "target_revision",
+        "target_train",
         "aux_layers",
         "max_length_tokens",
         "trust_remote_code",

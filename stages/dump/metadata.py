@@ -75,7 +75,7 @@ def _data_config(
         "schema_version": hidden_states.SCHEMA_VERSION,
         "reproducibility": provenance.collect(argv=[], engine=plan.backend),
         "model": {
-            "target_model_path": config.run.target,
+            "target_model_path": config.run.target_train or config.run.target,
             "target_revision": config.run.target_revision,
             "target_weights_hash": targets.weights_hash(target_config.folder),
             "tokenizer_hash": targets.tokenizer_hash(target_config.folder),

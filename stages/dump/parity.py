@@ -37,7 +37,7 @@ def run(config: ParityConfig) -> None:
         OutputError: a layer differs.
     """
     source = sources.open_source(config)
-    folder = target.locate(config.run.target, config.workspace, revision=config.run.target_revision)
+    folder = target.locate_trained(config.run, config.workspace)
     target_config = target.read_config(folder)
     aux_layers = layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers)
     name = choose(config, target_config, aux_layers)

@@ -57,11 +57,21 @@ class SynthRows(RowSource):
     parents: Mapping[str, Mapping[str, Any]]
     inputs: Mapping[str, str]
     is_greedy: bool
+    of_another_target: bool = False  # a quantised copy answered: run.target_train
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
         yield from conversations.read_conversations(self.folder)
 
     def require_target(self, target_folder: Path, target_hash: str) -> None:
+        if self.of_another_target:
+            if self.parents["synth"]["facts"]["vocabulary_hash"] != target.vocabulary_hash(
+                target_folder
+            ):
+                raise UserError(
+                    f"run.target_train: {target_folder} has other token ids than the target that "
+                    f"answered in {self.folder}. It must be that target's original."
+                )
+            return
         if self.parents["synth"]["facts"]["target_hash"] != target_hash:
             raise UserError(
                 f"{target_folder} is not the target that answered in {self.folder}: its weights "
@@ -142,5 +152,7 @@ def open_source(config: DumpConfig) -> RowSource:
         folder=folder,
         parents={"synth": parent},
         inputs={},
-        is_greedy=parent["identity"]["synth.temperature"] == 0,
+        # What a quantised copy said need not be its original's argmax.
+        is_greedy=parent["facts"]["greedy"] and config.run.target_train is None,
+        of_another_target=config.run.target_train is not None,
     )

@@ -10,13 +10,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from shared import hidden_states
+from shared import hidden_states, target
 from shared.config import build
 from shared.errors import UserError
 from shared.manifest import read_manifest
 from stages.dump.config import DumpConfig
 from stages.dump.run import run as dump
 from tests.models import tiny_llama
+from tests.runs import make_synth
+from tests.runs import run as stage
 
 GOOD = [
     {"role": "user", "content": "What is a list?"},
@@ -106,3 +108,26 @@ def test_nothing_there_or_no_template_is_refused(workspace: Path) -> None:
     (workspace / "tiny" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="expected a chat template"):
         run(workspace, "chats.jsonl")
+
+
+def test_a_quantised_targets_answers_are_dumped_from_its_original(tmp_path: Path) -> None:
+    """Same ids, other weights: the original is taken; other ids are refused."""
+    make_synth(tmp_path, num_rows=8)
+    tiny_llama(tmp_path / "original", seed=3)
+    refused = stage(tmp_path, "dump", "--target_train", "other")
+    assert refused.returncode == 2
+    assert "run.target_train" in refused.stderr
+    done = stage(tmp_path, "dump", "--target_train", "original")
+    assert done.returncode == 0, done.stderr[-2000:]
+    manifest = json.loads((tmp_path / "run" / "dump" / "manifest.json").read_text())
+    assert manifest["facts"]["greedy"] is False, "the copy's argmax is not the original's"
+    assert manifest["facts"]["target_hash"] == target.weights_hash(tmp_path / "original")
+    tokenizer = json.loads((tmp_path / "original" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {
+        text: (511 - token_id if token_id > 300 else token_id)
+        for text, token_id in tokenizer["model"]["vocab"].items()
+    }
+    (tmp_path / "original" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    renumbered = stage(tmp_path, "dump", "--target_train", "original", "--overwrite")
+    assert renumbered.returncode == 2
+    assert "other token ids" in renumbered.stderr
