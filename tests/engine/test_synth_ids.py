@@ -22,7 +22,11 @@ from tests.engine.conftest import Demo
 pytestmark = pytest.mark.engine
 
 NUM_CONVERSATIONS = 12
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+# With all its keys: the server shows a missing description as null.
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}},
+}
 MARKED = (
     "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' -}}"
     "{%- if message['role'] == 'assistant' -%}"
@@ -83,11 +87,14 @@ def conversations_of(demo: Demo, **more: Any) -> list[Prompt]:
     return [parse_row({"id": str(i), "turns": list(pair), **more}) for i, pair in enumerate(pairs)]
 
 
-def answer(client: Client, prompts: Sequence[Prompt]) -> list[Outcome]:
+def answer(
+    endpoint: Endpoint, config: SynthConfig, prompts: Sequence[Prompt], **more: Any
+) -> list[Outcome]:
     async def collect() -> list[Outcome]:
-        dispatcher = Dispatcher(client.config.concurrency)
+        client = WithTemplate(endpoint, config, **more)
         try:
-            return [outcome async for outcome in dispatcher.outcomes(client, prompts)]
+            found = Dispatcher(config.concurrency).outcomes(client, prompts)
+            return [outcome async for outcome in found]
         finally:
             await client.close()
 
@@ -124,8 +131,8 @@ def test_ids_are_the_servers_and_decode_to_what_it_said(
     demo: Demo, endpoint: Endpoint, tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:
     more = {"tools": [TOOL]} if name == "tools" else {}
-    client = WithTemplate(endpoint, config_of(demo), chat_template=TEMPLATES[name])
-    outcomes = answer(client, conversations_of(demo, **more))
+    prompts = conversations_of(demo, **more)
+    outcomes = answer(endpoint, config_of(demo), prompts, chat_template=TEMPLATES[name])
     assert all(outcome.refused is None for outcome in outcomes)
     for outcome in outcomes:
         expected = 2 if name == "reasoning" and len(outcome.rows[-1].messages) == 4 else 1
@@ -145,9 +152,8 @@ def test_a_spelling_that_is_not_the_tokenizers_gives_one_row_a_turn(
     demo: Demo, endpoint: Endpoint, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Sampled hot, the target spells words in tokens that the tokenizer would not choose."""
-    config = config_of(demo, temperature="1.6", max_tokens="40")
-    client = WithTemplate(endpoint, config, chat_template=UNMARKED)
-    outcomes = answer(client, conversations_of(demo))
+    config = config_of(demo, temperature="1.2")
+    outcomes = answer(endpoint, config, conversations_of(demo), chat_template=UNMARKED)
     two_turns = [outcome for outcome in outcomes if len(outcome.rows[-1].messages) == 4]
     split = 0
     for outcome in two_turns:
@@ -177,10 +183,10 @@ def test_a_parsed_tool_call_is_compared_and_its_ids_kept(
         parse_row({"id": "0", "messages": messages, "tools": [TOOL]}),
         parse_row({"id": "1", "messages": other, "tools": [TOOL]}),
     ]
-    client = WithTemplate(
-        endpoint, config_of(demo), chat_template=TOOLS, structured_outputs={"choice": [call]}
+    only = {"choice": [call]}
+    same, differs = answer(
+        endpoint, config_of(demo), prompts, chat_template=TOOLS, structured_outputs=only
     )
-    same, differs = answer(client, prompts)
     assert differs.rows[-1].finish_reason == "other_tool_call"
     assert '"name": "add"' in differs.rows[0].messages[-1]["tool_calls"]
     assert [message["role"] for message in same.rows[-1].messages[:3]] == [
@@ -196,7 +202,7 @@ def test_the_same_prompt_asked_plainly_gives_the_same_ids(demo: Demo, endpoint: 
     """A request of this test's own, past the stage's client."""
     first = conversations_of(demo)[0].turns[0].asked[0]["content"]
     prompt = parse_row({"id": "0", "prompt": first})
-    (outcome,) = answer(WithTemplate(endpoint, config_of(demo, mode="complete")), [prompt])
+    (outcome,) = answer(endpoint, config_of(demo, mode="complete"), [prompt])
     body = {
         "model": endpoint.model,
         "messages": list(prompt.messages),
