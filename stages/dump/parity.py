@@ -55,7 +55,7 @@ def run(config: ParityConfig) -> None:
     every = tuple(range(target_config.num_layers))
     expected = _capture(config.against, config, target_config, every, rows)
     lines = compare(found, expected, (*aux_layers, target_config.num_layers), config.tolerance)
-    Console().print(_table(name, config.against, lines))
+    Console(stderr=True).print(_table(name, config.against, lines))
     wrong = [line for line in lines if not line.is_right]
     if wrong:
         told = ", ".join(
