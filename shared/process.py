@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -102,13 +103,26 @@ def _flock(descriptor: int, path: Path, mode: int, wait: bool) -> None:
         ) from error
 
 
-def die_with_parent() -> None:
-    """For `Popen(preexec_fn=...)`: the kernel sends the child SIGTERM when this process dies.
+def die_with_parent(how: signal.Signals = signal.SIGTERM) -> None:
+    """For `Popen(preexec_fn=...)`: the kernel sends the child `how` when this process dies.
 
     A stage that is killed with SIGKILL cannot end its engine; without this it would live on and
     hold its memory. Linux's prctl(PR_SET_PDEATHSIG).
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
+
+
+def worker_dies_with_parent() -> None:
+    """The same, called by a process that multiprocessing started, as engines start theirs.
+
+    Does nothing in a process that was started otherwise: a stage may outlive the shell.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent.pid:  # it died before it was asked about
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_group(process: "subprocess.Popen[bytes]", *, grace_s: float) -> None:

@@ -185,8 +185,10 @@ def _save(model: PreTrainedModel, path: Path, *, seed: int) -> Path:
             else:
                 # 0.15 on what is added to the residual stream: more would let bf16's rounding grow
                 # from layer to layer until a test of 2 % had no room left.
-                gain = 0.15 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-                weight.normal_(0.0, gain * weight.shape[1] ** -0.5, generator=generator)
+                added = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
+                gain = 0.15 if name.endswith(added) else 1.0
+                # The last axis is what is summed over, in the experts' [E, out, in] too.
+                weight.normal_(0.0, gain * weight.shape[-1] ** -0.5, generator=generator)
     model.to(torch.bfloat16).save_pretrained(path)
     tiny_tokenizer(path, vocab_size=model.config.vocab_size)
     return path

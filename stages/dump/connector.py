@@ -44,6 +44,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec, KVCacheConfig
 
+from shared.process import worker_dies_with_parent
 from stages.dump.spool import FAILED_SUFFIX
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        # vLLM's processes are not told when the stage is killed, and would hold its memory.
+        worker_dies_with_parent()
         self._group = _find_group(kv_cache_config)
         self._block_size = kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
         self._finished: list[Finished] = []

@@ -91,9 +91,28 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def assert_agree(found: dict[int, torch.Tensor], expected: dict[int, torch.Tensor]) -> None:
-    """Row by row and slot by slot, within the tolerance."""
+def token_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """[T]: the same for each token."""
+    found, expected = found.float(), expected.float()
+    return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+
+
+def assert_agree(
+    found: dict[int, torch.Tensor], expected: dict[int, torch.Tensor], *, routed: bool = False
+) -> None:
+    """Row by row and slot by slot, within the tolerance.
+
+    At a near tie a router sends a token to other experts, and bf16's rounding decides: where tokens
+    are `routed`, most of them must agree, as `dump parity` asks it.
+    """
     assert sorted(found) == sorted(expected) == list(range(len(LENGTHS)))
+    if routed:
+        for slot in range(len(AUX_LAYERS) + 1):
+            gaps = torch.cat([token_errors(found[i][:, slot], expected[i][:, slot]) for i in found])
+            assert gaps.median() < TOLERANCE, f"slot {slot}: {gaps.median():.4f}"
+            far = float((gaps > 5 * TOLERANCE).float().mean())
+            assert far < 0.1, f"slot {slot}: {far:.1%} of tokens are far off"
+        return
     for index, states in expected.items():
         assert found[index].shape == states.shape
         assert found[index].dtype == torch.bfloat16
@@ -108,6 +127,7 @@ class Captured:
     vllm: dict[int, torch.Tensor]
     hf: dict[int, torch.Tensor]
     logprobs: dict[int, torch.Tensor]  # by vLLM
+    routed: bool
 
 
 TARGETS: dict[str, Callable[..., Path]] = {
@@ -136,11 +156,11 @@ def captured(
         assert folder.stat().st_mode & 0o777 == 0o700
         assert not [path for path in folder.iterdir() if path.suffix == spool.STATES_SUFFIX]
     assert not list(parent.iterdir())
-    yield Captured(target, states, capture_hf(target), logprobs)
+    yield Captured(target, states, capture_hf(target), logprobs, request.param == "moe")
 
 
 def test_engines_agree(captured: Captured) -> None:
-    assert_agree(captured.vllm, captured.hf)
+    assert_agree(captured.vllm, captured.hf, routed=captured.routed)
 
 
 def test_ids_one_off_are_caught(captured: Captured) -> None:
@@ -180,25 +200,29 @@ def test_both_backends_say_the_same_log_probabilities(captured: Captured) -> Non
     with HfCapture(**settings(captured.target)) as capture:
         _, hf = answers(capture)
     for index, told in captured.logprobs.items():
-        assert torch.allclose(told, hf[index], atol=0.3)
+        gaps = (told - hf[index]).abs()
+        assert gaps.numel() == 0 or gaps.median() < 0.05
+        assert captured.routed or not bool((gaps > 0.3).any())
 
 
 @torch.inference_mode()
 def test_final_state_gives_the_targets_logits(captured: Captured) -> None:
     model = AutoModelForCausalLM.from_pretrained(captured.target, dtype=torch.bfloat16)
-    agreed, total = 0, 0
+    agreed, total, gaps = 0, 0, []
     for index, row in enumerate(make_rows()):
         answer = model(torch.tensor([row]), output_hidden_states=True)
         final = captured.vllm[index][:, -1]
         logits = model.lm_head(model.model.norm(final))
-        assert error(logits, answer.logits[0]) < TOLERANCE
+        assert captured.routed or error(logits, answer.logits[0]) < TOLERANCE
+        gaps.append(token_errors(logits, answer.logits[0]))
         agreed += int((logits.argmax(-1) == answer.logits[0].argmax(-1)).sum())
         total += len(row)
         # The planted faults: no norm at all, and the norm twice (HF's last entry has had it).
         assert error(model.lm_head(final), answer.logits[0]) > 5 * TOLERANCE
         twice = model.lm_head(model.model.norm(answer.hidden_states[-1][0]))
         assert error(twice, answer.logits[0]) > 5 * TOLERANCE
-    assert agreed / total > 0.97
+    assert torch.cat(gaps).median() < TOLERANCE
+    assert agreed / total > (0.9 if captured.routed else 0.97)
 
 
 @torch.inference_mode()
