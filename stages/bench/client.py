@@ -82,7 +82,7 @@ class Server:
         self.model = found.id
         self.max_model_len = int((found.model_extra or {}).get("max_model_len") or 0)
         self.read()
-        with contextlib.suppress(RetryableError, ValueError):
+        with contextlib.suppress(RetryableError, UserError, ValueError, KeyError):
             return str(json.loads(self._get("/version"))["version"])
         return "unknown"
 

@@ -117,7 +117,7 @@ def _row_lengths(
     )
     answer, depth = max(config.max_tokens), max(config.num_speculative_tokens)
     needed, roomy = 0, 0
-    for conversation in conversations:
+    for conversation in [*conversations, *warmup()]:
         asked = [message for step in conversation.steps for message in step]
         tokens = len(prompt_ids(tokenizer, asked, conversation.tools))
         own = needed_model_len(tokens, max_tokens=answer, num_speculative_tokens=depth)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client against servers that are busy, or no vLLM: real HTTP, canned texts."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from shared.errors import RetryableError, UserError
+from stages.bench import client
+from stages.bench.client import Server
+from tests.quick.test_bench_exposition import TEXT
+
+IDLE = TEXT.replace('model_name="target"} 1.0', 'model_name="target"} 0.0').replace(
+    "} 2.0", "} 0.0"
+)
+
+
+class Canned(http.server.ThreadingHTTPServer):
+    """Answers each path with the next of its texts, and goes on with the last."""
+
+    def __init__(self, **texts: list[str]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.texts = texts
+        self.keys: list[str | None] = []
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Canned
+
+    def do_GET(self) -> None:
+        self.server.keys.append(self.headers["Authorization"])
+        texts = self.server.texts.get(self.path.rsplit("/", 1)[-1])
+        self.send_response(200 if texts else 404)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        if texts:
+            self.wfile.write(texts.pop(0).encode() if len(texts) > 1 else texts[0].encode())
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+
+MODELS = json.dumps(
+    {"object": "list", "data": [{"id": "m", "object": "model", "max_model_len": 64}]}
+)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    monkeypatch.setattr(client, "_SETTLE_S", 0.5)
+    running: list[Canned] = []
+
+    def start(**texts: list[str]) -> Server:
+        canned = Canned(**texts)
+        threading.Thread(target=canned.serve_forever, daemon=True).start()
+        running.append(canned)
+        address = f"http://127.0.0.1:{canned.server_address[1]}/v1/"
+        server = Server(address, "key", request_timeout_s=10)
+        server.canned = canned  # type: ignore[attr-defined]
+        return server
+
+    yield start
+    for canned in running:
+        canned.shutdown()
+        canned.server_close()
+
+
+def test_what_it_serves_and_the_key_is_sent(serve) -> None:  # type: ignore[no-untyped-def]
+    server = serve(models=[MODELS], metrics=[IDLE])  # and no /version, as behind a proxy
+    assert server.connect() == "unknown"
+    assert (server.model, server.max_model_len) == ("m", 64)
+    assert set(server.canned.keys) == {"Bearer key"}
+    assert (
+        serve(models=[MODELS], metrics=[IDLE], version=['{"version": "0.32.0"}']).connect()
+        == "0.32.0"
+    )
+
+
+def test_a_busy_server_is_to_be_measured_later(serve) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(RetryableError, match="3 requests still run, 0 answers"):
+        serve(metrics=[TEXT]).read_idle()
+
+
+def test_a_server_that_comes_to_rest_is_waited_for(serve) -> None:  # type: ignore[no-untyped-def]
+    assert serve(metrics=[TEXT, TEXT, IDLE]).read_idle().unfinished == 0
+
+
+def test_somebody_elses_answers_between_two_readings(serve) -> None:  # type: ignore[no-untyped-def]
+    server = serve(metrics=[IDLE])  # it has ended 7 requests in all
+    assert server.read_idle(answered=7).answered == 7
+    with pytest.raises(RetryableError, match="2 answers were not asked by us"):
+        server.read_idle(answered=5)
+
+
+def test_what_is_no_vllm(serve) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match="bench measures vLLM servers"):
+        serve(models=[MODELS], metrics=["up 1\n"]).connect()
+    with pytest.raises(UserError, match="404"):
+        serve(models=[MODELS]).connect()
