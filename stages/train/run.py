@@ -6,6 +6,7 @@ with the vocabulary, checkpoints and history, and `export/` with the head of the
 see the README's floor. A killed run continues from its last checkpoint, to the same weights.
 """
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from shared import files, hidden_states, layers, target
 from shared.errors import UserError
 from shared.manifest import Artifact, require_parent
 from shared.target import TargetConfig
-from stages.train.config import TrainConfig, VocabConfig
+from stages.train import warm_start
+from stages.train.config import TrainConfig, VocabConfig, rank
 
 if TYPE_CHECKING:
     from shared.target import TargetTensors
@@ -31,15 +33,22 @@ def run(config: TrainConfig) -> None:
         OutputError: the loss is no number any more, or the export fails its checks.
     """
     parent, target_config = _inputs(config)
-    training = Artifact(config.paths.stage("train"), config, parents={"dump": parent})
+    training = Artifact(
+        config.paths.stage("train"),
+        config,
+        parents={"dump": parent},
+        inputs=warm_start.fingerprint(config),
+    )
+    is_main = rank() == 0  # the ranks train together, and the first one keeps the folder
     if not training.is_done():
-        with training.work():
+        with training.work() if is_main else contextlib.nullcontext():
             outcome = _train(config, parent, target_config, training.folder)
-            training.finish(
-                ["d2t.npy", "t2d.npy", "history.jsonl", "checkpoints/best.pt"],
-                counts={"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}},
-                facts=outcome.facts(),
-            )
+            if is_main:
+                counts = {"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}}
+                names = ["d2t.npy", "t2d.npy", "history.jsonl", "checkpoints/best.pt"]
+                training.finish(names, counts=counts, facts=outcome.facts())
+    if not is_main:
+        return
     trained = require_parent(training.folder, stage="train", config=config)
     export = Artifact(config.paths.export, config, parents={"train": trained})
     if export.is_done():
@@ -95,6 +104,9 @@ def _build(
     from stages.train.model import DraftHead
 
     counts = vocabulary.read_counts(config.paths.stage("dump"), target_config.vocab_size)
+    warm = warm_start.load(config, tensors.embed_tokens) if config.init_from else None
+    if warm is not None:
+        vocabulary.take_over(folder, warm.token_ids(), target_config.vocab_size)
     draft = vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
     raw = dict(target_config.raw)
     if config.intermediate_size is not None:
@@ -102,12 +114,15 @@ def _build(
     aux_layers = layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers)
     head_config = HeadConfig.from_json(raw, aux_layers=aux_layers, draft_vocab_size=draft.size)
     vocab.check(draft)
-    return DraftHead(
+    head = DraftHead(
         head_config,
         embed_tokens=tensors.embed_tokens.float(),
         d2t=draft.d2t if draft.size < target_config.vocab_size else None,
         lm_head=tensors.lm_head[draft.token_ids].float(),
     )
+    if warm is not None:
+        warm_start.copy(warm, head, str(config.init_from))
+    return head
 
 
 def _train(
@@ -117,11 +132,14 @@ def _train(
     import torch
 
     from stages.train.data import Dataset
+    from stages.train.distributed import make_accelerator
     from stages.train.loop import Trainer
 
+    accelerator = make_accelerator(config, folder)
     torch.manual_seed(config.run.seed)
     tensors = target.read_tensors(target_config)
-    head = _build(config, target_config, tensors, folder)
+    with accelerator.main_process_first():  # it makes the vocabulary that the others read
+        head = _build(config, target_config, tensors, folder)
     dump = config.paths.stage("dump")
     dataset = Dataset(
         dump,
@@ -132,7 +150,7 @@ def _train(
     )
     if not dataset.held_out:
         logger.warning("no walked acceptance length: it needs greedy answers and held-out samples")
-    return Trainer(config, target_config, tensors, head, dataset, folder).run()
+    return Trainer(config, target_config, tensors, head, dataset, folder, accelerator).run()
 
 
 def _export(

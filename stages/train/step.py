@@ -8,12 +8,13 @@ and micro-batches changes nothing but the order of a sum.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from stages.train.data import Batch
 from stages.train.loss import StepSums, TargetOutput, combine, counted_rows, ttt_loss
@@ -52,6 +53,7 @@ def train_step(
     *,
     num_steps: int,
     max_grad_norm: float,
+    profile: bool = False,
 ) -> tuple[Tensor, StepSums]:
     """Move the weights once; this rank's share of the loss, and its sums.
 
@@ -59,6 +61,7 @@ def train_step(
         module: a `TrainingStep`, as `accelerator.prepare` returned it.
         micro_batches: of this rank; every rank brings as many, each rank at least one.
         num_steps: TTT steps K.
+        profile: name the parts for a CUDA profiler.
     """
     own = torch.stack([counted_rows(b, num_steps).carried.sum(1) for b in micro_batches]).sum(0)
     carried = accelerator.reduce(own) if accelerator.num_processes > 1 else own
@@ -66,17 +69,33 @@ def train_step(
     losses, sums = [], []
     for index, batch in enumerate(micro_batches):
         with _communicating(accelerator, module, index == len(micro_batches) - 1):
-            with accelerator.autocast():
+            with _range("forward and loss", profile), accelerator.autocast():
                 loss, part = module(batch, carried)
-            # Ranks' gradients are averaged; the losses were divided by the global counts already.
-            accelerator.backward(loss * accelerator.num_processes)
+            with _range("backward", profile):
+                # Ranks' gradients are averaged; the losses were divided by the global counts.
+                accelerator.backward(loss * accelerator.num_processes)
         losses.append(loss.detach())
         sums.append(part)
-    accelerator.clip_grad_norm_(module.parameters(), max_grad_norm)
-    optimizer.step()
+    with _range("optimizer", profile):
+        torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+        optimizer.step()
     return torch.stack(losses).sum(), combine(sums)
 
 
-def _communicating(accelerator: Accelerator, module: nn.Module, last: bool) -> Any:
+@contextlib.contextmanager
+def _communicating(accelerator: Accelerator, module: nn.Module, last: bool) -> Iterator[None]:
     """Ranks exchange gradients in the backward pass of the last micro-batch only."""
-    return contextlib.nullcontext() if last else accelerator.no_sync(module)
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        yield
+    elif last:
+        yield
+    else:
+        with accelerator.no_sync(module):
+            yield
+
+
+def _range(name: str, profile: bool) -> contextlib.AbstractContextManager[Any]:
+    """A named range (NVTX) in a CUDA profile; nothing elsewhere."""
+    use = profile and torch.cuda.is_available()
+    return torch.cuda.nvtx.range(name) if use else contextlib.nullcontext()
