@@ -104,3 +104,20 @@ class VocabConfig(TrainConfig):
     In:  <workspace>/<run>/dump/token_freq.pt.
     Out: <workspace>/<run>/train/d2t.npy and t2d.npy. A later `train` uses the same ones.
     """
+
+
+class ExportConfig(TrainConfig):
+    """Exports a checkpoint of a training, finished or not, in a layout of your choice.
+
+    In:  <workspace>/<run>/train/checkpoints/ and d2t.npy.
+    Out: the folder --output; what stood there is replaced.
+    """
+
+    checkpoint: str = operational("best", "best, latest, or the path of a checkpoint.")
+    format: Literal["hf", "speculators"] = operational(
+        "hf", "hf is what vLLM, SGLang and TensorRT-LLM load; speculators that library's layout."
+    )
+    output: str | None = operational(
+        None, "The folder to write; default <workspace>/<run>/export-<format>."
+    )
+    push_to: str | None = operational(None, "Upload it to this hub repository, as a private one.")

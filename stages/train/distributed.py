@@ -29,7 +29,7 @@ _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     """The process group, the device, autocast and trackers."""
     # The head's buffers never change, so ranks need not exchange them at each step.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(forward_sync_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         kwargs_handlers=[ddp],

@@ -16,7 +16,7 @@ from shared.errors import UserError
 from shared.manifest import Artifact, require_parent
 from shared.target import TargetConfig
 from stages.train import warm_start
-from stages.train.config import TrainConfig, VocabConfig, rank
+from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
 
 if TYPE_CHECKING:
     from shared.target import TargetTensors
@@ -70,6 +70,56 @@ def run_vocab(config: VocabConfig) -> None:
     counts = vocabulary.read_counts(config.paths.stage("dump"), target_config.vocab_size)
     folder = config.paths.stage("train")
     vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
+
+
+def run_export(config: ExportConfig) -> None:
+    """Any checkpoint as a folder that engines load, and on the hub where told to.
+
+    Raises:
+        UserError: no such checkpoint, or the hub refuses.
+        OutputError: the head does not have what engines load.
+    """
+    parent, target_config = _inputs(config)
+    from stages.train.export import export_head
+    from stages.train.export_speculators import export_speculators
+
+    folder = config.paths.stage("train")
+    named = {"best": folder / "checkpoints" / "best.pt", "latest": folder / "checkpoints/latest.pt"}
+    path = named.get(config.checkpoint) or Path(config.checkpoint)
+    head, step = _head_of(config, target_config, folder, path)
+    out = Path(config.output) if config.output else config.paths.root / f"export-{config.format}"
+    card = {"checkpoint": path.name, "step": step, "dump": parent["facts"]}
+    card["settings"] = config.identity()
+    options: dict[str, Any] = {
+        "target": config.run.target,
+        "provenance": card,
+        "dtype": config.export_dtype,
+        "num_draft_tokens": config.walk_tokens,
+    }
+    if config.format == "hf":
+        export_head(head, out, **options)
+    else:
+        architectures = target_config.raw.get("architectures") or []
+        export_speculators(head, out, target_architectures=architectures, **options)
+    logger.info("exported step %d to %s", step, out)
+    if config.push_to is not None:
+        from stages.train.hub import push
+
+        push(out, config.push_to)
+
+
+def _head_of(
+    config: TrainConfig, target_config: TargetConfig, folder: Path, path: Path
+) -> tuple[Any, int]:
+    """The head of a checkpoint, and the step it is from."""
+    from stages.train import checkpoint
+
+    state = checkpoint.load(path)
+    if state is None:
+        raise UserError(f"expected a checkpoint at {path}, found none. Train first.")
+    head = _build(config, target_config, target.read_tensors(target_config), folder)
+    head.load_state_dict(state["weights"])
+    return head, int(state["step"])
 
 
 def _inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
@@ -161,15 +211,10 @@ def _export(
     trained: dict[str, Any],
     folder: Path,
 ) -> list[str]:
-    from stages.train import checkpoint
     from stages.train.export import export_head
 
-    tensors = target.read_tensors(target_config)
-    head = _build(config, target_config, tensors, train_folder)
-    best = checkpoint.load(train_folder / "checkpoints" / "best.pt")
-    if best is None:
-        raise UserError(f"{train_folder}: no checkpoints/best.pt. Train again with --overwrite.")
-    head.load_state_dict(best["weights"])
+    best = train_folder / "checkpoints" / "best.pt"
+    head, _ = _head_of(config, target_config, train_folder, best)
     card = {"train": trained["facts"], "dump": parent["facts"], "settings": trained["identity"]}
     export_head(
         head,

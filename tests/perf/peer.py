@@ -20,7 +20,6 @@ from tests.perf import problem
 from tests.perf.problem import Shape
 
 
-
 class Speculators:
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype

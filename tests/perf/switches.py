@@ -122,4 +122,3 @@ PARTS: dict[str, tuple[str, Callable[[], None]]] = {
 def switch_off(name: str) -> None:
     """Take one idea out of the step, in this process."""
     PARTS[name][1]()
-

@@ -241,8 +241,8 @@ def main() -> None:
                     results.write(json.dumps(cells[key]) + "\n")
             rows += cells[key]["rows"]
     parts = [(k, k) for k in ("shape", "dtype", "idea", "ms", "whole_ms", "factor", "mib")]
-    print(table(parts if options.parts else COLUMNS, rows))
-    print(json.dumps(rows))
+    sys.stdout.write(table(parts if options.parts else COLUMNS, rows) + "\n")
+    sys.stdout.write(json.dumps(rows) + "\n")
 
 
 if __name__ == "__main__":
