@@ -116,7 +116,7 @@ def run_case(accelerator: Accelerator, how: str, case: str, folder: Path) -> Non
 def main() -> None:
     folder, how = Path(sys.argv[1]), sys.argv[2]
     accelerator = Accelerator(
-        cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(forward_sync_buffers=False)]
+        cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
     for case in CASES:
         run_case(accelerator, how, case, folder)

@@ -92,9 +92,16 @@ def load(path: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+    ) as error:
         raise UserError(
-            f"{path}: expected a checkpoint, found: {str(error).splitlines()[0]}. Link it to an "
+            f"{path}: expected a checkpoint, found: {error!r}. Link it to an "
             f"older one beside it ({_names(path.parent)}), or delete it to train from the start."
         ) from error
     if not isinstance(state, dict) or not state.keys() >= _KEYS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dump's shards -> packed batches.
+"""dump's files -> packed batches.
 
 Legend: T tokens of a batch, N its documents, A aux layers, H hidden size.
 
@@ -17,6 +17,7 @@ import torch
 
 from shared import hidden_states
 from shared.hidden_states import Shard
+from stages.train.row_files import RowFile
 
 BUFFER_SHARDS = 8  # their samples are mixed; each is about a GiB that the page cache should hold
 
@@ -46,8 +47,10 @@ class Batch:
         return dataclasses.replace(self, loss_mask=torch.zeros_like(self.loss_mask))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        names = [field.name for field in dataclasses.fields(self) if field.name != "sample_ids"]
-        return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in names})
+        tensors: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if name != "sample_ids"
+        }
+        return dataclasses.replace(self, **tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +80,10 @@ class Dataset:
     ) -> None:
         num_states = len(data_config["hidden_states"]["layer_ids"])
         hidden_size = data_config["model"]["hidden_size"]
-        self.shards: list[Shard] = [
+        self.shards: list[Shard | RowFile] = [
             hidden_states.read_shard(folder / name, num_states=num_states, hidden_size=hidden_size)
+            if Path(name).name.startswith("shard_")
+            else RowFile(folder / name, num_states, hidden_size)
             for name in sorted(names)
         ]
         self.in_vocab: list[torch.Tensor] = []  # per shard [T] bool, set by `set_in_vocab`
@@ -100,7 +105,11 @@ class Dataset:
         self.in_vocab = list(flags)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
-        """The samples as one packed batch."""
+        """The samples as one packed batch.
+
+        Raises:
+            UserError: a file is damaged.
+        """
         parts = [(self.shards[sample.shard], sample) for sample in samples]
         states = torch.cat([shard.hidden_states[sample.rows] for shard, sample in parts])
         lengths = torch.tensor([0, *(sample.num_tokens for sample in samples)])

@@ -29,7 +29,7 @@ _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     """The process group, the device, autocast and trackers."""
     # The head's buffers never change, so ranks need not exchange them at each step.
-    ddp = DistributedDataParallelKwargs(forward_sync_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         kwargs_handlers=[ddp],
@@ -48,15 +48,15 @@ def joined(accelerator: Accelerator, step: TrainingStep, how: str) -> nn.Module:
         return step
     if how == "fsdp2":
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        sharded: nn.Module = fully_shard(step, mesh=mesh)
-        return sharded
+        fully_shard(step, mesh=mesh)
+        return step
     wrapped: nn.Module = accelerator.prepare_model(step)
     return wrapped
 
 
 def head_of(module: nn.Module) -> DraftHead:
     """The head inside a joined step."""
-    inner = getattr(module, "module", module)
+    inner: Any = getattr(module, "module", module)
     head: DraftHead = inner.head
     return head
 

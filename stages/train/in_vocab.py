@@ -19,6 +19,7 @@ from shared.target import TargetTensors
 from stages.train.data import Dataset
 from stages.train.loss import target_argmax
 from stages.train.model import DraftHead
+from stages.train.row_files import RowFile
 
 
 def in_vocab_flags(
@@ -48,7 +49,7 @@ def _path(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.pt"
 
 
-def _read(path: Path, key: str, shard: Shard) -> Tensor | None:
+def _read(path: Path, key: str, shard: Shard | RowFile) -> Tensor | None:
     """The cached flags, or None where they are missing, damaged, or of another vocabulary."""
     try:
         cached = torch.load(path, weights_only=True)
@@ -59,7 +60,9 @@ def _read(path: Path, key: str, shard: Shard) -> Tensor | None:
     return flags if whole else None
 
 
-def _flags(shard: Shard, head: DraftHead, tensors: TargetTensors, device: torch.device) -> Tensor:
+def _flags(
+    shard: Shard | RowFile, head: DraftHead, tensors: TargetTensors, device: torch.device
+) -> Tensor:
     best = target_argmax(
         shard.hidden_states[:, -1].to(device),
         norm_weight=tensors.norm_weight.to(device).float(),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shared.target import TargetTensors
     from stages.train.loop import Outcome
 
+
 logger = logging.getLogger(__name__)
 
 
@@ -194,7 +195,11 @@ def _train(
     dataset = Dataset(
         dump,
         files.read_json(dump / hidden_states.DATA_CONFIG),
-        [name for name in parent["files"] if name.endswith(".pt") and name.startswith("shard_")],
+        [
+            name
+            for name in parent["files"]
+            if Path(name).name.startswith(("shard_", "data_")) and name.endswith(".pt")
+        ],
         holdout_fraction=config.holdout_fraction if parent["facts"]["greedy"] else 0.0,
         max_holdout_samples=config.max_holdout_samples,
     )
