@@ -5,6 +5,7 @@ Writes for each case the step's loss, counts, unclipped gradients and new weight
 """
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -72,6 +73,12 @@ class Documents:
             offsets=lengths.cumsum(0),
             sample_ids=(),
         )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

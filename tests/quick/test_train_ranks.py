@@ -3,7 +3,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import CASES
+from tests.ranks import CASES, free_port
 from tests.runs import ROOT
 
 TOLERANCE = 1e-5
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_ranks(folder: Path, num_ranks: int, how: str, *arguments: str) -> None:
