@@ -20,7 +20,7 @@ from shared.errors import UserError
 from shared.files import atomic_path, sweep_temporaries
 
 LATEST, BEST = "latest.pt", "best.pt"
-_KEYS = {"step", "weights", "optimizer", "scheduler", "rng", "best"}
+_KEYS = {"step", "weights", "optimizer", "scheduler", "rng", "best", "sums"}
 
 
 class Checkpoints:

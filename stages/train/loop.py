@@ -107,9 +107,10 @@ class Trainer:
         self.loss = math.nan
         self.accuracy: list[float] = []
         self.walked = math.nan
-        # Since the last look: each step's loss, sums and sample ids. Looking costs a wait for the
-        # device, and for the other ranks, so it is done every few steps only.
-        self.unseen: list[tuple[torch.Tensor, StepSums, list[str]]] = []
+        # Since the last look: each step's loss and sample ids. Looking costs a wait for the device,
+        # and for the other ranks, so it is done every few steps only.
+        self.unseen: list[tuple[torch.Tensor, list[str]]] = []
+        self.sums: list[StepSums] = []  # since the last record
 
     def _lr_factor(self, step: int) -> float:
         return lr_factor(
@@ -159,7 +160,8 @@ class Trainer:
             )
             self.scheduler.step()
             self.step += 1
-            self.unseen.append((loss, sums, [sample.sample_id for sample in samples]))
+            self.unseen.append((loss, [sample.sample_id for sample in samples]))
+            self.sums.append(sums)
             tokens += sum(sample.num_tokens for sample in samples)
             self._after_step()
             status.progress(
@@ -187,16 +189,15 @@ class Trainer:
         )
 
     def _after_step(self) -> None:
-        """Look, walk, save and stop where it is time to."""
+        """Record, walk, save and stop where it is time to."""
         last = self.step == self.total_steps
-        walks = last or self.step % self.config.eval_every_steps == 0
-        saves = self.step % self.config.checkpoint_every_steps == 0
-        if walks or saves or self.step % LOG_EVERY_STEPS == 0:
+        if last or self.step % LOG_EVERY_STEPS == 0:
+            self._record()
+        if last or self.step % self.config.eval_every_steps == 0:
             self._look()
-        if walks:
             self._evaluate()
         stops = self._all_agree_to_stop()
-        if saves or stops:
+        if stops or self.step % self.config.checkpoint_every_steps == 0:
             self._look()
             self._save()
         if stops:
@@ -212,31 +213,40 @@ class Trainer:
         asked = torch.tensor(float(stop_requested()), device=self.device)
         return bool(self.accelerator.reduce(asked) > 0)
 
+    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        summed: torch.Tensor = self.accelerator.reduce(tensor)
+        return summed
+
     def _look(self) -> None:
-        """Take in the steps since the last look: is every loss a number, how good are they?
+        """Is every loss since the last look a number?
 
         Raises:
-            OutputError: a loss is none.
+            OutputError: one is not.
         """
         if not self.unseen:
             return
-        losses = torch.stack([loss.double() for loss, _, _ in self.unseen])
-        sums = torch.stack(list(combine([part for _, part, _ in self.unseen])))
-        if self.accelerator.num_processes > 1:
-            losses, sums = self.accelerator.reduce(losses), self.accelerator.reduce(sums)
+        losses = self._summed(torch.stack([loss.double() for loss, _ in self.unseen]))
         for index, loss in enumerate(losses.tolist()):
             if not math.isfinite(loss):
                 step = self.step - len(self.unseen) + 1 + index
                 raise OutputError(
                     f"step {step}: the loss is {loss}. The step holds the samples "
-                    f"{self.unseen[index][2]}. Lower train.learning_rate, or look at their states; "
+                    f"{self.unseen[index][1]}. Lower train.learning_rate, or look at their states; "
                     "the last checkpoint is from before."
                 )
-        total = StepSums(*sums)
+        self.unseen = []
+
+    def _record(self) -> None:
+        """Tell how good the steps since the last record were."""
+        self._look()
+        total = StepSums(*self._summed(torch.stack(list(combine(self.sums)))))
         self.loss = total.mean_loss(self.config.loss_decay)
         self.accuracy = [round(value, 4) for value in total.accuracy().tolist()]
         self.history.append(self.step, {"loss": self.loss, "accuracy": self.accuracy})
-        self.unseen = []
+        self.sums = []
 
     def _evaluate(self) -> None:
         """Walk the held-out answers; the best walk so far is kept for the export."""
@@ -269,12 +279,14 @@ class Trainer:
         return Walk(sum(by_position), drafts, tuple(by_position))
 
     def _save(self, *, best: bool = False) -> None:
+        unrecorded = torch.stack(list(combine(self.sums))) if self.sums else None
         state = {
             "step": self.step,
             **distributed.gather_state(self.module, self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
             "best": self.best,
+            "sums": None if unrecorded is None else self._summed(unrecorded).cpu(),
         }
         if self.accelerator.is_main_process:
             self.checkpoints.save(state, best=best)
@@ -290,4 +302,6 @@ class Trainer:
         distributed.restore_state(self.module, self.optimizer, state)
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
+        if state["sums"] is not None and self.accelerator.is_main_process:
+            self.sums = [StepSums(*state["sums"].to(self.device))]
         logger.info("continuing from step %d of %d", self.step, self.total_steps)

@@ -17,7 +17,13 @@ from tests.quick.test_train_maths import Case, gradients, make_case
 
 def state(step: int, weight: torch.Tensor | None = None) -> dict[str, object]:
     weights = {"w": torch.full((2,), float(step)) if weight is None else weight}
-    plain = {"optimizer": {}, "scheduler": {}, "rng": torch.zeros(1), "best": {"step": 0}}
+    plain = {
+        "optimizer": {},
+        "scheduler": {},
+        "rng": torch.zeros(1),
+        "best": {"step": 0},
+        "sums": None,
+    }
     return {"step": step, "weights": weights, **plain}
 
 
