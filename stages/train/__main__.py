@@ -2,13 +2,14 @@
 """`python -m stages.train`: train a draft head on dump's hidden states."""
 
 from shared.cli import launch
-from stages.train.config import TrainConfig, VocabConfig
+from stages.train.config import ExportConfig, TrainConfig, VocabConfig
 
 if __name__ == "__main__":
     launch(
         "train",
         {
             "run": (TrainConfig, "stages.train.run:run"),
+            "export": (ExportConfig, "stages.train.run:run_export"),
             "vocab": (VocabConfig, "stages.train.run:run_vocab"),
         },
     )

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resumable state of a training: `checkpoints/latest.pt` and `checkpoints/best.pt`, each whole.
+"""Resumable states of a training, each whole: `checkpoints/step_00000100.pt` and two links.
 
-fp32 weights, optimiser, scheduler, step and the random state; the data's position is the step
-itself. Resuming on a CPU gives the same weights to the bit.
+fp32 weights, optimizer, scheduler, step and the random state; the data's position is the step
+itself. `latest.pt` and `best.pt` are links to such files. The tensors are whole, whatever the number
+of ranks, so another number resumes. Resuming on a CPU gives the same weights to the bit.
+
+The state is copied at once and written by a thread, while training goes on.
 """
 
+import concurrent.futures
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,15 +17,69 @@ from typing import Any
 import torch
 
 from shared.errors import UserError
-from shared.files import atomic_path
+from shared.files import atomic_path, sweep_temporaries
 
-_KEYS = {"step", "weights", "optimizer", "scheduler", "rng", "best"}
+LATEST, BEST = "latest.pt", "best.pt"
+_KEYS = {"step", "weights", "optimizer", "scheduler", "rng", "best", "sums"}
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write the state, whole or not at all."""
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+class Checkpoints:
+    """The states in `folder`: the newest `keep` of them, and the best."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._written_step = -1
+        self._writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._writing: concurrent.futures.Future[None] | None = None
+        sweep_temporaries(folder)
+
+    def save(self, state: dict[str, Any], *, best: bool = False) -> None:
+        """Keep a copy of `state` as the latest one, and as the best one if it is."""
+        self.wait()  # at most one copy waits in memory
+        self._writing = self._writer.submit(self._write, _copied(state), best)
+
+    def wait(self) -> None:
+        """Return once everything saved is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, state: dict[str, Any], best: bool) -> None:
+        path = self.folder / f"step_{state['step']:08d}.pt"
+        # A best state is often the latest one too: two names, one file.
+        if state["step"] != self._written_step:
+            with atomic_path(path) as temporary:
+                torch.save(state, temporary)
+            self._written_step = state["step"]
+        for name in (LATEST, BEST) if best else (LATEST,):
+            temporary_link = self.folder / f".{name}.tmp-{os.getpid()}"
+            temporary_link.unlink(missing_ok=True)
+            temporary_link.symlink_to(path.name)
+            temporary_link.replace(self.folder / name)
+        self._prune()
+
+    def _prune(self) -> None:
+        linked = {(self.folder / name).resolve().name for name in (LATEST, BEST)}
+        states = sorted(self.folder.glob("step_*.pt"))
+        for path in states[: -self.keep]:
+            if path.name not in linked:
+                path.unlink(missing_ok=True)
+
+
+def _copied(value: Any) -> Any:
+    """The same structure with tensors of its own on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -33,11 +92,22 @@ def load(path: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+    ) as error:
         raise UserError(
-            f"{path}: expected a checkpoint, found: {str(error).splitlines()[0]}. Delete it to train "
-            "from the start."
+            f"{path}: expected a checkpoint, found: {error!r}. Link it to an "
+            f"older one beside it ({_names(path.parent)}), or delete it to train from the start."
         ) from error
     if not isinstance(state, dict) or not state.keys() >= _KEYS:
         raise UserError(f"{path}: expected a checkpoint with {sorted(_KEYS)}. Delete it.")
     return state
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(path.name for path in sorted(folder.glob("step_*.pt"))) or "there is none"

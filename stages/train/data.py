@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dump's shards -> packed batches.
+"""dump's files -> packed batches.
 
 Legend: T tokens of a batch, N its documents, A aux layers, H hidden size.
 
@@ -9,7 +9,7 @@ The order is a pure function of seed and epoch, so a step number alone says wher
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch
 
 from shared import hidden_states
 from shared.hidden_states import Shard
+from stages.train.row_files import RowFile
+
+BUFFER_SHARDS = 8  # their samples are mixed; each is about a GiB that the page cache should hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +35,22 @@ class Batch:
     sample_ids: tuple[str, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        return Batch(
-            input_ids=self.input_ids.to(device),
-            loss_mask=self.loss_mask.to(device),
-            aux_states=self.aux_states.to(device),
-            final_states=self.final_states.to(device),
-            offsets=self.offsets.to(device),
-            in_vocab=self.in_vocab.to(device),
-            sample_ids=self.sample_ids,
-        )
+        """The same batch with its tensors on `device`, copied behind the work that runs there."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies by itself."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def silent(self) -> "Batch":
+        """The same batch with nothing in it that counts."""
+        return dataclasses.replace(self, loss_mask=torch.zeros_like(self.loss_mask))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        tensors: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if name != "sample_ids"
+        }
+        return dataclasses.replace(self, **tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +80,10 @@ class Dataset:
     ) -> None:
         num_states = len(data_config["hidden_states"]["layer_ids"])
         hidden_size = data_config["model"]["hidden_size"]
-        self.shards: list[Shard] = [
+        self.shards: list[Shard | RowFile] = [
             hidden_states.read_shard(folder / name, num_states=num_states, hidden_size=hidden_size)
+            if Path(name).name.startswith("shard_")
+            else RowFile(folder / name, num_states, hidden_size)
             for name in sorted(names)
         ]
         self.in_vocab: list[torch.Tensor] = []  # per shard [T] bool, set by `set_in_vocab`
@@ -94,7 +105,11 @@ class Dataset:
         self.in_vocab = list(flags)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
-        """The samples as one packed batch."""
+        """The samples as one packed batch.
+
+        Raises:
+            UserError: a file is damaged.
+        """
         parts = [(self.shards[sample.shard], sample) for sample in samples]
         states = torch.cat([shard.hidden_states[sample.rows] for shard, sample in parts])
         lengths = torch.tensor([0, *(sample.num_tokens for sample in samples)])
@@ -129,18 +144,57 @@ def pack(samples: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
     return batches
 
 
-def epoch_batches(
-    samples: Sequence[Sample], *, batch_tokens: int, seed: int, epoch: int
-) -> list[list[Sample]]:
-    """The batches of one epoch: shuffled by seed and epoch alone."""
-    order = list(samples)
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return pack(order, batch_tokens)
+def shuffled(samples: Sequence[Sample], *, seed: int, epoch: int) -> list[Sample]:
+    """One epoch's order, by seed and epoch alone: shards in random order, drawn through a buffer.
+
+    Samples of at most `BUFFER_SHARDS` shards are mixed at a time, so that a network volume reads
+    whole shards one after another. With no more shards than that, it is a plain shuffle.
+    """
+    source = random.Random(f"{seed}/{epoch}")
+    by_shard: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_shard.setdefault(sample.shard, []).append(sample)
+    waiting = [by_shard[shard] for shard in sorted(by_shard)]
+    source.shuffle(waiting)
+    size = sum(len(shard) for shard in waiting[:BUFFER_SHARDS])
+    buffer: list[Sample] = []
+    order: list[Sample] = []
+    while waiting or buffer:
+        while waiting and len(buffer) < size:
+            buffer += waiting.pop(0)
+        drawn = source.randrange(len(buffer))
+        buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
+        order.append(buffer.pop())
+    return order
 
 
-def training_batches(
+def training_steps(
     samples: Sequence[Sample], *, batch_tokens: int, seed: int, epochs: int
 ) -> Iterator[list[Sample]]:
-    """Every epoch's batches, one after another."""
+    """The samples of every optimizer step, epoch after epoch."""
     for epoch in range(epochs):
-        yield from epoch_batches(samples, batch_tokens=batch_tokens, seed=seed, epoch=epoch)
+        yield from pack(shuffled(samples, seed=seed, epoch=epoch), batch_tokens)
+
+
+def split_step(
+    samples: Sequence[Sample], *, num_ranks: int, micro_tokens: int
+) -> list[list[list[Sample]]]:
+    """One step's samples as [rank][micro-batch]: even in tokens, every rank with as many.
+
+    A rank with less to do gets empty micro-batches, since ranks that share weights meet in each.
+
+    Worked example, lengths [5, 3, 4, 9], 2 ranks, 9 tokens a micro-batch: longest first to the
+    emptier rank, [9, 3] and [5, 4], so rank 0 has [[9], [3]] and rank 1 has [[5, 4], []].
+    """
+    ranks: list[list[Sample]] = [[] for _ in range(num_ranks)]
+    if num_ranks == 1:
+        ranks[0] = list(samples)
+    else:
+        loads = [0] * num_ranks
+        for sample in sorted(samples, key=lambda s: (-s.num_tokens, s.sample_id)):
+            rank = loads.index(min(loads))
+            ranks[rank].append(sample)
+            loads[rank] += sample.num_tokens
+    packed = [pack(part, micro_tokens) for part in ranks]
+    most = max(len(micros) for micros in packed)
+    return [[*micros, *[[] for _ in range(most - len(micros))]] for micros in packed]

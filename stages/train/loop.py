@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: batches, steps, walks, checkpoints.
+"""The training loop: steps, walks, checkpoints.
 
 Everything that decides the weights is in the checkpoint or follows from the config and the step
-number, so that a killed run, started again, ends with the same weights.
+number, so that a killed run, started again, ends with the same weights. Every rank runs this; what
+they decide on (the loss, a stop, the best walk) is summed over them first, so they decide alike.
 """
 
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import time
@@ -18,16 +18,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from shared import files
 from shared.errors import OutputError, UserError
 from shared.process import stop_if_requested, stop_requested
 from shared.status import Status
 from shared.target import TargetConfig, TargetTensors
-from stages.train import checkpoint
+from stages.train import checkpoint, distributed
+from stages.train.checkpoint import Checkpoints
 from stages.train.config import TrainConfig
-from stages.train.data import Batch, Dataset, Sample, pack, training_batches
-from stages.train.loss import StepSums, TargetOutput, combine, target_argmax, ttt_loss
+from stages.train.data import Dataset, Sample, pack, training_steps
+from stages.train.history import History, peak_memory_gib
+from stages.train.in_vocab import in_vocab_flags
+from stages.train.loader import micro_batches, prefetched
+from stages.train.loss import StepSums, TargetOutput, combine
 from stages.train.model import DraftHead
+from stages.train.optimizer import lr_factor, make_optimizer
+from stages.train.step import TrainingStep, train_step
 from stages.train.walk import Walk, walked_acceptance_length
 
 LOG_EVERY_STEPS = 10
@@ -52,16 +57,8 @@ class Outcome:
         return dataclasses.asdict(self)
 
 
-def lr_factor(step: int, *, total: int, warmup: int, minimum: float) -> float:
-    """Linear warm-up to 1 over `warmup` steps, then a cosine down to `minimum` at `total`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
 class Trainer:
-    """One training run in `folder`."""
+    """One training run in `folder`, on this rank."""
 
     def __init__(
         self,
@@ -71,68 +68,61 @@ class Trainer:
         head: DraftHead,
         dataset: Dataset,
         folder: Path,
+        accelerator: Accelerator,
     ) -> None:
-        self.config = config
-        self.dataset = dataset
-        self.folder = folder
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        if self.accelerator.num_processes > 1:
-            raise UserError("train runs as one process so far; start it without torchrun.")
         if not dataset.training:
             raise UserError("dump holds too few samples to train on: expected at least two.")
-        self.device = self.accelerator.device
-        self.head = head.to(self.device)
-        for parameter in self.head.lm_head.parameters():
-            parameter.requires_grad_(config.train_lm_head)
+        self.config = config
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        head.to(self.device)
+        head.recompute_activations = config.recompute_activations
+        head.lm_head.requires_grad_(config.train_lm_head)
+        dataset.set_in_vocab(
+            in_vocab_flags(dataset, head, tensors, folder / "in_vocab", accelerator)
+        )
         rows = head.to_target_ids(torch.arange(head.config.draft_vocab_size, device=self.device))
-        self.target = TargetOutput(
+        target = TargetOutput(
             norm_weight=tensors.norm_weight.to(self.device).float(),
             norm_eps=tensors.norm_eps,
             lm_head=tensors.lm_head.to(self.device)[rows].float(),
             logit_scale=target_config.logit_scale,
             softcap=target_config.logit_softcap,
         )
-        dataset.set_in_vocab(self._in_vocab(tensors))
-        trained = [p for p in self.head.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trained,
-            lr=config.learning_rate,
+        step = TrainingStep(head, target, num_steps=config.ttt_steps, decay=config.loss_decay)
+        self.module = distributed.joined(accelerator, step, config.distributed)
+        self.optimizer = make_optimizer(
+            self.module,
+            learning_rate=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
-        self.total_steps = sum(1 for _ in self._batches())
-        warmup = round(config.warmup_fraction * self.total_steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda step: lr_factor(
-                step, total=self.total_steps, warmup=warmup, minimum=config.min_lr_fraction
-            ),
-        )
+        self.total_steps = sum(1 for _ in self._steps())
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
+        self.history = History(folder / "history.jsonl", accelerator)
         self.step = 0
         self.best: dict[str, float] = {"value": -math.inf, "step": 0}
         self.loss = math.nan
+        self.accuracy: list[float] = []
+        self.walked = math.nan
+        # Since the last look: each step's loss and sample ids. Looking costs a wait for the device,
+        # and for the other ranks, so it is done every few steps only.
+        self.unseen: list[tuple[torch.Tensor, list[str]]] = []
+        self.sums: list[StepSums] = []  # since the last record
 
-    def _in_vocab(self, tensors: TargetTensors) -> list[torch.Tensor]:
-        """For each shard [T] bool: can the draft head propose what the target itself would say?"""
-        if self.head.config.draft_vocab_size == self.head.config.vocab_size:
-            return [
-                torch.ones(len(shard.input_ids), dtype=torch.bool) for shard in self.dataset.shards
-            ]
-        norm_weight = tensors.norm_weight.to(self.device).float()
-        lm_head = tensors.lm_head.to(self.device)
-        flags = []
-        for shard in self.dataset.shards:
-            best = target_argmax(
-                shard.hidden_states[:, -1].to(self.device),
-                norm_weight=norm_weight,
-                norm_eps=tensors.norm_eps,
-                lm_head=lm_head,
-            )
-            flags.append(self.head.t2d[best].cpu())
-        return flags
+    def _lr_factor(self, step: int) -> float:
+        return lr_factor(
+            self.config.schedule,
+            step,
+            total=self.total_steps,
+            warmup=round(self.config.warmup_fraction * self.total_steps),
+            minimum=self.config.min_lr_fraction,
+        )
 
-    def _batches(self) -> Iterator[list[Sample]]:
-        return training_batches(
+    def _steps(self) -> Iterator[list[Sample]]:
+        return training_steps(
             self.dataset.training,
             batch_tokens=self.config.batch_tokens,
             seed=self.config.run.seed,
@@ -147,134 +137,171 @@ class Trainer:
             OutputError: the loss is no number any more.
         """
         self._resume()
-        status = Status(self.config.paths.status("train"))
+        status = Status(self.config.paths.status(self.config.process_name))
         status.started()
         started_s, started_step, tokens = time.monotonic(), self.step, 0
-        sums: list[StepSums] = []
-        for samples in itertools.islice(self._batches(), self.step, None):
-            batch = self.dataset.batch(samples).to(self.device)
-            sums.append(self._train_step(batch))
-            tokens += len(batch.input_ids)
-            if self.step % LOG_EVERY_STEPS == 0 or self.step == self.total_steps:
-                self._record(combine(sums))
-                sums = []
-            if self.step % self.config.eval_every_steps == 0 or self.step == self.total_steps:
-                self._evaluate()
-            if self.step % self.config.checkpoint_every_steps == 0 or stop_requested():
-                self._save("latest")
-                stop_if_requested(f"step {self.step} is saved")
-            rate = tokens / (time.monotonic() - started_s)
+        batches = micro_batches(
+            self.dataset,
+            itertools.islice(self._steps(), self.step, None),
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            micro_tokens=self.config.micro_batch_tokens or self.config.batch_tokens,
+            pin=self.device.type == "cuda",
+        )
+        for samples, micros in prefetched(batches):
+            loss, sums = train_step(
+                self.accelerator,
+                self.module,
+                self.optimizer,
+                [batch.to(self.device) for batch in micros],
+                num_steps=self.config.ttt_steps,
+                max_grad_norm=self.config.max_grad_norm,
+                profile=self.config.profile_ranges,
+            )
+            self.scheduler.step()
+            self.step += 1
+            self.unseen.append((loss, [sample.sample_id for sample in samples]))
+            self.sums.append(sums)
+            tokens += sum(sample.num_tokens for sample in samples)
+            self._after_step()
             status.progress(
                 self.step,
                 self.total_steps,
                 "steps",
                 loss=f"{self.loss:.4f}",
-                walked_al=f"{self.best['value']:.3f}",
-                tokens_per_s=f"{rate:.0f}",
+                accuracy="/".join(f"{share:.2f}" for share in self.accuracy),
+                walked_al=f"{self.walked:.3f}",
+                tokens_per_s=f"{tokens / (time.monotonic() - started_s):.0f}",
+                memory_gib=f"{peak_memory_gib(self.device):.1f}",
             )
-        self._save("latest")
-        walked = self.best["value"] if self.dataset.held_out else None
+        self._save()
+        self.checkpoints.wait()
+        self.accelerator.end_training()
         return Outcome(
             samples=len(self.dataset.training) + len(self.dataset.held_out),
             held_out=len(self.dataset.held_out),
             tokens=tokens,
             steps=self.step,
             best_step=int(self.best["step"]),
-            walked_acceptance_length=walked,
+            walked_acceptance_length=self.best["value"] if self.dataset.held_out else None,
             final_loss=self.loss,
             seconds=round(time.monotonic() - started_s, 1) if self.step > started_step else 0.0,
         )
 
-    def _train_step(self, batch: Batch) -> StepSums:
-        with self.accelerator.autocast():
-            loss, sums = ttt_loss(
-                self.head,
-                batch,
-                self.target,
-                num_steps=self.config.ttt_steps,
-                decay=self.config.loss_decay,
-            )
-        if not bool(torch.isfinite(loss)):
-            raise OutputError(
-                f"step {self.step + 1}: the loss is {float(loss)}. The batch holds the samples "
-                f"{list(batch.sample_ids)}. Lower train.learning_rate, or look at their states."
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.head.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.step += 1
-        return sums
+    def _after_step(self) -> None:
+        """Record, walk, save and stop where it is time to."""
+        last = self.step == self.total_steps
+        if last or self.step % LOG_EVERY_STEPS == 0:
+            self._record()
+        if last or self.step % self.config.eval_every_steps == 0:
+            self._look()
+            self._evaluate()
+        stops = self._all_agree_to_stop()
+        if stops or self.step % self.config.checkpoint_every_steps == 0:
+            self._look()
+            self._save()
+        if stops:
+            self.checkpoints.wait()
+            stop_if_requested(f"step {self.step} is saved")
 
-    def _record(self, sums: StepSums) -> None:
-        self.loss = sums.mean_loss(self.config.loss_decay)
-        accuracy = [round(value, 4) for value in sums.accuracy().tolist()]
-        self._append({"step": self.step, "loss": self.loss, "accuracy": accuracy})
+    def _all_agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop; ranks ask each other every few steps only."""
+        if self.accelerator.num_processes == 1:
+            return stop_requested()
+        if self.step % LOG_EVERY_STEPS:
+            return False
+        asked = torch.tensor(float(stop_requested()), device=self.device)
+        return bool(self.accelerator.reduce(asked) > 0)
+
+    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        summed: torch.Tensor = self.accelerator.reduce(tensor)
+        return summed
+
+    def _look(self) -> None:
+        """Is every loss since the last look a number?
+
+        Raises:
+            OutputError: one is not.
+        """
+        if not self.unseen:
+            return
+        losses = self._summed(torch.stack([loss.double() for loss, _ in self.unseen]))
+        for index, loss in enumerate(losses.tolist()):
+            if not math.isfinite(loss):
+                step = self.step - len(self.unseen) + 1 + index
+                raise OutputError(
+                    f"step {step}: the loss is {loss}. The step holds the samples "
+                    f"{self.unseen[index][1]}. Lower train.learning_rate, or look at their states; "
+                    "the last checkpoint is from before."
+                )
+        self.unseen = []
+
+    def _record(self) -> None:
+        """Tell how good the steps since the last record were."""
+        self._look()
+        total = StepSums(*self._summed(torch.stack(list(combine(self.sums)))))
+        self.loss = total.mean_loss(self.config.loss_decay)
+        self.accuracy = [round(value, 4) for value in total.accuracy().tolist()]
+        self.history.append(self.step, {"loss": self.loss, "accuracy": self.accuracy})
+        self.sums = []
 
     def _evaluate(self) -> None:
         """Walk the held-out answers; the best walk so far is kept for the export."""
+        value = float(self.step)
         if self.dataset.held_out:
-            self.head.eval()
-            batches = pack(self.dataset.held_out, self.config.batch_tokens)
-            walked: Walk = walked_acceptance_length(
-                self.head,
+            walked = self._walk()
+            value = self.walked = walked.acceptance_length
+            shares = [round(share, 4) for share in walked.acceptance_by_position()]
+            record = {"walked_acceptance_length": value, "per_position": shares}
+            self.history.append(self.step, {**record, "drafts": walked.drafts})
+            logger.info("step %d: walked acceptance length %.3f", self.step, value)
+        if value > self.best["value"]:
+            self.best = {"value": value, "step": self.step}
+            self._save(best=True)
+
+    def _walk(self) -> Walk:
+        """The walk over all held-out samples, shared out over the ranks."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        batches = pack(self.dataset.held_out[rank::ranks], self.config.batch_tokens)
+        with distributed.whole(self.module) as head:
+            own = walked_acceptance_length(
+                head,
                 (self.dataset.batch(batch).to(self.device) for batch in batches),
                 self.config.walk_tokens,
             )
-            self.head.train()
-            value = walked.acceptance_length
-            per_position = [round(share, 4) for share in walked.acceptance_by_position()]
-            record = {"step": self.step, "walked_acceptance_length": value}
-            self._append({**record, "per_position": per_position, "drafts": walked.drafts})
-            logger.info("step %d: walked acceptance length %.3f", self.step, value)
-        else:
-            value = float(self.step)
-        if value > self.best["value"]:
-            self.best = {"value": value, "step": self.step}
-            self._save("best")
+        if ranks == 1:
+            return own
+        counts = torch.tensor([own.drafts, *own.accepted_by_position], device=self.device)
+        drafts, *by_position = self.accelerator.reduce(counts).tolist()
+        return Walk(sum(by_position), drafts, tuple(by_position))
 
-    def _append(self, record: dict[str, Any]) -> None:
-        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as history:
-            history.write(json.dumps(record) + "\n")
-
-    def _save(self, name: str) -> None:
-        checkpoint.save(
-            self.folder / "checkpoints" / f"{name}.pt",
-            {
-                "step": self.step,
-                "weights": self.head.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "rng": torch.get_rng_state(),
-                "best": self.best,
-            },
-        )
+    def _save(self, *, best: bool = False) -> None:
+        unrecorded = torch.stack(list(combine(self.sums))) if self.sums else None
+        state = {
+            "step": self.step,
+            **distributed.gather_state(self.module, self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "best": self.best,
+            "sums": None if unrecorded is None else self._summed(unrecorded).cpu(),
+        }
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(state, best=best)
 
     def _resume(self) -> None:
-        state = checkpoint.load(self.folder / "checkpoints" / "latest.pt")
+        self.accelerator.wait_for_everyone()
+        state = checkpoint.load(self.checkpoints.folder / checkpoint.LATEST)
+        self.history.keep(state["step"] if state else 0)
         if state is None:
-            self._keep_history(0)
             return
         self.step = state["step"]
         self.best = state["best"]
-        self.head.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        distributed.restore_state(self.module, self.optimizer, state)
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
-        self._keep_history(self.step)
+        if state["sums"] is not None and self.accelerator.is_main_process:
+            self.sums = [StepSums(*state["sums"].to(self.device))]
         logger.info("continuing from step %d of %d", self.step, self.total_steps)
-
-    def _keep_history(self, last_step: int) -> None:
-        """Drop what a killed run recorded after its last checkpoint: those steps come again."""
-        path = self.folder / "history.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= last_step]
-        files.write_text(path, "".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the line that the kill cut
-        return math.inf

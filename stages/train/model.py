@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shared.errors import UserError
 from shared.files import read_json
@@ -119,6 +120,7 @@ class DraftHead(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.recompute_activations = False  # the layer's, again in the backward pass
         self.rotary = Rotary(config)
         num_inputs = len(config.aux_layers) * config.target_hidden_size
         self.fc = nn.Linear(num_inputs, config.hidden_size, bias=False)
@@ -188,9 +190,17 @@ class DraftHead(nn.Module):
             else:
                 chain += [key, value]
             attended = ChainAttention.apply(query, *step_0, blocks, *chain)
-            residual = layer.after_attention(residual, attended)
+            residual = self._after_attention(residual, attended)
             outputs.append(residual)
         return outputs
+
+    def _after_attention(self, residual: Tensor, attended: Tensor) -> Tensor:
+        if not (self.recompute_activations and torch.is_grad_enabled()):
+            return self.midlayer.after_attention(residual, attended)
+        again: Tensor = checkpoint(
+            self.midlayer.after_attention, residual, attended, use_reentrant=False
+        )
+        return again
 
     def _heads(self, projected: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n, (Hq + 2 Hkv) d] to rotated query [n, Hq, d], rotated key and value [n, Hkv, d]."""
@@ -222,6 +232,12 @@ class DraftHead(nn.Module):
             slots = torch.arange(len(states), device=tokens.device)
         hidden = self(tokens, states, offsets=offsets, slots=slots, num_steps=num_steps)
         return self.lm_head(self.norm(torch.stack(hidden)))
+
+    def token_ids(self) -> Tensor:
+        """[D] the target's id of each draft id."""
+        return self.to_target_ids(
+            torch.arange(self.config.draft_vocab_size, device=self.embed_tokens.device)
+        )
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft ids to the target's ids, any shape."""

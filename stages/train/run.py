@@ -6,6 +6,7 @@ with the vocabulary, checkpoints and history, and `export/` with the head of the
 see the README's floor. A killed run continues from its last checkpoint, to the same weights.
 """
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,13 @@ from shared import files, hidden_states, layers, target
 from shared.errors import UserError
 from shared.manifest import Artifact, require_parent
 from shared.target import TargetConfig
-from stages.train.config import TrainConfig, VocabConfig
+from stages.train import warm_start
+from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
 
 if TYPE_CHECKING:
     from shared.target import TargetTensors
     from stages.train.loop import Outcome
+
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +34,22 @@ def run(config: TrainConfig) -> None:
         OutputError: the loss is no number any more, or the export fails its checks.
     """
     parent, target_config = _inputs(config)
-    training = Artifact(config.paths.stage("train"), config, parents={"dump": parent})
+    training = Artifact(
+        config.paths.stage("train"),
+        config,
+        parents={"dump": parent},
+        inputs=warm_start.fingerprint(config),
+    )
+    is_main = rank() == 0  # the ranks train together, and the first one keeps the folder
     if not training.is_done():
-        with training.work():
+        with training.work() if is_main else contextlib.nullcontext():
             outcome = _train(config, parent, target_config, training.folder)
-            training.finish(
-                ["d2t.npy", "t2d.npy", "history.jsonl", "checkpoints/best.pt"],
-                counts={"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}},
-                facts=outcome.facts(),
-            )
+            if is_main:
+                counts = {"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}}
+                names = ["d2t.npy", "t2d.npy", "history.jsonl", "checkpoints/best.pt"]
+                training.finish(names, counts=counts, facts=outcome.facts())
+    if not is_main:
+        return
     trained = require_parent(training.folder, stage="train", config=config)
     export = Artifact(config.paths.export, config, parents={"train": trained})
     if export.is_done():
@@ -61,6 +71,56 @@ def run_vocab(config: VocabConfig) -> None:
     counts = vocabulary.read_counts(config.paths.stage("dump"), target_config.vocab_size)
     folder = config.paths.stage("train")
     vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
+
+
+def run_export(config: ExportConfig) -> None:
+    """Any checkpoint as a folder that engines load, and on the hub where told to.
+
+    Raises:
+        UserError: no such checkpoint, or the hub refuses.
+        OutputError: the head does not have what engines load.
+    """
+    parent, target_config = _inputs(config)
+    from stages.train.export import export_head
+    from stages.train.export_speculators import export_speculators
+
+    folder = config.paths.stage("train")
+    named = {"best": folder / "checkpoints" / "best.pt", "latest": folder / "checkpoints/latest.pt"}
+    path = named.get(config.checkpoint) or Path(config.checkpoint)
+    head, step = _head_of(config, target_config, folder, path)
+    out = Path(config.output) if config.output else config.paths.root / f"export-{config.format}"
+    card = {"checkpoint": path.name, "step": step, "dump": parent["facts"]}
+    card["settings"] = config.identity()
+    options: dict[str, Any] = {
+        "target": config.run.target,
+        "provenance": card,
+        "dtype": config.export_dtype,
+        "num_draft_tokens": config.walk_tokens,
+    }
+    if config.format == "hf":
+        export_head(head, out, **options)
+    else:
+        architectures = target_config.raw.get("architectures") or []
+        export_speculators(head, out, target_architectures=architectures, **options)
+    logger.info("exported step %d to %s", step, out)
+    if config.push_to is not None:
+        from stages.train.hub import push
+
+        push(out, config.push_to)
+
+
+def _head_of(
+    config: TrainConfig, target_config: TargetConfig, folder: Path, path: Path
+) -> tuple[Any, int]:
+    """The head of a checkpoint, and the step it is from."""
+    from stages.train import checkpoint
+
+    state = checkpoint.load(path)
+    if state is None:
+        raise UserError(f"expected a checkpoint at {path}, found none. Train first.")
+    head = _build(config, target_config, target.read_tensors(target_config), folder)
+    head.load_state_dict(state["weights"])
+    return head, int(state["step"])
 
 
 def _inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
@@ -95,6 +155,9 @@ def _build(
     from stages.train.model import DraftHead
 
     counts = vocabulary.read_counts(config.paths.stage("dump"), target_config.vocab_size)
+    warm = warm_start.load(config, tensors.embed_tokens) if config.init_from else None
+    if warm is not None:
+        vocabulary.take_over(folder, warm.token_ids(), target_config.vocab_size)
     draft = vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
     raw = dict(target_config.raw)
     if config.intermediate_size is not None:
@@ -102,12 +165,15 @@ def _build(
     aux_layers = layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers)
     head_config = HeadConfig.from_json(raw, aux_layers=aux_layers, draft_vocab_size=draft.size)
     vocab.check(draft)
-    return DraftHead(
+    head = DraftHead(
         head_config,
         embed_tokens=tensors.embed_tokens.float(),
         d2t=draft.d2t if draft.size < target_config.vocab_size else None,
         lm_head=tensors.lm_head[draft.token_ids].float(),
     )
+    if warm is not None:
+        warm_start.copy(warm, head, str(config.init_from))
+    return head
 
 
 def _train(
@@ -117,22 +183,29 @@ def _train(
     import torch
 
     from stages.train.data import Dataset
+    from stages.train.distributed import make_accelerator
     from stages.train.loop import Trainer
 
+    accelerator = make_accelerator(config, folder)
     torch.manual_seed(config.run.seed)
     tensors = target.read_tensors(target_config)
-    head = _build(config, target_config, tensors, folder)
+    with accelerator.main_process_first():  # it makes the vocabulary that the others read
+        head = _build(config, target_config, tensors, folder)
     dump = config.paths.stage("dump")
     dataset = Dataset(
         dump,
         files.read_json(dump / hidden_states.DATA_CONFIG),
-        [name for name in parent["files"] if name.endswith(".pt") and name.startswith("shard_")],
+        [
+            name
+            for name in parent["files"]
+            if Path(name).name.startswith(("shard_", "data_")) and name.endswith(".pt")
+        ],
         holdout_fraction=config.holdout_fraction if parent["facts"]["greedy"] else 0.0,
         max_holdout_samples=config.max_holdout_samples,
     )
     if not dataset.held_out:
         logger.warning("no walked acceptance length: it needs greedy answers and held-out samples")
-    return Trainer(config, target_config, tensors, head, dataset, folder).run()
+    return Trainer(config, target_config, tensors, head, dataset, folder, accelerator).run()
 
 
 def _export(
@@ -143,15 +216,10 @@ def _export(
     trained: dict[str, Any],
     folder: Path,
 ) -> list[str]:
-    from stages.train import checkpoint
     from stages.train.export import export_head
 
-    tensors = target.read_tensors(target_config)
-    head = _build(config, target_config, tensors, train_folder)
-    best = checkpoint.load(train_folder / "checkpoints" / "best.pt")
-    if best is None:
-        raise UserError(f"{train_folder}: no checkpoints/best.pt. Train again with --overwrite.")
-    head.load_state_dict(best["weights"])
+    best = train_folder / "checkpoints" / "best.pt"
+    head, _ = _head_of(config, target_config, train_folder, best)
     card = {"train": trained["facts"], "dump": parent["facts"], "settings": trained["identity"]}
     export_head(
         head,

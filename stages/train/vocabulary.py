@@ -54,12 +54,33 @@ def load_or_make(folder: Path, counts: torch.Tensor, draft_vocab_size: int) -> D
             )
     else:
         draft = vocab.from_counts(counts, draft_vocab_size)
-        for path, tensor in ((d2t_path, draft.d2t), (t2d_path, draft.t2d)):
-            with files.atomic_path(path) as temporary, temporary.open("wb") as handle:
-                np.save(handle, tensor.numpy())
+        _write(folder, draft)
     share = vocab.coverage(draft, counts)
     logger.info("draft vocabulary: %d tokens hold %.2f %% of the answers", draft.size, 100 * share)
     return draft
+
+
+def take_over(folder: Path, token_ids: torch.Tensor, vocab_size: int) -> None:
+    """Put another head's vocabulary, [D] target ids, into `folder`.
+
+    Raises:
+        UserError: there is another one already.
+    """
+    draft = vocab.from_token_ids(token_ids, vocab_size)
+    if (folder / D2T).exists() and (folder / T2D).exists():
+        if not torch.equal(_read(folder / D2T, folder / T2D).d2t, draft.d2t):
+            raise UserError(
+                f"{folder} holds another draft vocabulary than the head of train.init_from. "
+                "Give --overwrite, or another run.name."
+            )
+        return
+    _write(folder, draft)
+
+
+def _write(folder: Path, draft: DraftVocab) -> None:
+    for name, tensor in ((D2T, draft.d2t), (T2D, draft.t2d)):
+        with files.atomic_path(folder / name) as temporary, temporary.open("wb") as handle:
+            np.save(handle, tensor.numpy())
 
 
 def _read(d2t_path: Path, t2d_path: Path) -> DraftVocab:

@@ -2,6 +2,7 @@
 """dump (transformers' engine) and train as processes: kills, stops, refusals, a tied target."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from shared import hidden_states
+from tests.ranks import free_port
 from tests.runs import ROOT, command, make_synth, run, write_recipe
 
 TRAIN = {"epochs": 12, "eval_every_steps": 20, "checkpoint_every_steps": 4}
@@ -114,7 +116,103 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     histories = [w / "run" / "train" / "history.jsonl" for w in (workspace, trained)]
-    assert histories[0].read_text().count("\n") == histories[1].read_text().count("\n")
+    assert histories[0].read_text() == histories[1].read_text()
+
+
+def start_ranks(workspace: Path, num_ranks: int) -> list[subprocess.Popen[bytes]]:
+    """The stage as torchrun starts it."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(num_ranks),
+    }
+    return [
+        subprocess.Popen(
+            command(workspace, "train"),
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def kill_once_there(processes: list[subprocess.Popen[bytes]], path: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.exists()
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_other_numbers_of_ranks_go_on_with_the_same_curve(workspace: Path, trained: Path) -> None:
+    """Two ranks, killed; one, killed; two to the end."""
+    states = workspace / "run" / "train" / "checkpoints"
+    for num_ranks, step in ((2, 12), (1, 40)):
+        kill_once_there(start_ranks(workspace, num_ranks), states / f"step_{step:08d}.pt")
+    assert [process.wait(timeout=120) for process in start_ranks(workspace, 2)] == [0, 0]
+    curves = []
+    for folder in (trained, workspace):
+        lines = (folder / "run" / "train" / "history.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        curves.append({r["step"]: r["loss"] for r in records if "loss" in r})
+    assert curves[0].keys() == curves[1].keys()
+    assert len(curves[0]) > 5
+    for step, loss in curves[0].items():
+        assert curves[1][step] == pytest.approx(loss, rel=1e-3), step
+
+
+def test_a_warm_start_takes_weights_and_vocabulary_over(trained: Path, workspace: Path) -> None:
+    shutil.copytree(trained / "run" / "export", workspace / "head")
+    warm = ("--init_from", "head", "--epochs", "1", "--learning_rate", "1e-12")
+    done = run(workspace, "train", *warm, "--export_dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    before, after = weights(trained), weights(workspace)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    manifest = json.loads((workspace / "run" / "train" / "manifest.json").read_text())
+    assert "input.init_from" in manifest["identity"]
+    refused = run(workspace, "train", *warm, "--draft_vocab_size", "64", "--name", "run")
+    assert refused.returncode == 2
+    assert "draft_vocab_size" in refused.stderr
+
+
+def test_any_checkpoint_is_exported_in_either_layout(trained: Path) -> None:
+    for layout, extra in (("hf", []), ("speculators", ["--output", str(trained / "theirs")])):
+        done = run(trained, "train", "export", "--format", layout, *extra)
+        assert done.returncode == 0, done.stderr
+    ours = load_file(trained / "run" / "export-hf" / "model.safetensors")
+    assert all(torch.equal(weights(trained)[name], ours[name]) for name in ours)
+    theirs = load_file(trained / "theirs" / "model.safetensors")
+    assert {name.replace("layers.0.", "midlayer.") for name in theirs} == ours.keys()
+    missing = run(trained, "train", "export", "--checkpoint", str(trained / "none.pt"))
+    assert missing.returncode == 2
+    assert "expected a checkpoint at" in missing.stderr
+
+
+def test_trackers_get_losses_and_walks(workspace: Path) -> None:
+    done = run(workspace, "train", "--epochs", "1", "--trackers", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (workspace / "run" / "train" / "trackers").rglob("events.out.tfevents.*")
+    tracked = EventAccumulator(str(events)).Reload()
+    names = {"loss", "accuracy_0", "walked_acceptance_length"}
+    assert names <= set(tracked.Tags()["scalars"])
+    history = (workspace / "run" / "train" / "history.jsonl").read_text().splitlines()
+    first = json.loads(history[0])
+    assert tracked.Scalars("loss")[0].step == first["step"]
+    assert tracked.Scalars("loss")[0].value == pytest.approx(first["loss"])
+
+
+def test_more_layers_than_one_are_refused_with_the_reason(workspace: Path) -> None:
+    done = run(workspace, "train", "--num_layers", "2")
+    assert done.returncode == 2
+    assert "a draft head has one layer" in done.stderr
 
 
 def test_a_tied_target_gives_a_head_of_its_own(trained: Path) -> None:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training says of itself on the way: history.jsonl, trackers, the progress line."""
+
+import json
+import math
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from shared import files
+
+
+class History:
+    """One JSON line a record, in `path`, and the same to the trackers; written by rank 0 alone."""
+
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path = path
+        self.accelerator = accelerator
+
+    def append(self, step: int, record: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self.path.open("a", encoding="utf-8") as history:
+            history.write(json.dumps({"step": step, **record}) + "\n")
+        scalars: dict[str, float] = {}
+        for name, value in record.items():
+            if isinstance(value, list):
+                scalars |= {f"{name}_{index}": item for index, item in enumerate(value)}
+            else:
+                scalars[name] = value
+        self.accelerator.log(scalars, step=step)
+
+    def keep(self, last_step: int) -> None:
+        """Drop what a killed run recorded after its last checkpoint: those steps come again."""
+        if not self.accelerator.is_main_process:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= last_step]
+        files.write_text(self.path, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the line that the kill cut
+        return math.inf
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that this process has held, on its device, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux

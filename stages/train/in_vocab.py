@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One bit a token: is the target's argmax there in the draft vocabulary? Made once, then kept.
+
+It takes a product with the target's whole lm_head, which would be the largest of a training step;
+so it is made shard by shard, shared out over the ranks, and cached in the artifact's folder.
+"""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from shared.files import atomic_path
+from shared.hidden_states import Shard
+from shared.target import TargetTensors
+from stages.train.data import Dataset
+from stages.train.loss import target_argmax
+from stages.train.model import DraftHead
+from stages.train.row_files import RowFile
+
+
+def in_vocab_flags(
+    dataset: Dataset,
+    head: DraftHead,
+    tensors: TargetTensors,
+    folder: Path,
+    accelerator: Accelerator,
+) -> list[Tensor]:
+    """For each shard [T] bool. Every rank calls it."""
+    if head.config.draft_vocab_size == head.config.vocab_size:
+        return [torch.ones(len(shard.input_ids), dtype=torch.bool) for shard in dataset.shards]
+    key = hashlib.sha256(head.d2t.cpu().numpy().tobytes()).hexdigest()
+    own = range(accelerator.process_index, len(dataset.shards), accelerator.num_processes)
+    for index in own:
+        path = _path(folder, index)
+        if _read(path, key, dataset.shards[index]) is None:
+            flags = _flags(dataset.shards[index], head, tensors, accelerator.device)
+            with atomic_path(path) as temporary:
+                torch.save({"vocabulary": key, "flags": flags}, temporary)
+    accelerator.wait_for_everyone()
+    found = [_read(_path(folder, i), key, shard) for i, shard in enumerate(dataset.shards)]
+    return [flags for flags in found if flags is not None]
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.pt"
+
+
+def _read(path: Path, key: str, shard: Shard | RowFile) -> Tensor | None:
+    """The cached flags, or None where they are missing, damaged, or of another vocabulary."""
+    try:
+        cached = torch.load(path, weights_only=True)
+        flags = cached["flags"] if cached["vocabulary"] == key else None
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+        return None
+    whole = isinstance(flags, Tensor) and flags.shape == shard.input_ids.shape
+    return flags if whole else None
+
+
+def _flags(
+    shard: Shard | RowFile, head: DraftHead, tensors: TargetTensors, device: torch.device
+) -> Tensor:
+    best = target_argmax(
+        shard.hidden_states[:, -1].to(device),
+        norm_weight=tensors.norm_weight.to(device).float(),
+        norm_eps=tensors.norm_eps,
+        lm_head=tensors.lm_head.to(device),
+    )
+    flags: Tensor = head.t2d[best].cpu()
+    return flags

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training problem for every side of the benchmark: shapes, weights, one packed row, its floor.
+
+It imports torch alone, so that it loads in an environment that holds another trainer.
+Shapes: T tokens, A aux layers, H hidden size, V target and D draft vocabulary, K TTT steps.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+NUM_AUX = 3
+NUM_TURNS = 4
+DECAY = 0.8
+EPS = 1e-5
+ROPE_THETA = 10000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A draft head and the row it is trained on."""
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    draft_vocab: int
+    tokens: int
+    ttt_steps: int
+    head_dim: int = 64
+
+    @property
+    def queries(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+SHAPES = {
+    "S0": Shape(64, 96, 2, 1, 300, 120, 128, 3, head_dim=32),  # a smoke test of the benchmark
+    "S1": Shape(512, 1408, 8, 4, 32000, 8000, 1024, 3),
+    "S2": Shape(512, 1408, 8, 4, 32000, 8000, 2048, 7),
+    "S3": Shape(1024, 2816, 16, 4, 128256, 32000, 1024, 3),
+}
+
+
+def weights(shape: Shape) -> dict[str, Tensor]:
+    """Every tensor of the head by its exported name, and the target's; equal in each process."""
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+    hidden, inner = shape.hidden, shape.inner
+    norms = ("midlayer.input_layernorm", "midlayer.hidden_norm", "norm")
+    made = {
+        f"{name}.weight": 1 + 0.1 * torch.randn(hidden, generator=generator)
+        for name in (*norms, "midlayer.post_attention_layernorm")
+    }
+    step = shape.vocab // shape.draft_vocab
+    return made | {
+        "fc.weight": matrix(hidden, NUM_AUX * hidden),
+        "midlayer.self_attn.q_proj.weight": matrix(shape.queries, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": matrix(shape.keys, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": matrix(shape.keys, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": matrix(hidden, shape.queries),
+        "midlayer.mlp.gate_proj.weight": matrix(inner, hidden),
+        "midlayer.mlp.up_proj.weight": matrix(inner, hidden),
+        "midlayer.mlp.down_proj.weight": matrix(hidden, inner),
+        "lm_head.weight": matrix(shape.draft_vocab, hidden),
+        "target.embed_tokens": torch.randn(shape.vocab, hidden, generator=generator) * 0.3,
+        "target.lm_head": matrix(shape.draft_vocab, hidden) * 2,  # its rows of the draft vocabulary
+        "target.norm": 1 + 0.1 * torch.randn(hidden, generator=generator),
+        "d2t": torch.arange(shape.draft_vocab) * (step - 1),  # the ids 0, step, 2 step, ...
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One document of several turns; the target's argmax is always in the draft vocabulary."""
+
+    input_ids: Tensor  # [T] int64
+    loss_mask: Tensor  # [T] bool
+    aux_states: Tensor  # [T, A*H] bfloat16
+    final_states: Tensor  # [T, H] bfloat16
+
+
+def row(shape: Shape, share: float) -> Row:
+    """A row in which about `share` of the slots count: turns of prompt, then answer."""
+    generator = torch.Generator().manual_seed(1)
+    turn = shape.tokens // NUM_TURNS
+    in_turn = torch.arange(shape.tokens) % turn
+    return Row(
+        input_ids=torch.randint(0, shape.vocab, (shape.tokens,), generator=generator),
+        loss_mask=in_turn >= round((1 - share) * turn),
+        aux_states=torch.randn(
+            shape.tokens, NUM_AUX * shape.hidden, generator=generator, dtype=torch.bfloat16
+        ),
+        final_states=torch.randn(
+            shape.tokens, shape.hidden, generator=generator, dtype=torch.bfloat16
+        ),
+    )
+
+
+def counted(loss_mask: Tensor, ttt_steps: int) -> Tensor:
+    """[K, T] bool: tokens t+1 .. t+2+k of the one document are all answer."""
+    answer = torch.cat((loss_mask, loss_mask.new_zeros(ttt_steps + 1)))
+    rows = len(loss_mask)
+    steps = [
+        torch.stack([answer[i : i + rows] for i in range(1, k + 3)]).all(0)
+        for k in range(ttt_steps)
+    ]
+    return torch.stack(steps)
+
+
+def necessary_flops(shape: Shape, loss_mask: Tensor) -> int:
+    """Matrix products that no exact step can do without, forward and backward, in FLOP.
+
+    A product of [n, a] with [a, b] costs 2nab, and each of its two gradients as much. The inputs
+    of `fc` and the target's states need no gradient. Attention's products are left out.
+    """
+    gate = counted(loss_mask, shape.ttt_steps)
+    slots = int(gate[0].sum())  # [R] run step 0; step k runs those that count at k
+    runs = int(gate.sum())
+    wide = shape.queries + 2 * shape.keys
+    hidden, tokens = shape.hidden, shape.tokens
+    fc = 4 * tokens * NUM_AUX * hidden**2
+    keys_0 = 6 * tokens * hidden * 2 * shape.keys  # the state half of keys and values
+    queries_0 = 6 * slots * hidden * shape.queries
+    shifted = torch.stack([step.roll(k + 1) for k, step in enumerate(gate)])
+    scored = int(shifted.any(0).sum())  # tokens that some counted slot reads and is scored at
+    # the embedding half, once for all steps
+    embeddings = 6 * hidden * (tokens * 2 * shape.keys + scored * shape.queries)
+    later = 6 * (runs - slots) * hidden * wide
+    layer = 6 * runs * (hidden * shape.queries + 3 * hidden * shape.inner)
+    lm_head = 6 * runs * hidden * shape.draft_vocab
+    target = 2 * scored * hidden * shape.draft_vocab
+    return fc + keys_0 + queries_0 + embeddings + later + layer + lm_head + target

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two gloo ranks against one process: the same loss and gradients, uneven documents, resumes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import CASES, free_port
+from tests.runs import ROOT
+
+TOLERANCE = 1e-5
+
+
+def run_ranks(folder: Path, num_ranks: int, how: str, *arguments: str) -> None:
+    """Start `tests.ranks` as torchrun would start it on each of several nodes."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(num_ranks),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks", str(folder), how, *arguments],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+        )
+        for rank in range(num_ranks)
+    ]
+    assert [process.wait(timeout=200) for process in processes] == [0] * num_ranks
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every case, once in one process and once in two ranks under DDP and FSDP2."""
+    folders = {}
+    for name, ranks, how in (("single", 1, "ddp"), ("ddp", 2, "ddp"), ("fsdp2", 2, "fsdp2")):
+        folders[name] = tmp_path_factory.mktemp(name)
+        run_ranks(folders[name], ranks, how)
+    return folders
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_single_process_s_loss_and_gradients(
+    results: dict[str, Path], how: str, case: str
+) -> None:
+    expected = torch.load(results["single"] / f"{case}.pt")
+    found = torch.load(results[how] / f"{case}.pt")
+    assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+    assert found["carried"] == expected["carried"]
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    assert len(expected["gradients"]) == 13
+    for name, gradient in expected["gradients"].items():
+        assert relative(found["gradients"][name], gradient) < TOLERANCE, name
+    for name, weight in expected["weights"].items():
+        assert found["weights"][name].shape == weight.shape
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_really_share_the_work(results: dict[str, Path], case: str) -> None:
+    """Otherwise two ranks that each did everything would pass the test above."""
+    for how in ("ddp", "fsdp2"):
+        tokens = json.loads((results[how] / f"{case}-tokens.json").read_text())
+        assert len(tokens) == 2
+        assert sum(tokens) == sum(CASES[case][0])

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a training on random states: `python -m tests.ranks FOLDER ddp|fsdp2`.
+
+Writes for each case the step's loss, counts, unclipped gradients and new weights, gathered.
+"""
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from torch.distributed.tensor import DTensor
+
+from stages.train import distributed
+from stages.train.data import Batch, Sample, split_step
+from stages.train.head_config import HeadConfig
+from stages.train.loss import TargetOutput
+from stages.train.model import DraftHead
+from stages.train.optimizer import make_optimizer
+from stages.train.step import TrainingStep, train_step
+
+CONFIG = HeadConfig(
+    hidden_size=16,
+    target_hidden_size=16,
+    intermediate_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    vocab_size=30,
+    draft_vocab_size=21,
+    rms_norm_eps=1e-5,
+    rope_theta=50.0,
+    max_position_embeddings=128,
+    aux_layers=(1, 2, 4),
+)
+NUM_STEPS = 3
+# Lengths of the documents of one step, and tokens of a micro-batch.
+CASES = {
+    "uneven": ((31, 5, 17, 2, 9), 200),
+    "micro-batches": ((31, 5, 17, 2, 9, 12), 20),
+    "more ranks than documents": ((23,), 200),
+}
+
+
+class Documents:
+    """Random documents with the dataset's face."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        generator = torch.Generator().manual_seed(len(lengths))
+        self.samples = [Sample(f"row-{i}", i, slice(0, n)) for i, n in enumerate(lengths)]
+        self.documents = [
+            Batch(
+                input_ids=torch.randint(0, 30, (n,), generator=generator),
+                loss_mask=torch.rand(n, generator=generator) < 0.8,
+                aux_states=torch.randn(n, 48, generator=generator),
+                final_states=torch.randn(n, 16, generator=generator),
+                offsets=torch.tensor([0, n]),
+                in_vocab=torch.rand(n, generator=generator) < 0.8,
+                sample_ids=(f"row-{i}",),
+            )
+            for i, n in enumerate(lengths)
+        ]
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        chosen = [self.documents[sample.shard] for sample in samples]
+        lengths = torch.tensor([0, *(len(document.input_ids) for document in chosen)])
+        tensors = ("input_ids", "loss_mask", "aux_states", "final_states", "in_vocab")
+        return Batch(
+            **{name: torch.cat([getattr(d, name) for d in chosen]) for name in tensors},
+            offsets=lengths.cumsum(0),
+            sample_ids=(),
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run_case(accelerator: Accelerator, how: str, case: str, folder: Path) -> None:
+    lengths, micro_tokens = CASES[case]
+    documents = Documents(lengths)
+    parts = split_step(
+        documents.samples, num_ranks=accelerator.num_processes, micro_tokens=micro_tokens
+    )[accelerator.process_index]
+    micros = [
+        documents.batch(part) if part else documents.batch(documents.samples[:1]).silent()
+        for part in parts
+    ]
+    torch.manual_seed(0)
+    head = DraftHead(CONFIG, embed_tokens=torch.randn(30, 16), d2t=torch.full((21,), 4))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
+    target = TargetOutput(torch.rand(16) + 0.5, 1e-5, torch.randn(21, 16))
+    step = TrainingStep(head, target, num_steps=NUM_STEPS, decay=0.8)
+    module = distributed.joined(accelerator, step, how)
+    optimizer = make_optimizer(module, learning_rate=1e-2)
+    loss, sums = train_step(
+        accelerator, module, optimizer, micros, num_steps=NUM_STEPS, max_grad_norm=1e9
+    )
+    carried = accelerator.reduce(sums.carried)
+    total = accelerator.reduce(loss)
+    named = distributed.head_of(module).named_parameters()
+    gradients = {name: full(parameter.grad).clone() for name, parameter in named}
+    own_tokens = sum(sample.num_tokens for part in parts for sample in part)
+    tokens = gather_object([own_tokens])
+    state = distributed.gather_state(module, optimizer)
+    if accelerator.is_main_process:
+        found = {"loss": total.item(), "carried": carried.tolist(), "gradients": gradients}
+        torch.save({**found, "weights": state["weights"]}, folder / f"{case}.pt")
+        (folder / f"{case}-tokens.json").write_text(json.dumps(tokens))
+
+
+def main() -> None:
+    folder, how = Path(sys.argv[1]), sys.argv[2]
+    accelerator = Accelerator(
+        cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+    )
+    for case in CASES:
+        run_case(accelerator, how, case, folder)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
