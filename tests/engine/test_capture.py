@@ -201,7 +201,7 @@ def test_both_backends_say_the_same_log_probabilities(captured: Captured) -> Non
         _, hf = answers(capture)
     for index, told in captured.logprobs.items():
         gaps = (told - hf[index]).abs()
-        assert gaps.numel() == 0 or gaps.median() < 0.05
+        assert gaps.numel() == 0 or gaps.median() < 0.1
         assert captured.routed or not bool((gaps > 0.3).any())
 
 
