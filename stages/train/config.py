@@ -28,6 +28,7 @@ class TrainConfig(StageConfig):
     consumes: ClassVar[tuple[str, ...]] = (
         "target",
         "target_revision",
+        "target_train",
         "aux_layers",
         "max_length_tokens",
         "draft_vocab_size",

@@ -127,9 +127,7 @@ def _inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
     """The dump's manifest and the target's config, which must belong together."""
     folder = config.paths.stage("dump")
     parent = require_parent(folder, stage="dump", config=config)
-    located = target.locate(
-        config.run.target, config.workspace, revision=config.run.target_revision
-    )
+    located = target.locate_trained(config.run, config.workspace)
     target_config = target.read_config(located)
     if target.weights_hash(located) != parent["facts"]["target_hash"]:
         raise UserError(
