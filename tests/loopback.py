@@ -11,12 +11,20 @@ last user message decide what happens:
 
 import asyncio
 import collections
+import contextlib
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+
+from stages.synth.endpoints import PROBE
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ANSWER_IDS = [7, 8, 2]
 MAX_LENGTH_TOKENS = 4096
@@ -101,6 +109,29 @@ async def _serve(folder: Path) -> None:
     (folder / "port.new").write_text(str(port))
     (folder / "port.new").rename(folder / "port")
     await asyncio.Event().wait()
+
+
+@contextlib.contextmanager
+def loopback(folder: Path, target: Path) -> Iterator[str]:
+    """The server in a process of its own, with the ids that `target`'s tokenizer gives the probe."""
+    # Here, not above: the server itself is to start at once.
+    from transformers import AutoTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    encoded = AutoTokenizer.from_pretrained(target).apply_chat_template(
+        PROBE, add_generation_prompt=True, return_dict=True
+    )
+    (folder / "tokens").write_text(" ".join(map(str, encoded["input_ids"])))
+    (folder / "port").unlink(missing_ok=True)
+    process = subprocess.Popen([sys.executable, "-m", "tests.loopback", str(folder)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "port").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{(folder / 'port').read_text()}"
+    finally:
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from stages.synth.config import SynthConfig
 from stages.synth.engine import is_healthy
 
 KEY_VARIABLE = "EYRIE_ENDPOINT_KEY"
-_PROBE = [{"role": "user", "content": "Do these two share one tokenizer? 12 345, naïve, \\n\\n"}]
+PROBE = [{"role": "user", "content": "Do these two share one tokenizer? 12 345, naïve, \\n\\n"}]
 _TIMEOUT_S = 30.0
 
 logger = logging.getLogger(__name__)
@@ -56,14 +56,14 @@ def _local_ids(config: SynthConfig, target: Path) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(
         target, trust_remote_code=config.run.trust_remote_code
     )
-    encoded = tokenizer.apply_chat_template(_PROBE, add_generation_prompt=True, return_dict=True)
+    encoded = tokenizer.apply_chat_template(PROBE, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
 
 
 def _require_same(
     config: SynthConfig, base_url: str, served: Any, expected: list[int], key: str
 ) -> None:
-    body = {"model": served["id"], "messages": _PROBE, "add_generation_prompt": True}
+    body = {"model": served["id"], "messages": PROBE, "add_generation_prompt": True}
     found = _request(base_url, "/tokenize", key, body)["tokens"]
     if found != expected:
         raise UserError(

@@ -9,7 +9,6 @@ The last line is JSON.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from shared.config import build
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
 from stages.synth.engine import serve
+from tests.loopback import loopback
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,15 +168,6 @@ def against_vllm(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "ratio": round(statistics.median(ours) / statistics.median(theirs), 3),
         "ratios": [round(a / b, 3) for a, b in zip(ours, theirs, strict=True)],
     }
-
-
-@contextlib.contextmanager
-def loopback(folder: Path, target: Path) -> Iterator[str]:
-    """The server that computes nothing, in a process of its own."""
-    from tests.quick.test_synth_run import loopback as started
-
-    with started(folder, target) as url:
-        yield url
 
 
 def cost_of_requests(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

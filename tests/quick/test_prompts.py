@@ -161,7 +161,7 @@ def test_prompts_that_are_json_of_any_kind_never_crash_the_reader(tmp_path: Path
     message = st.dictionaries(st.sampled_from(["role", "from", "content", "tool_calls"]), values)
     keyed = st.dictionaries(st.sampled_from(names), values | st.lists(message, max_size=3))
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.lists(keyed | values, max_size=5))
     def check(rows: list[object]) -> None:
         path = tmp_path / "fuzz.jsonl"

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -72,14 +73,40 @@ def test_files_that_are_not_what_they_say_are_refused(tmp_path: Path) -> None:
         assert name.split("/")[0] in str(refusal.value)
 
 
-def test_a_hub_that_cannot_be_reached_is_tried_again_another_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises((RetryableError, UserError)) as refusal:
-        ids("nobody/nothing", tmp_path)
-    assert "nobody/nothing" in str(refusal.value)
+def test_a_hubs_data_set_is_read_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub is in reach of a test: what it would give is made here, by its own library."""
+    asked: list[tuple[Any, ...]] = []
+
+    def load(path: str, **how: Any) -> datasets.Dataset:
+        asked.append((path, how["split"]))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert ids("ultrachat", tmp_path) == ids("owner/name", tmp_path) == [row["id"] for row in ROWS]
+    assert asked == [("HuggingFaceH4/ultrachat_200k", "train_sft"), ("owner/name", "train")]
     assert digest(Source(path="ultrachat"), tmp_path, what="x").startswith("HuggingFaceH4/")
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [
+        (ConnectionError("no route"), RetryableError),
+        (datasets.exceptions.DatasetNotFoundError("no such thing"), UserError),
+        (ValueError("unknown split"), UserError),
+    ],
+)
+def test_what_a_hub_refuses_and_a_hub_out_of_reach(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+    outcome: type[Exception],
+) -> None:
+    def load(path: str, **how: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(outcome, match="nobody/nothing"):
+        ids("nobody/nothing", tmp_path)
 
 
 def test_a_digest_changes_with_any_file(tmp_path: Path) -> None:

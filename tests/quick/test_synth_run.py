@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole stage against a server with the manners of vLLM's: faults, accounting, shares."""
 
-import contextlib
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +13,9 @@ from shared import conversations
 from shared.config import build
 from shared.errors import EyrieError
 from stages.synth.config import SynthConfig
-from stages.synth.endpoints import _PROBE
 from stages.synth.run import run
-from tests.loopback import ANSWER_IDS
+from tests.loopback import ANSWER_IDS, loopback
 from tests.models import tiny_llama
-
-ROOT = Path(__file__).resolve().parents[2]
 
 BAD_ROWS = [
     b'{"id": "broken", "prompt": "x"',
@@ -45,25 +38,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Iterator[s
     """One that nothing kills."""
     with loopback(tmp_path_factory.mktemp("server"), target) as url:
         yield url
-
-
-@contextlib.contextmanager
-def loopback(folder: Path, target: Path) -> Iterator[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    encoded = AutoTokenizer.from_pretrained(target).apply_chat_template(
-        _PROBE, add_generation_prompt=True, return_dict=True
-    )
-    (folder / "tokens").write_text(" ".join(map(str, encoded["input_ids"])))
-    (folder / "port").unlink(missing_ok=True)
-    process = subprocess.Popen([sys.executable, "-m", "tests.loopback", str(folder)], cwd=ROOT)
-    try:
-        deadline = time.monotonic() + 60
-        while not (folder / "port").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{(folder / 'port').read_text()}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 class Ended(NamedTuple):
