@@ -152,18 +152,21 @@ def test_a_spelling_that_is_not_the_tokenizers_gives_one_row_a_turn(
     demo: Demo, endpoint: Endpoint, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Sampled hot, the target spells words in tokens that the tokenizer would not choose."""
-    config = config_of(demo, temperature="1.2")
-    outcomes = answer(endpoint, config, conversations_of(demo), chat_template=UNMARKED)
-    two_turns = [outcome for outcome in outcomes if len(outcome.rows[-1].messages) == 4]
-    split = 0
-    for outcome in two_turns:
-        first = outcome.rows[0]
-        start, end = first.loss_spans[0]
-        answered = list(first.input_ids[start:end])
-        respelled = tokenizer(tokenizer.decode(answered), add_special_tokens=False)["input_ids"]
-        assert (len(outcome.rows) == 2) == (respelled != answered)
-        split += len(outcome.rows) == 2
-    assert split, f"none of {len(two_turns)} was spelled otherwise: heat it up"
+    checked = split = 0
+    for temperature in ("1.2", "1.6", "2.0", "2.4"):  # how hot is hot, depends on the target
+        config = config_of(demo, temperature=temperature)
+        for outcome in answer(endpoint, config, conversations_of(demo), chat_template=UNMARKED):
+            if len(outcome.rows[-1].messages) < 4:
+                continue  # cut off in its first turn
+            start, end = outcome.rows[0].loss_spans[0]
+            said_ids = list(outcome.rows[0].input_ids[start:end])
+            text = tokenizer.decode(said_ids)
+            respelled = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert (len(outcome.rows) == 2) == (respelled != said_ids)
+            checked, split = checked + 1, split + (len(outcome.rows) == 2)
+        if split:
+            break
+    assert split, f"none of {checked} was spelled otherwise: heat it up"
 
 
 def test_a_parsed_tool_call_is_compared_and_its_ids_kept(
