@@ -5,56 +5,30 @@ The states are mapped from files, so making a batch is what reads the disk. For 
 put into page-locked memory, and its copy to the device runs behind the step before.
 """
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, cast
 
 from stages.train.data import Batch, Dataset, Sample, split_step
 
 T = TypeVar("T")
-
-
-class _End:
-    """The last item of the queue, with the error that ended the thread, if one did."""
-
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
+_END = object()
 
 
 def prefetched(items: Iterator[T], *, depth: int = 2) -> Iterator[T]:
-    """The same items in the same order, made in a thread that runs at most `depth` ahead."""
-    ready: queue.Queue[T | _End] = queue.Queue(depth)
-    stopped = threading.Event()
+    """The same items in the same order, made in a thread: `depth` ready ahead, one in hand.
 
-    def give(item: T | _End) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
+    An error in making an item is raised where that item is taken.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead = deque(thread.submit(next, items, _END) for _ in range(depth + 1))
         try:
-            for item in items:
-                give(item)
-                if stopped.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 - raised again where the items are taken
-            give(_End(error))
-        else:
-            give(_End(None))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while not isinstance(item := ready.get(), _End):
-            yield item
-        if item.error is not None:
-            raise item.error
-    finally:
-        stopped.set()
-        thread.join()
+            while (item := ahead.popleft().result()) is not _END:
+                ahead.append(thread.submit(next, items, _END))
+                yield cast(T, item)
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 def micro_batches(
