@@ -52,6 +52,11 @@ _MAY_FOLLOW = {
 }
 
 
+def short_hash(text: str) -> int:
+    """64 bits of SHA-256: the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
     """What is said before the target speaks, and what the row itself has as the answer."""

@@ -17,7 +17,7 @@ from shared import files
 from shared.config import Section, identity
 from shared.errors import RetryableError, UserError
 from shared.paths import find_input
-from shared.prompts import COLUMNS, BadRow, Prompt, Unusable, parse_line, parse_row
+from shared.prompts import COLUMNS, BadRow, Prompt, Unusable, parse_line, parse_row, short_hash
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _BATCH_ROWS = 256
@@ -181,16 +181,31 @@ def _hub_rows(source: Source, what: str) -> Iterable[Any]:
         ) from error
 
 
-def without_duplicates(rows: Iterable[Prompt | BadRow]) -> Iterator[Prompt | BadRow]:
-    """The rows, a second one with the same id as a BadRow."""
-    seen: set[str] = set()
+def without_duplicates(
+    rows: Iterable[Prompt | BadRow], *, same_content: bool = False
+) -> Iterator[Prompt | BadRow]:
+    """The rows, a second one with the same id as a BadRow; 16 bytes of hash a row are remembered.
+
+    Args:
+        same_content: whether a second row with the same turns and tools is a BadRow, too.
+    """
+    ids: set[int] = set()
+    contents: set[int] = set()
     for row in rows:
-        if isinstance(row, Prompt) and row.sample_id in seen:
-            yield BadRow(row.sample_id, "duplicate_id", row.source)
+        if not isinstance(row, Prompt):
+            yield row
             continue
-        if isinstance(row, Prompt):
-            seen.add(row.sample_id)
-        yield row
+        own = short_hash(row.sample_id)
+        content = int(row.content_hash(), 16) if same_content else None
+        if own in ids:
+            yield BadRow(row.sample_id, "duplicate_id", row.source)
+        elif content in contents:
+            yield BadRow(row.sample_id, "duplicate_content", row.source)
+        else:
+            ids.add(own)
+            if content is not None:
+                contents.add(content)
+            yield row
 
 
 def read_lines(

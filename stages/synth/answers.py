@@ -2,6 +2,7 @@
 """Where answers come from: a server of our own, servers that run already, or the rows themselves."""
 
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ async def answers(
     first = next(prompts, None)
     if first is None:  # all is answered already: no server for that
         return
-    prompts = _chain(first, prompts)
+    prompts = itertools.chain([first], prompts)
     if config.mode == "keep":
         from stages.synth.keep import Keeper
 
@@ -59,11 +60,6 @@ async def answers(
                 logger.warning("the server died (%s); starting it again", error)
             finally:
                 await client.close()
-
-
-def _chain(first: Prompt, rest: Iterator[Prompt]) -> Iterator[Prompt]:
-    yield first
-    yield from rest
 
 
 @contextlib.contextmanager

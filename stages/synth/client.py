@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import aiohttp
@@ -59,7 +59,6 @@ class Outcome:
     prompt: Prompt
     rows: tuple[Conversation, ...] = ()
     refused: Refused | None = None
-    ended_early: str = ""
 
 
 def _message(said: dict[str, Any]) -> Message:
@@ -111,19 +110,18 @@ class Client:
     def _options(self, prompt: Prompt, turn: int) -> dict[str, Any]:
         config = self.config
         temperature, top_p = sampling_of(config, prompt.sample_id)
-        extra: dict[str, Any] = {"return_token_ids": True}
         switches = dict(config.chat_template_kwargs)
         if config.reasoning == "disable":
             switches = {"enable_thinking": False, "thinking": False, **switches}
-        if switches:
-            extra["chat_template_kwargs"] = switches
         options: dict[str, Any] = {
             "max_tokens": config.max_tokens,
             "temperature": temperature,
             "top_p": top_p,
             "seed": request_seed(config, prompt.sample_id, turn),
-            **extra,
+            "return_token_ids": True,
         }
+        if switches:
+            options["chat_template_kwargs"] = switches
         if prompt.tools:
             options["tools"] = list(prompt.tools)
             # Without a parser the calls stay in the answer's text; the template shows the tools.
@@ -194,7 +192,7 @@ class Client:
             said = played.turns[-1].reply
             reason = "only_reasoning" if said.answer_ids else "empty_answer"
             return Outcome(prompt, refused=Refused(reason, said.finish_reason))
-        return Outcome(prompt, rows, ended_early=played.ended_early)
+        return Outcome(prompt, rows)
 
 
 class Dispatcher:
@@ -240,5 +238,5 @@ class Dispatcher:
             await asyncio.gather(*self._in_flight, return_exceptions=True)
             self._in_flight = {}
 
-    def _next(self, waiting: Any) -> Prompt | None:
+    def _next(self, waiting: Iterator[Prompt]) -> Prompt | None:
         return self._again.pop(0) if self._again else next(waiting, None)

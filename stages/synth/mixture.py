@@ -5,15 +5,14 @@ The stream is the same in every process and on every run, so that a resumed or a
 same rows. Beside the shuffle's buffer it holds 16 bytes of hash a row.
 """
 
-import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from shared.process import Share
-from shared.prompts import BadRow, Prompt
-from shared.sources import digest, read_source
+from shared.prompts import BadRow, Prompt, short_hash
+from shared.sources import digest, read_source, without_duplicates
 from stages.synth.config import SynthConfig, SynthSource
 
 Row = Prompt | BadRow
@@ -39,7 +38,7 @@ def prompts(config: SynthConfig) -> Iterator[Row]:
     streams = [_stream(source, config) for source in sources]
     weights = [source.weight for source in sources]
     rows = _mix(streams, weights, seed=config.run.seed)
-    rows = _without_duplicates(rows, same_content=config.deduplicate)
+    rows = without_duplicates(rows, same_content=config.deduplicate)
     return _own(_at_most(rows, config.max_samples), config.share)
 
 
@@ -95,28 +94,6 @@ def _mix(streams: list[Iterator[Row]], weights: list[float], *, seed: int) -> It
             yield row
 
 
-def _short_hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-
-
-def _without_duplicates(rows: Iterable[Row], *, same_content: bool) -> Iterator[Row]:
-    ids: set[int] = set()
-    contents: set[int] = set()
-    for row in rows:
-        if not isinstance(row, Prompt):
-            yield row
-            continue
-        own, content = _short_hash(row.sample_id), int(row.content_hash(), 16)
-        if own in ids:
-            yield BadRow(row.sample_id, "duplicate_id", row.source)
-        elif same_content and content in contents:
-            yield BadRow(row.sample_id, "duplicate_content", row.source)
-        else:
-            ids.add(own)
-            contents.add(content)
-            yield row
-
-
 def _own(rows: Iterator[Row], share: Share) -> Iterator[Row]:
     """Rows are dealt out by position, so that every process's share is of one size."""
     for position, row in enumerate(rows):
@@ -134,4 +111,4 @@ def sampling_of(config: SynthConfig, sample_id: str) -> tuple[float, float]:
 
 def request_seed(config: SynthConfig, sample_id: str, turn: int) -> int:
     """The engine's seed for one answer (31 bits): rows with equal prompts still differ."""
-    return _short_hash(f"{config.run.seed}/{sample_id}/{turn}") % 2**31
+    return short_hash(f"{config.run.seed}/{sample_id}/{turn}") % 2**31

@@ -51,13 +51,7 @@ def run(config: SynthConfig) -> None:
                 max_failed_fraction=config.max_failed_fraction, what="synth", rejects=rejects
             )
         files.write_json(artifact.folder / _record(config.share), accounting.as_dict())
-        answered = {
-            "target_hash": inputs["target"],
-            "vocabulary_hash": target.vocabulary_hash(target_folder),
-            # Another model's states cost acceptance: whoever reads this shall see it.
-            "target_train": config.run.target_train,
-        }
-        _finish(config, artifact, answered)
+        _finish(config, artifact, target_folder)
 
 
 def rejects_name(share: Share) -> str:
@@ -137,7 +131,7 @@ async def _answer(config: SynthConfig, target_folder: Path, folder: Path, total:
     return accounting
 
 
-def _finish(config: SynthConfig, artifact: Artifact, facts: dict[str, str | None]) -> None:
+def _finish(config: SynthConfig, artifact: Artifact, target_folder: Path) -> None:
     """Complete the artifact, if this was the last share of it."""
     from stages.synth.summary import show
 
@@ -159,7 +153,10 @@ def _finish(config: SynthConfig, artifact: Artifact, facts: dict[str, str | None
             counts=accounting.as_dict(),
             facts={
                 **totals.facts(),
-                **facts,
+                "target_hash": artifact.identity["input.target"],
+                "vocabulary_hash": target.vocabulary_hash(target_folder),
+                # Another model's states cost acceptance: whoever reads this shall see it.
+                "target_train": config.run.target_train,
                 "greedy": config.greedy,
                 "on_policy": config.mode != "keep",
             },
