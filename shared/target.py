@@ -19,6 +19,7 @@ from shared.paths import find_input
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 _HEADER_LIMIT_BYTES = 100 << 20
 _EMBEDDING = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
@@ -255,6 +256,24 @@ def vocabulary_hash(folder: Path) -> str:
 
     vocabulary = sorted(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    """The target's tokenizer.
+
+    Raises:
+        UserError: its files do not load, or want code of their own that the recipe does not trust.
+    """
+    # Here, not above: it takes seconds, and a finished stage must not wait for it.
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a broken tokenizer.json raises no narrower one
+        raise UserError(
+            f"{folder}: expected a tokenizer that loads, found: {error}. Restore tokenizer.json and "
+            "tokenizer_config.json; run.trust_remote_code allows a tokenizer with its own code."
+        ) from error
 
 
 def require_chat_template(folder: Path) -> None:

@@ -109,12 +109,7 @@ def _row_lengths(
     A row of one turn needs what it says. An answer that becomes history is tokenised anew from its
     text, and text that is no language may then take more tokens than it had: it gets room.
     """
-    # Here, not above: a benchmark that is done already must not wait for it.
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=config.run.trust_remote_code
-    )
+    tokenizer = target.load_tokenizer(folder, trust_remote_code=config.run.trust_remote_code)
     answer, depth = max(config.max_tokens), max(config.num_speculative_tokens)
     needed, roomy = 0, 0
     for conversation in [*conversations, *warmup()]:

@@ -86,13 +86,12 @@ class PlainRows(RowSource):
     source: sources.Source
     workspace: Path
     inputs: Mapping[str, str]
+    trust_remote_code: bool
     parents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     is_greedy: bool = False
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(target_folder)
+        tokenizer = target.load_tokenizer(target_folder, trust_remote_code=self.trust_remote_code)
         read = sources.read_source(self.source, self.workspace, what=_WHAT)
         for prompt in sources.without_duplicates(read):
             if isinstance(prompt, BadRow):
@@ -145,7 +144,8 @@ def open_source(config: DumpConfig) -> RowSource:
     if config.conversations is not None:
         source = sources.Source(path=config.conversations)
         digest = sources.digest(source, config.workspace, what=_WHAT)
-        return PlainRows(source, config.workspace, {"conversations": digest})
+        trusted = config.run.trust_remote_code
+        return PlainRows(source, config.workspace, {"conversations": digest}, trusted)
     folder = config.paths.stage("synth")
     parent = require_parent(folder, stage="synth", config=config)
     return SynthRows(

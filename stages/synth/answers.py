@@ -10,6 +10,7 @@ from pathlib import Path
 from shared.errors import RetryableError, UserError
 from shared.process import stop_requested
 from shared.prompts import Prompt
+from shared.target import load_tokenizer
 from stages.synth.client import Client, Dispatcher, Endpoint, Outcome, ServerDiedError
 from stages.synth.config import SynthConfig
 
@@ -84,9 +85,5 @@ def _reasoning_end(config: SynthConfig, target: Path) -> tuple[int, ...]:
     """The ids that end the reasoning, where it must not be trained on."""
     if config.reasoning != "drop":
         return ()
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        target, trust_remote_code=config.run.trust_remote_code
-    )
+    tokenizer = load_tokenizer(target, trust_remote_code=config.run.trust_remote_code)
     return tuple(tokenizer(config.reasoning_end, add_special_tokens=False)["input_ids"])

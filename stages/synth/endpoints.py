@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import RetryableError, UserError
+from shared.server import is_healthy
+from shared.target import load_tokenizer
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
-from stages.synth.engine import is_healthy
 
 KEY_VARIABLE = "EYRIE_ENDPOINT_KEY"
 PROBE = [{"role": "user", "content": "Do these two share one tokenizer? 12 345, naïve, \\n\\n"}]
@@ -51,11 +52,7 @@ def connect(config: SynthConfig, target: Path) -> list[Endpoint]:
 
 
 def _local_ids(config: SynthConfig, target: Path) -> list[int]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        target, trust_remote_code=config.run.trust_remote_code
-    )
+    tokenizer = load_tokenizer(target, trust_remote_code=config.run.trust_remote_code)
     encoded = tokenizer.apply_chat_template(PROBE, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
 

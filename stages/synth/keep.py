@@ -12,6 +12,7 @@ from typing import Any
 
 from shared.conversations import Conversation
 from shared.prompts import Message, Prompt
+from shared.target import load_tokenizer
 from shared.templates import TemplateMismatch, tokenize_conversation
 from stages.synth.client import Outcome
 from stages.synth.config import SynthConfig
@@ -22,12 +23,8 @@ class Keeper:
     """Turns prompts that have answers into rows."""
 
     def __init__(self, config: SynthConfig, target: Path) -> None:
-        from transformers import AutoTokenizer
-
         self.config = config
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            target, trust_remote_code=config.run.trust_remote_code
-        )
+        self.tokenizer = load_tokenizer(target, trust_remote_code=config.run.trust_remote_code)
 
     def keep(self, prompt: Prompt) -> Outcome:
         """One row, or one a turn where the template shows earlier answers otherwise."""
