@@ -77,12 +77,12 @@ class Shard:
         """The rows of sample `index`."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
-    def states(self, index: int) -> torch.Tensor:
-        """The states [S, A+1, H] of sample `index`, mapped, and on their way from the disk.
+    def states(self, rows: slice) -> torch.Tensor:
+        """The states [S, A+1, H] of a sample's rows, mapped, and on their way from the disk.
 
-        A reader that asks for a few samples ahead of the one that it copies keeps the disk busy.
+        A reader that asks for a few samples before it copies the first keeps the disk busy.
         """
-        states = self.hidden_states[self.rows(index)]
+        states = self.hidden_states[rows]
         _fetch(states)
         return states
 

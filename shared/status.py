@@ -146,10 +146,10 @@ class Status:
         self._write("running", progress={"done": done, "total": total, "unit": unit, **facts})
 
     def rate(self, amount: float) -> int:
-        """`amount` a second since progress began."""
+        """`amount` a second since progress began; 0 in the first second, which tells nothing yet."""
         began_s = self._first[0] if self._first else time.monotonic()
         passed_s = time.monotonic() - began_s
-        return round(amount / passed_s) if passed_s > 0 else 0
+        return round(amount / passed_s) if passed_s >= 1 else 0
 
     def started(self) -> None:
         self._write("running")

@@ -61,70 +61,32 @@ def tiny_tokenizer(path: Path, *, vocab_size: int = VOCAB_SIZE) -> PreTrainedTok
     return tokenizer
 
 
-def tiny_llama(
-    path: Path,
-    *,
-    tied: bool = True,
-    hidden_size: int = 128,
-    num_layers: int = 8,
-    vocab_size: int = VOCAB_SIZE,
-    max_length_tokens: int = 2048,
-    seed: int = 0,
-) -> Path:
+def tiny_llama(path: Path, *, tied: bool = True, seed: int = 0, **size: int) -> Path:
     """A Llama target with random bf16 weights, `tied` or not, in `path`."""
-    shape = _shape(hidden_size, num_layers, vocab_size, max_length_tokens)
-    config = LlamaConfig(**shape, tie_word_embeddings=tied)
+    config = LlamaConfig(**_shape(**size), tie_word_embeddings=tied)
     return _save(LlamaForCausalLM(config), path, seed=seed)
 
 
-def tiny_qwen3(
-    path: Path,
-    *,
-    tied: bool = False,
-    hidden_size: int = 128,
-    num_layers: int = 8,
-    vocab_size: int = VOCAB_SIZE,
-    max_length_tokens: int = 2048,
-    seed: int = 0,
-) -> Path:
+def tiny_qwen3(path: Path, *, tied: bool = False, seed: int = 0, **size: int) -> Path:
     """A Qwen3 target (norms on queries and keys) with random bf16 weights in `path`."""
-    shape = _shape(hidden_size, num_layers, vocab_size, max_length_tokens)
-    config = Qwen3Config(**shape, tie_word_embeddings=tied)
+    config = Qwen3Config(**_shape(**size), tie_word_embeddings=tied)
     return _save(Qwen3ForCausalLM(config), path, seed=seed)
 
 
-def tiny_sliding(
-    path: Path,
-    *,
-    window: int = 48,
-    hidden_size: int = 128,
-    num_layers: int = 8,
-    vocab_size: int = VOCAB_SIZE,
-    max_length_tokens: int = 2048,
-    seed: int = 0,
-) -> Path:
+def tiny_sliding(path: Path, *, window: int = 48, seed: int = 0, **size: int) -> Path:
     """A Mistral target whose tokens see the last `window` tokens alone, in `path`."""
-    shape = _shape(hidden_size, num_layers, vocab_size, max_length_tokens)
-    config = MistralConfig(**shape, sliding_window=window)
+    config = MistralConfig(**_shape(**size), sliding_window=window)
     return _save(MistralForCausalLM(config), path, seed=seed)
 
 
-def tiny_moe(
-    path: Path,
-    *,
-    hidden_size: int = 128,
-    num_layers: int = 8,
-    vocab_size: int = VOCAB_SIZE,
-    max_length_tokens: int = 2048,
-    seed: int = 0,
-) -> Path:
+def tiny_moe(path: Path, *, seed: int = 0, **size: int) -> Path:
     """A Qwen3-MoE target, two of four experts a token, in `path`."""
-    shape = _shape(hidden_size, num_layers, vocab_size, max_length_tokens)
+    shape = _shape(**size)
     config = Qwen3MoeConfig(
         **shape,
         num_experts=4,
         num_experts_per_tok=2,
-        moe_intermediate_size=hidden_size,
+        moe_intermediate_size=shape["hidden_size"],
         decoder_sparse_step=1,
         mlp_only_layers=[],
         norm_topk_prob=True,
@@ -132,17 +94,8 @@ def tiny_moe(
     return _save(Qwen3MoeForCausalLM(config), path, seed=seed)
 
 
-def tiny_scaled_rotary(
-    path: Path,
-    *,
-    hidden_size: int = 128,
-    num_layers: int = 8,
-    vocab_size: int = VOCAB_SIZE,
-    max_length_tokens: int = 2048,
-    seed: int = 0,
-) -> Path:
+def tiny_scaled_rotary(path: Path, *, seed: int = 0, **size: int) -> Path:
     """A Llama target with Llama 3's own scaling of the rotary frequencies, in `path`."""
-    shape = _shape(hidden_size, num_layers, vocab_size, max_length_tokens)
     scaling = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -151,13 +104,18 @@ def tiny_scaled_rotary(
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
-    config = LlamaConfig(**shape, tie_word_embeddings=False, rope_parameters=scaling)
+    config = LlamaConfig(**_shape(**size), tie_word_embeddings=False, rope_parameters=scaling)
     return _save(LlamaForCausalLM(config), path, seed=seed)
 
 
 def _shape(
-    hidden_size: int, num_layers: int, vocab_size: int, max_length_tokens: int
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 8,
+    vocab_size: int = VOCAB_SIZE,
+    max_length_tokens: int = 2048,
 ) -> dict[str, int | None]:
+    """Every target's sizes, by the names that these functions take them under."""
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,

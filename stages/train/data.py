@@ -111,7 +111,7 @@ class Dataset:
             UserError: a file is damaged.
         """
         parts = [(self.shards[sample.shard], sample) for sample in samples]
-        states = torch.cat([shard.hidden_states[sample.rows] for shard, sample in parts])
+        states = torch.cat([shard.states(sample.rows) for shard, sample in parts])
         lengths = torch.tensor([0, *(sample.num_tokens for sample in samples)])
         return Batch(
             input_ids=torch.cat([shard.input_ids[sample.rows] for shard, sample in parts]).long(),

@@ -56,6 +56,10 @@ class RowFile:
             parts = [*aux.unbind(1), parts]
         return torch.stack([part.to(torch.bfloat16) for part in parts], dim=1)
 
+    def states(self, rows: slice) -> Tensor:
+        """The states of `rows`; a file holds one sample, so these are all."""
+        return self.hidden_states[rows]
+
     def rows(self, index: int) -> slice:
         return slice(0, len(self.input_ids))
 

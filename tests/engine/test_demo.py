@@ -10,27 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from shared import conversations, hidden_states
+from stages.ops.make_target import has_bfloat16
 from tests.engine.conftest import RECIPE, ROOT, Demo, ops
 
 pytestmark = pytest.mark.engine
 
-LIMIT_S = 12 * 60
-# What two cores of a plain server do in float32; a machine that gives less may take longer.
-FULL_GFLOP_PER_S = 100
-
-
-def gflop_per_s() -> float:
-    """This machine's rate of float32 matrix products, now."""
-    a, b = torch.randn(2048, 1024), torch.randn(1024, 1024)
-    a @ b
-    began_s, products = time.monotonic(), 0
-    while time.monotonic() - began_s < 2:
-        a @ b
-        products += 1
-    return products * 2 * 2048 * 1024**2 / 1e9 / (time.monotonic() - began_s)
+# Where the processor has no bfloat16 arithmetic the target's training alone takes twice as long.
+LIMIT_S = 12 * 60 if has_bfloat16() else 20 * 60
 
 
 def test_the_demo_reaches_its_bars_in_time(demo: Demo) -> None:
@@ -40,8 +28,7 @@ def test_the_demo_reaches_its_bars_in_time(demo: Demo) -> None:
     assert report["num_speculative_tokens"] == 3
     assert head["acceptance_length"] >= 2.5
     assert head["acceptance_length"] - ngram["acceptance_length"] >= 1.0
-    limit_s = LIMIT_S * max(1.0, FULL_GFLOP_PER_S / gflop_per_s())
-    assert demo.seconds is None or demo.seconds < limit_s
+    assert demo.seconds is None or demo.seconds < LIMIT_S
 
 
 def test_its_last_line_is_machine_readable(demo: Demo) -> None:

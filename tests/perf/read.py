@@ -92,11 +92,11 @@ def random_rate(paths: list[Path], seed: int) -> tuple[float, int]:
     places = [(shard, row) for shard in shards for row in range(len(shard))]
     random.Random(seed).shuffle(places)
     # Asked for ahead, as a loader that knows its next batch does.
-    coming = collections.deque(shard.states(row) for shard, row in places[:AHEAD])
+    coming = collections.deque(shard.states(shard.rows(row)) for shard, row in places[:AHEAD])
     for place in range(len(places)):
         if place + AHEAD < len(places):
             shard, row = places[place + AHEAD]
-            coming.append(shard.states(row))
+            coming.append(shard.states(shard.rows(row)))
         states = coming.popleft()
         kept.copy_(states)
         size += states.numel() * states.element_size()

@@ -119,7 +119,7 @@ def disagreement(workers: Sequence[Worker], share: float) -> float:
         for worker in workers:
             path = Path(folder) / f"{worker.side}.pt"
             losses.append(worker.ask("gradients", share=share, to=str(path))["loss"])
-            gradients.append(torch.load(path))
+            gradients.append(torch.load(path, weights_only=True))
     ours, theirs = gradients
     if ours.keys() != theirs.keys():
         raise SystemExit(f"the sides train other weights: {sorted(ours.keys() ^ theirs.keys())}")

@@ -136,7 +136,7 @@ def test_one_file_a_row_gives_the_batch_of_a_shard(tmp_path: Path, layout: str) 
 def test_a_damaged_row_file_is_named(tmp_path: Path, damage: dict[str, object], told: str) -> None:
     write_files(tmp_path)
     path = tmp_path / "samples" / "data_0.pt"
-    torch.save(torch.load(path) | damage, path)
+    torch.save(torch.load(path, weights_only=True) | damage, path)
     with pytest.raises(UserError) as error:
         _ = RowFile(path, AUX + 1, SIZE).input_ids
     assert told in str(error.value)

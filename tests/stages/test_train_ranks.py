@@ -57,8 +57,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_two_ranks_give_the_single_process_s_loss_and_gradients(
     results: dict[str, Path], how: str, case: str
 ) -> None:
-    expected = torch.load(results["single"] / f"{case}.pt")
-    found = torch.load(results[how] / f"{case}.pt")
+    expected = torch.load(results["single"] / f"{case}.pt", weights_only=True)
+    found = torch.load(results[how] / f"{case}.pt", weights_only=True)
     assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
     assert found["carried"] == expected["carried"]
     assert found["gradients"].keys() == expected["gradients"].keys()
