@@ -10,6 +10,7 @@ Worked example: a prompt of 3 tokens and an answer of 2 (its end-of-turn token i
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ class Conversation:
         for start, end in self.loss_spans:
             mask[start:end] = [1] * (end - start)
         return mask
+
+
+def spans_of(mask: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The half-open ranges of ones: what `Conversation.loss_mask` was made of.
+
+    Worked example: [0, 0, 0, 1, 1, 0, 1] gives (3, 5) and (6, 7).
+    """
+    edges = [i for i, pair in enumerate(itertools.pairwise([0, *mask, 0])) if pair[0] != pair[1]]
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def arrow_schema() -> Any:

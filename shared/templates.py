@@ -16,9 +16,10 @@ Worked example, a template `<user>q<end><assistant>a<end>` of one token a piece:
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from shared.conversations import spans_of
 from shared.prompts import Message
 
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -103,26 +104,15 @@ def tokenize_conversation(
     try:
         if _MARKS_ANSWERS.search(tokenizer.get_chat_template(tools=renderer.tools)):
             ids, mask = renderer.marked()
-            spans = list(_runs(mask))
+            spans = spans_of(mask)
             if len(spans) < len(answers):
                 raise TemplateMismatch(f"{len(answers)} answers, {len(spans)} marked by template")
-            return tuple(ids), tuple(spans[-1:] if last_only else spans)
+            return tuple(ids), spans[-1:] if last_only else spans
         return _by_prefixes(renderer, answers)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         if isinstance(error, TemplateMismatch):
             raise
         raise TemplateMismatch(f"the template refuses the messages: {error}") from error
-
-
-def _runs(mask: Sequence[int]) -> Iterator[Span]:
-    """Half-open ranges of ones."""
-    start = None
-    for position, said in enumerate([*mask, 0]):
-        if said and start is None:
-            start = position
-        elif not said and start is not None:
-            yield start, position
-            start = None
 
 
 def _by_prefixes(

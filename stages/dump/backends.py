@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """What a backend is asked: token ids, and whether it shall say their log-probabilities too."""
+    """What a backend is asked: token ids, whether it shall say their log-probabilities, a name."""
 
     ids: Sequence[int]
     is_probe: bool = False
+    sample_id: str = ""
 
 
 class Captured(NamedTuple):
@@ -67,11 +68,13 @@ def check_row(index: int, ids: Sequence[int], max_length_tokens: int) -> None:
 
 
 def choose(config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]) -> str:
-    """The recipe's backend; for `auto`, what the engine says of this target decides.
+    """The recipe's backend, files where it brings states; for `auto` the engine decides.
 
     Raises:
         UserError: `auto`, and neither vLLM nor transformers knows the target.
     """
+    if config.states is not None:
+        return "files"
     if config.backend != "auto":
         return config.backend
     if importlib.util.find_spec("vllm") is None:
@@ -94,7 +97,12 @@ def choose(config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]
 def open_backend(
     name: str, config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]
 ) -> Iterator[Backend]:
-    """Backend `name` ("vllm" or "hf"), loaded for the length of the block."""
+    """Backend `name` ("vllm", "hf" or "files"), loaded for the length of the block."""
+    if name == "files":
+        from stages.dump.backend_files import StateFiles
+
+        yield StateFiles(config, target, len(aux_layers) + 1)
+        return
     settings = _settings(config, target, aux_layers)
     if name == "hf":
         from stages.dump.backend_hf import HfCapture

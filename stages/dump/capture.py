@@ -156,7 +156,7 @@ class ShardWriter:
             for row, ids in enumerate(rows.input_ids):
                 places[index] = (shard, row)
                 index += 1
-                yield Row(ids, is_probe=row in probes)
+                yield Row(ids, row in probes, rows.sample_ids[row])
 
     def _write(self, shard: FillingShard) -> None:
         """Check and write one shard. Runs on the writer's thread."""

@@ -10,7 +10,7 @@ from shared.sharding import ShardedConfig
 class DumpConfig(ShardedConfig):
     """Runs the target over conversations and keeps its hidden states, checked.
 
-    In:  <workspace>/<run>/synth/, or --conversations.
+    In:  <workspace>/<run>/synth/, or --conversations, or --states.
     Out: <workspace>/<run>/dump/shard_*.pt, data_config.json, token_freq.pt, manifest.json.
     """
 
@@ -28,6 +28,11 @@ class DumpConfig(ShardedConfig):
         None,
         "Finished conversations instead of synth's: file, folder, glob (workspace first) or hub "
         "data set. The target's chat template gives their token ids.",
+    )
+    states: str | None = identity(
+        None,
+        "Hidden states made elsewhere, instead of capturing: a folder of ModelOpt's or "
+        "speculators' .pt, a file a conversation. They are checked and become this artifact.",
     )
     backend: Literal["vllm", "hf", "auto"] = identity(
         "vllm", "vllm; hf for targets whose vLLM model has no hooks; auto asks vLLM which."

@@ -48,7 +48,7 @@ def run(config: ParityConfig) -> None:
         raise UserError(f"parity: both backends are {name}. Set --backend or --against.")
     limit = config.run.max_length_tokens
     chosen = itertools.islice(source.rows(folder, Accounting()), config.rows)
-    rows = [Row(row.input_ids[:limit]) for row in chosen]
+    rows = [Row(row.input_ids[:limit], sample_id=row.sample_id) for row in chosen]
     if not rows:
         raise UserError("parity: expected at least one row to compare, found none.")
     found = _capture(name, config, target_config, aux_layers, rows)

@@ -76,7 +76,7 @@ def _settle(
     folder, fingerprint = artifact.folder, artifact.fingerprint
     found = plans.read_plan(folder / plans.FOLDER, fingerprint)
     backend = found.backend if found else config.backend
-    if backend == "auto":
+    if backend == "auto" or config.states is not None:
         from stages.dump.backends import choose
 
         backend = choose(config, target_config, aux_layers)

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the rows come from: synth's artifact of the same run, or finished conversations.
+"""Where the rows come from: synth's artifact of the same run, finished conversations, or states.
 
 Conversations that nobody regenerates get their token ids and answer spans from the target's own chat
 template (`shared/templates.py`); a row for which the template cannot tell them is left out, with its
-reason. The target did not say these answers, so they are no measure of its states.
+reason. The target did not say these answers, so they are no measure of its states. Hidden states
+that were made elsewhere bring ids and masks along.
 """
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared import conversations, sources, target
-from shared.conversations import Conversation
+from shared import conversations, layers, sources, target
+from shared.conversations import Conversation, spans_of
 from shared.errors import UserError
 from shared.manifest import require_parent
+from shared.paths import find_input
 from shared.prompts import BadRow, Prompt
 from shared.status import Accounting
 from shared.templates import TemplateMismatch, tokenize_conversation
@@ -106,6 +109,41 @@ class PlainRows(RowSource):
         target.require_chat_template(target_folder)
 
 
+@dataclasses.dataclass(frozen=True)
+class StateRows(RowSource):
+    """Hidden states that were made elsewhere, a file a conversation (`shared/row_files.py`)."""
+
+    folder: Path
+    aux_layers: tuple[int, ...] | None
+    inputs: Mapping[str, str]
+    parents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    is_greedy: bool = False
+
+    def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
+        # Here, not above: an artifact that is done already must not wait for torch.
+        from shared.row_files import RowFile
+
+        config = target.read_config(target_folder)
+        num_states = len(layers.resolve_aux_layers(self.aux_layers, config.num_layers)) + 1
+        for path in state_files(self.folder):
+            sample_id = path.relative_to(self.folder).with_suffix("").as_posix()
+            file = RowFile(path, num_states, config.hidden_size)
+            try:
+                ids, mask = file.input_ids.tolist(), file.loss_mask.tolist()
+            except UserError as error:
+                accounting.fail(sample_id, "unreadable", str(error))
+                continue
+            yield _row(sample_id, ids, spans_of(mask))
+
+    def require_target(self, target_folder: Path, target_hash: str) -> None:
+        """Nothing in the files names a target; their sizes and `parity` tell."""
+
+
+def state_files(folder: Path) -> list[Path]:
+    """Every `.pt` below `folder`, in an order that never changes."""
+    return sorted(folder.rglob("*.pt"))
+
+
 def tokenized(tokenizer: Any, prompt: Prompt) -> Conversation:
     """A finished conversation as a row.
 
@@ -120,12 +158,23 @@ def tokenized(tokenizer: Any, prompt: Prompt) -> Conversation:
         ids, spans = tokenize_conversation(tokenizer, messages, tools)
     except TemplateMismatch:
         ids, spans = tokenize_conversation(tokenizer, messages, tools, last_only=True)
+    return _row(prompt.sample_id, ids, spans, source=prompt.source, category=prompt.category)
+
+
+def _row(
+    sample_id: str,
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    *,
+    source: str = "",
+    category: str = "",
+) -> Conversation:
     answered = sum(end - start for start, end in spans)
     return Conversation(
-        sample_id=prompt.sample_id,
-        conversation_id=prompt.sample_id,
-        source=prompt.source,
-        category=prompt.category,
+        sample_id=sample_id,
+        conversation_id=sample_id,
+        source=source,
+        category=category,
         messages=(),
         input_ids=tuple(ids),
         loss_spans=tuple(spans),
@@ -139,8 +188,10 @@ def open_source(config: DumpConfig) -> RowSource:
     """The rows that the recipe names.
 
     Raises:
-        UserError: there is no finished synth artifact, or nothing at `conversations`.
+        UserError: there is no finished synth artifact, or nothing at `conversations` or `states`.
     """
+    if config.states is not None:
+        return _open_states(config, config.states)
     if config.conversations is not None:
         source = sources.Source(path=config.conversations)
         digest = sources.digest(source, config.workspace, what=_WHAT)
@@ -156,3 +207,17 @@ def open_source(config: DumpConfig) -> RowSource:
         is_greedy=parent["facts"]["greedy"] and config.run.target_train is None,
         of_another_target=config.run.target_train is not None,
     )
+
+
+def _open_states(config: DumpConfig, states: str) -> StateRows:
+    folder = find_input(states, config.workspace)
+    paths = state_files(folder) if folder is not None and folder.is_dir() else []
+    if folder is None or not paths:
+        raise UserError(
+            f"dump.states: expected a folder with .pt files at {config.workspace / states} or "
+            f"{Path(states).absolute()}, found {'none in ' + str(folder) if folder else 'neither'}."
+        )
+    # Names and sizes: reading terabytes for a fingerprint would cost more than the copy.
+    listing = "".join(f"{p.relative_to(folder)} {p.stat().st_size}\n" for p in paths)
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    return StateRows(folder, config.run.aux_layers, {"states": digest})

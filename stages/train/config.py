@@ -58,6 +58,9 @@ class TrainConfig(StageConfig):
     mixed_precision: Literal["no", "bf16"] = identity(
         "no", "bf16 runs matrix products in bfloat16."
     )
+    max_samples: int | None = identity(
+        None, "Train on at most so many samples; the same ones are held out whatever it is.", ge=1
+    )
     holdout_fraction: float = identity(0.05, "Share of the samples kept for the walk.", ge=0, lt=1)
     max_holdout_samples: int = identity(128, "Most samples kept for the walk.", ge=1)
     walk_tokens: int = identity(3, "Draft length K of the walked acceptance length.", ge=1)

@@ -17,7 +17,7 @@ import torch
 
 from shared import hidden_states
 from shared.hidden_states import Shard
-from stages.train.row_files import RowFile
+from shared.row_files import RowFile
 
 BUFFER_SHARDS = 8  # their samples are mixed; each is about a GiB that the page cache should hold
 
@@ -67,7 +67,11 @@ class Sample:
 
 
 class Dataset:
-    """All samples of a dump, split into training and held-out ones by a hash of their ids."""
+    """All samples of a dump, split into training and held-out ones by a hash of their ids.
+
+    Worked example: hashes order five samples as [c, a, e, b, d]. With one held out and
+    `max_samples` 2, c is held out and [a, e] train; with 3, [a, e, b] do, and c still waits.
+    """
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class Dataset:
         *,
         holdout_fraction: float,
         max_holdout_samples: int,
+        max_samples: int | None = None,
     ) -> None:
         num_states = len(data_config["hidden_states"]["layer_ids"])
         hidden_size = data_config["model"]["hidden_size"]
@@ -96,9 +101,10 @@ class Dataset:
         held = min(round(len(samples) * holdout_fraction), max_holdout_samples, len(samples) - 1)
         if holdout_fraction > 0 and len(samples) > 1:
             held = max(held, 1)
-        chosen = {sample.sample_id for sample in by_hash[:held]}
-        self.held_out = [sample for sample in samples if sample.sample_id in chosen]
-        self.training = [sample for sample in samples if sample.sample_id not in chosen]
+        place = {sample.sample_id: index for index, sample in enumerate(by_hash)}
+        end = len(samples) if max_samples is None else held + max_samples
+        self.held_out = [sample for sample in samples if place[sample.sample_id] < held]
+        self.training = [sample for sample in samples if held <= place[sample.sample_id] < end]
 
     def set_in_vocab(self, flags: Sequence[torch.Tensor]) -> None:
         """Take, for each shard, [T] bool: the target's argmax there is in the draft vocabulary."""

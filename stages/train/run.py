@@ -200,6 +200,7 @@ def _train(
         ],
         holdout_fraction=config.holdout_fraction if parent["facts"]["greedy"] else 0.0,
         max_holdout_samples=config.max_holdout_samples,
+        max_samples=config.max_samples,
     )
     if not dataset.held_out:
         logger.warning("no walked acceptance length: it needs greedy answers and held-out samples")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from shared import hidden_states
 from shared.errors import UserError
+from shared.row_files import RowFile
 from stages.train.data import Dataset, Sample, pack, shuffled, split_step, training_steps
 from stages.train.loader import micro_batches, prefetched
-from stages.train.row_files import RowFile
 
 AUX, SIZE = 3, 8
 LENGTHS = (5, 3, 4, 9, 2, 7)
@@ -102,12 +102,28 @@ def write_files(folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return ids, states
 
 
-def dataset(folder: Path, names: list[str]) -> Dataset:
+def dataset(
+    folder: Path, names: list[str], *, holdout: float = 0.0, max_samples: int | None = None
+) -> Dataset:
     config = {"hidden_states": {"layer_ids": [2, 4, 5, 8]}, "model": {"hidden_size": SIZE}}
-    found = Dataset(folder, config, names, holdout_fraction=0.0, max_holdout_samples=1)
+    split = {"holdout_fraction": holdout, "max_holdout_samples": 1, "max_samples": max_samples}
+    found = Dataset(folder, config, names, **split)
     flags = [torch.ones(len(shard.input_ids), dtype=torch.bool) for shard in found.shards]
     found.set_in_vocab(flags)
     return found
+
+
+def test_fewer_samples_train_on_a_part_and_hold_out_the_same(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    splits = [
+        dataset(tmp_path, ["shard_00000.pt"], holdout=0.3, max_samples=most)
+        for most in (1, 2, None)
+    ]
+    one, two, whole = ({sample.sample_id for sample in found.training} for found in splits)
+    assert (len(one), len(two), len(whole)) == (1, 2, 2)
+    assert one < two == whole
+    assert splits[0].held_out == splits[1].held_out == splits[2].held_out != []
+    assert not whole & {sample.sample_id for sample in splits[0].held_out}
 
 
 @pytest.mark.parametrize("layout", ["samples", "modelopt"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One conversation a file: the layout `samples`, and NVIDIA ModelOpt's offline states.
+"""Hidden states, one conversation a file: the layout `samples`, and NVIDIA ModelOpt's own.
 
     samples:   {input_ids long [S], hidden_states list of A+1 [S, H], loss_mask long [S]}
     ModelOpt:  {input_ids [S], hidden_states [S, H], aux_hidden_states [S, A*H], loss_mask [S]}
