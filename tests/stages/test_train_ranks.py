@@ -76,3 +76,33 @@ def test_ranks_really_share_the_work(results: dict[str, Path], case: str) -> Non
         tokens = json.loads((results[how] / f"{case}-tokens.json").read_text())
         assert len(tokens) == 2
         assert sum(tokens) == sum(CASES[case][0])
+
+
+def test_freed_memory_stays_so_that_no_page_is_asked_for_twice() -> None:
+    """In a process of its own: the setting is for the whole process, and for good."""
+    script = """
+import resource, sys
+import torch
+from stages.train.distributed import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(16 << 20)  # 64 MiB, 16,384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+without = faults()
+known = keep_freed_memory()
+torch.ones(16 << 20)
+sys.exit(f"{known} {without} {faults()}")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "1048576"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    known, without, kept = done.stderr.split()[-3:]
+    assert known == "True", "this test knows glibc alone"
+    assert int(without) > 8 * 16_000
+    assert int(kept) < 1_000
