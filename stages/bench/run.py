@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import files, sources, target
+from shared.bench_report import read_report
 from shared.errors import OutputError, UserError
 from shared.manifest import Artifact, require_parent
 from shared.paths import require_input
@@ -122,7 +123,7 @@ def _earlier_report(config: BenchConfig, prompts: str) -> dict[str, Any] | None:
     if config.earlier_report is None:
         return None
     path = require_input(config.earlier_report, config.workspace, what="bench.earlier_report")
-    earlier = gates.read_report(path)
+    earlier = read_report(path)
     gates.check_comparable(config, prompts, earlier, path)
     return earlier
 
@@ -198,8 +199,7 @@ def compare(config: CompareConfig) -> None:
     from stages.bench import page, show
 
     first, second = (
-        gates.read_report(_report_path(name, config.workspace))
-        for name in (config.first, config.second)
+        read_report(_report_path(name, config.workspace)) for name in (config.first, config.second)
     )
     show.compare(first, second)
     files.write_text(config.out, page.render_comparison(first, second))

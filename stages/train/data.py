@@ -17,7 +17,7 @@ import torch
 
 from shared import hidden_states
 from shared.hidden_states import Shard
-from stages.train.row_files import RowFile
+from shared.row_files import RowFile
 
 BUFFER_SHARDS = 8  # their samples are mixed; each is about a GiB that the page cache should hold
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from shared.files import atomic_path
 from shared.hidden_states import Shard
+from shared.row_files import RowFile
 from shared.target import TargetTensors
 from stages.train.data import Dataset
 from stages.train.loss import target_argmax
 from stages.train.model import DraftHead
-from stages.train.row_files import RowFile
 
 
 def in_vocab_flags(

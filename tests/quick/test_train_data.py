@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from shared import hidden_states
 from shared.errors import UserError
+from shared.row_files import RowFile
 from stages.train.data import Dataset, Sample, pack, shuffled, split_step, training_steps
 from stages.train.loader import micro_batches, prefetched
-from stages.train.row_files import RowFile
 
 AUX, SIZE = 3, 8
 LENGTHS = (5, 3, 4, 9, 2, 7)
