@@ -20,7 +20,7 @@ from shared.paths import require_input
 from shared.prompts import BadRow
 from shared.sources import Source
 from shared.status import Accounting, Status
-from stages.bench import gates, head, in_process, plans, report
+from stages.bench import gates, head, in_process, making, plans, report
 from stages.bench.cells import Conversation, cells
 from stages.bench.config import BenchConfig, CompareConfig
 
@@ -74,6 +74,8 @@ def run(config: BenchConfig) -> None:
         conversations = _conversations(config, prompts, accounting, artifact.folder)
         results = _measure(config, subject, conversations, artifact.folder)
         found = report.build(config, results, lineage=subject.lineage(), warnings=subject.warnings)
+        if subject.parents:  # a head from elsewhere was not made here
+            found["making"] = making.of_run(config.paths)
         found["gates"] = gates.judge(config, found, earlier)
         _write(found, artifact.folder)
         if missed := gates.shortfalls(found["gates"]):
