@@ -27,6 +27,9 @@ from shared.status import Status
 
 Commands = Mapping[str, tuple[type[CommandConfig], str]]
 
+# Shows what recipe and flags come to, and does nothing; ops asks each stage so before a run.
+PRINT_CONFIG = "--print_config"
+
 logger = logging.getLogger(__name__)
 
 
@@ -68,12 +71,16 @@ def help_text(stage: str, commands: Commands, command: str) -> str:
         shown = "needed" if field.is_required() else f"default {default}"
         lines.append(f"  {star} --{name:<24} {field.description or ''} [{shown}]")
     codes = "0 done, 1 bug, 2 your input, 3 output failed its checks, 75 try again, 143 stopped"
-    return "\n".join([*lines, "", f"Exit codes: {codes}."])
+    lines += ["", f"{PRINT_CONFIG} shows, as JSON, what the flags and the recipe come to."]
+    return "\n".join([*lines, f"Exit codes: {codes}."])
 
 
-def _parse(stage: str, commands: Commands, argv: Sequence[str]) -> tuple[str, CommandConfig | str]:
-    """(command, its config), or (command, help text) where help was asked for."""
-    argv = list(argv)
+def _parse(
+    stage: str, commands: Commands, argv_given: Sequence[str]
+) -> tuple[str, CommandConfig | str]:
+    """(command, its config), or (command, text) where help or the configuration was asked for."""
+    argv = [word for word in argv_given if word != PRINT_CONFIG]
+    only_print = len(argv) < len(argv_given)
     default = next(iter(commands))
     command = argv.pop(0) if argv and not argv[0].startswith("-") else default
     if command not in commands:
@@ -85,7 +92,8 @@ def _parse(stage: str, commands: Commands, argv: Sequence[str]) -> tuple[str, Co
     if len(words) > len(config.positional):
         raise errors.UserError(f"unexpected argument {words[len(config.positional)]!r}.")
     flags |= dict(zip(config.positional, words, strict=False))
-    return command, configs.build(config, flags)
+    built = configs.build(config, flags)
+    return command, built.model_dump_json(indent=2) if only_print else built
 
 
 def _resolve(target: str) -> Any:
@@ -107,6 +115,8 @@ def _outcome(error: BaseException) -> tuple[int, str]:
 def _run(config: CommandConfig, function: str, status: Status | None) -> int:
     try:
         process.catch_stop_signals()
+        if status:
+            status.opened()
         result = _resolve(function)(config)
     except BaseException as error:  # the one broad handler: outcomes become exit codes here
         code, message = _outcome(error)

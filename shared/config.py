@@ -212,8 +212,13 @@ def _validate(model: type[S], values: Mapping[str, Any], source: str, prefix: st
 
 
 def flag_fields(config: type[CommandConfig]) -> dict[str, FieldInfo]:
-    """Every flag that a command takes: its own fields, and the run section's for a stage."""
-    fields = {name: field for name, field in config.model_fields.items() if name != "run"}
+    """Every flag that a command takes: its own fields, and the run section's for a stage.
+
+    A field whose flag is no good name in Python (`--from`, `--json`) has that as its alias.
+    """
+    fields = {
+        field.alias or name: field for name, field in config.model_fields.items() if name != "run"
+    }
     if issubclass(config, StageConfig):
         fields |= RunConfig.model_fields
     return fields

@@ -42,7 +42,6 @@ SCHEMA_VERSION = 1
 DATA_CONFIG = "data_config.json"
 TOKEN_FREQ = "token_freq.pt"
 SAMPLES = "samples"
-STATE_BYTES = 2
 
 
 def shard_name(index: int) -> str:
@@ -53,11 +52,6 @@ def shard_name(index: int) -> str:
 def sample_name(index: int) -> str:
     """Name, in the artifact, of sample `index` in the layout `samples`."""
     return f"{SAMPLES}/data_{index}.pt"
-
-
-def state_bytes(num_tokens: int, num_aux: int, hidden_size: int) -> int:
-    """Bytes of the states of `num_tokens`: T * (A+1) * H * 2."""
-    return num_tokens * (num_aux + 1) * hidden_size * STATE_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,3 +163,19 @@ def read_shard(path: Path, *, num_states: int, hidden_size: int) -> Shard:
             "Restore the file, or delete it and run dump again."
         ) from error
     return shard
+
+
+def read_token_freq(dump_folder: Path, vocab_size: int) -> torch.Tensor:
+    """[V] int64: how often each token occurs in the answers.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another vocabulary.
+    """
+    path = dump_folder / TOKEN_FREQ
+    try:
+        counts = torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: expected token counts: {str(error).splitlines()[0]}") from error
+    if not isinstance(counts, torch.Tensor) or counts.shape != (vocab_size,):
+        raise UserError(f"{path}: expected counts of {vocab_size} tokens. Run dump again.")
+    return counts.to(torch.int64)

@@ -19,6 +19,7 @@ LAYER_ID_CONVENTION = (
     "boundary: id i is the state entering layer i; id L is the final state, prenorm"
 )
 MIN_LAYERS_FOR_DEFAULT = 7
+STATE_BYTES = 2  # bfloat16
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
@@ -60,3 +61,8 @@ def resolve_aux_layers(requested: Sequence[int] | None, num_layers: int) -> tupl
 def to_output_ids(aux_layers: Sequence[int]) -> list[int]:
     """Our ids in the numbering of SGLang and TensorRT-LLM: the layer whose output it is."""
     return [layer - 1 for layer in aux_layers]
+
+
+def state_bytes(num_tokens: int, num_aux: int, hidden_size: int) -> int:
+    """Bytes of the hidden states of `num_tokens`, aux layers and the final one: T * (A+1) * H * 2."""
+    return num_tokens * (num_aux + 1) * hidden_size * STATE_BYTES

@@ -65,6 +65,11 @@ def _hub_source(source: Source, workspace: Path) -> Source | None:
     return source if _HUB_ID.fullmatch(source.path) else None
 
 
+def is_on_hub(source: Source, workspace: Path) -> bool:
+    """Whether `source` means a hub's data set, and no file in the workspace or here."""
+    return _hub_source(source, workspace) is not None
+
+
 def find_files(source: Source, workspace: Path, *, what: str) -> list[Path]:
     """The files of a source, sorted.
 

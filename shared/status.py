@@ -8,9 +8,12 @@ could not be done (broken JSON, an engine error). Both are listed in `rejects.js
 """
 
 import collections
+import contextlib
 import json
 import logging
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +22,9 @@ from typing import Any
 from shared import files
 from shared.errors import EyrieError, OutputError, UserError
 from shared.log import Every
+
+BEAT_S = 10.0
+SILENT_AFTER_S = 45.0
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +115,12 @@ class Accounting:
 
 
 class Status:
-    """`status/<stage>.json`: what the stage is doing, rewritten every few seconds."""
+    """`status/<stage>.json`: what the stage is doing, rewritten every few seconds.
+
+    While the process works, the file's time is set to now every `BEAT_S`, also where the work itself
+    says nothing for minutes (an engine starts): a file that is "running" and older than
+    `SILENT_AFTER_S` belongs to a process that died, or was stopped, without saying so.
+    """
 
     def __init__(self, path: Path, *, period_s: float = 5.0) -> None:
         self.path = path
@@ -117,12 +128,21 @@ class Status:
         self._started_s = time.time()
         self._first: tuple[float, int] | None = None  # when progress began, and what was done
         self._last: dict[str, Any] = {}
+        self._beats = False
+
+    def _beat(self) -> None:
+        """Keep the file young for as long as this process lives."""
+        while True:
+            time.sleep(BEAT_S)
+            with contextlib.suppress(OSError):  # it may be gone, with the whole run
+                os.utime(self.path)
 
     def _write(self, state: str, **more: Any) -> None:
         self._last |= more
         record = {
             "state": state,
             "pid": os.getpid(),
+            "host": socket.gethostname(),
             "started_s": round(self._started_s, 3),
             "updated_s": round(time.time(), 3),
             **self._last,
@@ -131,6 +151,9 @@ class Status:
             files.write_json(self.path, record)
         except UserError as error:  # a status that cannot be written must not end the work
             logger.warning("%s", error)
+        if state == "running" and not self._beats:
+            self._beats = True
+            threading.Thread(target=self._beat, daemon=True, name="eyrie-beat").start()
 
     def progress(self, done: int, total: int, unit: str, **facts: Any) -> None:
         """Tell how far the work is; at most once a period it is logged and written."""
@@ -140,10 +163,12 @@ class Status:
             return
         began_s, began_with = self._first
         made = done - began_with
-        left = f"{(now - began_s) * (total - done) / made:.0f}" if made else "?"
+        left_s = round((now - began_s) * (total - done) / made) if made else None
         shown = " ".join(f"{name}={value}" for name, value in facts.items())
-        logger.info("%s=%d/%d %s left_s=%s", unit, done, total, shown, left)
-        self._write("running", progress={"done": done, "total": total, "unit": unit, **facts})
+        told = "?" if left_s is None else left_s
+        logger.info("%s=%d/%d %s left_s=%s", unit, done, total, shown, told)
+        record = {"done": done, "total": total, "unit": unit, "left_s": left_s, **facts}
+        self._write("running", progress=record)
 
     def rate(self, amount: float) -> int:
         """`amount` a second since progress began; 0 in the first second, which tells nothing yet."""
@@ -151,17 +176,31 @@ class Status:
         passed_s = time.monotonic() - began_s
         return round(amount / passed_s) if passed_s >= 1 else 0
 
+    def opened(self) -> None:
+        """Say that the process is at work, before it knows on what; earlier progress stays told."""
+        self._write("running", **self._earlier("exit_code", "message"))
+        self._last = {}
+
     def started(self) -> None:
         self._write("running")
 
     def ended(self, exit_code: int, message: str) -> None:
         state = {0: "done", 143: "stopped"}.get(exit_code, "failed")
-        if self.path.exists():
-            try:
-                self._last = files.read_json(self.path) | self._last
-            except UserError as error:
-                logger.warning("%s", error)
-            for key in ("state", "pid", "updated_s"):
-                self._last.pop(key, None)
-            self._started_s = self._last.pop("started_s", self._started_s)
+        self._last = self._earlier() | self._last
         self._write(state, exit_code=exit_code, message=message)
+
+    def _earlier(self, *but: str) -> dict[str, Any]:
+        """What the file tells of the work, since when included; not of the process."""
+        if not self.path.exists():
+            return {}
+        try:
+            found = dict(files.read_json(self.path))
+        except (UserError, TypeError, ValueError) as error:
+            logger.warning("%s", error)
+            return {}
+        self._started_s = found.pop("started_s", self._started_s)
+        return {
+            key: value
+            for key, value in found.items()
+            if key not in ("state", "pid", "host", "updated_s", *but)
+        }

@@ -10,10 +10,16 @@ t2d = [1, 0, 1, 0, 1, 0].
 """
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import torch
 
+from shared import files
 from shared.errors import UserError
+
+D2T = "d2t.npy"
+T2D = "t2d.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,3 +93,26 @@ def check(vocab: DraftVocab) -> None:
             "draft vocabulary: draft_id + d2t[draft_id] must be ascending target ids, the very set "
             "that t2d marks; found others. Make it again: python -m stages.train vocab"
         )
+
+
+def write(folder: Path, vocab: DraftVocab) -> None:
+    """Write d2t.npy and t2d.npy into `folder`."""
+    for name, tensor in ((D2T, vocab.d2t), (T2D, vocab.t2d)):
+        with files.atomic_path(folder / name) as temporary, temporary.open("wb") as handle:
+            np.save(handle, tensor.numpy())
+
+
+def read(folder: Path) -> DraftVocab:
+    """The checked vocabulary in `folder`.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two do not fit each other.
+    """
+    try:
+        d2t = torch.from_numpy(np.load(folder / D2T, allow_pickle=False))
+        t2d = torch.from_numpy(np.load(folder / T2D, allow_pickle=False))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: unreadable draft vocabulary: {error}") from error
+    vocab = DraftVocab(d2t, t2d)
+    check(vocab)
+    return vocab

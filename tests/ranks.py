@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch.distributed.tensor import DTensor
 
+from shared.head_config import HeadConfig
 from stages.train import distributed
 from stages.train.data import Batch, Sample, split_step
-from stages.train.head_config import HeadConfig
 from stages.train.loss import TargetOutput
 from stages.train.model import DraftHead
 from stages.train.optimizer import make_optimizer

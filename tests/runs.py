@@ -12,10 +12,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from shared import conversations, target
+from shared import conversations, files, target
 from shared.config import build
 from shared.conversations import Conversation
-from shared.manifest import Artifact
+from shared.manifest import Artifact, require_parent
 from stages.synth.config import SynthConfig
 from tests.models import tiny_llama
 
@@ -74,6 +74,33 @@ def make_synth(workspace: Path, *, num_rows: int = 40) -> None:
             "greedy": True,
         }
         artifact.finish([conversations.part_name(0)], counts=counts, facts=facts)
+
+
+def make_bench(workspace: Path) -> None:
+    """A finished bench artifact of the run's export, from measurements made up by hand."""
+    from stages.bench import gates, making, page, report
+    from stages.bench.config import BenchConfig
+    from tests.measurements import baseline_requests, cell, engine, head_requests, lossless
+
+    flags = {"recipe": str(workspace / "recipe.yaml"), "workspace": str(workspace)}
+    config = build(BenchConfig, flags)
+    export = require_parent(config.paths.export, stage="train", config=config)
+    artifact = Artifact(config.paths.stage("bench"), config, parents={"train": export})
+    results = {
+        "head": engine(cell(head_requests(), wall_s=6.0)),
+        "baseline": engine(cell(baseline_requests(), wall_s=12.0), lossless=lossless()),
+    }
+    lineage = {"prompts": "abc", "head_fingerprint": export["fingerprint"]}
+    with artifact.work():
+        found = report.build(config, results, lineage=lineage)
+        found["making"] = making.of_run(config.paths)
+        found["gates"] = gates.judge(config, found, None)
+        files.write_json(artifact.folder / "report.json", found)
+        files.write_text(artifact.folder / "report.html", page.render(found))
+        files.write_text(artifact.folder / "rejects.jsonl", "")
+        counts = {"in": 4, "ok": 4, "skipped": {}, "failed": {}}
+        names = ["report.json", "report.html", "rejects.jsonl"]
+        artifact.finish(names, counts=counts, facts=found["head"]["acceptance"])
 
 
 def command(workspace: Path, stage: str, *arguments: str) -> list[str]:

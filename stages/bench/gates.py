@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
-from shared.files import read_json
 from stages.bench.cells import cells
 from stages.bench.config import BenchConfig
-from stages.bench.report import SCHEMA_VERSION
 
 Gate = dict[str, Any]
 
@@ -74,22 +72,6 @@ def shortfalls(gates: list[Gate]) -> list[str]:
         side = "under" if gate["bound"] == "least" else "over"
         found.append(f"{name} {value:.3f} is {abs(limit - value):.3f} {side} the gate {limit:g}")
     return found
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A finished report of this schema.
-
-    Raises:
-        UserError: none, or one of another version.
-    """
-    report = read_json(path)
-    version = report.get("schema_version") if isinstance(report, dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: expected a bench report of schema version {SCHEMA_VERSION}, found {version}. "
-            "Measure again with this version of eyrie."
-        )
-    return dict(report)
 
 
 def check_comparable(

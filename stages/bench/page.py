@@ -90,6 +90,7 @@ def render(report: Report) -> str:
                 "Whiskers: 95 % interval; under the dashed line drafting costs.",
             )
         )
+    figures += _of_training(report.get("making") or {})
     return _TEMPLATES.get_template("report.html.j2").render(
         report=report,
         number=Numbers(report),
@@ -97,6 +98,21 @@ def render(report: Report) -> str:
         load=show.load(report),
         as_json=json.dumps(report, indent=2, ensure_ascii=False),
     )
+
+
+def _of_training(making: Report) -> list[tuple[str, str]]:
+    """The curves of the training, where the run has them."""
+    drawn = []
+    if making.get("loss"):
+        svg = plots.over_steps(making["loss"], "Training loss", "soft cross-entropy (nats)")
+        drawn.append(
+            (svg, "Weighted over the TTT steps; it keeps falling after acceptance peaked.")
+        )
+    if making.get("walks"):
+        title, unit = "Walked acceptance length", "acceptance length (tokens per target step)"
+        svg = plots.over_steps(making["walks"], title, unit)
+        drawn.append((svg, "On held-out answers while training; the head of the best one is this."))
+    return drawn
 
 
 def _at_first_load(row: Report, report: Report) -> bool:

@@ -222,3 +222,24 @@ def _over_depth(axes: Axes, lines: Mapping[str, Any]) -> None:
         "draft length K (tokens)",
         "speed-up (times the baseline)",
     )
+
+
+def over_steps(points: Sequence[Sequence[float]], title: str, y: str) -> str:
+    """A value of the training over its steps; points are (step, value)."""
+    return _draw(_over_steps, points, title, y)
+
+
+def _over_steps(axes: Axes, points: Sequence[Sequence[float]], title: str, y: str) -> None:
+    steps, values = [point[0] for point in points], [point[1] for point in points]
+    marker = "o" if len(points) < 30 else ""
+    axes.plot(steps, values, color=COLOURS[0], linewidth=1.8, marker=marker, markersize=4)
+    axes.annotate(
+        f"{values[-1]:.3g}",
+        (steps[-1], values[-1]),
+        textcoords="offset points",
+        xytext=(4, 5),
+        fontsize=8,
+    )
+    axes.margins(x=0.08, y=0.15)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _name(axes, title, "step of the training", y)

@@ -7,6 +7,7 @@
     lossless                greedy answers against the baseline's, every divergence with its verdict
     gates                   name, value, bound and whether it is met
     warnings                what was found odd about the head or the measurement
+    making                  how the head was made, where this run made it: stages, loss, walks
 
 Figures as in `figures`; an interval is [low, high] at 95 %, or null where nothing tells it.
 """
@@ -16,11 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shared import provenance
+from shared.bench_report import SCHEMA_VERSION
 from stages.bench import figures
 from stages.bench.config import BenchConfig
 from stages.bench.plans import engine_name
-
-SCHEMA_VERSION = 2
 
 Raw = Mapping[str, Any]
 Report = dict[str, Any]

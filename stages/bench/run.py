@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from shared import files, sources, target
+from shared.bench_report import read_report
 from shared.errors import OutputError, UserError
 from shared.manifest import Artifact, require_parent
 from shared.paths import require_input
 from shared.prompts import BadRow
 from shared.sources import Source
 from shared.status import Accounting, Status
-from stages.bench import gates, head, in_process, plans, report
+from stages.bench import gates, head, in_process, making, plans, report
 from stages.bench.cells import Conversation, cells
 from stages.bench.config import BenchConfig, CompareConfig
 
@@ -73,6 +74,8 @@ def run(config: BenchConfig) -> None:
         conversations = _conversations(config, prompts, accounting, artifact.folder)
         results = _measure(config, subject, conversations, artifact.folder)
         found = report.build(config, results, lineage=subject.lineage(), warnings=subject.warnings)
+        if subject.parents:  # a head from elsewhere was not made here
+            found["making"] = making.of_run(config.paths)
         found["gates"] = gates.judge(config, found, earlier)
         _write(found, artifact.folder)
         if missed := gates.shortfalls(found["gates"]):
@@ -122,7 +125,7 @@ def _earlier_report(config: BenchConfig, prompts: str) -> dict[str, Any] | None:
     if config.earlier_report is None:
         return None
     path = require_input(config.earlier_report, config.workspace, what="bench.earlier_report")
-    earlier = gates.read_report(path)
+    earlier = read_report(path)
     gates.check_comparable(config, prompts, earlier, path)
     return earlier
 
@@ -198,8 +201,7 @@ def compare(config: CompareConfig) -> None:
     from stages.bench import page, show
 
     first, second = (
-        gates.read_report(_report_path(name, config.workspace))
-        for name in (config.first, config.second)
+        read_report(_report_path(name, config.workspace)) for name in (config.first, config.second)
     )
     show.compare(first, second)
     files.write_text(config.out, page.render_comparison(first, second))

@@ -11,7 +11,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from shared import hidden_states, layers, target
+from shared import layers, target
 from shared.errors import UserError
 from shared.manifest import Artifact
 from shared.status import Accounting, Status
@@ -87,7 +87,7 @@ def _settle(
         config,
         fingerprint=fingerprint,
         accounting=accounting,
-        token_bytes=hidden_states.state_bytes(1, len(aux_layers), target_config.hidden_size),
+        token_bytes=layers.state_bytes(1, len(aux_layers), target_config.hidden_size),
         vocab_size=target_config.vocab_size,
         backend=backend,
     )
@@ -96,7 +96,7 @@ def _settle(
 
 
 def _require_disk(folder: Path, plan: Plan, num_aux: int, hidden_size: int) -> None:
-    needed = hidden_states.state_bytes(plan.tokens, num_aux, hidden_size)
+    needed = layers.state_bytes(plan.tokens, num_aux, hidden_size)
     held = sum(path.stat().st_size for path in folder.rglob("*.pt"))
     free = shutil.disk_usage(folder).free
     logger.info("%d tokens in %d shards: %.3f GB", plan.tokens, len(plan.shards), needed / 1e9)

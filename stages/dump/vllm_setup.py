@@ -22,8 +22,8 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.platforms import current_platform
 
 from shared.errors import EyrieError, RetryableError, UserError
+from shared.versions import SUPPORTED_VLLM
 
-SUPPORTED_VLLM = ">=0.28,<0.33"
 # vLLM takes no states at all from a step in which a row fills its limit: the limit is one higher.
 HEADROOM_TOKENS = 1
 MAX_ROWS_A_STEP = 256

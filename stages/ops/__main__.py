@@ -2,7 +2,14 @@
 """`python -m stages.ops`: run the chain, make the demo's target."""
 
 from shared.cli import launch
-from stages.ops.config import MakeTargetConfig, RunChainConfig
+from stages.ops.config import (
+    MakeTargetConfig,
+    PlanConfig,
+    RunChainConfig,
+    StatusConfig,
+    ValidateConfig,
+    WatchConfig,
+)
 
 if __name__ == "__main__":
     launch(
@@ -10,5 +17,9 @@ if __name__ == "__main__":
         {
             "run": (RunChainConfig, "stages.ops.run:run"),
             "make-target": (MakeTargetConfig, "stages.ops.run:run_make_target"),
+            "plan": (PlanConfig, "stages.ops.plan:run"),
+            "validate": (ValidateConfig, "stages.ops.validate:run"),
+            "status": (StatusConfig, "stages.ops.status:run"),
+            "watch": (WatchConfig, "stages.ops.status:watch"),
         },
     )

@@ -10,6 +10,17 @@ from shared.config import CommandConfig
 from shared.paths import STAGES
 
 
+def _in_order(stages: tuple[str, ...]) -> tuple[str, ...]:
+    """These stages in the chain's order.
+
+    Raises:
+        ValueError: one is unknown, or there is none.
+    """
+    if not stages or any(stage not in STAGES for stage in stages):
+        raise ValueError(f"stages are {', '.join(STAGES)}")
+    return tuple(stage for stage in STAGES if stage in stages)
+
+
 class RunChainConfig(CommandConfig):
     """Runs the stages of a recipe one after another, each a process of its own.
 
@@ -20,6 +31,17 @@ class RunChainConfig(CommandConfig):
 
     recipe: Path = pydantic.Field(description="The recipe, a YAML file.")
     only: tuple[str, ...] = pydantic.Field(STAGES, description="Run these stages alone.")
+    from_stage: str | None = pydantic.Field(
+        None, alias="from", description="Run this stage and those after it."
+    )
+    skip: tuple[str, ...] = pydantic.Field((), description="Leave these stages out.")
+    dry_run: bool = pydantic.Field(
+        False,
+        description="Show the plan with its estimates, and what stands in the way; do nothing.",
+    )
+    preflight: bool = pydantic.Field(
+        True, description="Look for what would stop the chain, before its first stage."
+    )
     overwrite: bool = pydantic.Field(
         False, description="Replace artifacts that were made with another configuration."
     )
@@ -27,10 +49,28 @@ class RunChainConfig(CommandConfig):
     @pydantic.field_validator("only")
     @classmethod
     def _known_stages(cls, only: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [stage for stage in only if stage not in STAGES]
-        if unknown or not only:
-            raise ValueError(f"stages are {', '.join(STAGES)}")
-        return tuple(stage for stage in STAGES if stage in only)
+        return _in_order(only)
+
+    @pydantic.field_validator("from_stage", "skip")
+    @classmethod
+    def _also_known(cls, named: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if named:
+            _in_order((named,) if isinstance(named, str) else named)
+        return named
+
+    @pydantic.model_validator(mode="after")
+    def _something_is_left(self) -> "RunChainConfig":
+        if not self.stages:
+            raise ValueError("only, from and skip together leave no stage to run")
+        return self
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages to run, in order."""
+        first = STAGES.index(self.from_stage) if self.from_stage else 0
+        return tuple(
+            stage for stage in STAGES[first:] if stage in self.only and stage not in self.skip
+        )
 
 
 class MakeTargetConfig(CommandConfig):
@@ -49,3 +89,69 @@ class MakeTargetConfig(CommandConfig):
     )
     num_prompts: int = pydantic.Field(1200, description="Prompts for synth.", ge=1)
     num_held_out: int = pydantic.Field(96, description="Prompts for bench, never trained on.", ge=1)
+
+
+class ValidateConfig(CommandConfig):
+    """Opens and checks every artifact of a run: a table of PASS and FAIL, exit 3 where one fails.
+
+    In:  <workspace>/<run>/.
+    Out: the table, or JSON; with --out the same as Markdown. Nothing in the run is changed.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("name",)
+
+    name: str = pydantic.Field(description="The run: its name in the workspace, or its folder.")
+    only: tuple[str, ...] = pydantic.Field(STAGES, description="The artifacts of these stages.")
+    out: Path | None = pydantic.Field(None, description="Write the findings here, as Markdown.")
+    as_json: bool = pydantic.Field(False, alias="json", description="Print JSON, no table.")
+    checksums: bool = pydantic.Field(
+        True, description="Hash every file; false compares sizes alone."
+    )
+
+    @pydantic.field_validator("only")
+    @classmethod
+    def _known_stages(cls, only: tuple[str, ...]) -> tuple[str, ...]:
+        return _in_order(only)
+
+
+class StatusConfig(CommandConfig):
+    """Shows how far each stage of a run is, once.
+
+    A stage that says "running" while its process is gone is shown as died.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("name",)
+
+    name: str = pydantic.Field(description="The run: its name in the workspace, or its folder.")
+    as_json: bool = pydantic.Field(False, alias="json", description="Print JSON, no table.")
+
+
+class WatchConfig(StatusConfig):
+    """Shows how far each stage of a run is, until none is at work or left to do; Ctrl-C ends it."""
+
+    period_s: float = pydantic.Field(2.0, description="Seconds between two looks.", gt=0)
+
+
+class PlanConfig(CommandConfig):
+    """Plans a new target from its config.json: facts, sizes, GPUs, the head's shape, a recipe.
+
+    In:  a model's folder, a config.json, or a hub id.
+    Out: tables, or JSON; with --out a recipe for GPUs of the type --gpu.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = pydantic.Field(description="A model's folder, a config.json, or a hub id.")
+    gpu: str = pydantic.Field("H100", description="GPU type that the recipe is for.")
+    samples: int = pydantic.Field(50_000, description="Conversations to train on.", ge=1)
+    length: int = pydantic.Field(2048, description="Tokens of a conversation, at most.", ge=8)
+    out: Path | None = pydantic.Field(None, description="Write a recipe here.")
+    name: str | None = pydantic.Field(None, description="The recipe's run.name.")
+    target: str | None = pydantic.Field(
+        None, description="The recipe's run.target, where that is not MODEL."
+    )
+    prompts: str = pydantic.Field("prompts.jsonl", description="The recipe's synth.prompts.")
+    trust_remote_code: bool = pydantic.Field(
+        False, description="Allow a target's own Python code in the recipe."
+    )
+    as_json: bool = pydantic.Field(False, alias="json", description="Print JSON, no tables.")

@@ -6,34 +6,40 @@ chain stops at the first stage that fails and leaves with that stage's exit code
 """
 
 import logging
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from rich.console import Console
+
 from shared import files
-from shared.config import RunConfig, read_recipe
 from shared.errors import EXIT_DONE, UserError
 from shared.paths import RunPaths
 from shared.process import stop_requested
+from stages.ops import chain
 from stages.ops.config import MakeTargetConfig, RunChainConfig
 
-_SOURCE_ROOT = Path(__file__).resolve().parents[2]
 _GRACE_S = 120.0
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: RunChainConfig) -> int:
-    """Run the chosen stages; returns the exit code of the first that failed, or 0."""
-    recipe = read_recipe(config.recipe)
-    name = recipe.get("run", {}).get("name", RunConfig.model_fields["name"].default)
-    paths = RunPaths(config.workspace, str(name))
+    """Run the chosen stages; returns the exit code of the first that failed, or 0.
+
+    Raises:
+        UserError: a stage refuses the recipe, or something that can be seen now stands in the way.
+    """
+    paths = chain.run_paths(config)
+    if config.dry_run or config.preflight:
+        _look_ahead(config, paths)
+    if config.dry_run:
+        return EXIT_DONE
     _keep_recipe(config.recipe, paths)
     seconds: dict[str, float] = {}
-    for stage in config.only:
+    for stage in config.stages:
         started_s = time.monotonic()
         code = _run_stage(stage, config)
         seconds[stage] = time.monotonic() - started_s
@@ -47,10 +53,35 @@ def run(config: RunChainConfig) -> int:
             )
             return code
     times = " ".join(f"{stage}_s={spent:.0f}" for stage, spent in seconds.items())
-    logger.info("%s: all stages done: %s", name, times)
-    if "bench" in config.only:
+    logger.info("%s: all stages done: %s", paths.run_name, times)
+    if "bench" in config.stages:
         sys.stdout.write(closing_line(paths) + "\n")
     return EXIT_DONE
+
+
+def _look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
+    """Ask the stages and the machine whether this can work; a dry run shows the plan too.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    undone = [stage for stage in config.stages if not chain.is_done(stage, paths)]
+    if not (config.dry_run or undone):  # a finished chain takes seconds, and needs nothing
+        return
+    # Here, not above: a chain that is done must not wait for them.
+    from stages.ops import estimates, preflight
+    from stages.ops.machine import look
+
+    steps = chain.steps(config, config.stages, paths)
+    machine = look()
+    found = preflight.problems(steps, paths, machine) if config.preflight else []
+    if config.dry_run:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        estimates.show(
+            paths.run_name, estimates.Estimates(steps, paths, machine).rows(), machine, console
+        )
+    if found:
+        raise UserError("\n".join(["the chain would fail:", *found]))
 
 
 def _keep_recipe(recipe: Path, paths: RunPaths) -> None:
@@ -60,19 +91,8 @@ def _keep_recipe(recipe: Path, paths: RunPaths) -> None:
 
 def _run_stage(stage: str, config: RunChainConfig) -> int:
     """Run one stage to its end, passing on a signal that reaches this process."""
-    python = os.environ.get(f"EYRIE_{stage.upper()}_PYTHON", sys.executable)
-    command = [python, "-m", f"stages.{stage}", "--recipe", str(config.recipe)]
-    command += ["--workspace", str(config.workspace)]
-    if config.overwrite:
-        command.append("--overwrite")
-    search_path = os.pathsep.join(filter(None, [str(_SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
     logger.info("stage %s", stage)
-    try:
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": search_path})
-    except OSError as error:
-        raise UserError(
-            f"EYRIE_{stage.upper()}_PYTHON: could not start {python}: {error.strerror}."
-        ) from error
+    process = chain.start(chain.command_of(stage, config), stage)
     while True:
         try:
             return process.wait(timeout=0.5)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from stages.train.head_config import HeadConfig
+from shared.head_config import HeadConfig
 
 
 class Block(NamedTuple):

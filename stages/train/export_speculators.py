@@ -12,9 +12,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from shared.exported_head import DTYPES, config_json
 from shared.files import atomic_folder, write_json, write_text
-from stages.train.export import DTYPES, config_json, model_card
-from stages.train.head_config import HeadConfig
+from shared.head_config import HeadConfig
+from stages.train.export import model_card
 from stages.train.model import DraftHead
 
 VERSION = "0.9.0"  # of the speculators library whose layout this is

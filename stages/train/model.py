@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shared.errors import UserError
 from shared.files import read_json
+from shared.head_config import HeadConfig
 from stages.train.attention import ChainAttention, Rotary, attention_blocks, rotate
-from stages.train.head_config import HeadConfig
 
 INIT_STD = 0.02  # what transformers gives every linear layer of a Llama
 

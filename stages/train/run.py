@@ -68,7 +68,7 @@ def run_vocab(config: VocabConfig) -> None:
     _, target_config = _inputs(config)
     from stages.train import vocabulary
 
-    counts = vocabulary.read_counts(config.paths.stage("dump"), target_config.vocab_size)
+    counts = hidden_states.read_token_freq(config.paths.stage("dump"), target_config.vocab_size)
     folder = config.paths.stage("train")
     vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
 
@@ -148,11 +148,11 @@ def _build(
 ) -> Any:
     """A fresh head, its vocabulary and lm_head rows from the target's."""
     from shared import vocab
+    from shared.head_config import HeadConfig
     from stages.train import vocabulary
-    from stages.train.head_config import HeadConfig
     from stages.train.model import DraftHead
 
-    counts = vocabulary.read_counts(config.paths.stage("dump"), target_config.vocab_size)
+    counts = hidden_states.read_token_freq(config.paths.stage("dump"), target_config.vocab_size)
     warm = warm_start.load(config, tensors.embed_tokens) if config.init_from else None
     if warm is not None:
         vocabulary.take_over(folder, warm.token_ids(), target_config.vocab_size)

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from shared import conversations, hidden_states
+from shared.target import read_header
 from stages.ops.make_target import has_bfloat16
 from tests.engine.conftest import RECIPE, ROOT, Demo, ops
 
@@ -185,3 +187,32 @@ def test_no_secret_is_written_anywhere(demo: Demo) -> None:
             text = path.read_text(errors="replace")
             assert "VLLM_API_KEY=" not in text
             assert "api_key': '" not in text.replace("api_key': ''", "")
+
+
+def test_its_run_validates_and_a_damaged_copy_does_not(demo: Demo, tmp_path: Path) -> None:
+    whole = ops(demo.workspace, "validate", "demo", "--json")
+    assert whole.returncode == 0, whole.stdout
+    assert json.loads(whole.stdout)["skipped"] == 0
+    shutil.copytree(demo.run, tmp_path / "demo", symlinks=True)
+    # The copy's target stays where it was: one that is missing is not asked about, and no fault.
+    shard = tmp_path / "demo" / "dump" / "shard_00000.pt"
+    with shard.open("r+b") as handle:
+        handle.seek(shard.stat().st_size // 2)
+        byte = handle.read(1)[0]
+        handle.seek(-1, os.SEEK_CUR)
+        handle.write(bytes([byte ^ 1]))
+    damaged = ops(tmp_path, "validate", "demo", "--json")
+    assert damaged.returncode == 3
+    (failed,) = [f for f in json.loads(damaged.stdout)["findings"] if f["verdict"] == "FAIL"]
+    assert (failed["artifact"], failed["question"]) == ("dump", "files")
+    assert f"{shard}: its checksum" in failed["detail"]
+
+
+def test_a_plan_of_its_target_tells_its_size(demo: Demo) -> None:
+    planned = ops(demo.workspace, "plan", str(demo.target), "--json")
+    assert planned.returncode == 0
+    plan = json.loads(planned.stdout)
+    header = read_header(demo.target / "model.safetensors")
+    ends = [facts["data_offsets"][1] for name, facts in header.items() if name != "__metadata__"]
+    assert plan["weight_bytes"] == max(ends)
+    assert plan["dump_backend"]["name"] == "vllm"

@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared import hidden_states
 from shared import target as targets
 from shared.config import build
 from shared.conversations import Conversation
-from shared.layers import default_aux_layers
+from shared.layers import default_aux_layers, state_bytes
 from shared.status import Accounting
 from stages.dump.backends import Row, open_backend
 from stages.dump.capture import ShardWriter
@@ -89,7 +88,7 @@ class Bench:
             self.config(backend),
             fingerprint="",
             accounting=Accounting(),
-            token_bytes=hidden_states.state_bytes(1, 3, self.target.hidden_size),
+            token_bytes=state_bytes(1, 3, self.target.hidden_size),
             vocab_size=self.target.vocab_size,
             backend=backend,
         )

@@ -4,8 +4,8 @@
 import torch
 from accelerate import Accelerator
 
+from shared.head_config import HeadConfig
 from stages.train.data import Batch
-from stages.train.head_config import HeadConfig
 from stages.train.loss import TargetOutput
 from stages.train.model import DraftHead
 from stages.train.optimizer import make_optimizer

@@ -13,8 +13,11 @@ import pytest
 
 from shared import files
 from shared.config import build
-from stages.bench import gates, page, report, run
+from shared.manifest import Artifact
+from shared.status import Status
+from stages.bench import gates, making, page, report, run
 from stages.bench.config import BenchConfig, CompareConfig
+from stages.synth.config import SynthConfig
 from tests.measurements import baseline_requests, cell, engine, head_requests, lossless, request
 
 CHROMIUM = shutil.which("chromium")
@@ -30,6 +33,24 @@ OFFLINE = (
 )
 # Continuous integration must have a browser; elsewhere its absence is no fault of ours.
 needs_browser = pytest.mark.skipif(CHROMIUM is None and not IN_CI, reason="no chromium here")
+
+MAKING = {
+    "stages": [
+        {
+            "stage": "train",
+            "rows": 40,
+            "left_out": 2,
+            "bytes": 1_234_567,
+            "seconds": 61.5,
+            "facts": {"steps": 30, "final_loss": 0.125},
+            "finished": "2026-01-02T03:04:05+00:00",
+            "accelerator": "cpu",
+            "revision": "abc",
+        }
+    ],
+    "loss": [[10, 3.0], [20, 2.0], [30, 0.125]],
+    "walks": [[15, 1.5], [30, 2.75]],
+}
 
 
 def deeper() -> list[dict[str, Any]]:
@@ -70,6 +91,7 @@ def made(name: str = "demo", *, scale: float = 1.0) -> dict[str, Any]:
     found = report.build(
         config, results, lineage={"prompts": "abc"}, warnings=["norm_output is true"]
     )
+    found["making"] = MAKING
     found["gates"] = gates.judge(config, found, None)
     return dict(json.loads(json.dumps(found)))  # as a reader of report.json gets it
 
@@ -131,6 +153,8 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
         "/head/categories/coding/ttft_s/p99",
         "/lossless/wrong",
         "/gates/0/value",
+        "/making/stages/0/seconds",
+        "/making/stages/0/facts/final_loss",
     ):
         assert needed in paths
     assert tables == {"sweep": 11, "divergences": 3}
@@ -150,6 +174,11 @@ TITLES = {
         "output (tokens per second)",
     ),
     "Speed-up over draft length": ("draft length K (tokens)", "speed-up (times the baseline)"),
+    "Training loss": ("step of the training", "soft cross-entropy (nats)"),
+    "Walked acceptance length": (
+        "step of the training",
+        "acceptance length (tokens per target step)",
+    ),
 }
 
 
@@ -182,6 +211,8 @@ def test_every_figure_has_a_title_axes_with_units_and_its_values(tmp_path: Path)
         assert f"{row['tokens_per_s']:.3g}" in by_title["Throughput over concurrency"]["texts"]
         if row["drafter"] == "head":
             assert f"{row['speedup']:.3g}" in by_title["Speed-up over draft length"]["texts"]
+    assert "0.125" in by_title["Training loss"]["texts"]
+    assert "2.75" in by_title["Walked acceptance length"]["texts"]
     lines = {"baseline", "head, K = 3", "head, K = 5", "ngram, K = 3"}
     assert lines <= set(by_title["Throughput over concurrency"]["texts"])
 
@@ -217,6 +248,7 @@ def test_a_page_without_a_baseline_draws_no_speedup() -> None:
     text = page.render(found)
     assert "Speed-up over draft length" not in text
     assert "nothing was compared" in text
+    assert "How the head was made" not in text
 
 
 def test_what_is_no_report_cannot_be_compared(tmp_path: Path) -> None:
@@ -228,3 +260,27 @@ def test_what_is_no_report_cannot_be_compared(tmp_path: Path) -> None:
     files.write_json(tmp_path / "one" / "bench" / "report.json", {"schema_version": 1})
     with pytest.raises(UserError, match="expected a bench report of schema version 2, found 1"):
         run.compare(build(CompareConfig, settings))
+
+
+def test_how_a_head_was_made_is_read_from_its_run(tmp_path: Path) -> None:
+    """A finished synth and a training under way; the last line of its history was cut by a kill."""
+    config = build(SynthConfig, {"workspace": str(tmp_path), "target": "t", "prompts": "p"})
+    paths = config.paths
+    Status(paths.status("synth")).started()
+    artifact = Artifact(paths.stage("synth"), config)
+    with artifact.work():
+        files.write_text(artifact.folder / "part.txt", "rows")
+        counts = {"in": 5, "ok": 3, "skipped": {"too_long": 2}, "failed": {}}
+        artifact.finish(["part.txt"], counts=counts, facts={"rows": 3, "tokens": 70, "other": 1})
+    lines = ['{"step": 10, "loss": 2.5}', '{"step": 15, "walked_acceptance_length": 1.5}']
+    files.write_text(
+        paths.stage("train") / "history.jsonl", "\n".join([*lines, '{"step": 20, "lo'])
+    )
+    found = making.of_run(paths)
+    (stage,) = found["stages"]
+    assert (stage["rows"], stage["left_out"], stage["bytes"]) == (3, 2, 4)
+    assert stage["facts"] == {"rows": 3, "tokens": 70}
+    assert 0 <= stage["seconds"] < 60
+    assert (found["loss"], found["walks"]) == ([[10, 2.5]], [[15, 1.5]])
+    paths.status("synth").unlink()
+    assert making.of_run(paths)["stages"][0]["seconds"] is None

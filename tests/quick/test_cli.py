@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: flags, recipes, refusals, exit codes, and how fast --help answers."""
 
+import json
 import subprocess
 import sys
 import time
@@ -166,3 +167,16 @@ def test_every_field_has_a_doc_and_is_marked() -> None:
             field = config.model_fields[name]
             assert field.description, name
             assert configs.kind_of(field) in ("identity", "operational"), name
+
+
+def test_print_config_tells_what_recipe_and_flags_come_to(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run: {target: t}\ntrain: {epochs: 5}\n")
+    asked = ("train", "--recipe", str(recipe), "--ttt_steps", "2", "--print_config")
+    told = run_stage(*asked, "--workspace", str(tmp_path))
+    assert told.returncode == 0, told.stderr
+    settings = json.loads(told.stdout)
+    assert (settings["epochs"], settings["ttt_steps"], settings["beta2"]) == (5, 2, 0.95)
+    assert settings["run"]["target"] == "t"
+    assert list(tmp_path.iterdir()) == [recipe]  # no folder, no log: nothing was run
+    assert run_stage(*asked, "--epoch", "1").returncode == 2

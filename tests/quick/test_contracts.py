@@ -86,7 +86,7 @@ def test_a_shard_maps_back_as_written(tmp_path: Path) -> None:
     assert (len(shard), shard.offsets.tolist()) == (2, [0, 3, 5])
     assert shard.input_ids[shard.rows(1)].tolist() == [8, 9]
     assert torch.equal(shard.hidden_states[shard.rows(1)], states[1].bfloat16())
-    assert shard.hidden_states.numel() * 2 == hidden_states.state_bytes(5, 3, 8)
+    assert shard.hidden_states.numel() * 2 == layers.state_bytes(5, 3, 8)
 
 
 class Payload:

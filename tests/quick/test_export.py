@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from shared.errors import OutputError, UserError
-from stages.train.export import check_export, expected_tensors, export_head
-from stages.train.head_config import HeadConfig
+from shared.exported_head import check_export, expected_tensors
+from shared.head_config import HeadConfig
+from stages.train.export import export_head
 from stages.train.model import DraftHead, load_head
 
 CONFIG = HeadConfig(

@@ -98,7 +98,7 @@ def test_a_bench_before_its_head(workspace: Path) -> None:
 def test_the_chain_stops_at_the_first_failure_with_its_code(workspace: Path) -> None:
     recipe = workspace / "recipe.yaml"
     recipe.write_text("run: {target: tiny}\nsynth: {prompts: nowhere.jsonl}\n")
-    done = run(workspace, "ops", "--recipe", str(recipe))
+    done = run(workspace, "ops", "--recipe", str(recipe), "--preflight", "false")
     assert done.returncode == 2
     assert "nowhere.jsonl" in done.stderr
     assert "synth ended with exit code 2" in done.stderr

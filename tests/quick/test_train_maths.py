@@ -18,11 +18,11 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from shared.errors import UserError
+from shared.head_config import HeadConfig
 from stages.train import attention as attention_module
 from stages.train import loss as loss_module
 from stages.train.attention import ChainAttention, attention_blocks
 from stages.train.data import Batch
-from stages.train.head_config import HeadConfig
 from stages.train.loss import (
     SoftCrossEntropy,
     TargetOutput,

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.head_config import HeadConfig
 from stages.train.data import Batch
-from stages.train.head_config import HeadConfig
 from stages.train.model import DraftHead
 from stages.train.walk import Walk, answer_spans, combine, slot_hits, walk, walked_acceptance_length
 from tests import reference

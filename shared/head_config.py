@@ -45,6 +45,16 @@ class HeadConfig:
                 f"must be the target's {self.target_hidden_size}, found {self.hidden_size}."
             )
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights of its own: fc, the layer, norms, lm_head. The embedding is the target's."""
+        size, queries = self.hidden_size, self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        fc = size * len(self.aux_layers) * self.target_hidden_size
+        attention = 2 * size * (queries + 2 * keys) + queries * size
+        mlp, norms = 3 * size * self.intermediate_size, 4 * size
+        return fc + attention + mlp + norms + self.draft_vocab_size * size
+
     @classmethod
     def from_json(
         cls, raw: dict[str, Any], *, aux_layers: tuple[int, ...], draft_vocab_size: int
