@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shared import sources
 from shared.errors import UserError
-from shared.paths import RunPaths
+from shared.paths import RunPaths, require_input
 from shared.server import is_healthy
 from shared.versions import SUPPORTED_VLLM
 from stages.ops.chain import Step, environment, python_of
@@ -60,6 +60,7 @@ def uses_vllm(step: Step) -> bool:
         and not served
         and step.settings.get("backend") != "hf"
         and step.settings.get("mode") != "keep"
+        and not step.settings.get("states")
     )
 
 
@@ -118,6 +119,11 @@ def _inputs(step: Step, workspace: Path) -> Iterator[str]:
             continue
         try:
             sources.find_files(source, workspace, what=what)
+        except UserError as error:
+            yield str(error)
+    if states := step.settings.get("states"):
+        try:
+            require_input(states, workspace, what="dump.states")
         except UserError as error:
             yield str(error)
     for url in [*step.settings.get("endpoints", ()), step.settings.get("endpoint")]:
