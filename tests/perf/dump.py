@@ -207,6 +207,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # By itself vLLM keeps a core of few for its scheduler, but none where there is a connector.
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place), options)
         result: dict[str, Any] = {"hidden_size": options.hidden_size, "layers": LAYERS}
