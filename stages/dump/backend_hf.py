@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.errors import UserError
 from shared.layers import resolve_aux_layers
-from stages.dump.backends import Captured, Row, check_row
+from stages.dump.backends import Captured, CaptureSettings, Row, check_row
 
 # What transformers calls a decoder's list of layers, and the norm behind the last of them.
 LAYER_NAMES = ("layers", "h", "blocks")
@@ -31,27 +31,15 @@ SORTED_BATCHES = 16
 
 
 @dataclasses.dataclass(kw_only=True)
-class HfCapture:
+class HfCapture(CaptureSettings):
     """A target in transformers that answers rows of token ids with hidden states.
 
+    `max_num_batched_tokens` counts padding too.
+
     Attributes:
-        target, revision: name or folder of the target; its revision where it is a name.
-        aux_layers: ids of the states to take, ascending; id i is the state entering layer i.
-        num_layers: L, checked against the target.
-        max_length_tokens: longest row that will be asked for.
-        dtype: what the target computes in; "auto" is what its weights are stored in.
-        max_num_batched_tokens: tokens of one forward, padding included.
         device: "cuda", "cpu", or None for a GPU where there is one.
     """
 
-    target: str | Path
-    revision: str | None = None
-    aux_layers: Sequence[int]
-    num_layers: int
-    max_length_tokens: int
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    max_num_batched_tokens: int = 8192
     device: str | None = None
     # Batches of rows of like length never cross a shard's edge: the same in every run.
     streams = False
@@ -67,7 +55,6 @@ class HfCapture:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 self.target,
-                revision=self.revision,
                 dtype=self.dtype,
                 trust_remote_code=self.trust_remote_code,
                 # Over all GPUs that are there; a target larger than one still loads.

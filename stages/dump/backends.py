@@ -5,10 +5,12 @@ Legend: T tokens of a row, A aux layers, H hidden size.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +28,28 @@ class Row(NamedTuple):
     ids: Sequence[int]
     is_probe: bool = False
     sample_id: str = ""
+
+
+@dataclasses.dataclass(kw_only=True)
+class CaptureSettings:
+    """What every backend that loads a target is made with.
+
+    Attributes:
+        target: name or folder of the target.
+        aux_layers: ids of the states to take, ascending; id i is the state entering layer i.
+        num_layers: L, checked against the target.
+        max_length_tokens: longest row that will be asked for.
+        dtype: what the target computes in; "auto" is what its weights are stored in.
+        max_num_batched_tokens: most tokens of one forward.
+    """
+
+    target: str | Path
+    aux_layers: Sequence[int]
+    num_layers: int
+    max_length_tokens: int
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    max_num_batched_tokens: int = 8192
 
 
 class Captured(NamedTuple):

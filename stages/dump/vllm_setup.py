@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from vllm.platforms import current_platform
 
 from shared.errors import EyrieError, RetryableError, UserError
 from shared.versions import SUPPORTED_VLLM
+from stages.dump.backends import CaptureSettings
 
 # vLLM takes no states at all from a step in which a row fills its limit: the limit is one higher.
 HEADROOM_TOKENS = 1
@@ -34,28 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(kw_only=True)
-class VllmSettings:
-    """What an engine for capture is started with.
+class VllmSettings(CaptureSettings):
+    """What an engine for capture is started with; rows longer than a step are prefilled in chunks.
 
     Attributes:
-        target, revision: name or folder of the target; its revision where it is a name.
-        aux_layers: ids of the states to take, ascending; id i is the state entering layer i.
-        num_layers: L, checked against the target.
-        max_length_tokens: longest row that will be asked for.
-        dtype: what the target computes in, as vLLM's `--dtype`.
         tensor_parallel: GPUs that share the target.
-        max_num_batched_tokens: tokens of one engine step; longer rows are prefilled in chunks.
     """
 
-    target: str | Path
-    revision: str | None = None
-    aux_layers: Sequence[int]
-    num_layers: int
-    max_length_tokens: int
-    dtype: str = "auto"
-    trust_remote_code: bool = False
     tensor_parallel: int = 1
-    max_num_batched_tokens: int = 8192
     seed: int = 0
 
     def resolve(self) -> VllmConfig:
@@ -108,7 +94,6 @@ class VllmSettings:
         }
         return EngineArgs(
             model=str(self.target),
-            revision=self.revision,
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
             tensor_parallel_size=self.tensor_parallel,
