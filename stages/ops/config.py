@@ -127,7 +127,10 @@ class StatusConfig(CommandConfig):
 
 
 class WatchConfig(StatusConfig):
-    """Shows how far each stage of a run is, until none is at work or left to do; Ctrl-C ends it."""
+    """Shows how far each stage of a run is, until all are done or one has ended badly.
+
+    Ctrl-C ends it.
+    """
 
     period_s: float = pydantic.Field(2.0, description="Seconds between two looks.", gt=0)
 

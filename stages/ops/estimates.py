@@ -113,7 +113,7 @@ class Estimates:
             most = step.settings.get("max_samples") or step.settings.get("max_prompts")
             return min(rows, most or rows)
         parent = {"dump": "synth", "train": "dump"}.get(step.stage)
-        if parent is None:
+        if parent is None or step.settings.get("states"):
             return None
         if parent in self._rows:
             return self._rows[parent]
@@ -167,6 +167,8 @@ class Estimates:
             return f"{sizes.shown_bytes(size)} and activations"
         if step.settings.get("endpoints") or step.settings.get("endpoint"):
             return "the endpoint's"
+        if step.settings.get("states"):
+            return "of three tensors of the target"
         parts = sizes.gpus_a_copy(step)
         size = sizes.weight_bytes(config.folder) // parts
         where = "a GPU" if self.machine.gpus else "of memory"

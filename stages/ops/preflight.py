@@ -7,6 +7,7 @@ What only the work itself can tell (the exact size of the states, whether vLLM h
 target) stays with the stages.
 """
 
+import functools
 import json
 import subprocess
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from shared import sources
 from shared.errors import UserError
-from shared.paths import RunPaths, require_input
+from shared.paths import RunPaths, find_input
 from shared.server import is_healthy
 from shared.versions import SUPPORTED_VLLM
 from stages.ops.chain import Step, environment, python_of
@@ -78,25 +79,37 @@ def _workspace(paths: RunPaths) -> Iterator[str]:
         )
 
 
+@functools.lru_cache
+def _installed(python: str) -> dict[str, str]:
+    """Distribution -> version, of an interpreter.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it is none.
+    """
+    asked = subprocess.run(
+        [python, "-c", _ASK_VERSIONS],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=environment(),
+    )
+    return dict(json.loads(asked.stdout))
+
+
 def _versions(step: Step) -> Iterator[str]:
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
     python = python_of(step.stage)
     try:
-        asked = subprocess.run(
-            [python, "-c", _ASK_VERSIONS],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-            env=environment(),
-        )
+        installed = _installed(python)
     except (OSError, subprocess.SubprocessError) as error:
         expected = f"a Python interpreter at {python}"
-        yield problem(step.stage, expected, str(error), "Set EYRIE_<STAGE>_PYTHON to one.")
+        yield problem(
+            step.stage, expected, str(error), f"Set EYRIE_{step.stage.upper()}_PYTHON to one."
+        )
         return
-    installed: dict[str, str] = json.loads(asked.stdout)
     for name, floor in _FLOORS[step.stage].items():
         if name == "vllm" and not uses_vllm(step):
             continue
@@ -121,11 +134,10 @@ def _inputs(step: Step, workspace: Path) -> Iterator[str]:
             sources.find_files(source, workspace, what=what)
         except UserError as error:
             yield str(error)
-    if states := step.settings.get("states"):
-        try:
-            require_input(states, workspace, what="dump.states")
-        except UserError as error:
-            yield str(error)
+    if (made := step.settings.get("states")) and find_input(made, workspace) is None:
+        yield problem(
+            "dump.states", f"a folder at {workspace / made} or {made}", "none", "Mount it."
+        )
     for url in [*step.settings.get("endpoints", ()), step.settings.get("endpoint")]:
         if url and not is_healthy(url):
             yield problem(

@@ -125,7 +125,7 @@ def _fits_target(run: Mapping[str, Any], config: TargetConfig) -> Iterator[str]:
 def _memory(folder: Path, users: Sequence[Step], machine: Machine) -> Iterator[str]:
     weights = sizes.weight_bytes(folder)
     for step in users:
-        if step.stage == "train":  # it reads three tensors of the target
+        if step.stage == "train" or step.settings.get("states"):  # three tensors of it are read
             continue
         shared_by = sizes.gpus_a_copy(step)
         copies = int(step.settings.get("data_parallel") or 1)

@@ -39,6 +39,8 @@ _COLOURS = {
     "stopped": "yellow",
     "unreadable": "bold red",
 }
+# After one of these the chain goes on only when somebody starts it again.
+_ENDED = {"failed", "died", "stopped", "unreadable"}
 _OF_PROGRESS = ("done", "total", "unit", "left_s")
 
 
@@ -76,7 +78,7 @@ def run(config: StatusConfig) -> None:
 
 
 def watch(config: WatchConfig) -> None:
-    """Show the states until nothing runs or is left to do, or a signal ends it."""
+    """Show the states until all is done, or nothing works on what is left, or a signal ends it."""
     paths = find_run(config.name, config.workspace)
     if config.as_json:
         for states in _looks(paths, config.period_s):
@@ -92,8 +94,8 @@ def _looks(paths: RunPaths, period_s: float) -> Iterator[list[StageState]]:
     while True:
         states = read_states(paths)
         yield states
-        over = {state.state for state in states} <= {"done", "failed", "died", "unreadable"}
-        if over or any(state.state == "failed" for state in states):
+        found = {state.state for state in states}
+        if found == {"done"} or (found & _ENDED and "running" not in found):
             return
         until = time.monotonic() + period_s
         while time.monotonic() < until:

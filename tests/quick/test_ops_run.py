@@ -16,9 +16,13 @@ import yaml
 from shared.config import build
 from shared.errors import UserError
 from shared.paths import RunPaths
+from stages.bench.config import BenchConfig
+from stages.dump.config import DumpConfig
 from stages.ops import chain, estimates, preflight
 from stages.ops.config import RunChainConfig
 from stages.ops.machine import Machine, look
+from stages.synth.config import SynthConfig
+from stages.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
@@ -42,6 +46,8 @@ RECIPE: dict[str, dict[str, Any]] = {
     "train": {},
     "bench": {"prompts": "prompts.jsonl", "max_prompts": 2},
 }
+
+CONFIGS = {"synth": SynthConfig, "dump": DumpConfig, "train": TrainConfig, "bench": BenchConfig}
 
 
 @pytest.fixture
@@ -71,11 +77,14 @@ def config(workspace: Path, **flags: str) -> RunChainConfig:
     return build(RunChainConfig, {**needed, **flags})
 
 
-def steps(workspace: Path, changes: Mapping[str, dict[str, Any]] = {}) -> list[chain.Step]:
-    """The chain as the stages themselves read the recipe."""
-    write(workspace, changes)
-    chosen = config(workspace)
-    return chain.steps(chosen, chosen.stages, chain.run_paths(chosen))
+def steps(workspace: Path, changes: Mapping[str, dict[str, Any]] | None = None) -> list[chain.Step]:
+    """The chain as the stages read the recipe, asked here instead of in processes of their own."""
+    path, paths = write(workspace, changes or {}), RunPaths(workspace, "run")
+    flags = {"recipe": str(path), "workspace": str(workspace)}
+    return [
+        chain.Step(stage, build(model, flags).model_dump(mode="json"), chain.is_done(stage, paths))
+        for stage, model in CONFIGS.items()
+    ]
 
 
 def problems(found: list[chain.Step], workspace: Path, machine: Machine = CPU) -> list[str]:
@@ -96,6 +105,13 @@ def test_which_stages_are_meant(
     workspace: Path, flags: dict[str, str], stages: tuple[str, ...]
 ) -> None:
     assert config(workspace, **flags).stages == stages
+
+
+def test_each_stage_is_asked_what_it_makes_of_the_recipe(workspace: Path) -> None:
+    """The other tests ask the same configs in this process."""
+    chosen = config(workspace, skip="synth")
+    asked = chain.steps(chosen, chosen.stages, chain.run_paths(chosen))
+    assert asked == steps(workspace)[1:]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +161,7 @@ def test_what_can_be_seen_is_named(workspace: Path, monkeypatch: pytest.MonkeyPa
         ({"run": {"target": "modle"}}, "run.target: expected a model's folder .*found modle"),
         ({"synth": {"prompts": "none.jsonl"}}, "synth.prompts: expected a file"),
         ({"bench": {"prompts": "none.jsonl"}}, "bench.prompts: expected a file"),
+        ({"dump": {"states": "nowhere"}}, "dump.states: expected a folder at .*/nowhere"),
         ({"synth": {"endpoints": ["http://127.0.0.1:9"]}}, "a server at http://127.0.0.1:9, found"),
     ],
 )

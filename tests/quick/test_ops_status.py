@@ -16,7 +16,7 @@ from shared.config import build
 from shared.paths import RunPaths
 from shared.status import Status
 from stages.ops.config import StatusConfig, WatchConfig
-from stages.ops.status import StageState, read_states, run, watch
+from stages.ops.status import StageState, _looks, read_states, run, watch
 
 ROOT = Path(__file__).resolve().parents[2]
 # A stage as far as its status goes: it says how far it is, and then nothing for a long time.
@@ -127,6 +127,18 @@ def test_states_of_a_whole_run(tmp_path: Path) -> None:
     ]
     assert states[1].left_s is not None
     assert 8 < states[1].left_s <= 9
+
+
+def test_a_watch_goes_on_while_another_process_works(tmp_path: Path) -> None:
+    write(tmp_path, "synth-0")
+    write(tmp_path, "synth-1", state="failed")
+    looks = _looks(RunPaths(tmp_path, "r"), 0.01)
+    assert next(looks)
+    assert next(looks)
+    write(tmp_path, "synth-0", state="stopped")
+    assert next(looks)[0].state == "stopped"
+    with pytest.raises(StopIteration):
+        next(looks)
 
 
 def test_what_is_shown_and_when_a_watch_ends(
