@@ -90,6 +90,7 @@ class CommandConfig(Section):
     """What every command takes, whatever it does."""
 
     positional: ClassVar[tuple[str, ...]] = ()
+    variadic: ClassVar[str] = ""  # the field that takes all further words
 
     workspace: Path = pydantic.Field(
         default_factory=lambda: Path(os.environ.get("EYRIE_WORKSPACE", "workspace")),
@@ -212,8 +213,13 @@ def _validate(model: type[S], values: Mapping[str, Any], source: str, prefix: st
 
 
 def flag_fields(config: type[CommandConfig]) -> dict[str, FieldInfo]:
-    """Every flag that a command takes: its own fields, and the run section's for a stage."""
-    fields = {name: field for name, field in config.model_fields.items() if name != "run"}
+    """Every flag that a command takes: its own fields, and the run section's for a stage.
+
+    A field whose flag is no good name in Python (`--from`, `--json`) has that as its alias.
+    """
+    fields = {
+        field.alias or name: field for name, field in config.model_fields.items() if name != "run"
+    }
     if issubclass(config, StageConfig):
         fields |= RunConfig.model_fields
     return fields

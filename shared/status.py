@@ -11,6 +11,7 @@ import collections
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -123,6 +124,7 @@ class Status:
         record = {
             "state": state,
             "pid": os.getpid(),
+            "host": socket.gethostname(),
             "started_s": round(self._started_s, 3),
             "updated_s": round(time.time(), 3),
             **self._last,
@@ -161,7 +163,7 @@ class Status:
                 self._last = files.read_json(self.path) | self._last
             except UserError as error:
                 logger.warning("%s", error)
-            for key in ("state", "pid", "updated_s"):
+            for key in ("state", "pid", "host", "updated_s"):
                 self._last.pop(key, None)
             self._started_s = self._last.pop("started_s", self._started_s)
         self._write(state, exit_code=exit_code, message=message)

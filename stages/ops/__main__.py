@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m stages.ops`: run the chain, make the demo's target."""
+"""`python -m stages.ops`: run the chain, make the demo's target, tell what failed."""
 
 from shared.cli import launch
-from stages.ops.config import MakeTargetConfig, RunChainConfig
+from stages.ops.config import MakeTargetConfig, ReviewConfig, RunChainConfig, TriageConfig
 
 if __name__ == "__main__":
     launch(
@@ -10,5 +10,7 @@ if __name__ == "__main__":
         {
             "run": (RunChainConfig, "stages.ops.run:run"),
             "make-target": (MakeTargetConfig, "stages.ops.run:run_make_target"),
+            "triage": (TriageConfig, "stages.ops.triage:run"),
+            "review": (ReviewConfig, "stages.ops.triage:run_review"),
         },
     )

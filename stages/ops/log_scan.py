@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds what the rules know in a log of any size, line by line, in bounded memory.
+
+In: a file of bytes, rules. Out: for the log's last attempt, the lines that rules match and the first
+errors that none does, each with its line number and its place in the file.
+
+Two steps. Every line is searched for all fixed texts of all rules at once, by RE2 through pyarrow:
+about 150 MB/s a core, whatever the number of rules. The few lines that have one go through the
+rules' expressions; of lines that differ in digits alone only one does. A run's log holds every
+attempt: `begin:` starts a new one, and what was found before it is forgotten.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+
+from shared.errors import UserError
+from shared.paths import STAGES
+from stages.ops.failure_rules import Rule
+
+CHUNK_BYTES = 8 << 20
+# Of one rule in one attempt so many hits are kept, and so many counted before it is left alone.
+KEPT_HITS = 5
+COUNTED_HITS = 500
+KEPT_ERRORS = 20
+_LONGEST_LINE = 8000
+_REMEMBERED = 100_000
+
+_OWN = re.compile(
+    r"\b(?P<level>DEBUG|INFO|WARNING|ERROR) (?P<stage>synth|dump|train|bench|ops) (?P<text>.*)"
+)
+_CHAIN = re.compile(r"stage (synth|dump|train|bench)$")
+_DONE = re.compile(r"(already )?done: .*manifest\.json$")
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_ERROR = re.compile(
+    r"Traceback \(most recent call last\)"
+    r"|(?:^|[\s|\]):])(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Timeout)(?::\s|\s*$)"
+    r"|\b(?:ERROR|FATAL|CRITICAL|SEVERE)\b"
+    r"|\b(?:Fatal Python error|Segmentation fault|Bus error|core dumped|terminate called|panic:)"
+    r"|(?:^|\s)(?:fatal|error): "
+    r"|^\W*(?:Killed|Aborted|Terminated)\s*$|: Killed\s*$"
+)
+_NO_ERROR = re.compile(r"\b(?:DEBUG|INFO|WARNING|WARN)\b")
+_ERROR_TEXTS = (
+    *("traceback", "error", "exception", "timeout", "fatal", "critical", "severe"),
+    *("segmentation fault", "core dumped", "terminate called", "panic:"),
+    *("killed", "aborted", "terminated"),
+)
+_MARKER_TEXTS = (" ops stage ", " begin: process ", "done: ")
+_SPECIAL = re.compile(r"([\\.+*?()|\[\]{}^$])")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of a log, and where it is."""
+
+    path: Path
+    number: int
+    offset: int  # of its first byte in the file
+    text: str
+    stage: str | None = None  # as the line itself or a line before it says
+    is_final: bool = False  # a stage's own last words: an ERROR record of ours
+
+
+@dataclasses.dataclass
+class Hit:
+    """A rule that matched, the line that completed it, and what its named groups held."""
+
+    rule: Rule
+    line: Line
+    seen: dict[str, str]
+
+
+@dataclasses.dataclass
+class Findings:
+    """What one log's last attempt holds; per stage where the log is of several."""
+
+    path: Path
+    hits: list[Hit] = dataclasses.field(default_factory=list)
+    errors: list[Line] = dataclasses.field(default_factory=list)  # that no rule matches
+    num_errors: int = 0
+    attempts: int = 0
+    is_done: dict[str | None, bool] = dataclasses.field(default_factory=dict)
+    last: Line | None = None
+    num_bytes: int = 0
+    num_lines: int = 0
+
+
+def clean(line: bytes) -> str:
+    """A line's text without colours, at most `_LONGEST_LINE` characters of it."""
+    text = _ANSI.sub("", line.decode("utf-8", "replace")).rstrip()
+    if len(text) > _LONGEST_LINE:
+        half = _LONGEST_LINE // 2
+        text = text[:half] + " ... " + text[-half:]
+    return text
+
+
+class Scanner:
+    """The rules, ready to be looked for in many logs."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = [rule for rule in rules if rule.lines]
+
+    def scan(self, path: Path, *, stage: str | None = None) -> Findings:
+        """What `path` holds; `stage` is whose log it is, where that is known.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        scan = _Scan(self.rules, path, stage)
+        try:
+            with path.open("rb", buffering=0) as log:
+                for first_number, offset, lines in _chunks(log):
+                    scan.take(first_number, offset, lines)
+        except OSError as error:
+            raise UserError(f"could not read {path}: {error.strerror or error}.") from error
+        return scan.findings
+
+    def scan_text(self, text: str, path: Path, *, stage: str | None) -> Findings:
+        """The same of a text that stands in `path`, such as a status file's message."""
+        scan = _Scan(self.rules, path, stage)
+        record = f"1970-01-01T00:00:00Z ERROR {stage or 'ops'} {text}\n".encode()
+        scan.take(1, 0, record)
+        return scan.findings
+
+
+def _chunks(log: object) -> Iterator[tuple[int, int, bytes]]:
+    """(number of the first line, its offset, whole lines), the last one ended if need be."""
+    number, offset, rest = 1, 0, b""
+    while block := log.read(CHUNK_BYTES):  # type: ignore[attr-defined]
+        block = rest + block
+        end = block.rfind(b"\n") + 1
+        if end == 0 and len(block) < 2 * CHUNK_BYTES:
+            rest = block
+            continue
+        # A line that never ends is cut: memory stays bounded, and its number stays right.
+        taken = block[:end] if end else block
+        yield number, offset, taken if end else taken + b"\n"
+        number += taken.count(b"\n")
+        offset += len(taken)
+        rest = block[len(taken) :]
+    if rest:
+        yield number, offset, rest + b"\n"
+
+
+def _split(lines: bytes) -> "tuple[np.ndarray, pyarrow.Array]":
+    """(offsets [N+1] of the lines, the lines as binary values), without a copy."""
+    ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n")) + 1
+    offsets = np.concatenate(([0], ends)).astype(np.int32)
+    buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(lines)]
+    return offsets, pyarrow.Array.from_buffers(pyarrow.binary(), len(ends), buffers)
+
+
+class _Scan:
+    """One log on its way through the rules."""
+
+    def __init__(self, rules: Sequence[Rule], path: Path, stage: str | None) -> None:
+        self.rules = rules
+        self.findings = Findings(path)
+        self._stage = stage
+        self._begin(None)
+
+    def _begin(self, stage: str | None) -> None:
+        """A new attempt: forget what was found of this stage before."""
+        found = self.findings
+        found.hits = [hit for hit in found.hits if stage and hit.line.stage != stage]
+        found.errors = [line for line in found.errors if stage and line.stage != stage]
+        found.num_errors = len(found.errors)
+        self._counts = collections.Counter(hit.rule.id for hit in found.hits)
+        self._progress: dict[str, tuple[int, int, dict[str, str]]] = {}
+        self._nothing: set[bytes] = set()
+        self._listen()
+
+    def _listen(self) -> None:
+        """Compile the texts of all rules that are not told often enough yet."""
+        self._watched = [
+            rule for rule in self.rules if self._counts[rule.id] < COUNTED_HITS
+        ]
+        self._by_text: dict[str, list[tuple[Rule, int]]] = {}
+        for rule in self._watched:
+            for position, texts in enumerate(rule.texts):
+                for text in texts:
+                    self._by_text.setdefault(text, []).append((rule, position))
+        texts = {*self._by_text, *_MARKER_TEXTS}
+        texts |= set(_ERROR_TEXTS) if self.findings.num_errors < COUNTED_HITS else set()
+        self._pattern = "|".join(_SPECIAL.sub(r"\\\1", text) for text in sorted(texts))
+        self._is_stale = False
+
+    def take(self, first_number: int, offset: int, lines: bytes) -> None:
+        """Search whole lines, of which the first has this number and this offset in the file."""
+        if self._is_stale:
+            self._listen()
+        starts, values = _split(lines)
+        options = {"pattern": self._pattern, "ignore_case": True}
+        matched = pyarrow.compute.match_substring_regex(values, **options)
+        for index in np.flatnonzero(matched.to_numpy(zero_copy_only=False)):
+            start = int(starts[index])
+            line = lines[start : int(starts[index + 1]) - 1]
+            key = line.translate(None, b"0123456789")
+            if key in self._nothing:
+                continue
+            where = (first_number + int(index), offset + start)
+            # A progress bar rewrites its line: every piece of it is a line to the reader.
+            # Not any(): every piece must be looked at.
+            told = [self._look(piece, *where) for piece in line.split(b"\r") if piece]
+            if not any(told) and len(self._nothing) < _REMEMBERED:
+                self._nothing.add(key)
+        self._close(first_number, offset, lines, len(values))
+
+    def _close(self, first_number: int, offset: int, lines: bytes, count: int) -> None:
+        found = self.findings
+        found.num_bytes = offset + len(lines)
+        found.num_lines = first_number + count - 1
+        body = lines.rstrip()
+        if body:
+            start = body.rfind(b"\n") + 1
+            number = first_number + body.count(b"\n")
+            found.last = Line(found.path, number, offset + start, clean(body[start:]), self._stage)
+
+    def _look(self, raw: bytes, number: int, offset: int) -> bool:
+        """Whether the line told anything, so that its like must be looked at again."""
+        text = clean(raw)
+        own = _OWN.search(text)
+        stage = own["stage"] if own and own["stage"] in STAGES else self._stage
+        if own and self._mark(own):
+            return True
+        is_final = bool(own) and own["level"] == "ERROR" and own["stage"] != "ops"  # type: ignore[index]
+        line = Line(self.findings.path, number, offset, text, stage, is_final)
+        if is_final:
+            self.findings.is_done[stage] = False
+        hits, is_part = self._match(line)
+        benign = [hit for hit in hits if hit.rule.role == "benign"]
+        for hit in benign or hits:
+            self._keep(hit)
+        if not hits and not is_part and _ERROR.search(text) and not _NO_ERROR.search(text):
+            self._keep_error(line)
+            return len(self.findings.errors) < KEPT_ERRORS
+        # The like of a harmless line is as harmless, and five of a kind are enough.
+        kept = any(self._counts[hit.rule.id] < KEPT_HITS for hit in hits)
+        return is_part or is_final or (kept and not benign)
+
+    def _mark(self, own: "re.Match[str]") -> bool:
+        """Whether it is a line that says where in its life a stage is."""
+        text = own["text"].rstrip()
+        if own["stage"] == "ops":
+            if chained := _CHAIN.match(text):
+                self._stage = chained[1]
+            return bool(chained)
+        if own["level"] != "INFO":
+            return False
+        if text.startswith("begin: process "):
+            self._begin(own["stage"])
+            self.findings.attempts += 1
+            self._stage = own["stage"]
+            self.findings.is_done[self._stage] = False
+            return True
+        if _DONE.match(text):
+            self.findings.is_done[own["stage"]] = True
+            return True
+        return False
+
+    def _match(self, line: Line) -> tuple[list[Hit], bool]:
+        """(rules that this line completes, whether it is a part of one that waits for more)."""
+        lowered = line.text.lower()
+        hits, is_part = [], False
+        for text, wanted in self._by_text.items():
+            if text not in lowered:
+                continue
+            for rule, position in wanted:
+                if any(hit.rule is rule for hit in hits):
+                    continue
+                found = rule.patterns[position].search(line.text)
+                if found is None:
+                    continue
+                seen = self._advance(rule, position, line.number, found)
+                if seen is None:
+                    is_part = is_part or self._progress.get(rule.id, (0, 0, {}))[0] > 0
+                else:
+                    hits.append(Hit(rule, line, seen))
+        return hits, is_part
+
+    def _advance(
+        self, rule: Rule, position: int, number: int, found: "re.Match[str]"
+    ) -> dict[str, str] | None:
+        """The captures of all its lines, where this one was the last that the rule waited for."""
+        named = {name: value for name, value in found.groupdict().items() if value is not None}
+        if len(rule.patterns) == 1:
+            return named
+        due, last, seen = self._progress.get(rule.id, (0, number, {}))
+        if number - last > rule.within_lines:
+            due, seen = 0, {}
+        if position == due:
+            seen = {**seen, **named}
+            due += 1
+        elif position != 0:
+            return None
+        if due < len(rule.patterns):
+            self._progress[rule.id] = (due, number, seen)
+            return None
+        self._progress.pop(rule.id, None)
+        return seen
+
+    def _keep(self, hit: Hit) -> None:
+        self._counts[hit.rule.id] += 1
+        count = self._counts[hit.rule.id]
+        self._is_stale = self._is_stale or count == COUNTED_HITS
+        if count <= KEPT_HITS:
+            self.findings.hits.append(hit)
+        elif hit.line.is_final:  # the last of them are the stage's last words
+            self.findings.hits.append(hit)
+
+    def _keep_error(self, line: Line) -> None:
+        found = self.findings
+        found.num_errors += 1
+        self._is_stale = self._is_stale or found.num_errors == COUNTED_HITS
+        if len(found.errors) < KEPT_ERRORS:
+            found.errors.append(line)
