@@ -92,13 +92,28 @@ def _of_stage(
         hits, errors = hits + told.hits, errors + told.errors
     hits = [hit for hit in hits if _applies(hit.rule, stage, case)]
     hits += _without_lines(stage, case, findings, rules)
-    ranked = sorted(_first_of_each(_failures(hits)), key=_rank)
+    ranked = sorted(_first_of_each(_most_telling(hits, stage)), key=_rank)
     diagnoses = [_diagnosis(hit, stage, case) for hit in ranked]
     return _with_unknown(diagnoses, errors, stage, case, facts)
 
 
-def _failures(hits: Iterable[Hit]) -> list[Hit]:
-    return [hit for hit in hits if hit.rule.role != "benign"]
+def _most_telling(hits: Iterable[Hit], stage: str | None) -> list[Hit]:
+    """The failures, without those of which another rule says more on the same line."""
+    failures = [hit for hit in hits if hit.rule.role != "benign"]
+    beaten: set[tuple[str, Path, int]] = set()
+    unbound: set[tuple[Path, int]] = set()
+    for hit in failures:
+        place = (hit.line.path, hit.line.number)
+        beaten |= {(other, *place) for other in hit.rule.beats}
+        if not hit.rule.stages:
+            unbound.add(place)
+    return [
+        hit
+        for hit in failures
+        if (hit.rule.id, hit.line.path, hit.line.number) not in beaten
+        # Whose log it is, is not known: what is said of any stage holds.
+        and not (stage is None and hit.rule.stages and (hit.line.path, hit.line.number) in unbound)
+    ]
 
 
 def _rank(hit: Hit) -> tuple[bool, int, int, int]:

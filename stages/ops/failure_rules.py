@@ -54,6 +54,7 @@ class Rule(_Strict):
     lines: tuple[str, ...] = ()
     within_lines: int = 400
     when: When | None = None
+    beats: tuple[str, ...] = ()  # rules that say less about the same line
     cause: str
     fix: str = ""
     redo: Literal["", "synth", "dump", "train", "bench"] = ""

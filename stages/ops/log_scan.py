@@ -101,11 +101,25 @@ def clean(line: bytes) -> str:
     return text
 
 
+class _Watch:
+    """What is looked for: every fixed text, and the rules' patterns that each stands for."""
+
+    def __init__(self, rules: Sequence[Rule], *, errors: bool = True) -> None:
+        self.by_text: dict[str, list[tuple[Rule, int]]] = {}
+        for rule in rules:
+            for position, texts in enumerate(rule.texts):
+                for text in texts:
+                    self.by_text.setdefault(text, []).append((rule, position))
+        texts = {*self.by_text, *_MARKER_TEXTS, *(_ERROR_TEXTS if errors else ())}
+        self.pattern = "|".join(_SPECIAL.sub(r"\\\1", text) for text in sorted(texts))
+
+
 class Scanner:
     """The rules, ready to be looked for in many logs."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
-        self.rules = [rule for rule in rules if rule.lines]
+        self._rules = [rule for rule in rules if rule.lines]
+        self._watch = _Watch(self._rules)
 
     def scan(self, path: Path, *, stage: str | None = None) -> Findings:
         """What `path` holds; `stage` is whose log it is, where that is known.
@@ -113,7 +127,7 @@ class Scanner:
         Raises:
             UserError: the file cannot be read.
         """
-        scan = _Scan(self.rules, path, stage)
+        scan = _Scan(self._rules, self._watch, path, stage)
         try:
             with path.open("rb", buffering=0) as log:
                 for first_number, offset, lines in _chunks(log):
@@ -124,7 +138,7 @@ class Scanner:
 
     def scan_text(self, text: str, path: Path, *, stage: str | None) -> Findings:
         """The same of a text that stands in `path`, such as a status file's message."""
-        scan = _Scan(self.rules, path, stage)
+        scan = _Scan(self._rules, self._watch, path, stage)
         record = f"1970-01-01T00:00:00Z ERROR {stage or 'ops'} {text}\n".encode()
         scan.take(1, 0, record)
         return scan.findings
@@ -160,8 +174,11 @@ def _split(lines: bytes) -> "tuple[np.ndarray, pyarrow.Array]":
 class _Scan:
     """One log on its way through the rules."""
 
-    def __init__(self, rules: Sequence[Rule], path: Path, stage: str | None) -> None:
-        self.rules = rules
+    def __init__(
+        self, rules: Sequence[Rule], watch: _Watch, path: Path, stage: str | None
+    ) -> None:
+        self._rules = rules
+        self._all = self._watch = watch
         self.findings = Findings(path)
         self._stage = stage
         self._begin(None)
@@ -175,29 +192,21 @@ class _Scan:
         self._counts = collections.Counter(hit.rule.id for hit in found.hits)
         self._progress: dict[str, tuple[int, int, dict[str, str]]] = {}
         self._nothing: set[bytes] = set()
-        self._listen()
+        self._watch = self._all
+        self._is_stale = False
 
-    def _listen(self) -> None:
-        """Compile the texts of all rules that are not told often enough yet."""
-        self._watched = [
-            rule for rule in self.rules if self._counts[rule.id] < COUNTED_HITS
-        ]
-        self._by_text: dict[str, list[tuple[Rule, int]]] = {}
-        for rule in self._watched:
-            for position, texts in enumerate(rule.texts):
-                for text in texts:
-                    self._by_text.setdefault(text, []).append((rule, position))
-        texts = {*self._by_text, *_MARKER_TEXTS}
-        texts |= set(_ERROR_TEXTS) if self.findings.num_errors < COUNTED_HITS else set()
-        self._pattern = "|".join(_SPECIAL.sub(r"\\\1", text) for text in sorted(texts))
+    def _watch_less(self) -> None:
+        """Leave out the rules that were told often enough: a log may hold nothing else."""
+        rules = [rule for rule in self._rules if self._counts[rule.id] < COUNTED_HITS]
+        self._watch = _Watch(rules, errors=self.findings.num_errors < COUNTED_HITS)
         self._is_stale = False
 
     def take(self, first_number: int, offset: int, lines: bytes) -> None:
         """Search whole lines, of which the first has this number and this offset in the file."""
         if self._is_stale:
-            self._listen()
+            self._watch_less()
         starts, values = _split(lines)
-        options = {"pattern": self._pattern, "ignore_case": True}
+        options = {"pattern": self._watch.pattern, "ignore_case": True}
         matched = pyarrow.compute.match_substring_regex(values, **options)
         for index in np.flatnonzero(matched.to_numpy(zero_copy_only=False)):
             start = int(starts[index])
@@ -269,7 +278,7 @@ class _Scan:
         """(rules that this line completes, whether it is a part of one that waits for more)."""
         lowered = line.text.lower()
         hits, is_part = [], False
-        for text, wanted in self._by_text.items():
+        for text, wanted in self._watch.by_text.items():
             if text not in lowered:
                 continue
             for rule, position in wanted:

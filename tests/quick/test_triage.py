@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every known failure gets its diagnosis: on its log, and on what others' logs of it look like."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from stages.ops.diagnosis import UNKNOWN, Outcome, diagnose
+from stages.ops.failure_rules import read_rules
+from stages.ops.log_files import open_case
+from tests.triage_cases import FailureCase, read_cases
+from tests.triage_variants import VARIANTS
+
+RULES = read_rules()
+CASES = read_cases()
+
+
+def triage(path: Path) -> Outcome:
+    case = open_case([path], recipe=None, workspace=path.parent, exit_codes={})
+    return diagnose(case, RULES)
+
+
+def top(outcome: Outcome) -> str:
+    return outcome.top.rule if outcome.top else ""
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_the_first_diagnosis_is_the_right_one(case: FailureCase, tmp_path: Path) -> None:
+    outcome = triage(case.lay_out(tmp_path))
+    found = [diagnosis.rule for diagnosis in outcome.diagnoses]
+    if case.also_unknown:
+        assert found[0] == UNKNOWN and case.expect in found
+    else:
+        assert (found or [""])[0] == case.expect, found
+    if case.benign:
+        assert case.benign in {hit.rule.id for hit in outcome.benign}
+
+
+def test_every_rule_has_a_log() -> None:
+    shown = {case.expect for case in CASES} | {case.benign for case in CASES}
+    assert {rule.id for rule in RULES} - shown == set()
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_nine_of_ten_logs_of_the_same_failures_are_still_right(variant: str, tmp_path: Path) -> None:
+    cases = [case for case in CASES if case.expect and not case.also_unknown]
+    wrong = {}
+    for number, case in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        log = VARIANTS[variant](case.log, random.Random(f"{variant} {case.name}"))
+        found = top(triage(case.lay_out(folder, log)))
+        if found != case.expect:
+            wrong[case.name] = found
+    assert len(wrong) <= len(cases) / 10, wrong
