@@ -18,7 +18,8 @@ import yaml
 from shared.errors import UserError
 
 RULES = Path(__file__).resolve().parent / "rules"
-MIN_TEXT = 4
+MIN_TEXT = 5
+_MOST_ALTERNATIVES = 96
 
 # What a stage is, as far as its files tell.
 State = Literal["done", "running", "vanished", "failed", "stopped", "missing"]
@@ -87,28 +88,31 @@ class Rule(_Strict):
 def fixed_texts(expression: str) -> Alternatives:
     """Texts of which at least one stands in every match of `expression`, in lower case.
 
-    Worked example: `cannot (open|read) file \\d+` gives (" file ",); `out of (memory|space)` gives
-    ("out of ",); `(oom-kill|memory cgroup)` gives both.
+    Worked example: `cannot (open|read) file \\d+` gives "cannot open file " and "cannot read file ";
+    `[Oo]ut of .* memory` gives "out of "; `(oom-kill|memory cgroup)` gives both.
 
     Raises:
         ValueError: there is no such text of `MIN_TEXT` characters.
     """
     found = _best(_parser.parse(expression, re.IGNORECASE))
-    if not found or min(map(len, found)) < MIN_TEXT:
+    if min(map(len, found), default=0) < MIN_TEXT:
         raise ValueError(f"no fixed text of {MIN_TEXT} characters in every match of: {expression}")
-    return tuple(text.lower() for text in found)
+    return tuple(sorted(set(found)))
 
 
 def _best(sequence: Any) -> Alternatives:
     """The alternatives whose shortest is longest, of all parts that every match has."""
     candidates: list[Alternatives] = []
-    run = ""
+    run: Alternatives = ("",)
     for operation, argument in sequence:
-        if operation is _constants.LITERAL and argument < 128:
-            run += chr(argument)
+        exact = _exact(operation, argument)
+        if exact is not None and len(run) * len(exact) <= _MOST_ALTERNATIVES:
+            run = tuple(left + right for left in run for right in exact)
             continue
-        candidates.append((run,))
-        run = ""
+        candidates.append(run)
+        run = ("",) if exact is None else exact
+        if exact is not None:
+            continue
         if operation is _constants.SUBPATTERN:
             candidates.append(_best(argument[-1]))
         elif operation is _constants.BRANCH:
@@ -116,8 +120,38 @@ def _best(sequence: Any) -> Alternatives:
             candidates.append(tuple(text for branch in branches for text in branch or ("",)))
         elif operation in (_constants.MAX_REPEAT, _constants.MIN_REPEAT) and argument[0] > 0:
             candidates.append(_best(argument[2]))
-    candidates.append((run,))
+    candidates.append(run)
     return max(candidates, key=lambda texts: min(map(len, texts), default=0))
+
+
+def _exact(operation: Any, argument: Any) -> Alternatives | None:
+    """All texts that a part matches, where they are few; None where they are not."""
+    if operation is _constants.LITERAL:
+        return (chr(argument).lower(),) if argument < 128 else None
+    if operation is _constants.IN:
+        parts = [_exact(*part) for part in argument]
+    elif operation is _constants.SUBPATTERN:
+        parts = [_exact_sequence(argument[-1])]
+    elif operation is _constants.BRANCH:
+        parts = [_exact_sequence(branch) for branch in argument[1]]
+    elif operation is _constants.MAX_REPEAT and tuple(argument[:2]) == (0, 1):
+        parts = [("",), _exact_sequence(argument[2])]
+    else:
+        return None
+    if any(part is None for part in parts):
+        return None
+    texts = tuple(sorted({text for part in parts if part for text in part}))
+    return texts if 0 < len(texts) <= _MOST_ALTERNATIVES else None
+
+
+def _exact_sequence(sequence: Any) -> Alternatives | None:
+    texts: Alternatives = ("",)
+    for operation, argument in sequence:
+        exact = _exact(operation, argument)
+        if exact is None or len(texts) * len(exact) > _MOST_ALTERNATIVES:
+            return None
+        texts = tuple(left + right for left in texts for right in exact)
+    return texts
 
 
 def read_rules(folder: Path = RULES) -> tuple[Rule, ...]:

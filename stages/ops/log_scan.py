@@ -22,7 +22,7 @@ import pyarrow.compute
 
 from shared.errors import UserError
 from shared.paths import STAGES
-from stages.ops.failure_rules import Rule
+from stages.ops.failure_rules import MIN_TEXT, Rule
 
 CHUNK_BYTES = 8 << 20
 # Of one rule in one attempt so many hits are kept, and so many counted before it is left alone.
@@ -110,8 +110,23 @@ class _Watch:
             for position, texts in enumerate(rule.texts):
                 for text in texts:
                     self.by_text.setdefault(text, []).append((rule, position))
+        # A line's pieces of `MIN_TEXT` characters say which texts may be in it at all.
+        self.by_start: dict[str, list[str]] = {}
+        for text in self.by_text:
+            self.by_start.setdefault(text[:MIN_TEXT], []).append(text)
         texts = {*self.by_text, *_MARKER_TEXTS, *(_ERROR_TEXTS if errors else ())}
         self.pattern = "|".join(_SPECIAL.sub(r"\\\1", text) for text in sorted(texts))
+
+
+    def texts_in(self, line: str) -> list[str]:
+        """The texts that stand in a line of lower case."""
+        starts = {line[at : at + MIN_TEXT] for at in range(len(line) - MIN_TEXT + 1)}
+        return [
+            text
+            for start in self.by_start.keys() & starts
+            for text in self.by_start[start]
+            if text in line
+        ]
 
 
 class Scanner:
@@ -278,10 +293,8 @@ class _Scan:
         """(rules that this line completes, whether it is a part of one that waits for more)."""
         lowered = line.text.lower()
         hits, is_part = [], False
-        for text, wanted in self._watch.by_text.items():
-            if text not in lowered:
-                continue
-            for rule, position in wanted:
+        for text in self._watch.texts_in(lowered):
+            for rule, position in self._watch.by_text[text]:
                 if any(hit.rule is rule for hit in hits):
                     continue
                 found = rule.patterns[position].search(line.text)
@@ -319,9 +332,8 @@ class _Scan:
         self._counts[hit.rule.id] += 1
         count = self._counts[hit.rule.id]
         self._is_stale = self._is_stale or count == COUNTED_HITS
-        if count <= KEPT_HITS:
-            self.findings.hits.append(hit)
-        elif hit.line.is_final:  # the last of them are the stage's last words
+        # Past the first few only a stage's last words matter.
+        if count <= KEPT_HITS or hit.line.is_final:
             self.findings.hits.append(hit)
 
     def _keep_error(self, line: Line) -> None:
