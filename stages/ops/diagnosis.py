@@ -23,7 +23,9 @@ UNKNOWN = "unknown"
 _TIER = {"cause": 0, "generic": 1, "consequence": 3, "benign": 4}
 _UNKNOWN_TIER = 2
 _ENDED_BADLY: tuple[State, ...] = ("failed", "vanished")
-_TEMPLATES = jinja2.Environment(autoescape=False)  # rules are ours; their values are never templates
+_TEMPLATES = jinja2.Environment(
+    autoescape=False
+)  # rules are ours; their values are never templates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,8 @@ def _holds(when: When, stage: str | None, case: Case) -> bool:
         if case.setting(key) not in values:
             return False
     return all(
-        case.stages.get(other, StageFacts()).state in states for other, states in when.others.items()
+        case.stages.get(other, StageFacts()).state in states
+        for other, states in when.others.items()
     )
 
 

@@ -69,7 +69,7 @@ class Rule(_Strict):
             raise ValueError("a rule that is not benign needs a fix")
         for line in self.lines:
             try:
-                re.compile(line)
+                re.compile(line, re.IGNORECASE)
             except re.error as error:
                 raise ValueError(f"not a regular expression: {line}: {error}") from error
             fixed_texts(line)
@@ -86,9 +86,9 @@ class Rule(_Strict):
 
 
 def fixed_texts(expression: str) -> Alternatives:
-    """Texts of which at least one stands in every match of `expression`, in lower case.
+    r"""Texts of which at least one stands in every match of `expression`, in lower case.
 
-    Worked example: `cannot (open|read) file \\d+` gives "cannot open file " and "cannot read file ";
+    Worked example: `cannot (open|read) file \d+` gives "cannot open file " and "cannot read file ";
     `[Oo]ut of .* memory` gives "out of "; `(oom-kill|memory cgroup)` gives both.
 
     Raises:

@@ -79,7 +79,9 @@ def open_case(
         UserError: nothing given, a path that is not there, a folder without logs.
     """
     if recipe is not None:
-        name = read_recipe(recipe).get("run", {}).get("name", RunConfig.model_fields["name"].default)
+        name = (
+            read_recipe(recipe).get("run", {}).get("name", RunConfig.model_fields["name"].default)
+        )
         paths = [*paths, RunPaths(workspace, str(name)).root]
     if not paths:
         raise UserError("give --recipe, --folder, or the logs to read.")
@@ -90,7 +92,9 @@ def open_case(
     if len(folders) > 1:
         raise UserError(f"expected one run's folder, found {', '.join(map(str, folders))}.")
     case = _open_folder(folders[0]) if folders else Case("logs", None, [], {})
-    case.logs += [LogFile(path, _stage_of(Path(*path.parts[-2:]))) for path in paths if path.is_file()]
+    case.logs += [
+        LogFile(path, _stage_of(Path(*path.parts[-2:]))) for path in paths if path.is_file()
+    ]
     for stage, code in exit_codes.items():
         facts = case.stages.setdefault(stage, StageFacts())
         facts.exit_code, facts.state = code, _state_of(code)
@@ -108,7 +112,9 @@ def _open_folder(folder: Path) -> Case:
         return _open_run(folder)
     logs = sorted({path for name in _LOG_NAMES for path in folder.rglob(name) if path.is_file()})
     found = [LogFile(path, _stage_of(path.relative_to(folder))) for path in logs]
-    kind = "launcher" if any(_TASK.search(str(log.path.relative_to(folder))) for log in found) else ""
+    kind = (
+        "launcher" if any(_TASK.search(str(log.path.relative_to(folder))) for log in found) else ""
+    )
     return Case(kind or "logs", folder, found, {})
 
 
@@ -166,7 +172,9 @@ def _read_status(path: Path) -> StageFacts:
     if not isinstance(record, dict):
         return StageFacts(status=path)
     state, code = record.get("state"), record.get("exit_code")
-    facts = StageFacts("missing", status=path, record=record, message=str(record.get("message", "")))
+    facts = StageFacts(
+        "missing", status=path, record=record, message=str(record.get("message", ""))
+    )
     if state == "running":
         facts.state = "running" if _lives(record) else "vanished"
         facts.message = ""

@@ -117,7 +117,6 @@ class _Watch:
         texts = {*self.by_text, *_MARKER_TEXTS, *(_ERROR_TEXTS if errors else ())}
         self.pattern = "|".join(_SPECIAL.sub(r"\\\1", text) for text in sorted(texts))
 
-
     def texts_in(self, line: str) -> list[str]:
         """The texts that stand in a line of lower case."""
         starts = {line[at : at + MIN_TEXT] for at in range(len(line) - MIN_TEXT + 1)}
@@ -189,9 +188,7 @@ def _split(lines: bytes) -> "tuple[np.ndarray, pyarrow.Array]":
 class _Scan:
     """One log on its way through the rules."""
 
-    def __init__(
-        self, rules: Sequence[Rule], watch: _Watch, path: Path, stage: str | None
-    ) -> None:
+    def __init__(self, rules: Sequence[Rule], watch: _Watch, path: Path, stage: str | None) -> None:
         self._rules = rules
         self._all = self._watch = watch
         self.findings = Findings(path)

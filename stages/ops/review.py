@@ -37,7 +37,10 @@ def as_markdown(outcome: Outcome) -> str:
         lines += ["", *_section(found)]
     lines += ["", "## Next", "", *_next(outcome, verdicts)]
     if case.kind != "run":
-        lines += ["", "Told from the logs alone: a task without a failure in its log counts as passed."]
+        lines += [
+            "",
+            "Told from the logs alone: a task without a failure in its log counts as passed.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -152,5 +155,7 @@ def _next(outcome: Outcome, verdicts: Mapping[str, str]) -> list[str]:
     left = [stage for stage, verdict in verdicts.items() if verdict not in ("PASS", "RUNNING")]
     if not left:
         running = [stage for stage, verdict in verdicts.items() if verdict == "RUNNING"]
-        return [f"Wait for {', '.join(running)}." if running else "Nothing: the head is in export/."]
+        return [
+            f"Wait for {', '.join(running)}." if running else "Nothing: the head is in export/."
+        ]
     return [f"    {safe(rerun_command(outcome.case, left[0], ''))}"]

@@ -250,7 +250,9 @@ def _(world: World) -> None:
     tensors = load_file(path)
     tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
-    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b"}]}]
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b"}]}
+    ]
     (world.workspace / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     world.run("dump", "--conversations", "rows.jsonl", "--min_agreement", "0")
 
@@ -340,7 +342,9 @@ def _(world: World) -> None:
 
 @case("out-of-memory", "out-of-memory-host", "train", needs=("synth", "dump"))
 def _(world: World) -> None:
-    limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, ({900 << 20},) * 2)"
+    limit = (
+        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, ({900 << 20},) * 2)"
+    )
     run = "sys.argv[0] = 'train'; runpy.run_module('stages.train', run_name='__main__', alter_sys=True)"
     words = ["--recipe", str(world.workspace / "recipe.yaml"), "--workspace", str(world.workspace)]
     words += ["--batch_tokens", "1000000", "--epochs", "3"]
@@ -415,9 +419,7 @@ def _(world: World) -> None:
 
 @case("endpoint-foreign", "endpoint-refuses", "synth")
 def _(world: World) -> None:
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler
-    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     world.run("synth", "--endpoints", f"http://127.0.0.1:{server.server_address[1]}")
     server.shutdown()
@@ -510,7 +512,7 @@ def _(world: World) -> None:
 
 @case("too-little-shm", "shm-too-small", "synth")
 def _(world: World) -> None:
-    mount = "mount -t tmpfs -o size=64m tmpfs /dev/shm && exec \"$@\""
+    mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     world.run("synth", before=("unshare", "--mount", "sh", "-c", mount, "sh"))
 
 
@@ -548,7 +550,9 @@ def _(world: World) -> None:
     world.run("dump", "--backend", "vllm", watch=_kill_first_engine)
 
 
-def _kill_when(stage: str, text: str, name: str) -> Callable[[World, "subprocess.Popen[str]"], None]:
+def _kill_when(
+    stage: str, text: str, name: str
+) -> Callable[[World, "subprocess.Popen[str]"], None]:
     def kill(world: World, process: "subprocess.Popen[str]") -> None:
         world.wait_for(stage, text)
         found = [pid for pid, command in children(process.pid) if name in command]
@@ -572,11 +576,18 @@ def _kill_first_engine(world: World, process: "subprocess.Popen[str]") -> None:
 def _(world: World) -> None:
     from transformers import Gemma2Config
 
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "vocab_size": 512}
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 8,
+        "vocab_size": 512,
+    }
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     config = Gemma2Config(architectures=["Gemma2ForCausalLM"], **shape)
     config.save_pretrained(world.target)
-    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b"}]}]
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b"}]}
+    ]
     (world.workspace / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     world.run("dump", "--conversations", "rows.jsonl", "--backend", "vllm")
 

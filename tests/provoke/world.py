@@ -19,6 +19,7 @@ import yaml
 
 from shared import files
 from tests import runs
+from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = Path(tempfile.gettempdir()) / "eyrie-provoke-base"
@@ -43,8 +44,12 @@ class World:
 
     def __init__(self, workspace: Path, *, stages: Sequence[str]) -> None:
         self.workspace = workspace
-        base = make_base()
-        shutil.copytree(base / "tiny", workspace / "tiny")
+        workspace.mkdir(parents=True)
+        if stages:
+            base = make_base()
+            shutil.copytree(base / "tiny", workspace / "tiny")
+        else:
+            tiny_llama(workspace / "tiny", tied=True)
         for stage in stages:
             for name in (stage, "export") if stage == "train" else (stage,):
                 shutil.copytree(base / "run" / name, workspace / "run" / name)

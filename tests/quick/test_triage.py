@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every known failure gets its diagnosis: on its log, and on what others' logs of it look like."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -37,13 +38,33 @@ def test_the_first_diagnosis_is_the_right_one(case: FailureCase, tmp_path: Path)
         assert case.benign in {hit.rule.id for hit in outcome.benign}
 
 
+CLEAN = [case for case in CASES if case.kind == "recorded" and not case.expect]
+
+
+@pytest.mark.parametrize("case", CLEAN, ids=[case.name for case in CLEAN])
+def test_a_clean_log_is_clean_even_where_nothing_says_done(
+    case: FailureCase, tmp_path: Path
+) -> None:
+    log = "".join(line for line in case.log.splitlines(True) if "done: " not in line)
+    path = dataclasses.replace(case, status=None).lay_out(tmp_path, log)
+    assert [diagnosis.rule for diagnosis in triage(path).diagnoses] == []
+
+
+def test_enough_failures_were_real() -> None:
+    recorded = [case for case in CASES if case.kind == "recorded" and case.expect]
+    assert len({case.expect for case in recorded}) >= 25
+    assert all(case.source for case in CASES)
+
+
 def test_every_rule_has_a_log() -> None:
     shown = {case.expect for case in CASES} | {case.benign for case in CASES}
     assert {rule.id for rule in RULES} - shown == set()
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_nine_of_ten_logs_of_the_same_failures_are_still_right(variant: str, tmp_path: Path) -> None:
+def test_nine_of_ten_logs_of_the_same_failures_are_still_right(
+    variant: str, tmp_path: Path
+) -> None:
     cases = [case for case in CASES if case.expect and not case.also_unknown]
     wrong = {}
     for number, case in enumerate(cases):
