@@ -59,14 +59,13 @@ class Outcome:
         return [found for found in self.diagnoses if found.stage == stage]
 
 
-def diagnose(case: Case, rules: Sequence[Rule]) -> Outcome:
+def diagnose(case: Case, scanner: Scanner) -> Outcome:
     """Read all logs of the case and rank what they hold."""
-    scanner = Scanner(rules)
     findings = [(log, scanner.scan(log.path, stage=log.stage)) for log in case.logs]
     stages: list[str | None] = [*STAGES, None]
     diagnoses: list[Diagnosis] = []
     for stage in stages:
-        diagnoses += _of_stage(stage, case, findings, scanner, rules)
+        diagnoses += _of_stage(stage, case, findings, scanner)
     benign = [hit for _, found in findings for hit in found.hits if hit.rule.role == "benign"]
     return Outcome(case, findings, _without_repeats(diagnoses), benign)
 
@@ -76,7 +75,6 @@ def _of_stage(
     case: Case,
     findings: Sequence[tuple[LogFile, Findings]],
     scanner: Scanner,
-    rules: Sequence[Rule],
 ) -> list[Diagnosis]:
     facts = case.stages.get(stage or "", StageFacts())
     if facts.state in ("done", "stopped"):
@@ -93,7 +91,7 @@ def _of_stage(
         told = scanner.scan_text(facts.message, facts.status, stage=stage)
         hits, errors = hits + told.hits, errors + told.errors
     hits = [hit for hit in hits if _applies(hit.rule, stage, case)]
-    hits += _without_lines(stage, case, findings, rules)
+    hits += _without_lines(stage, case, findings, scanner.rules)
     ranked = sorted(_first_of_each(_most_telling(hits, stage)), key=_rank)
     diagnoses = [_diagnosis(hit, stage, case) for hit in ranked]
     return _with_unknown(diagnoses, errors, stage, case, facts)

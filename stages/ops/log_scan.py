@@ -6,14 +6,14 @@ errors that none does, each with its line number and its place in the file.
 
 Two steps. Every line is searched for all fixed texts of all rules at once, by RE2 through pyarrow:
 about 150 MB/s a core, whatever the number of rules. The few lines that have one go through the
-rules' expressions; of lines that differ in digits alone only one does. A run's log holds every
-attempt: `begin:` starts a new one, and what was found before it is forgotten.
+rules' expressions; of those that merely look like an error the first few are kept. A run's log
+holds every attempt: `begin:` starts a new one, and what was found before it is forgotten.
 """
 
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ CHUNK_BYTES = 8 << 20
 # Of one rule in one attempt so many hits are kept, and so many counted before it is left alone.
 KEPT_HITS = 5
 COUNTED_HITS = 500
+# So few lines are looked at one by one sooner than RE2 has learnt the texts.
+FEW_LINES = 1000
 KEPT_ERRORS = 20
 _LONGEST_LINE = 8000
 _REMEMBERED = 100_000
@@ -101,6 +103,18 @@ def clean(line: bytes) -> str:
     return text
 
 
+def _any_of(texts: Collection[str]) -> str:
+    """RE2's expression for a line that has one of the texts in it."""
+    return "|".join(_SPECIAL.sub(r"\\\1", text) for text in sorted(texts))
+
+
+def _having(values: pyarrow.Array, pattern: str) -> np.ndarray:
+    """Which of the lines match, as booleans."""
+    options = {"pattern": pattern, "ignore_case": True}
+    matched = pyarrow.compute.match_substring_regex(values, **options)
+    return np.asarray(matched.to_numpy(zero_copy_only=False))
+
+
 class _Watch:
     """What is looked for: every fixed text, and the rules' patterns that each stands for."""
 
@@ -114,15 +128,16 @@ class _Watch:
         self.by_start: dict[str, list[str]] = {}
         for text in self.by_text:
             self.by_start.setdefault(text[:MIN_TEXT], []).append(text)
-        texts = {*self.by_text, *_MARKER_TEXTS, *(_ERROR_TEXTS if errors else ())}
-        self.pattern = "|".join(_SPECIAL.sub(r"\\\1", text) for text in sorted(texts))
+        known = {*self.by_text, *_MARKER_TEXTS}
+        self.known = _any_of(known)
+        self.pattern = _any_of(known | set(_ERROR_TEXTS)) if errors else self.known
 
     def texts_in(self, line: str) -> list[str]:
         """The texts that stand in a line of lower case."""
         starts = {line[at : at + MIN_TEXT] for at in range(len(line) - MIN_TEXT + 1)}
         return [
             text
-            for start in self.by_start.keys() & starts
+            for start in sorted(self.by_start.keys() & starts)
             for text in self.by_start[start]
             if text in line
         ]
@@ -132,6 +147,7 @@ class Scanner:
     """The rules, ready to be looked for in many logs."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = tuple(rules)
         self._rules = [rule for rule in rules if rule.lines]
         self._watch = _Watch(self._rules)
 
@@ -218,21 +234,28 @@ class _Scan:
         if self._is_stale:
             self._watch_less()
         starts, values = _split(lines)
-        options = {"pattern": self._watch.pattern, "ignore_case": True}
-        matched = pyarrow.compute.match_substring_regex(values, **options)
-        for index in np.flatnonzero(matched.to_numpy(zero_copy_only=False)):
+        for index, is_known in self._candidates(values):
             start = int(starts[index])
             line = lines[start : int(starts[index + 1]) - 1]
-            key = line.translate(None, b"0123456789")
+            # An error that no rule has a text in: its like, but for digits, is none either.
+            key = b"" if is_known else line.translate(None, b"0123456789")
             if key in self._nothing:
                 continue
-            where = (first_number + int(index), offset + start)
+            where = (first_number + index, offset + start)
             # A progress bar rewrites its line: every piece of it is a line to the reader.
             # Not any(): every piece must be looked at.
             told = [self._look(piece, *where) for piece in line.split(b"\r") if piece]
-            if not any(told) and len(self._nothing) < _REMEMBERED:
+            if key and not any(told) and len(self._nothing) < _REMEMBERED:
                 self._nothing.add(key)
         self._close(first_number, offset, lines, len(values))
+
+    def _candidates(self, values: pyarrow.Array) -> Iterable[tuple[int, bool]]:
+        """(index, whether a rule's text is in it) of the lines that are worth a look."""
+        if len(values) <= FEW_LINES:
+            return ((index, True) for index in range(len(values)))
+        found = np.flatnonzero(_having(values, self._watch.pattern))
+        known = _having(values.take(pyarrow.array(found)), self._watch.known)
+        return zip(found.tolist(), known.tolist(), strict=True)
 
     def _close(self, first_number: int, offset: int, lines: bytes, count: int) -> None:
         found = self.findings

@@ -13,6 +13,7 @@ from stages.ops.config import ReviewConfig, TriageConfig
 from stages.ops.diagnosis import Outcome, diagnose
 from stages.ops.failure_rules import read_rules
 from stages.ops.log_files import open_case
+from stages.ops.log_scan import Scanner
 
 
 def run(config: TriageConfig) -> int:
@@ -50,4 +51,4 @@ def _read(config: TriageConfig | ReviewConfig) -> Outcome:
         workspace=config.workspace,
         exit_codes=config.exit_codes,
     )
-    return diagnose(case, read_rules())
+    return diagnose(case, Scanner(read_rules()))

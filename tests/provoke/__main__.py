@@ -15,9 +15,13 @@ from stages.ops.diagnosis import diagnose
 from stages.ops.failure_rules import read_rules
 from stages.ops.fixtures import Places, as_fixture, last_attempt
 from stages.ops.log_files import open_case
-from tests.provoke.cases import CASES, Case
+from stages.ops.log_scan import Scanner
+from tests.provoke import engines, machine, recipes
+from tests.provoke.table import CASES, Case
 from tests.provoke.world import World
 from tests.triage_cases import FIXTURES
+
+MODULES = (recipes, machine, engines)  # importing them fills the table
 
 
 def record(case: Case) -> bool:
@@ -46,7 +50,7 @@ def record(case: Case) -> bool:
         path.write_text(text)
         found = diagnose(
             open_case([run if has_log else log], recipe=None, workspace=run, exit_codes={}),
-            read_rules(),
+            Scanner(read_rules()),
         )
         top = found.top.rule if found.top else ""
         sys.stdout.write(

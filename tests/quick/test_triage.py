@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from stages.ops import log_scan
 from stages.ops.diagnosis import UNKNOWN, Outcome, diagnose
 from stages.ops.failure_rules import read_rules
 from stages.ops.log_files import open_case
+from stages.ops.log_scan import Findings, Scanner
 from tests.triage_cases import FailureCase, read_cases
 from tests.triage_variants import VARIANTS
 
 RULES = read_rules()
+SCANNER = Scanner(RULES)
 CASES = read_cases()
 
 
 def triage(path: Path) -> Outcome:
     case = open_case([path], recipe=None, workspace=path.parent, exit_codes={})
-    return diagnose(case, RULES)
+    return diagnose(case, SCANNER)
 
 
 def top(outcome: Outcome) -> str:
@@ -54,6 +57,25 @@ def test_enough_failures_were_real() -> None:
     recorded = [case for case in CASES if case.kind == "recorded" and case.expect]
     assert len({case.expect for case in recorded}) >= 25
     assert all(case.source for case in CASES)
+
+
+def test_the_search_for_texts_skips_no_line_that_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "all.log"
+    path.write_text("".join(case.log for case in CASES))
+
+    def scan(few_lines: int) -> Findings:
+        monkeypatch.setattr(log_scan, "FEW_LINES", few_lines)
+        return SCANNER.scan(path)
+
+    by_texts, one_by_one = scan(0), scan(10**9)
+    assert len(one_by_one.hits) > 100
+    told = [
+        [(hit.rule.id, hit.line.number) for hit in each.hits] for each in (by_texts, one_by_one)
+    ]
+    assert told[0] == told[1]
+    assert by_texts.errors == one_by_one.errors
 
 
 def test_every_rule_has_a_log() -> None:

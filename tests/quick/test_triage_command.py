@@ -287,3 +287,11 @@ def test_review_of_a_launchers_experiment(
     assert "| NOT RUN |" in rows["bench"]
     assert "pipeline.task_0.skip=true --yes" in page
     assert capsys.readouterr().out == ""
+
+
+def test_lines_that_differ_in_digits_alone_are_all_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("OSError: [Errno 5] oh\nOSError: [Errno 28] oh\nRuntimeError: task 1 is 2\n")
+    found = Scanner(read_rules()).scan(path)
+    assert [(hit.rule.id, hit.line.number) for hit in found.hits] == [("disk-full", 2)]
+    assert [line.number for line in found.errors] == [1, 3]
