@@ -17,7 +17,8 @@ import jinja2
 from shared.paths import STAGES
 from stages.ops.failure_rules import Rule, State, When
 from stages.ops.log_files import Case, LogFile, StageFacts
-from stages.ops.log_scan import Findings, Hit, Line, Scanner
+from stages.ops.log_lines import Line
+from stages.ops.log_scan import Findings, Hit, Scanner
 
 UNKNOWN = "unknown"
 _TIER = {"cause": 0, "generic": 1, "consequence": 3, "benign": 4}

@@ -20,7 +20,7 @@ from shared import files
 from shared.errors import UserError
 from shared.provenance import package_versions
 from stages.ops.diagnosis import Outcome
-from stages.ops.log_scan import clean
+from stages.ops.log_lines import clean
 from stages.ops.triage_text import safe
 
 LAST_LINES = 300

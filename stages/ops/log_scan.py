@@ -13,7 +13,7 @@ holds every attempt: `begin:` starts a new one, and what was found before it is 
 import collections
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,51 +23,29 @@ import pyarrow.compute
 from shared.errors import UserError
 from shared.paths import STAGES
 from stages.ops.failure_rules import MIN_TEXT, Rule
+from stages.ops.log_lines import (
+    CHAIN,
+    DONE,
+    ERROR,
+    ERROR_TEXTS,
+    MARKER_TEXTS,
+    NO_ERROR,
+    OWN,
+    Line,
+    chunks,
+    clean,
+    split,
+)
 
-CHUNK_BYTES = 8 << 20
 # Of one rule in one attempt so many hits are kept, and so many counted before it is left alone.
 KEPT_HITS = 5
 COUNTED_HITS = 500
 # So few lines are looked at one by one sooner than RE2 has learnt the texts.
 FEW_LINES = 1000
 KEPT_ERRORS = 20
-_LONGEST_LINE = 8000
 _REMEMBERED = 100_000
 
-_OWN = re.compile(
-    r"\b(?P<level>DEBUG|INFO|WARNING|ERROR) (?P<stage>synth|dump|train|bench|ops) (?P<text>.*)"
-)
-_CHAIN = re.compile(r"stage (synth|dump|train|bench)$")
-_DONE = re.compile(r"(already )?done: .*manifest\.json$")
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_ERROR = re.compile(
-    r"Traceback \(most recent call last\)"
-    r"|(?:^|[\s|\]):])(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Timeout)(?::\s|\s*$)"
-    r"|\b(?:ERROR|FATAL|CRITICAL|SEVERE)\b"
-    r"|\b(?:Fatal Python error|Segmentation fault|Bus error|core dumped|terminate called|panic:)"
-    r"|(?:^|\s)(?:fatal|error): "
-    r"|^\W*(?:Killed|Aborted|Terminated)\s*$|: Killed\s*$"
-)
-_NO_ERROR = re.compile(r"\b(?:DEBUG|INFO|WARNING|WARN)\b")
-_ERROR_TEXTS = (
-    *("traceback", "error", "exception", "timeout", "fatal", "critical", "severe"),
-    *("segmentation fault", "core dumped", "terminate called", "panic:"),
-    *("killed", "aborted", "terminated"),
-)
-_MARKER_TEXTS = (" ops stage ", " begin: process ", "done: ")
 _SPECIAL = re.compile(r"([\\.+*?()|\[\]{}^$])")
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A line of a log, and where it is."""
-
-    path: Path
-    number: int
-    offset: int  # of its first byte in the file
-    text: str
-    stage: str | None = None  # as the line itself or a line before it says
-    is_final: bool = False  # a stage's own last words: an ERROR record of ours
 
 
 @dataclasses.dataclass
@@ -92,15 +70,6 @@ class Findings:
     last: Line | None = None
     num_bytes: int = 0
     num_lines: int = 0
-
-
-def clean(line: bytes) -> str:
-    """A line's text without colours, at most `_LONGEST_LINE` characters of it."""
-    text = _ANSI.sub("", line.decode("utf-8", "replace")).rstrip()
-    if len(text) > _LONGEST_LINE:
-        half = _LONGEST_LINE // 2
-        text = text[:half] + " ... " + text[-half:]
-    return text
 
 
 def _any_of(texts: Collection[str]) -> str:
@@ -128,9 +97,9 @@ class _Watch:
         self.by_start: dict[str, list[str]] = {}
         for text in self.by_text:
             self.by_start.setdefault(text[:MIN_TEXT], []).append(text)
-        known = {*self.by_text, *_MARKER_TEXTS}
+        known = {*self.by_text, *MARKER_TEXTS}
         self.known = _any_of(known)
-        self.pattern = _any_of(known | set(_ERROR_TEXTS)) if errors else self.known
+        self.pattern = _any_of(known | set(ERROR_TEXTS)) if errors else self.known
 
     def texts_in(self, line: str) -> list[str]:
         """The texts that stand in a line of lower case."""
@@ -160,7 +129,7 @@ class Scanner:
         scan = _Scan(self._rules, self._watch, path, stage)
         try:
             with path.open("rb", buffering=0) as log:
-                for first_number, offset, lines in _chunks(log):
+                for first_number, offset, lines in chunks(log):
                     scan.take(first_number, offset, lines)
         except OSError as error:
             raise UserError(f"could not read {path}: {error.strerror or error}.") from error
@@ -172,33 +141,6 @@ class Scanner:
         record = f"1970-01-01T00:00:00Z ERROR {stage or 'ops'} {text}\n".encode()
         scan.take(1, 0, record)
         return scan.findings
-
-
-def _chunks(log: object) -> Iterator[tuple[int, int, bytes]]:
-    """(number of the first line, its offset, whole lines), the last one ended if need be."""
-    number, offset, rest = 1, 0, b""
-    while block := log.read(CHUNK_BYTES):  # type: ignore[attr-defined]
-        block = rest + block
-        end = block.rfind(b"\n") + 1
-        if end == 0 and len(block) < 2 * CHUNK_BYTES:
-            rest = block
-            continue
-        # A line that never ends is cut: memory stays bounded, and its number stays right.
-        taken = block[:end] if end else block
-        yield number, offset, taken if end else taken + b"\n"
-        number += taken.count(b"\n")
-        offset += len(taken)
-        rest = block[len(taken) :]
-    if rest:
-        yield number, offset, rest + b"\n"
-
-
-def _split(lines: bytes) -> "tuple[np.ndarray, pyarrow.Array]":
-    """(offsets [N+1] of the lines, the lines as binary values), without a copy."""
-    ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n")) + 1
-    offsets = np.concatenate(([0], ends)).astype(np.int32)
-    buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(lines)]
-    return offsets, pyarrow.Array.from_buffers(pyarrow.binary(), len(ends), buffers)
 
 
 class _Scan:
@@ -233,7 +175,7 @@ class _Scan:
         """Search whole lines, of which the first has this number and this offset in the file."""
         if self._is_stale:
             self._watch_less()
-        starts, values = _split(lines)
+        starts, values = split(lines)
         for index, is_known in self._candidates(values):
             start = int(starts[index])
             line = lines[start : int(starts[index + 1]) - 1]
@@ -270,7 +212,7 @@ class _Scan:
     def _look(self, raw: bytes, number: int, offset: int) -> bool:
         """Whether the line told anything, so that its like must be looked at again."""
         text = clean(raw)
-        own = _OWN.search(text)
+        own = OWN.search(text)
         stage = own["stage"] if own and own["stage"] in STAGES else self._stage
         if own and self._mark(own):
             return True
@@ -282,7 +224,7 @@ class _Scan:
         benign = [hit for hit in hits if hit.rule.role == "benign"]
         for hit in benign or hits:
             self._keep(hit)
-        if not hits and not is_part and _ERROR.search(text) and not _NO_ERROR.search(text):
+        if not hits and not is_part and ERROR.search(text) and not NO_ERROR.search(text):
             self._keep_error(line)
             return len(self.findings.errors) < KEPT_ERRORS
         # The like of a harmless line is as harmless, and five of a kind are enough.
@@ -293,7 +235,7 @@ class _Scan:
         """Whether it is a line that says where in its life a stage is."""
         text = own["text"].rstrip()
         if own["stage"] == "ops":
-            if chained := _CHAIN.match(text):
+            if chained := CHAIN.match(text):
                 self._stage = chained[1]
             return bool(chained)
         if own["level"] != "INFO":
@@ -304,7 +246,7 @@ class _Scan:
             self._stage = own["stage"]
             self.findings.is_done[self._stage] = False
             return True
-        if _DONE.match(text):
+        if DONE.match(text):
             self.findings.is_done[own["stage"]] = True
             return True
         return False

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from stages.ops.diagnosis import UNKNOWN, Diagnosis, Outcome
-from stages.ops.log_scan import Line, clean
+from stages.ops.log_lines import Line, clean
 
 _WIDTH = 300
 _BEFORE, _AFTER = 6, 14

@@ -56,7 +56,10 @@ def _(world: World) -> None:
 
     for path in world.folder("synth").glob("part-*.parquet"):
         table = pyarrow.parquet.read_table(path)
-        ids = [row[:8] + row[:7:-1] for row in table["input_ids"].to_pylist()]
+        ids = [
+            row[:8] + [10 + (at * 37) % 380 for at in range(len(row) - 8)]
+            for row in table["input_ids"].to_pylist()
+        ]
         position = table.schema.get_field_index("input_ids")
         column = pyarrow.array(ids, table.schema.field("input_ids").type)
         table = table.set_column(position, table.schema.field("input_ids"), column)
