@@ -254,7 +254,8 @@ class _Scan:
     def _match(self, line: Line) -> tuple[list[Hit], bool]:
         """(rules that this line completes, whether it is a part of one that waits for more)."""
         lowered = line.text.lower()
-        hits, is_part = [], False
+        hits: list[Hit] = []
+        is_part = False
         for text in self._watch.texts_in(lowered):
             for rule, position in self._watch.by_text[text]:
                 if any(hit.rule is rule for hit in hits):
