@@ -8,6 +8,7 @@ shown with what stands around it and never guessed at; else a consequence, which
 """
 
 import dataclasses
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _of_stage(
     hits = [hit for hit in hits if _applies(hit.rule, stage, case)]
     hits += _without_lines(stage, case, findings, scanner.rules)
     ranked = sorted(_first_of_each(_most_telling(hits, stage)), key=_rank)
-    diagnoses = [_diagnosis(hit, stage, case) for hit in ranked]
+    diagnoses = [diagnosis_of(hit, stage, case) for hit in ranked]
     return _with_unknown(diagnoses, errors, stage, case, facts)
 
 
@@ -175,12 +176,14 @@ def _without_lines(
     return [Hit(rule, line, {}) for rule in told] if line else []
 
 
-def _diagnosis(hit: Hit, stage: str | None, case: Case) -> Diagnosis:
+def diagnosis_of(hit: Hit, stage: str | None, case: Case) -> Diagnosis:
+    """What a hit means for this case: the rule's texts, filled in."""
     rule = hit.rule
     # A rule of one stage tells whose log it is, where nothing else does.
     whose = stage or (rule.stages[0] if len(rule.stages) == 1 else None)
     values = {
-        "seen": {name: _number(text) for name, text in hit.seen.items()},
+        # Not a dict: a group may be called as one of its methods is.
+        "seen": types.SimpleNamespace(**{k: _number(text) for k, text in hit.seen.items()}),
         "recipe": case.setting,
         "stage": whose or "STAGE",
         "run": case.root or "RUN",
@@ -191,7 +194,7 @@ def _diagnosis(hit: Hit, stage: str | None, case: Case) -> Diagnosis:
         stage=whose,
         cause=_render(rule.cause, values),
         fix=_render(rule.fix, values),
-        rerun=rerun_command(case, whose, rule.redo),
+        rerun=rerun_command(case, _render(rule.redo, values) or whose, overwrite=rule.overwrite),
         evidence=hit.line,
         source=rule.source,
     )
@@ -226,7 +229,7 @@ def _with_unknown(
         stage=stage,
         cause="no rule knows this failure; its first error is shown as it stands",
         fix="read it; a log that shows it well becomes a fixture with --save_fixture",
-        rerun=rerun_command(case, stage, ""),
+        rerun=rerun_command(case, stage),
         evidence=line,
     )
     return [unknown, *diagnoses]
@@ -240,13 +243,12 @@ def _without_repeats(diagnoses: Iterable[Diagnosis]) -> list[Diagnosis]:
     return list(kept.values())
 
 
-def rerun_command(case: Case, stage: str | None, redo: str) -> str:
-    """The command that goes on from here: finished stages are left as they are.
+def rerun_command(case: Case, stage: str | None, *, overwrite: bool = False) -> str:
+    """The command that goes on from `stage`: finished stages before it are left as they are.
 
-    Worked example: train failed and nothing must be redone: `--only train,bench`.
+    Worked example: train failed: `--only train,bench`.
     """
-    first = redo or stage
-    position = STAGES.index(first) if first in STAGES else 0
+    position = STAGES.index(stage) if stage in STAGES else 0
     if case.kind == "launcher":
         skips = " ".join(f"pipeline.task_{task}.skip=true" for task in range(position))
         return f"uv run launch.py --yaml YOUR.yaml {skips} --yes".replace("  ", " ")
@@ -255,4 +257,4 @@ def rerun_command(case: Case, stage: str | None, redo: str) -> str:
     if case.workspace:
         command += f" --workspace {case.workspace}"
     command += f" --only {','.join(STAGES[position:])}" if position else ""
-    return f"{command} --overwrite" if redo else command
+    return f"{command} --overwrite" if overwrite else command

@@ -45,7 +45,7 @@ class When(_Strict):
 class Rule(_Strict):
     """One way to fail, or one line that only looks like it.
 
-    `cause` and `fix` are Jinja texts over `seen` (the expressions' named groups), `recipe(key,
+    `cause`, `fix` and `redo` are Jinja texts over `seen` (the expressions' named groups), `recipe(key,
     default)`, `stage` and `run`.
     """
 
@@ -58,7 +58,8 @@ class Rule(_Strict):
     beats: tuple[str, ...] = ()  # rules that say less about the same line
     cause: str
     fix: str = ""
-    redo: Literal["", "synth", "dump", "train", "bench"] = ""
+    redo: str = ""  # the stage to begin again with, where it is not the one that failed
+    overwrite: bool = False  # what is there must be replaced
     source: str
 
     @pydantic.model_validator(mode="after")

@@ -158,4 +158,4 @@ def _next(outcome: Outcome, verdicts: Mapping[str, str]) -> list[str]:
         return [
             f"Wait for {', '.join(running)}." if running else "Nothing: the head is in export/."
         ]
-    return [f"    {safe(rerun_command(outcome.case, left[0], ''))}"]
+    return [f"    {safe(rerun_command(outcome.case, left[0]))}"]

@@ -3,15 +3,23 @@
 
 import dataclasses
 import random
+import re
 from pathlib import Path
 
 import pytest
 
+from shared.config import RunConfig, flag_fields
+from stages.bench.config import BenchConfig
+from stages.dump.config import DumpConfig, ParityConfig
 from stages.ops import log_scan
-from stages.ops.diagnosis import UNKNOWN, Outcome, diagnose
-from stages.ops.failure_rules import read_rules
-from stages.ops.log_files import open_case
-from stages.ops.log_scan import Findings, Scanner
+from stages.ops.config import TriageConfig
+from stages.ops.diagnosis import UNKNOWN, Outcome, diagnose, diagnosis_of
+from stages.ops.failure_rules import Rule, read_rules
+from stages.ops.log_files import Case, open_case
+from stages.ops.log_lines import Line
+from stages.ops.log_scan import Findings, Hit, Scanner
+from stages.synth.config import SynthConfig
+from stages.train.config import ExportConfig, TrainConfig
 from tests.triage_cases import FailureCase, read_cases
 from tests.triage_variants import VARIANTS
 
@@ -97,3 +105,28 @@ def test_nine_of_ten_logs_of_the_same_failures_are_still_right(
         if found != case.expect:
             wrong[case.name] = found
     assert len(wrong) <= len(cases) / 10, wrong
+
+
+def test_what_a_fix_tells_to_set_is_there_to_be_set() -> None:
+    commands = (SynthConfig, DumpConfig, ParityConfig, TrainConfig, ExportConfig, BenchConfig)
+    flags = {name for command in (*commands, TriageConfig) for name in flag_fields(command)}
+    keys = {f"run.{name}" for name in RunConfig.model_fields}
+    for stage, config in (("synth", SynthConfig), ("dump", DumpConfig), ("train", TrainConfig)):
+        keys |= {f"{stage}.{name}" for name in config.model_fields}
+    keys |= {f"bench.{name}" for name in BenchConfig.model_fields} | {"run.name"}
+    for rule in RULES:
+        if rule.id.startswith("launcher-"):  # other pipelines have other flags
+            continue
+        told = f"{rule.cause} {rule.fix}"
+        named = set(re.findall(r"--([a-z_]+)\b(?!-)", told)) - {"help"}
+        assert named <= flags, rule.id
+        named = set(re.findall(r"\b((?:run|synth|dump|train|bench)\.[a-z_]+)\b", told))
+        assert named <= keys, rule.id
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule.id for rule in RULES])
+def test_a_rule_reads_well_even_where_it_caught_nothing(rule: Rule, tmp_path: Path) -> None:
+    line = Line(tmp_path, 1, 0, "")
+    found = diagnosis_of(Hit(rule, line, {}), "dump", Case("logs", None, [], {}))
+    for text in (found.cause, found.fix, found.rerun):
+        assert not any(odd in text for odd in ("built-in", "None", "{{", "{%", "  "))
