@@ -30,6 +30,7 @@ class FailureCase:
     also_unknown: bool = False  # nothing but a consequence is there: unknown comes first
     status: dict[str, Any] | None = None
     recipe: dict[str, Any] | None = None
+    other_statuses: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     case: str = ""  # of the provoking script
     versions: dict[str, str] | None = None
 
@@ -43,9 +44,10 @@ class FailureCase:
         run = folder / "run"
         (run / "logs").mkdir(parents=True, exist_ok=True)
         (run / "logs" / f"{self.stage}.log").write_text(text)
-        if self.status is not None:
+        own = {} if self.status is None else {self.stage: self.status}
+        for stage, record in {**self.other_statuses, **own}.items():
             (run / "status").mkdir(exist_ok=True)
-            (run / "status" / f"{self.stage}.json").write_text(json.dumps(self.status))
+            (run / "status" / f"{stage}.json").write_text(json.dumps(record))
         if self.recipe is not None:
             (run / "recipe.yaml").write_text(yaml.safe_dump(self.recipe))
         return run

@@ -25,7 +25,7 @@ def _chatter(rng: random.Random) -> str:
 
 def truncated(log: str, rng: random.Random) -> str:
     """A long run before it, of which the last 200 lines are left; and no line of a begin."""
-    before = [_chatter(rng) for _ in range(5 * _LAST_LINES)]
+    before = [_chatter(rng) for _ in range(_LAST_LINES)]
     return "\n".join([*before, *log.splitlines()][-_LAST_LINES:]) + "\n"
 
 

@@ -154,10 +154,10 @@ def _holds(when: When, stage: str | None, case: Case) -> bool:
     for key, values in when.recipe.items():
         if case.setting(key) not in values:
             return False
-    return all(
-        case.stages.get(other, StageFacts()).state in states
-        for other, states in when.others.items()
-    )
+    if not when.parent:
+        return True
+    before = STAGES[max(STAGES.index(stage) - 1, 0)] if stage in STAGES else ""
+    return before != stage and case.stages.get(before, StageFacts()).state in when.parent
 
 
 def _without_lines(

@@ -39,7 +39,7 @@ class When(_Strict):
     exit_codes: tuple[int, ...] = ()
     states: tuple[State, ...] = ()
     recipe: dict[str, tuple[Any, ...]] = {}  # dotted key -> any of these values
-    others: dict[str, tuple[State, ...]] = {}  # another stage -> any of these states
+    parent: tuple[State, ...] = ()  # of the stage before it in the chain
 
 
 class Rule(_Strict):

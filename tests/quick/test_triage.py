@@ -107,6 +107,14 @@ def test_nine_of_ten_logs_of_the_same_failures_are_still_right(
     assert len(wrong) <= len(cases) / 10, wrong
 
 
+def test_no_row_of_the_known_tables_is_left_out() -> None:
+    """Their rows by task: synthesis, dump, training, benchmark."""
+    sources = " ".join(rule.source for rule in RULES)
+    for task, rows in enumerate((7, 7, 5, 6)):
+        for row in range(1, rows + 1):
+            assert re.search(rf"task_{task} row {row}\b", sources), (task, row)
+
+
 def test_what_a_fix_tells_to_set_is_there_to_be_set() -> None:
     commands = (SynthConfig, DumpConfig, ParityConfig, TrainConfig, ExportConfig, BenchConfig)
     flags = {name for command in (*commands, TriageConfig) for name in flag_fields(command)}
