@@ -13,7 +13,9 @@ The function is named by text so that `--help` never imports it, nor torch.
 
 import importlib
 import inspect
+import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -59,6 +61,7 @@ def help_text(stage: str, commands: Commands, command: str) -> str:
     """What --help prints: the config's own field docs."""
     config = commands[command][0]
     usage = " ".join(f"<{name}>" for name in config.positional)
+    usage += f" [<{config.variadic}> ...]" if config.variadic else ""
     lines = [f"python -m stages.{stage} {command} {usage}".rstrip() + " [--flag value ...]", ""]
     lines += [inspect.cleandoc(config.__doc__ or ""), ""]
     others = [name for name in commands if name != command]
@@ -89,9 +92,12 @@ def _parse(
         return command, help_text(stage, commands, command)
     words, flags = collect_flags(argv)
     config = commands[command][0]
-    if len(words) > len(config.positional):
-        raise errors.UserError(f"unexpected argument {words[len(config.positional)]!r}.")
+    rest = words[len(config.positional) :]
+    if rest and not config.variadic:
+        raise errors.UserError(f"unexpected argument {rest[0]!r}.")
     flags |= dict(zip(config.positional, words, strict=False))
+    if rest:
+        flags[config.variadic] = json.dumps(rest, ensure_ascii=False)
     built = configs.build(config, flags)
     return command, built.model_dump_json(indent=2) if only_print else built
 
@@ -148,5 +154,7 @@ def launch(stage: str, commands: Commands, argv: Sequence[str] | None = None) ->
     is_stage = command == next(iter(commands))
     name = config.process_name
     with logged_to(config.paths.log(name)):
+        if is_stage:  # one log holds every attempt: this line tells them apart
+            logger.info("begin: process %d", os.getpid())
         code = _run(config, function, Status(config.paths.status(name)) if is_stage else None)
     sys.exit(code)

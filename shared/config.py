@@ -90,6 +90,7 @@ class CommandConfig(Section):
     """What every command takes, whatever it does."""
 
     positional: ClassVar[tuple[str, ...]] = ()
+    variadic: ClassVar[str] = ""  # the field that takes all further words
 
     workspace: Path = pydantic.Field(
         default_factory=lambda: Path(os.environ.get("EYRIE_WORKSPACE", "workspace")),

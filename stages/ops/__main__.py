@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m stages.ops`: run the chain, make the demo's target."""
+"""`python -m stages.ops`: run the chain, make the demo's target, tell what failed."""
 
 from shared.cli import launch
 from stages.ops.config import (
     MakeTargetConfig,
     PlanConfig,
+    ReviewConfig,
     RunChainConfig,
     StatusConfig,
+    TriageConfig,
     ValidateConfig,
     WatchConfig,
 )
@@ -21,5 +23,7 @@ if __name__ == "__main__":
             "validate": (ValidateConfig, "stages.ops.validate:run"),
             "status": (StatusConfig, "stages.ops.status:run"),
             "watch": (WatchConfig, "stages.ops.status:watch"),
+            "triage": (TriageConfig, "stages.ops.triage:run"),
+            "review": (ReviewConfig, "stages.ops.triage:run_review"),
         },
     )

@@ -158,3 +158,43 @@ class PlanConfig(CommandConfig):
         False, description="Allow a target's own Python code in the recipe."
     )
     as_json: bool = pydantic.Field(False, alias="json", description="Print JSON, no tables.")
+
+
+class _LogsConfig(CommandConfig):
+    """What commands take that read logs."""
+
+    variadic: ClassVar[str] = "logs"
+
+    logs: tuple[Path, ...] = pydantic.Field((), description="Logs, or one folder of them.")
+    recipe: Path | None = pydantic.Field(None, description="A recipe: its run's logs are read.")
+    folder: Path | None = pydantic.Field(
+        None, description="A run's folder, or a ModelOpt launcher's experiment folder."
+    )
+    exit_codes: dict[str, int] = pydantic.Field(
+        {}, description="Exit codes that no status file tells, such as {dump: 137}."
+    )
+
+
+class TriageConfig(_LogsConfig):
+    """Says which stage failed, why, and what to type next.
+
+    In:  a run (--recipe or --folder), or logs.
+    Out: ranked diagnoses. Exit 3 where something failed, known or not; 0 where nothing did.
+    """
+
+    as_json: bool = pydantic.Field(
+        False, alias="json", description="JSON for scripts; give it last."
+    )
+    save_fixture: Path | None = pydantic.Field(
+        None, description="Also keep the failed log's end here, cleaned, as a test's fixture."
+    )
+
+
+class ReviewConfig(_LogsConfig):
+    """A pass/fail page over all logs of a run, a line a stage, with the next steps.
+
+    In:  as triage.
+    Out: Markdown. Exit 3 where a stage failed.
+    """
+
+    out: Path | None = pydantic.Field(None, description="Write the page here.")

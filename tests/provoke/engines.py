@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Failures of real vLLM engines and servers: 10 to 60 seconds each."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from tests.provoke.table import ALL, case, conversations
+from tests.provoke.world import World, children, python
+
+# With vLLM.
+
+
+@case("port-taken", "port-taken", "synth")
+def _(world: World) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        world.recipe("synth", server_args={"port": taken.getsockname()[1]})
+        world.run("synth")
+
+
+@case("unknown-server-option", "server-option-unknown", "synth")
+def _(world: World) -> None:
+    world.recipe("synth", server_args={"no-such-option": 1})
+    world.run("synth")
+
+
+@case("bad-server-option", "server-option-value", "synth")
+def _(world: World) -> None:
+    world.recipe("synth", server_args={"tokenizer-mode": "none-such", "max-num-seqs": "many"})
+    world.run("synth")
+
+
+@case("unsupported-architecture", "architecture-unsupported", "synth")
+def _(world: World) -> None:
+    world.config(architectures=["NoSuchForCausalLM"])
+    world.run("synth")
+
+
+@case("unknown-model-type", "transformers-too-old", "synth")
+def _(world: World) -> None:
+    world.config(model_type="nosuch", architectures=["NosuchForCausalLM"])
+    world.run("synth")
+
+
+@case("custom-code", "trust-remote-code", "synth")
+def _(world: World) -> None:
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    world.config(model_type="own", auto_map=auto, architectures=["OwnModel"])
+    (world.target / "own.py").write_text(
+        "from transformers import LlamaConfig as OwnConfig, LlamaForCausalLM as OwnModel\n"
+    )
+    world.run("synth")
+
+
+@case("engine-meets-cut-weights", "weights-cut", "synth")
+def _(world: World) -> None:
+    path = world.target / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    world.run("synth")
+
+
+@case("engine-meets-no-weights", "weights-missing", "synth")
+def _(world: World) -> None:
+    (world.target / "model.safetensors").unlink()
+    world.run("synth")
+
+
+@case("rows-longer-than-target", "max-length-over-model", "synth")
+def _(world: World) -> None:
+    world.run("synth", "--max_length_tokens", "100000")
+
+
+@case("kv-cache-too-small", "kv-cache-too-small", "synth")
+def _(world: World) -> None:
+    world.recipe("synth", server_args={"kv-cache-memory-bytes": 65536})
+    world.run("synth", "--max_length_tokens", "2000")
+
+
+@case("too-little-shm", "shm-too-small", "synth")
+def _(world: World) -> None:
+    mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    world.run("synth", before=("unshare", "--mount", "sh", "-c", mount, "sh"))
+
+
+@case("uneven-tensor-parallel", "tensor-parallel-heads", "synth")
+def _(world: World) -> None:
+    world.run("synth", "--tensor_parallel_size", "3")
+
+
+@case("cpu-memory-taken", "cpu-memory-taken", "synth")
+def _(world: World) -> None:
+    world.recipe("synth", server_env={"VLLM_CPU_KVCACHE_SPACE": "4000"})
+    world.run("synth")
+
+
+@case("server-not-ready", "server-not-ready", "synth")
+def _(world: World) -> None:
+    world.run("synth", "--startup_timeout_s", "3")
+
+
+@case("vllm-command", "version-metadata", "synth", console=True)
+def _(world: World) -> None:
+    vllm = str(Path(sys.executable).parent / "vllm")
+    world.command(python(vllm, "serve", str(world.target)))
+
+
+@case("server-killed", "engine-killed", "synth")
+def _(world: World) -> None:
+    world.prompts([json.dumps({"prompt": f"Tell me of {n}."}) for n in range(300)])
+    world.recipe("synth", max_restarts=0, max_tokens=40)
+    world.run("synth", watch=_kill_when("synth", "rows=", "api_server"))
+
+
+@case("engine-killed-in-dump", "engine-killed", "dump", needs=("synth",))
+def _(world: World) -> None:
+    world.run("dump", "--backend", "vllm", watch=_kill_first_engine)
+
+
+def _kill_when(
+    stage: str, text: str, name: str
+) -> Callable[[World, "subprocess.Popen[str]"], None]:
+    def kill(world: World, process: "subprocess.Popen[str]") -> None:
+        world.wait_for(stage, text)
+        found = [pid for pid, command in children(process.pid) if name in command]
+        os.kill(found[0], signal.SIGKILL)
+
+    return kill
+
+
+def _kill_first_engine(world: World, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        for pid, command in children(process.pid):
+            if "EngineCore" in command or "spawn_main" in command:
+                time.sleep(3)
+                os.kill(pid, signal.SIGKILL)
+                return
+        time.sleep(0.1)
+
+
+@case("no-hooks", "no-hooks", "dump")
+def _(world: World) -> None:
+    from transformers import Gemma2Config
+
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 8,
+        "vocab_size": 512,
+    }
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    config = Gemma2Config(architectures=["Gemma2ForCausalLM"], **shape)
+    config.save_pretrained(world.target)
+    world.run("dump", *conversations(world), "--backend", "vllm")
+
+
+@case("unknown-engine-option", "engine-options-unknown", "bench", needs=ALL)
+def _(world: World) -> None:
+    world.recipe("bench", engine_args={"no_such_option": 1}, prompts="prompts.jsonl")
+    world.run("bench")
+
+
+@case("too-deep-draft", "draft-too-deep", "bench", needs=ALL)
+def _(world: World) -> None:
+    world.run("bench", "--prompts", "prompts.jsonl", "--num_speculative_tokens", "500")
+
+
+@case("bench-rows-too-long", "bench-rows-too-long", "bench", needs=ALL)
+def _(world: World) -> None:
+    world.run("bench", "--prompts", "prompts.jsonl", "--max_tokens", "4000")
+
+
+@case("untrained-head", "acceptance-near-one", "bench", needs=ALL)
+def _(world: World) -> None:
+    head = world.workspace / "run" / "export"
+    tensors = load_file(head / "model.safetensors")
+    tensors["lm_head.weight"].normal_(0, 0.02)
+    save_file(tensors, head / "model.safetensors", metadata={"format": "pt"})
+    world.run("bench", "--prompts", "prompts.jsonl", "--max_tokens", "32")
+
+
+@case("bench-clean", "", "bench", needs=ALL)
+def _(world: World) -> None:
+    world.run(
+        "bench", "--prompts", "prompts.jsonl", "--max_tokens", "32", "--min_acceptance_length", "1"
+    )
