@@ -106,20 +106,32 @@ def _fits_target(run: Mapping[str, Any], config: TargetConfig) -> Iterator[str]:
             "Lower it.",
         )
     longest = config.raw.get("max_position_embeddings")
-    if longest and run["max_length_tokens"] > longest:
+    scaling = config.raw.get("rope_scaling") or config.raw.get("rope_parameters") or {}
+    if longest and "factor" not in scaling and run["max_length_tokens"] > longest:
         yield problem(
             "run.max_length_tokens",
             f"at most the target's {longest} positions",
             str(run["max_length_tokens"]),
             "Lower it.",
         )
-    if config.raw.get("auto_map") and not run["trust_remote_code"]:
+    if _needs_own_code(config) and not run["trust_remote_code"]:
         yield problem(
             "run.trust_remote_code",
-            "true, as the target brings Python code of its own",
+            "true, as the target runs by Python code of its own alone",
             "false",
             "Read that code, then set it; or use a version of the target that needs none.",
         )
+
+
+def _needs_own_code(config: TargetConfig) -> bool:
+    """Whether transformers has no code for the target, which brings some; false where none can tell."""
+    if not config.raw.get("auto_map"):
+        return False
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    except ModuleNotFoundError:
+        return False
+    return config.model_type not in CONFIG_MAPPING_NAMES
 
 
 def _memory(folder: Path, users: Sequence[Step], machine: Machine) -> Iterator[str]:

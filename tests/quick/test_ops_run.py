@@ -179,12 +179,22 @@ def test_a_target_without_what_it_needs_is_named(workspace: Path) -> None:
     (workspace / "model" / "tokenizer_config.json").write_text("{}")
     (found,) = problems(whole, workspace)
     assert "expected a chat template" in found
-    custom = CONFIG | {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
     (workspace / "model" / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    custom = CONFIG | {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
     (workspace / "model" / "config.json").write_text(json.dumps(custom))
+    assert problems(whole, workspace) == []  # transformers has code of its own for it
+    (workspace / "model" / "config.json").write_text(json.dumps({**custom, "model_type": "mine"}))
     (found,) = problems(whole, workspace)
     assert "run.trust_remote_code: expected true" in found
     assert problems(steps(workspace, {"run": {"trust_remote_code": True}}), workspace) == []
+
+
+def test_scaled_positions_reach_further_than_the_config_says(workspace: Path) -> None:
+    long = steps(workspace, {"run": {"max_length_tokens": 999}})
+    assert len(problems(long, workspace)) == 1
+    scaled = CONFIG | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    (workspace / "model" / "config.json").write_text(json.dumps(scaled))
+    assert problems(long, workspace) == []
 
 
 def test_the_hub_is_asked_only_where_it_must_be(
