@@ -60,8 +60,8 @@ def collect_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 def help_text(stage: str, commands: Commands, command: str) -> str:
     """What --help prints: the config's own field docs."""
     config = commands[command][0]
-    usage = " ".join(f"<{name}>" for name in config.positional)
-    usage += f" [<{config.variadic}> ...]" if config.variadic else ""
+    words = [f"<{name}>" for name in config.positional]
+    usage = " ".join([*words, *([f"[<{config.variadic}> ...]"] if config.variadic else [])])
     lines = [f"python -m stages.{stage} {command} {usage}".rstrip() + " [--flag value ...]", ""]
     lines += [inspect.cleandoc(config.__doc__ or ""), ""]
     others = [name for name in commands if name != command]

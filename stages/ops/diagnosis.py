@@ -18,7 +18,7 @@ import jinja2
 from shared.paths import STAGES
 from stages.ops.failure_rules import Rule, State, When
 from stages.ops.log_files import Case, LogFile, StageFacts
-from stages.ops.log_lines import Line
+from stages.ops.log_lines import ERROR, Line
 from stages.ops.log_scan import Findings, Hit, Scanner
 
 UNKNOWN = "unknown"
@@ -92,11 +92,19 @@ def _of_stage(
     if facts.message and facts.status and not any(hit.line.is_final for hit in hits):
         told = scanner.scan_text(facts.message, facts.status, stage=stage)
         hits, errors = hits + told.hits, errors + told.errors
-    hits = [hit for hit in hits if _applies(hit.rule, stage, case)]
-    hits += _without_lines(stage, case, findings, scanner.rules)
+    applying = [hit for hit in hits if _applies(hit.rule, stage, case)]
+    errors += _left_over(hits, applying)
+    hits = applying + _without_lines(stage, case, findings, scanner.rules)
     ranked = sorted(_first_of_each(_most_telling(hits, stage)), key=_rank)
     diagnoses = [diagnosis_of(hit, stage, case) for hit in ranked]
     return _with_unknown(diagnoses, errors, stage, case, facts)
+
+
+def _left_over(hits: Iterable[Hit], applying: Iterable[Hit]) -> list[Line]:
+    """Errors that a rule matched which does not apply here, and no other: nobody knows them."""
+    known = {(hit.line.path, hit.line.number) for hit in applying}
+    lines = [hit.line for hit in hits if (hit.line.path, hit.line.number) not in known]
+    return [line for line in lines if ERROR.search(line.text)]
 
 
 def _most_telling(hits: Iterable[Hit], stage: str | None) -> list[Hit]:

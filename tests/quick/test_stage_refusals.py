@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,10 @@ def test_broken_lines_are_refused_before_the_engine_starts_and_listed(workspace:
     assert [json.loads(line)["failed"] for line in rejects] == ["broken_json", "empty_content"]
     status = files.read_json(workspace / "run" / "status" / "synth.json")
     assert (status["state"], status["exit_code"]) == ("failed", 2)
-    assert "2 of 3 rows failed" in (workspace / "run" / "logs" / "synth.log").read_text()
+    assert status["host"] == socket.gethostname()
+    log = (workspace / "run" / "logs" / "synth.log").read_text()
+    assert "INFO synth begin: process " in log.splitlines()[0]
+    assert "2 of 3 rows failed" in log
 
 
 def test_a_target_without_a_chat_template(workspace: Path) -> None:

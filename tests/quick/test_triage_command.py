@@ -116,6 +116,14 @@ def test_an_unknown_failure_is_shown_and_not_guessed(
     assert "   | OddError: never seen" in capsys.readouterr().out
 
 
+def test_an_error_that_a_rule_of_another_stage_has_is_unknown(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log(folder, "synth", BEGIN, "RuntimeError: circuit breaker open\n")
+    code, found = told(folder, capsys)
+    assert (code, found["diagnoses"][0]["rule"]) == (3, "unknown")
+
+
 def test_a_failure_without_a_word_in_the_log_is_unknown_too(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
