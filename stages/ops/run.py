@@ -22,6 +22,7 @@ from stages.ops.config import MakeTargetConfig, RunChainConfig
 
 _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 _GRACE_S = 120.0
+_MAKES_TARGETS = ("tokenizers", "torch", "transformers")  # what make_target imports
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,17 @@ def _keep_recipe(recipe: Path, paths: RunPaths) -> None:
 
 
 def _run_stage(stage: str, config: RunChainConfig) -> int:
-    """Run one stage to its end, passing on a signal that reaches this process."""
+    """Run one stage to its end, passing on a signal that reaches this process.
+
+    Raises:
+        UserError: the stage is not in this image, or its interpreter does not start.
+    """
+    if not (_SOURCE_ROOT / "stages" / stage).is_dir():
+        raise UserError(
+            f"expected stage {stage} beside ops in {_SOURCE_ROOT / 'stages'}, found none: each stage "
+            "has its own image. Run the chain with `docker compose -f compose.yaml -f "
+            "compose/pipeline.yaml up`."
+        )
     python = os.environ.get(f"EYRIE_{stage.upper()}_PYTHON", sys.executable)
     command = [python, "-m", f"stages.{stage}", "--recipe", str(config.recipe)]
     command += ["--workspace", str(config.workspace)]
@@ -105,8 +116,21 @@ def closing_line(paths: RunPaths) -> str:
 
 
 def run_make_target(config: MakeTargetConfig) -> None:
-    """Make the demo's target, or find it made."""
-    from stages.ops.make_target import make_target
+    """Make the demo's target, or find it made.
+
+    Raises:
+        UserError: this environment has no torch.
+    """
+    try:
+        from stages.ops.make_target import make_target
+    except ModuleNotFoundError as error:
+        if error.name not in _MAKES_TARGETS:
+            raise
+        raise UserError(
+            f"make-target trains a model and needs {', '.join(_MAKES_TARGETS)}; {error.name} is not "
+            "installed here, as in the ops image. Run it where train runs: `make setup`, or with "
+            "compose/demo.yaml."
+        ) from error
 
     steps = {} if config.steps is None else {"steps": config.steps}
     facts = make_target(
