@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from shared import conversations, hidden_states
-from tests.engine.conftest import RECIPE, ROOT, Demo, ops
+from tests.conftest import ROOT, ops
+from tests.engine.conftest import RECIPE, Demo
 
 pytestmark = pytest.mark.engine
 
