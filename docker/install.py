@@ -22,9 +22,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-# vLLM for CPU asks for these, and the package index has CUDA builds of them alone: next to torch for
-# CPU they fail to import and take transformers with them. Text models do without.
-_CUDA_ONLY = ("torchaudio", "torchcodec", "torchvision")
+# vLLM for CPU asks for these, and the package index has CUDA builds of them alone. Next to torch for CPU
+# the first three fail to import and take transformers with them; with the last, vLLM starts kernels that
+# a processor cannot run. Text models do without.
+_CUDA_ONLY = ("torchaudio", "torchcodec", "torchvision", "triton")
 
 
 @dataclasses.dataclass
