@@ -20,7 +20,6 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from shared.errors import EyrieError
 from shared.files import read_json
@@ -28,6 +27,7 @@ from shared.manifest import MANIFEST
 from shared.paths import STAGES, RunPaths
 from shared.process import stop_requested
 from shared.status import SILENT_AFTER_S
+from shared.tables import cell
 from stages.ops.config import StatusConfig, WatchConfig
 from stages.ops.run_folder import find_run
 
@@ -190,10 +190,10 @@ def _table(paths: RunPaths, states: list[StageState]) -> Table:
             progress = f"{state.done:,} / {state.total:,} {state.unit} ({share:.0%})"
         facts = "  ".join(f"{key} {value}" for key, value in state.facts.items())
         table.add_row(
-            state.name,
-            Text(state.state, style=_COLOURS.get(state.state, "")),
-            progress,
-            Text(state.message or facts),
+            cell(state.name),
+            cell(state.state, _COLOURS.get(state.state, "")),
+            cell(progress),
+            cell(state.message or facts),
             _clock(state.spent_s),
             _clock(state.left_s),
         )
