@@ -118,10 +118,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     if found:
         return found
     for path in sorted(folder.glob("pytorch_model*.bin")):
-        import torch
-
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found |= {name: list(tensor.shape) for name, tensor in weights.items()}
+        found |= {name: list(tensor.shape) for name, tensor in _pickled(path).items()}
     if not found:
         raise UserError(
             f"{folder}: expected the head's weights (*.safetensors or pytorch_model.bin), found none."
@@ -208,13 +205,22 @@ def _read_d2t(head: Head) -> list[int]:
             for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
                 if name.endswith("d2t"):
                     return [int(value) for value in weights.get_tensor(name)]
-    import torch
-
     for path in sorted(head.folder.glob("pytorch_model*.bin")):
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = _pickled(path)
         if "d2t" in tensors:
-            return [int(value) for value in tensors["d2t"]]
+            return [int(value) for value in tensors["d2t"].flatten().tolist()]
     return []
+
+
+def _pickled(path: Path) -> dict[str, Any]:
+    """The tensors of a `.bin`, by name."""
+    from shared.tensor_files import is_dense, load_tensors
+
+    what, then = "a head's tensors", "Give it as safetensors."
+    tensors = load_tensors(path, what=what, then=then)
+    if not isinstance(tensors, dict) or not all(map(is_dense, tensors.values())):
+        raise UserError(f"{path}: expected {what}, found something else. {then}")
+    return {str(name): tensor for name, tensor in tensors.items()}
 
 
 def _check_aux_layers(head: Head, target: TargetConfig) -> None:

@@ -119,7 +119,13 @@ def _head_of(
     if state is None:
         raise UserError(f"expected a checkpoint at {path}, found none. Train first.")
     head = _build(config, target_config, target.read_tensors(target_config), folder)
-    head.load_state_dict(state["weights"])
+    try:
+        head.load_state_dict(state["weights"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: expected the weights of this head, found: {str(error)[:500]}. Give a checkpoint "
+            "of this recipe."
+        ) from error
     return head, int(state["step"])
 
 
