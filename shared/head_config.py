@@ -65,12 +65,20 @@ class HeadConfig:
 
     @classmethod
     def from_json(
-        cls, raw: dict[str, Any], *, aux_layers: tuple[int, ...], draft_vocab_size: int
+        cls,
+        raw: dict[str, Any],
+        *,
+        aux_layers: tuple[int, ...],
+        draft_vocab_size: int,
+        where: object = "config.json",
     ) -> "HeadConfig":
         """Shaped like the config.json in `raw`: a Llama-like target's, or an exported head's.
 
         Rotary parameters lie in `rope_parameters` (transformers 5) or in `rope_theta` and
         `rope_scaling` (transformers 4); both are read.
+
+        Args:
+            where: the file that `raw` is from, for the message.
 
         Raises:
             UserError: a size is missing or not a number.
@@ -97,5 +105,7 @@ class HeadConfig:
             )
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(
-                f"expected the sizes of a decoder in its config.json: {error!r}"
+                f"{where}: expected the sizes of a decoder, found: {error!r}"
             ) from error
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error

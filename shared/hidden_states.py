@@ -31,17 +31,44 @@ import itertools
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from shared.errors import UserError
 from shared.files import atomic_path
+from shared.records import Shape, read_record
 from shared.tensor_files import is_dense, load_tensors, wrong
 
 SCHEMA_VERSION = 1
 DATA_CONFIG = "data_config.json"
 TOKEN_FREQ = "token_freq.pt"
 SAMPLES = "samples"
+
+
+class _HiddenStates(Shape):
+    layer_ids: Annotated[list[int], Field(min_length=2)]
+    aux_layer_ids: list[int]
+
+
+class _Model(Shape):
+    hidden_size: Annotated[int, Field(gt=0)]
+    vocab_size: Annotated[int, Field(gt=0)]
+
+
+class _DataConfig(Shape):
+    hidden_states: _HiddenStates
+    model: _Model
+
+
+def read_data_config(dump_folder: Path) -> dict[str, Any]:
+    """What dump says of its states.
+
+    Raises:
+        UserError: the file is missing, or without what a reader of the states needs.
+    """
+    return read_record(dump_folder / DATA_CONFIG, _DataConfig, then="Run dump again.")
 
 
 def shard_name(index: int) -> str:

@@ -34,6 +34,7 @@ _SHARED_SWEEP_S = 3600.0
 # What costs nothing to make again: another configuration may take its place without being told to.
 _NO_WORK = {IDENTITY, "rejects.jsonl", "plan"}
 
+_LONGEST_NAME = 255
 _AGAIN = "Make the artifact again with this version of eyrie."
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ logger = logging.getLogger(__name__)
 def _inside(name: str) -> str:
     """A file's name that does not lead out of the artifact's folder."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not name.isprintable():
+    too_long = any(len(part) > _LONGEST_NAME for part in path.parts)
+    if path.is_absolute() or ".." in path.parts or not name.isprintable() or too_long:
         raise ValueError("expected a file's name inside the artifact")
     return name
 
@@ -50,9 +52,14 @@ def _inside(name: str) -> str:
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Entry(Shape):
+class Entry(Shape):
+    """A file of an artifact."""
+
     bytes: Count
     sha256: str
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
 
 
 class Counts(Shape):
@@ -79,7 +86,7 @@ class _Manifest(Shape):
     parents: dict[str, str]
     counts: Counts
     facts: dict[str, Any]
-    files: dict[Annotated[str, AfterValidator(_inside)], _Entry]
+    files: dict[FileName, Entry]
     config: dict[str, Any]
     provenance: _Provenance
 

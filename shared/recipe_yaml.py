@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 _MOST_NODES = 100_000
+_MOST_LEVELS = 100
 
 
 class RecipeError(ValueError):
@@ -44,23 +45,28 @@ def parse(text: str) -> Any:
         raise RecipeError(f"a value that is none: {error!r}") from error
 
 
-def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Nodes below `node` with every alias written out; each node is looked at once."""
+def _count(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(nodes below `node` with every alias written out, levels); each node is looked at once."""
     if id(node) in known:
-        if not known[id(node)]:
+        if not known[id(node)][0]:
             raise RecipeError(f"an alias that contains itself{_place(node)}")
         return known[id(node)]
-    known[id(node)] = 0
-    size = 1
+    known[id(node)] = (0, 0)
+    below: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         _require_distinct(node)
-        size += sum(_count(key, known) + _count(value, known) for key, value in node.value)
+        below = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
-        size += sum(_count(item, known) for item in node.value)
+        below = node.value
+    found = [_count(part, known) for part in below]
+    size = 1 + sum(nodes for nodes, _ in found)
+    levels = 1 + max((deep for _, deep in found), default=0)
     if size > _MOST_NODES:
         raise RecipeError(f"more than {_MOST_NODES} values when aliases are written out")
-    known[id(node)] = size
-    return size
+    if levels > _MOST_LEVELS:
+        raise RecipeError(f"nested more than {_MOST_LEVELS} levels deep")
+    known[id(node)] = (size, levels)
+    return size, levels
 
 
 def _require_distinct(node: yaml.MappingNode) -> None:

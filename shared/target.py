@@ -144,8 +144,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         found: dict[str, str] = read_record(index, _Index, then=_RESTORE)["weight_map"]
-        if strange := sorted(name for name in found.values() if Path(name).name != name):
-            raise UserError(f"{index}: expected names of files beside it, found {strange[0]!r}.")
+        for name in found.values():
+            if Path(name).name != name or not name.isprintable():
+                raise UserError(f"{index}: expected names of files beside it, found {name!r:.99}.")
         return found
     single = folder / "model.safetensors"
     if not single.exists():
@@ -196,6 +197,7 @@ def _read_tensor(folder: Path, names: tuple[str, ...]) -> "torch.Tensor | None":
         if name not in weight_map:
             continue
         path = folder / weight_map[name]
+        require_file(path)
         try:
             with safe_open(path, framework="pt", device="cpu") as handle:
                 return handle.get_tensor(name)

@@ -39,9 +39,14 @@ def load_tensors(path: Path, *, what: str, then: str, mmap: bool = True) -> Any:
 
 
 def is_dense(value: Any, dtype: torch.dtype | None = None) -> bool:
-    """Whether this is a plain tensor on the CPU, and of `dtype`: one whose memory is there."""
-    plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
-    return plain and value.device.type == "cpu" and dtype in (None, value.dtype)
+    """Whether this is a plain tensor on the CPU, and of `dtype`, that is as large as it says."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.device.type != "cpu":
+        return False
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        return False
+    # A stride of 0 lets one number stand for a terabyte.
+    there = value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    return there and dtype in (None, value.dtype)
 
 
 def wrong(path: Path, error: Exception, *, what: str, then: str) -> UserError:

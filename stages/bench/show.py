@@ -84,7 +84,7 @@ def _engines(found: Report) -> Table:
 def _speedup(entry: Report) -> str:
     if entry.get("speedup") is None:
         return ""
-    return f"{entry['speedup']:.2f}{interval(entry['speedup_interval'])}"
+    return f"{entry['speedup']:.2f}{interval(entry.get('speedup_interval'))}"
 
 
 def _categories(found: Report) -> Table:

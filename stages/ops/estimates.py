@@ -16,10 +16,10 @@ from rich.table import Table
 
 from shared import layers, sources, target
 from shared.errors import EyrieError, UserError
-from shared.files import read_json
 from shared.manifest import read_manifest
 from shared.paths import RunPaths, find_input
 from shared.sources import Source
+from shared.status import read_status
 from shared.tables import cell
 from shared.target import TargetConfig
 from stages.ops import sizes
@@ -190,7 +190,7 @@ def earlier(paths: RunPaths, step: Step) -> tuple[float, int, str] | None:
         run = RunPaths(paths.workspace, folder.parents[1].name)
         try:
             manifest = read_manifest(folder.parent)
-            status = read_json(run.status(step.stage))
+            status = read_status(run.status(step.stage))
         except EyrieError:
             continue
         if manifest is None or manifest["identity"].get("run.target") != step.run["target"]:

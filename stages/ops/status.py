@@ -22,11 +22,10 @@ from rich.live import Live
 from rich.table import Table
 
 from shared.errors import EyrieError
-from shared.files import read_json
 from shared.manifest import MANIFEST
 from shared.paths import STAGES, RunPaths
 from shared.process import stop_requested
-from shared.status import SILENT_AFTER_S
+from shared.status import SILENT_AFTER_S, read_status
 from shared.tables import cell
 from stages.ops.config import StatusConfig, WatchConfig
 from stages.ops.run_folder import find_run
@@ -119,7 +118,7 @@ def read_states(paths: RunPaths) -> list[StageState]:
 def _read(path: Path, finished: float | None) -> StageState:
     """One status file; `finished` is when the stage's manifest was written."""
     try:
-        record = read_json(path)
+        record = read_status(path)
         age_s = time.time() - path.stat().st_mtime
         state, message = record["state"], str(record.get("message", ""))
         if state == "running" and (why := _death(record, age_s)):
@@ -145,7 +144,7 @@ def _read(path: Path, finished: float | None) -> StageState:
             left_s if running else None,
             message,
         )
-    except (EyrieError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (EyrieError, OSError) as error:
         return StageState(path.stem, "unreadable", message=f"{path}: {error}")
 
 
@@ -187,7 +186,7 @@ def _table(paths: RunPaths, states: list[StageState]) -> Table:
         progress = ""
         if state.total:
             share = (state.done or 0) / state.total
-            progress = f"{state.done:,} / {state.total:,} {state.unit} ({share:.0%})"
+            progress = f"{state.done or 0:,} / {state.total:,} {state.unit} ({share:.0%})"
         facts = "  ".join(f"{key} {value}" for key, value in state.facts.items())
         table.add_row(
             cell(state.name),
