@@ -177,7 +177,8 @@ class Client:
             content = await response.read()
             if response.status == 200:
                 return _reply(json.loads(content))
-            text = content.decode(errors="replace")[:500]
+            # What a server complains of goes into rejects and logs, and it may repeat the key.
+            text = content.decode(errors="replace").replace(endpoint.api_key, "(the key)")[:500]
         if response.status == 429 or response.status >= 500:
             raise BusyError(f"{response.status}: {text}")
         too_long = any(sign in text for sign in _TOO_LONG)
