@@ -13,6 +13,7 @@ An unknown key or flag is refused with the nearest valid name, before anything r
 
 import difflib
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -20,14 +21,16 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
-import yaml
 from pydantic.fields import FieldInfo
 
+from shared import recipe_yaml
 from shared.errors import UserError
+from shared.files import read_text
 from shared.paths import STAGES, RunPaths
 from shared.process import Share
 
 SECTIONS = ("run", *STAGES)
+_LONGEST_NAME_BYTES = 200  # a file system takes 255, and what is in the making has a longer name
 
 S = TypeVar("S", bound="Section")
 C = TypeVar("C", bound="CommandConfig")
@@ -81,8 +84,10 @@ class RunConfig(Section):
     @pydantic.field_validator("name")
     @classmethod
     def _name_is_one_folder(cls, name: str) -> str:
-        if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise ValueError("a run's name is one folder name, without separators")
+        if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+            raise ValueError("a run's name is one folder name, printable, without separators")
+        if len(name.encode()) > _LONGEST_NAME_BYTES:
+            raise ValueError(f"a run's name has at most {_LONGEST_NAME_BYTES} bytes")
         return name
 
 
@@ -149,12 +154,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         UserError: missing, not YAML, or a section nobody knows.
     """
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"--recipe: expected a YAML file at {path}, found none.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--recipe: could not read {path}: {error}.") from error
-    except (yaml.YAMLError, RecursionError) as error:
+        recipe = recipe_yaml.parse(read_text(path))
+    except UserError as error:
+        raise UserError(f"--recipe: {error}") from error
+    except recipe_yaml.RecipeError as error:
         raise UserError(f"--recipe: {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: expected sections ({', '.join(SECTIONS)}), found no mapping.")
@@ -162,7 +165,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         if name not in SECTIONS:
             raise UserError(f"{path}: unknown section {name!r}. {nearest(str(name), SECTIONS)}")
         if not isinstance(section, dict | None):
-            raise UserError(f"{path}: section {name}: expected keys and values, found {section!r}.")
+            raise UserError(
+                f"{path}: section {name}: expected keys and values, found {reprlib.repr(section)}."
+            )
     return {name: section or {} for name, section in recipe.items()}
 
 
@@ -175,11 +180,11 @@ def _from_text(text: str, field: FieldInfo) -> Any:
         return None
     if any(typing.get_origin(part) in (list, tuple, dict) for part in parts):
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = recipe_yaml.parse(text)
+        except recipe_yaml.RecipeError as error:
             raise ValueError(f"not a list or mapping: {text}") from error
         if isinstance(value, str) and "," in value:
-            return [yaml.safe_load(item) for item in value.split(",")]
+            return [recipe_yaml.parse(item) for item in value.split(",")]
         return value if isinstance(value, list | dict) else [value]
     return text
 

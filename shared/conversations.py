@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
-from shared.files import atomic_path
+from shared.files import atomic_path, require_file
 
 SCHEMA_VERSION = "1"
 PART_GLOB = "part-*.parquet"
@@ -100,6 +100,10 @@ def write_part(path: Path, rows: Sequence[Conversation]) -> None:
 
 
 def _conversation(record: dict[str, Any]) -> Conversation:
+    if missing := [name for name, value in record.items() if value is None]:
+        raise ValueError(f"sample {record['sample_id']!r}: no {', '.join(missing)}")
+    if None in record["messages"] or None in record["loss_spans"] or None in record["input_ids"]:
+        raise ValueError(f"sample {record['sample_id']!r}: a message, span or token is missing")
     record["messages"] = tuple(
         {key: text for key, text in message.items() if text is not None}
         for message in record["messages"]
@@ -109,7 +113,7 @@ def _conversation(record: dict[str, Any]) -> Conversation:
     row = Conversation(**record)
     ends = [0, *(bound for span in row.loss_spans for bound in span), len(row.input_ids)]
     if ends != sorted(ends) or any(start == end for start, end in row.loss_spans):
-        raise ValueError(f"sample {row.sample_id}: loss_spans {row.loss_spans} do not fit")
+        raise ValueError(f"sample {row.sample_id!r}: loss_spans {row.loss_spans} do not fit")
     return row
 
 
@@ -121,7 +125,8 @@ def _wrong_part(path: Path, error: Exception) -> UserError:
 
 
 def _require_schema(path: Path, found: Any) -> None:
-    version = (found.metadata or {}).get(b"eyrie.schema_version", b"none").decode()
+    told = (found.metadata or {}).get(b"eyrie.schema_version", b"none")
+    version = told.decode(errors="replace")
     if version != SCHEMA_VERSION or not found.equals(arrow_schema()):
         raise UserError(
             f"{path}: expected conversations of schema version {SCHEMA_VERSION}, found version "
@@ -138,11 +143,14 @@ def read_columns(path: Path, names: Sequence[str]) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    require_file(path)
     try:
         with pq.ParquetFile(path) as part:
             _require_schema(path, part.schema_arrow)
-            return part.read(columns=list(names))
-    except (pa.ArrowException, OSError) as error:
+            columns = part.read(columns=list(names))
+            columns.validate(full=True)
+            return columns
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         raise _wrong_part(path, error) from error
 
 
@@ -155,10 +163,12 @@ def read_part(path: Path) -> Iterator[Conversation]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    require_file(path)
     try:
         with pq.ParquetFile(path) as part:
             _require_schema(path, part.schema_arrow)
             for batch in part.iter_batches(batch_size=256):
+                batch.validate(full=True)
                 yield from map(_conversation, batch.to_pylist())
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         raise _wrong_part(path, error) from error

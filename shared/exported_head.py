@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shared.errors import OutputError
-from shared.files import read_json
+from shared.errors import OutputError, UserError
+from shared.files import read_json, require_file
 from shared.head_config import HeadConfig
 from shared.layers import to_output_ids
 
@@ -97,14 +97,25 @@ def check_export(folder: Path) -> HeadConfig:
     """
     raw = read_json(folder / "config.json")
     try:
+        require_file(folder / "model.safetensors")
         config = HeadConfig.from_json(
             raw,
             aux_layers=tuple(raw["eagle_aux_hidden_state_layer_ids"]),
             draft_vocab_size=raw["draft_vocab_size"],
+            where=folder / "config.json",
         )
         expected, dtype = config_json(config, dtype=raw["torch_dtype"]), DTYPES[raw["torch_dtype"]]
         weights = load_file(folder / "model.safetensors")
-    except (KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+    except (
+        UserError,
+        KeyError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        OSError,
+        SafetensorError,
+    ) as error:
         raise OutputError(f"{folder}: expected an exported draft head, found: {error!r}") from error
     for key in sorted(expected.keys() | raw.keys()):
         # A null is not the same as no key: engines that read with a default take the null.

@@ -11,12 +11,16 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
+
+# Far above any manifest: a file of that name that claims more is something else.
+_MOST_BYTES = 1 << 30
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -44,6 +48,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a link that lies there must not be written through
         yield temporary
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
@@ -70,24 +75,69 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def require_file(path: Path, *, most_bytes: int | None = None) -> None:
+    """Refuse what is no plain file: a folder, a pipe that nobody writes to, a device without end.
+
+    Raises:
+        UserError: also where nothing is there, or more than `most_bytes`.
+    """
+    try:
+        facts = path.stat()
+    except FileNotFoundError as error:
+        raise UserError(f"expected a file at {path}, found none.") from error
+    except (OSError, ValueError) as error:  # a name too long, a loop of links; a NUL in it
+        raise UserError(f"could not read {path}: {error}.") from error
+    if not stat.S_ISREG(facts.st_mode):
+        kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a pipe or a device"
+        raise UserError(f"{path}: expected a file, found {kind}.")
+    if most_bytes is not None and facts.st_size > most_bytes:
+        raise UserError(f"{path}: expected at most {most_bytes} bytes, found {facts.st_size}.")
+
+
+def read_text(path: Path) -> str:
+    """A whole file of text.
+
+    Raises:
+        UserError: no such file, far too large, not readable, not UTF-8.
+    """
+    require_file(path, most_bytes=_MOST_BYTES)
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"could not read {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text: {error}. Restore or delete it.") from error
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} twice")
+    return found
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
         UserError: the file is missing or is not JSON; the message names it and the place.
     """
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"expected a file at {path}, found none.") from error
-    except OSError as error:
-        raise UserError(f"could not read {path}: {error.strerror or error}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=_each_key_once)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}). Restore or delete it.") from error
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hex SHA-256 of a file's bytes.
+
+    Raises:
+        UserError: no such file, or not readable.
+    """
+    require_file(path)
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -99,9 +149,9 @@ def sweep_temporaries(folder: Path, *, idle_s: float = 0.0) -> None:
             with contextlib.suppress(
                 FileNotFoundError
             ):  # its writer may be alive, and done with it
-                if time.time() - leftover.stat().st_mtime < idle_s:
+                if time.time() - leftover.lstat().st_mtime < idle_s:
                     continue
-                if leftover.is_dir():
+                if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover)
                 else:
                     leftover.unlink()
@@ -116,8 +166,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         for item in temporary.rglob("*"):
             if item.is_file():

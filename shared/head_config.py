@@ -2,6 +2,7 @@
 """The shape of a draft head, read from a target's config.json or an exported head's."""
 
 import dataclasses
+import math
 from typing import Any
 
 from shared.errors import UserError
@@ -29,6 +30,13 @@ class HeadConfig:
     rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        sizes = {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, int | float) and not (value > 0 and math.isfinite(value))
+        }
+        if sizes:
+            raise UserError(f"expected the sizes of a decoder, each above 0, found {sizes}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 "the draft head needs num_attention_heads to be a multiple of num_key_value_heads, "
@@ -57,20 +65,28 @@ class HeadConfig:
 
     @classmethod
     def from_json(
-        cls, raw: dict[str, Any], *, aux_layers: tuple[int, ...], draft_vocab_size: int
+        cls,
+        raw: dict[str, Any],
+        *,
+        aux_layers: tuple[int, ...],
+        draft_vocab_size: int,
+        where: object = "config.json",
     ) -> "HeadConfig":
         """Shaped like the config.json in `raw`: a Llama-like target's, or an exported head's.
 
         Rotary parameters lie in `rope_parameters` (transformers 5) or in `rope_theta` and
         `rope_scaling` (transformers 4); both are read.
 
+        Args:
+            where: the file that `raw` is from, for the message.
+
         Raises:
             UserError: a size is missing or not a number.
         """
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-        plain = rope.get("rope_type", rope.get("type", "default")) == "default"
         try:
+            rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+            theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+            plain = rope.get("rope_type", rope.get("type", "default")) == "default"
             heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
             return cls(
                 hidden_size=hidden,
@@ -87,7 +103,9 @@ class HeadConfig:
                 max_position_embeddings=int(raw["max_position_embeddings"]),
                 aux_layers=tuple(aux_layers),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(
-                f"expected the sizes of a decoder in its config.json: {error!r}"
+                f"{where}: expected the sizes of a decoder, found: {error!r}"
             ) from error
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error

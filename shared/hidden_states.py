@@ -29,19 +29,46 @@ import ctypes
 import dataclasses
 import itertools
 import mmap
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from shared.errors import UserError
 from shared.files import atomic_path
+from shared.records import Shape, read_record
+from shared.tensor_files import is_dense, load_tensors, wrong
 
 SCHEMA_VERSION = 1
 DATA_CONFIG = "data_config.json"
 TOKEN_FREQ = "token_freq.pt"
 SAMPLES = "samples"
+
+
+class _HiddenStates(Shape):
+    layer_ids: Annotated[list[int], Field(min_length=2)]
+    aux_layer_ids: list[int]
+
+
+class _Model(Shape):
+    hidden_size: Annotated[int, Field(gt=0)]
+    vocab_size: Annotated[int, Field(gt=0)]
+
+
+class _DataConfig(Shape):
+    hidden_states: _HiddenStates
+    model: _Model
+
+
+def read_data_config(dump_folder: Path) -> dict[str, Any]:
+    """What dump says of its states.
+
+    Raises:
+        UserError: the file is missing, or without what a reader of the states needs.
+    """
+    return read_record(dump_folder / DATA_CONFIG, _DataConfig, then="Run dump again.")
 
 
 def shard_name(index: int) -> str:
@@ -119,16 +146,21 @@ def write_shard(
 
 
 def _check(shard: Shard, num_states: int, hidden_size: int) -> None:
-    num_tokens = shard.input_ids.numel()
     dtypes = (torch.int32, torch.uint8, torch.bfloat16, torch.int64)
     tensors = (shard.input_ids, shard.loss_mask, shard.hidden_states, shard.offsets)
     for name, tensor, dtype in zip(Shard.__annotations__, tensors, dtypes, strict=False):
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype:
+        if not is_dense(tensor, dtype):
             raise ValueError(f"{name}: expected {dtype}, found {getattr(tensor, 'dtype', None)}")
+    if not isinstance(shard.sample_ids, list) or not all(
+        isinstance(sample_id, str) for sample_id in shard.sample_ids
+    ):
+        raise ValueError("sample_ids: expected a list of names")
+    num_tokens = shard.input_ids.numel()
     expected = (num_tokens, num_states, hidden_size)
     if tuple(shard.hidden_states.shape) != expected:
         raise ValueError(f"hidden_states: expected {expected}, found {shard.hidden_states.shape}")
-    if shard.loss_mask.shape != (num_tokens,) or shard.offsets.shape != (len(shard) + 1,):
+    found = (shard.input_ids.shape, shard.loss_mask.shape, shard.offsets.shape)
+    if found != ((num_tokens,), (num_tokens,), (len(shard) + 1,)):
         raise ValueError("loss_mask or offsets do not fit input_ids and sample_ids")
     ends = shard.offsets.tolist()
     if ends[0] != 0 or ends[-1] != num_tokens or any(a >= b for a, b in itertools.pairwise(ends)):
@@ -144,24 +176,15 @@ def read_shard(path: Path, *, num_states: int, hidden_size: int) -> Shard:
     Raises:
         UserError: not such a file, or the tensors do not fit each other or the data_config.
     """
+    what, then = "a shard of hidden states", "Restore the file, or delete it and run dump again."
+    raw = load_tensors(path, what=what, then=then)
     try:
-        raw = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
         if not isinstance(raw, dict):
             raise ValueError(f"expected a dict, found {type(raw).__name__}")
         shard = Shard(**raw)
         _check(shard, num_states, hidden_size)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        OSError,
-        EOFError,
-    ) as error:
-        raise UserError(
-            f"{path}: expected a shard of hidden states, found: {str(error).splitlines()[0]}. "
-            "Restore the file, or delete it and run dump again."
-        ) from error
+    except (ValueError, TypeError) as error:
+        raise wrong(path, error, what=what, then=then) from error
     return shard
 
 
@@ -172,10 +195,9 @@ def read_token_freq(dump_folder: Path, vocab_size: int) -> torch.Tensor:
         UserError: the file is missing, damaged, or of another vocabulary.
     """
     path = dump_folder / TOKEN_FREQ
-    try:
-        counts = torch.load(path, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: expected token counts: {str(error).splitlines()[0]}") from error
-    if not isinstance(counts, torch.Tensor) or counts.shape != (vocab_size,):
-        raise UserError(f"{path}: expected counts of {vocab_size} tokens. Run dump again.")
-    return counts.to(torch.int64)
+    what, then = f"counts of {vocab_size} tokens", "Run dump again."
+    counts = load_tensors(path, what=what, then=then, mmap=False)
+    if not is_dense(counts, torch.int64) or counts.shape != (vocab_size,) or counts.min() < 0:
+        raise UserError(f"{path}: expected {what}. {then}")
+    checked: torch.Tensor = counts
+    return checked

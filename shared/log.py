@@ -17,16 +17,33 @@ from pathlib import Path
 FORMAT = "%(asctime)s %(levelname)s {stage} %(message)s"
 
 
+def printable(text: str) -> str:
+    r"""`text` on one line, without what could steer a terminal or forge a line.
+
+    Worked example: ESC, "[31m", newline, "x" becomes r"\x1b[31m\nx".
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
+
+
+class _Formatter(logging.Formatter):
+    """Messages hold ids, file names and foreign words: only a record itself may begin a line."""
+
+    converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n    ".join(map(printable, super().format(record).split("\n")))
+
+
 def start_logging(stage: str) -> None:
     """Send this process's log records to stderr, in the one format."""
-    logging.Formatter.converter = time.gmtime
-    logging.basicConfig(
-        level=logging.INFO,
-        format=FORMAT.format(stage=stage),
-        datefmt="%Y-%m-%dT%H:%M:%SZ",
-        stream=sys.stderr,
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(FORMAT.format(stage=stage), "%Y-%m-%dT%H:%M:%SZ"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("httpx", "httpx2", "httpcore", "openai", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -48,7 +65,8 @@ def logged_to(path: Path) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        how = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        log = os.open(path, how, 0o644)
     except OSError as error:
         logging.getLogger(__name__).warning("no log file at %s: %s", path, error.strerror)
         yield

@@ -14,13 +14,16 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from shared import files, provenance
 from shared.config import StageConfig
 from shared.errors import UserError
 from shared.process import lock
+from shared.records import Shape, read_record, require_shape
 
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
@@ -31,7 +34,77 @@ _SHARED_SWEEP_S = 3600.0
 # What costs nothing to make again: another configuration may take its place without being told to.
 _NO_WORK = {IDENTITY, "rejects.jsonl", "plan"}
 
+_LONGEST_NAME = 255
+_AGAIN = "Make the artifact again with this version of eyrie."
+
 logger = logging.getLogger(__name__)
+
+
+def _inside(name: str) -> str:
+    """A file's name that does not lead out of the artifact's folder."""
+    path = PurePosixPath(name)
+    too_long = any(len(part) > _LONGEST_NAME for part in path.parts)
+    if path.is_absolute() or ".." in path.parts or not name.isprintable() or too_long:
+        raise ValueError("expected a file's name inside the artifact")
+    return name
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Entry(Shape):
+    """A file of an artifact."""
+
+    bytes: Count
+    sha256: str
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+
+
+class Counts(Shape):
+    """The rows of a stage, as `shared/status.py` accounts for them."""
+
+    ok: Count
+    skipped: dict[str, Count]
+    failed: dict[str, Count]
+    rows_in: Count = Field(alias="in")
+
+
+class _Provenance(Shape):
+    finished: str
+    revision: str
+    accelerator: str
+    argv: list[str]
+    packages: dict[str, str]
+
+
+class _Manifest(Shape):
+    stage: str
+    fingerprint: str
+    identity: dict[str, Any]
+    parents: dict[str, str]
+    counts: Counts
+    facts: dict[str, Any]
+    files: dict[FileName, Entry]
+    config: dict[str, Any]
+    provenance: _Provenance
+
+
+class _SynthFacts(Shape):
+    target_hash: str
+    vocabulary_hash: str
+    greedy: bool
+
+
+class _DumpFacts(Shape):
+    target_hash: str
+    aux_layers: list[int]
+    greedy: bool
+
+
+# What the next stage reads of its parent.
+_FACTS: dict[str, type[Shape]] = {"synth": _SynthFacts, "dump": _DumpFacts}
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -49,16 +122,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = files.read_json(path)
-    needed = {"schema_version", "stage", "fingerprint", "identity", "files"}
-    if not isinstance(manifest, dict) or not needed <= manifest.keys():
-        raise UserError(f"{path}: expected the keys {sorted(needed)}, found another file.")
-    if manifest["schema_version"] != SCHEMA_VERSION:
+    manifest = read_record(path, Shape, then=_AGAIN)
+    version = manifest.get("schema_version")
+    if version != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: expected schema version {SCHEMA_VERSION}, found {manifest['schema_version']}. "
-            "Make the artifact again with this version of eyrie."
+            f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}. {_AGAIN}"
         )
-    return manifest
+    return require_shape(manifest, _Manifest, where=str(path), then=_AGAIN)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -89,6 +159,8 @@ def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str
                 f"{'no file' if size is None else size}. Restore it, or run {stage} again with "
                 "--overwrite."
             )
+    facts = f"{folder / MANIFEST}: facts"
+    require_shape(manifest["facts"], _FACTS.get(stage, Shape), where=facts, then=_AGAIN)
     own = config.identity()
     theirs = {key: value for key, value in manifest["identity"].items() if key in own}
     shared_keys = {key: own[key] for key in theirs if key.startswith("run.")}
@@ -149,8 +221,7 @@ class Artifact:
         path = self.folder / IDENTITY
         if not path.exists():
             return None
-        found = files.read_json(path)
-        return found if isinstance(found, dict) else {}
+        return read_record(path, Shape, then=f"Delete {self.folder} to start anew.")
 
     def _holds_work(self) -> bool:
         """Whether anything lies here that a new configuration would lose."""

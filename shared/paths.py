@@ -7,6 +7,7 @@
 <workspace>/<run>/status/<stage>.json
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -55,8 +56,9 @@ def find_input(value: str, workspace: Path) -> Path | None:
     (workspace at /workspace) and a checkout alike, and then in the current folder.
     """
     for candidate in (workspace / value, Path(value)):
-        if candidate.exists():
-            return candidate.absolute()
+        with contextlib.suppress(OSError):  # a name longer than any file's
+            if candidate.exists():
+                return candidate.absolute()
     return None
 
 

@@ -74,7 +74,7 @@ def lock(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator[int]
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise UserError(
             f"could not write to {path.parent}: {error.strerror}. Make the workspace writable."

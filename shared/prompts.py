@@ -18,6 +18,7 @@ row's own answer to it is the assistant's message; the second asks (user,) and h
 import dataclasses
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 TEXT_COLUMNS = ("prompt", "question", "query", "instruction")
 ANSWER_COLUMNS = ("response", "output", "answer", "completion")
 ID_COLUMNS = ("id", "sample_id", "conversation_id", "question_id", "prompt_id", "uuid")
-_LONGEST_ID = 512
+_LONGEST_NAME = 512
 COLUMNS = ("messages", "turns", "prompt", "answer", "id", "category", "tools")
 _ROLES = {
     "system": "system",
@@ -108,7 +109,7 @@ class Unusable(ValueError):
     def __init__(self, reason: str, detail: object = "") -> None:
         super().__init__(reason)
         self.reason = reason
-        self.detail = str(detail)[:200]
+        self.detail = (detail if isinstance(detail, str) else reprlib.repr(detail))[:200]
 
 
 def _encodable(text: str) -> str:
@@ -143,6 +144,16 @@ def _json(value: Any, what: str) -> Any:
         raise Unusable(f"broken_{what}", error) from error
 
 
+def _dumped(value: Any, what: str) -> str:
+    """`value` as JSON text that a file can hold."""
+    try:
+        return _encodable(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, Unusable):
+            raise
+        raise Unusable(f"broken_{what}", str(error)) from error
+
+
 def _tool_calls(raw: Any) -> list[dict[str, Any]]:
     calls = _json(raw, "tool_calls") or []
     if not isinstance(calls, list):
@@ -154,9 +165,11 @@ def _tool_calls(raw: Any) -> list[dict[str, Any]]:
             raise Unusable("broken_tool_calls", call)
         arguments = function.get("arguments")
         if not isinstance(arguments, str):  # the API's own form is JSON text
-            arguments = json.dumps(arguments if arguments is not None else {}, ensure_ascii=False)
-        plain = {"name": function["name"], "arguments": arguments}
-        found.append({"id": str(call.get("id") or ""), "type": "function", "function": plain})
+            arguments = _dumped(arguments if arguments is not None else {}, "tool_calls")
+        own, name = call.get("id"), _encodable(function["name"])
+        plain = {"name": name, "arguments": _encodable(arguments)}
+        named = _encodable(own) if isinstance(own, str) else ""
+        found.append({"id": named, "type": "function", "function": plain})
     return found
 
 
@@ -166,16 +179,16 @@ def _message(raw: Any) -> Message:
     named = raw.get("role", raw.get("from"))
     role = _ROLES.get(named) if isinstance(named, str) else None
     if role is None:
-        raise Unusable("unknown_role", repr(named))
+        raise Unusable("unknown_role", reprlib.repr(named))
     message: Message = {"role": role, "content": _text(raw.get("content", raw.get("value")))}
     if role == "assistant":
         reasoning = raw.get("reasoning_content") or raw.get("reasoning")
         if isinstance(reasoning, str):
-            message["reasoning_content"] = reasoning
+            message["reasoning_content"] = _encodable(reasoning)
         if calls := _tool_calls(raw.get("tool_calls")):
             message["tool_calls"] = calls
     if role == "tool" and isinstance(raw.get("tool_call_id"), str):
-        message["tool_call_id"] = raw["tool_call_id"]
+        message["tool_call_id"] = _encodable(raw["tool_call_id"])
     if not message["content"].strip() and "tool_calls" not in message:
         raise Unusable("empty_content", role)
     return message
@@ -230,15 +243,32 @@ def _find_turns(row: Row, columns: Mapping[str, str]) -> tuple[Turn, ...]:
     answer = _first(row, [columns["answer"]] if "answer" in columns else ANSWER_COLUMNS)
     said = isinstance(answer, str) and answer.strip()
     asked = (_message({"role": "user", "content": text}),)
-    return (Turn(asked, {"role": "assistant", "content": answer} if said else None),)
+    if not said:
+        return (Turn(asked),)
+    return (Turn(asked, {"role": "assistant", "content": _encodable(answer)}),)
 
 
 def _find_tools(row: Row, columns: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
     tools = _json(row.get(columns.get("tools", "tools")), "tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Unusable("broken_tools", type(tools).__name__)
+    _dumped(tools, "tools")
     wrapped = (t if "function" in t else {"type": "function", "function": t} for t in tools)
     return tuple(wrapped)
+
+
+def is_name(text: str) -> bool:
+    """Whether logs, tables and file systems can show `text`."""
+    return len(text) <= _LONGEST_NAME and text.isprintable()
+
+
+def _name(value: str | int, what: str) -> str:
+    """A row's own id or category, if it is fit to be shown."""
+    if isinstance(value, int):  # one of thousands of digits would not even become text
+        value = str(value) if abs(value) < 10**_LONGEST_NAME else "\n"
+    if not is_name(_encodable(value)):
+        raise Unusable(f"bad_{what}", f"expected at most {_LONGEST_NAME} printable characters")
+    return value
 
 
 def parse_row(row: Any, *, source: str = "", columns: Mapping[str, str] | None = None) -> Prompt:
@@ -255,14 +285,12 @@ def parse_row(row: Any, *, source: str = "", columns: Mapping[str, str] | None =
     columns = columns or {}
     turns = _find_turns(row, columns)
     own = _first(row, [columns["id"]] if "id" in columns else ID_COLUMNS)
-    named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
-    if named and not (len(_encodable(str(own))) <= _LONGEST_ID and str(own).isprintable()):
-        raise Unusable("bad_id", f"expected at most {_LONGEST_ID} printable characters")
+    named = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
     category = row.get(columns.get("category", "category"))
     prompt = Prompt(
-        sample_id=str(own) if named else "",
+        sample_id=_name(own, "id") if named else "",
         turns=turns,
-        category=category if isinstance(category, str) else "",
+        category=_name(category, "category") if isinstance(category, str) else "",
         source=source,
         tools=_find_tools(row, columns),
     )

@@ -9,14 +9,13 @@ Only ids and mask are held; the states are mapped from the file where a batch as
 
 import dataclasses
 import functools
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
+from shared.tensor_files import is_dense, load_tensors, wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,32 +63,27 @@ class RowFile:
         return slice(0, len(self.input_ids))
 
     def _load(self) -> dict[str, Any]:
+        what, then = "one conversation's states", "Restore the file, or make the states again."
+        raw = load_tensors(self.path, what=what, then=then)
         try:
-            raw = torch.load(self.path, weights_only=True, mmap=True, map_location="cpu")
             self._check(raw)
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            OSError,
-            EOFError,
-        ) as error:
-            raise UserError(
-                f"{self.path}: expected one conversation's states: {str(error).splitlines()[0]}. "
-                "Restore the file, or make the states again."
-            ) from error
+        except ValueError as error:
+            raise wrong(self.path, error, what=what, then=then) from error
         checked: dict[str, Any] = raw
         return checked
 
     def _check(self, raw: Any) -> None:
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected a dict, found {type(raw).__name__}")
+        for name in ("input_ids", "loss_mask"):
+            tensor = raw.get(name)
+            if not is_dense(tensor) or tensor.dim() != 1 or tensor.is_complex():
+                raise ValueError(f"{name}: expected a row of numbers")
         tokens = len(raw["input_ids"])
         if tokens == 0 or raw["loss_mask"].shape != (tokens,):
             raise ValueError(f"loss_mask {list(raw['loss_mask'].shape)} for {tokens} input_ids")
         size = self.hidden_size
-        found = _shapes(raw["hidden_states"])
+        found = _shapes(raw.get("hidden_states"))
         expected = [[tokens, size]] * self.num_states
         if "aux_hidden_states" in raw:
             found = [*_shapes(raw["aux_hidden_states"]), *found]
@@ -98,6 +92,8 @@ class RowFile:
             raise ValueError(f"states: expected the shapes {expected}, found {found}")
 
 
-def _shapes(tensors: Tensor | list[Tensor]) -> list[list[int]]:
-    listed = [tensors] if isinstance(tensors, Tensor) else tensors
+def _shapes(tensors: Any) -> list[list[int]]:
+    listed = tensors if isinstance(tensors, list) else [tensors]
+    if not all(is_dense(tensor) and tensor.is_floating_point() for tensor in listed):
+        raise ValueError("states: expected tensors of real numbers")
     return [list(tensor.shape) for tensor in listed]

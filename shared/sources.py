@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pydantic
 
@@ -21,6 +21,7 @@ from shared.prompts import COLUMNS, BadRow, Prompt, Unusable, parse_line, parse_
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _BATCH_ROWS = 256
+_LONGEST_LINE_BYTES = 64 << 20  # no conversation that a target could take is as long
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -84,8 +85,11 @@ def find_files(source: Source, workspace: Path, *, what: str) -> list[Path]:
     else:
         pattern = Path(source.path)
         roots = [Path("/")] if pattern.is_absolute() else [workspace, Path.cwd()]
-        matches = (list(root.glob(str(pattern).lstrip("/"))) for root in roots)
-        paths = next(filter(None, matches), [])
+        try:
+            matches = (list(root.glob(str(pattern).lstrip("/"))) for root in roots)
+            paths = next(filter(None, matches), [])
+        except (OSError, ValueError, NotImplementedError):  # no pattern, or a name too long
+            paths = []
     if not paths:
         raise UserError(
             f"{what}: expected a file, a folder with {', '.join(SUFFIXES)} files or a glob at "
@@ -138,6 +142,7 @@ def _parsed(rows: Iterable[Any], source: Source, where: str) -> Iterator[Prompt 
 
 def _is_list(path: Path) -> bool:
     """Whether the file is one JSON list; files named .json often hold JSON lines."""
+    files.require_file(path)
     with path.open("rb") as start:
         return start.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
@@ -145,10 +150,11 @@ def _is_list(path: Path) -> bool:
 def _list_rows(path: Path) -> Iterator[Any]:
     import ijson
 
+    files.require_file(path)
     try:
         with path.open("rb") as content:
             yield from ijson.items(content, "item", use_float=True)
-    except (ijson.JSONError, UnicodeDecodeError, ValueError, OSError) as error:
+    except (ijson.JSONError, ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"{path}: expected one JSON list of rows, found it broken: {error}. Mend the file; as "
             "JSON lines, one broken row would cost only itself."
@@ -159,11 +165,13 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    files.require_file(path)
     try:
         with pq.ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=_BATCH_ROWS):
+                batch.validate(full=True)
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: expected a Parquet file, found {error}.") from error
 
 
@@ -221,18 +229,29 @@ def read_lines(
     Raises:
         UserError: the file cannot be read.
     """
+    files.require_file(path)
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+        with path.open("rb") as content:
+            for number, line in enumerate(_lines(content), start=1):
                 if not line.strip():
                     continue
                 try:
+                    if len(line) > _LONGEST_LINE_BYTES:
+                        raise Unusable("line_too_long", f"more than {_LONGEST_LINE_BYTES} bytes")
                     row = parse_line(line)
                     yield parse_row(row, source=source or path.name, columns=columns)
                 except Unusable as unusable:
                     yield BadRow(f"{path.name} line {number}", unusable.reason, unusable.detail)
     except OSError as error:
         raise UserError(f"could not read prompts from {path}: {error.strerror}.") from error
+
+
+def _lines(content: BinaryIO) -> Iterator[bytes]:
+    """Lines; of one that is too long only its beginning, so that no line fills the memory."""
+    while line := content.readline(_LONGEST_LINE_BYTES + 1):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = content.readline(_LONGEST_LINE_BYTES + 1)
 
 
 def read_prompts(path: Path) -> Iterator[Prompt | BadRow]:

@@ -22,11 +22,39 @@ from typing import Any
 from shared import files
 from shared.errors import EyrieError, OutputError, UserError
 from shared.log import Every
+from shared.records import Shape, read_record
 
 BEAT_S = 10.0
 SILENT_AFTER_S = 45.0
 
 logger = logging.getLogger(__name__)
+
+
+class _Progress(Shape):
+    done: int | None = None
+    total: int | None = None
+    unit: str = ""
+    left_s: float | None = None
+
+
+class _Record(Shape):
+    state: str
+    pid: int
+    host: str
+    started_s: float
+    updated_s: float
+    exit_code: int | None = None
+    message: str = ""
+    progress: _Progress | None = None
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """What a status file says.
+
+    Raises:
+        UserError: it is missing, or not one.
+    """
+    return read_record(path, _Record, then="Delete it: the stage writes it anew.")
 
 
 class Accounting:
@@ -194,8 +222,8 @@ class Status:
         if not self.path.exists():
             return {}
         try:
-            found = dict(files.read_json(self.path))
-        except (UserError, TypeError, ValueError) as error:
+            found = dict(read_status(self.path))
+        except UserError as error:
             logger.warning("%s", error)
             return {}
         self._started_s = found.pop("started_s", self._started_s)

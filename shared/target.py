@@ -10,23 +10,39 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from shared.config import RunConfig
 from shared.errors import RetryableError, UserError
-from shared.files import read_json, sha256
+from shared.files import read_json, require_file, sha256
 from shared.paths import find_input
+from shared.records import Shape, read_record, require_shape
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 _HEADER_LIMIT_BYTES = 100 << 20
+_RESTORE = "Restore it from where it comes from."
 _EMBEDDING = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
 _FINAL_NORM = ("model.norm.weight", "language_model.model.norm.weight")
 _LM_HEAD = ("lm_head.weight", "language_model.lm_head.weight")
 # Norms that multiply by 1 + weight instead of weight.
 _UNIT_OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "gemma3_text")
+
+
+class _Index(Shape):
+    weight_map: dict[str, str]
+
+
+class _Tensor(Shape):
+    """One entry of a safetensors header."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    data_offsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +133,7 @@ def read_config(folder: Path) -> TargetConfig:
             hidden_size=int(text["hidden_size"]),
             vocab_size=int(text["vocab_size"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path}: expected num_hidden_layers, hidden_size and vocab_size: {error!r}"
         ) from error
@@ -127,8 +143,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file name."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        raw = read_json(index)
-        return dict(raw.get("weight_map", {}))
+        found: dict[str, str] = read_record(index, _Index, then=_RESTORE)["weight_map"]
+        for name in found.values():
+            if Path(name).name != name or not name.isprintable():
+                raise UserError(f"{index}: expected names of files beside it, found {name!r:.99}.")
+        return found
     single = folder / "model.safetensors"
     if not single.exists():
         raise UserError(
@@ -145,17 +164,29 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the header does not fit the file.
     """
+    require_file(path)
     try:
         with path.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
             if length > min(_HEADER_LIMIT_BYTES, path.stat().st_size):
                 raise ValueError(f"header claims {length} bytes")
             header = json.loads(handle.read(length))
+        room = path.stat().st_size - 8 - length
     except (OSError, struct.error, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected a safetensors file, found: {error}") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: expected a safetensors header, found {type(header).__name__}.")
-    return header
+        raise UserError(
+            f"{path}: expected a safetensors file, found: {error}. {_RESTORE}"
+        ) from error
+    tensors = require_shape(header, Shape, where=str(path), then=_RESTORE)
+    for name, facts in tensors.items():
+        if name != "__metadata__":
+            where = f"{path}: {name!r}"
+            start, end = require_shape(facts, _Tensor, where=where, then=_RESTORE)["data_offsets"]
+            if start > end or end > room:
+                raise UserError(
+                    f"{where}: expected its data within {room} bytes, found {start} to {end}. "
+                    f"{_RESTORE}"
+                )
+    return tensors
 
 
 def _read_tensor(folder: Path, names: tuple[str, ...]) -> "torch.Tensor | None":
@@ -166,6 +197,7 @@ def _read_tensor(folder: Path, names: tuple[str, ...]) -> "torch.Tensor | None":
         if name not in weight_map:
             continue
         path = folder / weight_map[name]
+        require_file(path)
         try:
             with safe_open(path, framework="pt", device="cpu") as handle:
                 return handle.get_tensor(name)
@@ -215,14 +247,20 @@ def read_tensors(config: TargetConfig) -> TargetTensors:
     return TargetTensors(embed, norm, lm_head, eps)
 
 
+def _bytes(path: Path) -> bytes:
+    require_file(path)
+    return path.read_bytes()
+
+
 def weights_hash(folder: Path) -> str:
     """A hash that changes when the target does: names, sizes, headers and edges of each file.
 
     Reading 140 GB for a fingerprint would take minutes on every start; a safetensors header holds
     every name, shape and place, and the first and last MiB of the data stand for the rest.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(_bytes(folder / "config.json"))
     for path in sorted(folder.glob("*.safetensors")):
+        require_file(path)
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as handle:
@@ -243,7 +281,7 @@ def tokenizer_hash(folder: Path) -> str:
     ):
         path = folder / name
         if path.exists():
-            digest.update(name.encode() + path.read_bytes())
+            digest.update(name.encode() + _bytes(path))
     return digest.hexdigest()
 
 

@@ -109,7 +109,16 @@ def tokenize_conversation(
                 raise TemplateMismatch(f"{len(answers)} answers, {len(spans)} marked by template")
             return tuple(ids), spans[-1:] if last_only else spans
         return _by_prefixes(renderer, answers)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    # A template is a program that came with the target: it may fail like any other.
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         if isinstance(error, TemplateMismatch):
             raise
         raise TemplateMismatch(f"the template refuses the messages: {error}") from error

@@ -108,11 +108,18 @@ def read(folder: Path) -> DraftVocab:
     Raises:
         UserError: a file is missing or damaged, or the two do not fit each other.
     """
+    vocab = DraftVocab(_read_array(folder / D2T), _read_array(folder / T2D))
     try:
-        d2t = torch.from_numpy(np.load(folder / D2T, allow_pickle=False))
-        t2d = torch.from_numpy(np.load(folder / T2D, allow_pickle=False))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: unreadable draft vocabulary: {error}") from error
-    vocab = DraftVocab(d2t, t2d)
-    check(vocab)
+        check(vocab)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     return vocab
+
+
+def _read_array(path: Path) -> torch.Tensor:
+    files.require_file(path)
+    try:
+        # Mapped: a header that claims more than the file holds is refused before it is believed.
+        return torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))
+    except Exception as error:  # the header is a Python literal, and parsing one fails in many ways
+        raise UserError(f"{path}: unreadable draft vocabulary: {error}") from error

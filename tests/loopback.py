@@ -51,7 +51,9 @@ class Loopback:
         if "busy" in word and self.busy[word] <= 2:
             return web.json_response({"error": {"message": "busy"}}, status=429)
         if "broken" in word:
-            return web.json_response({"error": {"message": "broken"}}, status=500)
+            # Some servers repeat what they were sent, the key with it.
+            text = f"broken: {request.headers.get('Authorization')}"
+            return web.json_response({"error": {"message": text}}, status=500)
         if "long" in word:
             text = "This model's maximum context length is 8 tokens."
             return web.json_response({"error": {"message": text}}, status=400)

@@ -6,6 +6,7 @@ one sample for each data-parallel rank, so everything is summed, and a counter's
 `_total` while its family does not.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -14,6 +15,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from stages.bench.metrics import Counters
 
 _DRAFTING = "vllm:spec_decode_num_"
+_READ = {
+    f"{_DRAFTING}drafts",
+    f"{_DRAFTING}draft_tokens",
+    f"{_DRAFTING}accepted_tokens",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:request_success",
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,12 @@ class Reading:
     text: str
 
 
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"expected a count, found {value}")
+    return value
+
+
 def parse(text: str) -> Reading:
     """The reading in a `/metrics` text.
 
@@ -34,12 +49,15 @@ def parse(text: str) -> Reading:
     """
     sums: dict[str, float] = defaultdict(float)
     per_pos: dict[int, float] = defaultdict(float)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == f"{_DRAFTING}accepted_tokens_per_pos_total":
-                per_pos[int(sample.labels["position"])] += sample.value
-            else:
-                sums[sample.name] += sample.value
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == f"{_DRAFTING}accepted_tokens_per_pos_total":
+                    per_pos[int(sample.labels["position"])] += _finite(sample.value)
+                elif sample.name.removesuffix("_total") in _READ:
+                    sums[sample.name] += _finite(sample.value)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"not Prometheus' text format: {error!r}") from error
     if "vllm:num_requests_running" not in sums:
         raise ValueError("no vllm:num_requests_running in it")
     counters = None

@@ -15,10 +15,13 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from shared.errors import UserError
 from shared.files import read_json
+from shared.records import Shape, require_shape
 from shared.target import TargetConfig, read_header
 
 _LAYER = (
@@ -33,6 +36,23 @@ _LAYER = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Nested(Shape):
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+
+
+class _Config(Shape):
+    hidden_size: Positive
+    vocab_size: Positive
+    draft_vocab_size: Positive | None = None
+    target_hidden_size: Positive | None = None
+    num_hidden_layers: Annotated[int, Field(gt=0, le=64)] = 1
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+    eagle_config: _Nested | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,7 @@ def read(folder: Path) -> Head:
         raise UserError(
             f"{folder}/config.json: expected an EAGLE-3 head's config, found none of {sorted(missing)}."
         )
+    require_shape(raw, _Config, where=f"{folder}/config.json", then="Export the head again.")
     shapes = {
         name.removeprefix("model.").replace("midlayer.", "layers.0."): shape
         for name, shape in _shapes(folder).items()
@@ -118,10 +139,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     if found:
         return found
     for path in sorted(folder.glob("pytorch_model*.bin")):
-        import torch
-
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found |= {name: list(tensor.shape) for name, tensor in weights.items()}
+        found |= {name: list(tensor.shape) for name, tensor in _pickled(path).items()}
     if not found:
         raise UserError(
             f"{folder}: expected the head's weights (*.safetensors or pytorch_model.bin), found none."
@@ -201,20 +219,32 @@ def _check_vocabulary(head: Head, target: TargetConfig) -> None:
 
 
 def _read_d2t(head: Head) -> list[int]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     for path in sorted(head.folder.glob("*.safetensors")):
-        with safe_open(path, "np") as weights:
-            for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
-                if name.endswith("d2t"):
-                    return [int(value) for value in weights.get_tensor(name)]
-    import torch
-
+        try:
+            with safe_open(path, "np") as weights:
+                for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
+                    if name.endswith("d2t"):
+                        return [int(value) for value in weights.get_tensor(name).flatten()]
+        except (SafetensorError, OSError, ValueError, TypeError, OverflowError) as error:
+            raise UserError(f"{path}: expected the head's d2t, found: {error}.") from error
     for path in sorted(head.folder.glob("pytorch_model*.bin")):
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = _pickled(path)
         if "d2t" in tensors:
-            return [int(value) for value in tensors["d2t"]]
+            return [int(value) for value in tensors["d2t"].flatten().tolist()]
     return []
+
+
+def _pickled(path: Path) -> dict[str, Any]:
+    """The tensors of a `.bin`, by name."""
+    from shared.tensor_files import is_dense, load_tensors
+
+    what, then = "a head's tensors", "Give it as safetensors."
+    tensors = load_tensors(path, what=what, then=then)
+    if not isinstance(tensors, dict) or not all(map(is_dense, tensors.values())):
+        raise UserError(f"{path}: expected {what}, found something else. {then}")
+    return {str(name): tensor for name, tensor in tensors.items()}
 
 
 def _check_aux_layers(head: Head, target: TargetConfig) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
-from shared.files import read_json
+from shared.files import read_text
 from shared.manifest import read_manifest
 from shared.paths import RunPaths
+from shared.status import read_status
 
 _STAGES = ("synth", "dump", "train")
 # Facts that a reader of the page wants of each stage.
@@ -52,21 +53,22 @@ def _stage(paths: RunPaths, stage: str) -> dict[str, Any] | None:
 def _seconds(status: Path, finished: str) -> float | None:
     """From the first word of a stage's status to its manifest; None where the status is gone."""
     try:
-        started_s = float(read_json(status)["started_s"])
-    except (UserError, KeyError, TypeError, ValueError):
+        started_s = read_status(status)["started_s"]
+        ended_s = datetime.datetime.fromisoformat(finished).timestamp()
+    except (UserError, ValueError, OverflowError):
         return None
-    return round(max(0.0, datetime.datetime.fromisoformat(finished).timestamp() - started_s), 1)
+    return round(max(0.0, ended_s - started_s), 1)
 
 
 def _curves(path: Path) -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {"loss": [], "walks": []}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = read_text(path).splitlines() if path.exists() else []
     for line in lines:
         try:
             record = json.loads(line)
             for name, key in (("loss", "loss"), ("walks", "walked_acceptance_length")):
                 if key in record:
                     curves[name].append([int(record["step"]), float(record[key])])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # a line that a kill cut
     return curves

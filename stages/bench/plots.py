@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from shared.log import printable
+
 Row = Mapping[str, Any]
 Series = Mapping[str, Mapping[str, Any]]  # a name in the legend -> an engine's figures
 
@@ -25,6 +27,7 @@ STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
+    "text.parse_math": False,  # a category may hold a dollar sign
     "axes.labelcolor": INK,
     "axes.edgecolor": QUIET,
     "axes.titlesize": 11,
@@ -135,7 +138,7 @@ def _by_category(axes: Axes, series: Series, categories: Sequence[str]) -> None:
             )
             axes.text(0.06, y, f"{length:.2f}", va="center", fontsize=8, color="white")
     axes.axvline(1.0, color=QUIET, linestyle="--", linewidth=1)  # what no draft at all would be
-    axes.set_yticks(range(len(categories)), categories)
+    axes.set_yticks(range(len(categories)), [printable(category) for category in categories])
     axes.set_ylim(-0.6, max(len(categories), 4) - 0.4)  # few categories are not drawn fat
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shared.tables import cell
+
 WIDTH = 110
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ def sentences(found: Report) -> Iterator[str]:
 
 
 def _engines(found: Report) -> Table:
-    table = Table(title=f"{found['run']}: K = {found['num_speculative_tokens']}, {load(found)}")
+    title = f"{found['run']}: K = {found['num_speculative_tokens']}, {load(found)}"
+    table = Table(title=cell(title))
     for column in ("engine", "acceptance length", "rate", "by position", "tokens/s", "speed-up"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for name in ("baseline", "ngram", "head"):
@@ -81,7 +84,7 @@ def _engines(found: Report) -> Table:
 def _speedup(entry: Report) -> str:
     if entry.get("speedup") is None:
         return ""
-    return f"{entry['speedup']:.2f}{interval(entry['speedup_interval'])}"
+    return f"{entry['speedup']:.2f}{interval(entry.get('speedup_interval'))}"
 
 
 def _categories(found: Report) -> Table:
@@ -93,7 +96,7 @@ def _categories(found: Report) -> Table:
         bounds = interval(known["acceptance_length_interval"]) if known else ""
         length = f"{known['acceptance_length']:.2f}{bounds}" if known else ""
         times = (milliseconds(entry["ttft_s"]), milliseconds(entry["tpot_s"]))
-        table.add_row(name, str(entry["requests"]), length, _speedup(entry), *times)
+        table.add_row(cell(name), str(entry["requests"]), length, _speedup(entry), *times)
     return table
 
 
@@ -113,7 +116,7 @@ def _sweep(found: Report) -> Table:
     for row in found["sweep"]:
         length = row["acceptance_length"]
         table.add_row(
-            row["drafter"],
+            cell(row["drafter"]),
             str(row["num_speculative_tokens"] or ""),
             str(row["concurrency"]),
             f"{row['temperature']:g}",
@@ -151,11 +154,11 @@ def side_by_side(first: Report, second: Report) -> Iterator[tuple[str, float | N
 
 def compare(first: Report, second: Report) -> None:
     """Print two reports side by side."""
-    table = Table(title=f"{first['run']} and {second['run']}")
+    table = Table(title=cell(f"{first['run']} and {second['run']}"))
     for column in ("figure", first["run"], second["run"], "change"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
+        table.add_column(cell(column), justify="left" if column == "figure" else "right")
     for name, left, right in side_by_side(first, second):
-        table.add_row(name, _number(left), _number(right), change(left, right))
+        table.add_row(cell(name), _number(left), _number(right), change(left, right))
     Console(width=WIDTH).print(table)
 
 

@@ -21,7 +21,9 @@ import torch
 
 from shared import files
 from shared import target as targets
+from shared.manifest import Entry, FileName
 from shared.process import stop_if_requested
+from shared.records import Shape, read_record
 from shared.target import TargetConfig
 from stages.dump.backends import Backend, Captured, Row
 from stages.dump.checks import ShardChecks, check_sample
@@ -31,6 +33,11 @@ from stages.dump.layouts import write_samples
 from stages.dump.plan import ShardPlan, ShardRows, probe_rows
 
 logger = logging.getLogger(__name__)
+
+
+class _Sidecar(Shape):
+    rows: str
+    files: dict[FileName, Entry]
 
 
 def sidecar(folder: Path, index: int) -> Path:
@@ -43,7 +50,7 @@ def read_sidecar(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
     path = sidecar(folder, plan.index)
     if not path.exists():
         return None
-    facts = dict(files.read_json(path))
+    facts = read_record(path, _Sidecar, then="Delete it: its shard is then captured anew.")
     if facts.get("rows") != plan.digest:
         return None
     for name, entry in facts["files"].items():

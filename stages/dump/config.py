@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from shared.config import identity, operational
 from shared.sharding import ShardedConfig
+from shared.special_tokens import POLICY_DOC, Policy
 
 
 class DumpConfig(ShardedConfig):
@@ -34,6 +35,7 @@ class DumpConfig(ShardedConfig):
         "Hidden states made elsewhere, instead of capturing: a folder of ModelOpt's or "
         "speculators' .pt, a file a conversation. They are checked and become this artifact.",
     )
+    special_token_text: Policy = identity("skip", f"Of --conversations. {POLICY_DOC}")
     backend: Literal["vllm", "hf", "auto"] = identity(
         "vllm", "vllm; hf for targets whose vLLM model has no hooks; auto asks vLLM which."
     )

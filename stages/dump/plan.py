@@ -19,8 +19,9 @@ from shared import files
 from shared.conversations import Conversation
 from shared.errors import UserError
 from shared.files import atomic_path
-from shared.manifest import LOCK
+from shared.manifest import LOCK, Count, Counts
 from shared.process import lock, stop_if_requested
+from shared.records import Shape, read_record
 from shared.status import Accounting
 from stages.dump.config import DumpConfig
 
@@ -71,15 +72,18 @@ class ShardPlan:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        files.require_file(self.path)
         try:
-            columns = pq.read_table(self.path).to_pydict()
-            rows = ShardRows(**columns)
-        except (OSError, pa.ArrowException, TypeError) as error:
+            table = pq.read_table(self.path)
+            table.validate(full=True)
+            rows = ShardRows(**table.to_pydict())
+            found = _digest(rows)
+        except (OSError, pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{self.path}: expected the rows of a planned shard, found: {error}. Delete the "
                 f"folder {self.path.parent} and run dump again."
             ) from error
-        if _digest(rows) != self.digest:
+        if found != self.digest:
             raise UserError(
                 f"{self.path} holds other rows than {PLAN} says. Delete the folder "
                 f"{self.path.parent} and run dump again."
@@ -104,6 +108,21 @@ class Plan:
         return sum(shard.samples for shard in self.shards)
 
 
+class _PlannedShard(Shape):
+    index: Count
+    first: Count
+    samples: Count
+    tokens: Count
+    digest: str
+
+
+class _PlanFile(Shape):
+    fingerprint: str
+    backend: str
+    counts: Counts
+    shards: list[_PlannedShard]
+
+
 def _digest(rows: ShardRows) -> str:
     text = json.dumps(dataclasses.asdict(rows), separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -114,11 +133,13 @@ def read_plan(folder: Path, fingerprint: str) -> Plan | None:
     path = folder / PLAN
     if not path.exists():
         return None
-    raw = files.read_json(path)
+    raw = read_record(path, _PlanFile, then=f"Delete the folder {folder} and run dump again.")
     if raw["fingerprint"] != fingerprint:
         return None
+    names = ("index", "first", "samples", "tokens", "digest")
     shards = [
-        ShardPlan(**shard, path=_shard_path(folder, shard["index"])) for shard in raw["shards"]
+        ShardPlan(**{name: shard[name] for name in names}, path=_shard_path(folder, shard["index"]))
+        for shard in raw["shards"]
     ]
     return Plan(shards, raw["counts"], raw["backend"])
 

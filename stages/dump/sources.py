@@ -10,6 +10,7 @@ that were made elsewhere bring ids and masks along.
 import abc
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from shared.conversations import Conversation, spans_of
 from shared.errors import UserError
 from shared.manifest import require_parent
 from shared.paths import find_input
-from shared.prompts import BadRow, Prompt
+from shared.prompts import BadRow, Prompt, is_name
+from shared.special_tokens import REASON, Policy, SpecialTokens
 from shared.status import Accounting
 from shared.templates import TemplateMismatch, tokenize_conversation
 from stages.dump.config import DumpConfig
@@ -90,15 +92,20 @@ class PlainRows(RowSource):
     workspace: Path
     inputs: Mapping[str, str]
     trust_remote_code: bool
+    special_token_text: Policy
     parents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     is_greedy: bool = False
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
         tokenizer = target.load_tokenizer(target_folder, trust_remote_code=self.trust_remote_code)
+        special = SpecialTokens(tokenizer) if self.special_token_text == "skip" else None
         read = sources.read_source(self.source, self.workspace, what=_WHAT)
         for prompt in sources.without_duplicates(read):
             if isinstance(prompt, BadRow):
                 accounting.fail(prompt.row, prompt.reason, prompt.detail)
+                continue
+            if special and (token := special.first_in([prompt.conversation, prompt.tools])):
+                accounting.skip(prompt.sample_id, REASON, token)
                 continue
             try:
                 yield tokenized(tokenizer, prompt)
@@ -127,6 +134,11 @@ class StateRows(RowSource):
         num_states = len(layers.resolve_aux_layers(self.aux_layers, config.num_layers)) + 1
         for path in state_files(self.folder):
             sample_id = path.relative_to(self.folder).with_suffix("").as_posix()
+            if not is_name(sample_id):
+                accounting.fail(
+                    sample_id[:200], "bad_id", "the file's name is too long or unprintable"
+                )
+                continue
             file = RowFile(path, num_states, config.hidden_size)
             try:
                 ids, mask = file.input_ids.tolist(), file.loss_mask.tolist()
@@ -195,8 +207,13 @@ def open_source(config: DumpConfig) -> RowSource:
     if config.conversations is not None:
         source = sources.Source(path=config.conversations)
         digest = sources.digest(source, config.workspace, what=_WHAT)
-        trusted = config.run.trust_remote_code
-        return PlainRows(source, config.workspace, {"conversations": digest}, trusted)
+        return PlainRows(
+            source,
+            config.workspace,
+            {"conversations": digest},
+            trust_remote_code=config.run.trust_remote_code,
+            special_token_text=config.special_token_text,
+        )
     folder = config.paths.stage("synth")
     parent = require_parent(folder, stage="synth", config=config)
     return SynthRows(
@@ -218,6 +235,6 @@ def _open_states(config: DumpConfig, states: str) -> StateRows:
             f"{Path(states).absolute()}, found {'none in ' + str(folder) if folder else 'neither'}."
         )
     # Names and sizes: reading terabytes for a fingerprint would cost more than the copy.
-    listing = "".join(f"{p.relative_to(folder)} {p.stat().st_size}\n" for p in paths)
-    digest = hashlib.sha256(listing.encode()).hexdigest()
+    listing = "".join(f"{p.relative_to(folder)} {p.lstat().st_size}\n" for p in paths)
+    digest = hashlib.sha256(os.fsencode(listing)).hexdigest()
     return StateRows(folder, config.run.aux_layers, {"states": digest})

@@ -90,17 +90,15 @@ def ask_vocabulary(run: RunView) -> str:
 
 def _best_weights(run: RunView) -> dict[str, Any]:
     """The weights of the best checkpoint, mapped."""
-    import pickle
-
-    import torch
+    from shared.tensor_files import is_dense, load_tensors
 
     path = run.folder("train") / "checkpoints" / "best.pt"
-    try:
-        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        return {"step": state["step"], **state["weights"]}
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        message = str(error).splitlines()[0]
-        raise OutputError(f"{path}: expected a checkpoint, found: {message}") from error
+    what, then = "a checkpoint", "Run train again with --overwrite."
+    state = load_tensors(path, what=what, then=then)
+    weights = state.get("weights") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not all(map(is_dense, weights.values())):
+        raise OutputError(f"{path}: expected {what}, found no weights. {then}")
+    return {"step": state.get("step"), **weights}
 
 
 def ask_checkpoint(run: RunView) -> str:

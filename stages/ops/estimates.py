@@ -16,10 +16,11 @@ from rich.table import Table
 
 from shared import layers, sources, target
 from shared.errors import EyrieError, UserError
-from shared.files import read_json
 from shared.manifest import read_manifest
 from shared.paths import RunPaths, find_input
 from shared.sources import Source
+from shared.status import read_status
+from shared.tables import cell
 from shared.target import TargetConfig
 from stages.ops import sizes
 from stages.ops.chain import Step
@@ -191,7 +192,7 @@ def earlier(paths: RunPaths, step: Step) -> tuple[float, int, str] | None:
         run = RunPaths(paths.workspace, folder.parents[1].name)
         try:
             manifest = read_manifest(folder.parent)
-            status = read_json(run.status(step.stage))
+            status = read_status(run.status(step.stage))
         except EyrieError:
             continue
         if manifest is None or manifest["identity"].get("run.target") != step.run["target"]:
@@ -206,12 +207,12 @@ def earlier(paths: RunPaths, step: Step) -> tuple[float, int, str] | None:
 
 def show(name: str, found: Sequence[Estimate], machine: Machine, console: Console) -> None:
     """Print the plan."""
-    table = Table(title=f"{name}: plan on {machine}")
+    table = Table(title=cell(f"{name}: plan on {machine}"))
     columns = [field.name for field in dataclasses.fields(Estimate)]
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in found:
-        table.add_row(*(getattr(row, column) for column in columns))
+        table.add_row(*(cell(getattr(row, column)) for column in columns))
     console.print(table)
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.errors import EyrieError
+from shared.tables import cell
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 _COLOURS = {PASS: "green", FAIL: "bold red", SKIP: "yellow"}
@@ -88,12 +89,12 @@ class Findings:
         return "\n".join(lines) + "\n"
 
     def show(self, run: str, console: Console) -> None:
-        table = Table(title=f"{run}: validation")
+        table = Table(title=cell(f"{run}: validation"))
         for name in ("artifact", "question", "verdict", "detail"):
             table.add_column(name, overflow="fold")
         for row in self.rows:
             verdict = Text(row.verdict, style=_COLOURS[row.verdict])
-            table.add_row(row.artifact, row.question, verdict, Text(row.detail))
+            table.add_row(row.artifact, row.question, verdict, cell(row.detail))
         console.print(table)
         console.print(Text(self.summary()))
 

@@ -8,6 +8,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from shared.log import printable
+from shared.tables import cell
 from stages.ops import sizes
 from stages.ops.architecture import read_data
 from stages.ops.config import PlanConfig
@@ -58,7 +60,8 @@ def recipe(plan: Plan, config: PlanConfig) -> str:
     head = [f"# {plan.model} on {config.gpu}; {'; '.join(target.kinds)}."]
     head.append(f"# dump: {plan.backend[1]}.")
     head += [f"# {warning}." for warning in warnings(plan)]
-    return "\n".join(head) + "\n\n" + yaml.safe_dump(sections, sort_keys=False)
+    # What a config.json says must not end its comment and become a setting.
+    return "\n".join(map(printable, head)) + "\n\n" + yaml.safe_dump(sections, sort_keys=False)
 
 
 def _run_name(model: str) -> str:
@@ -98,14 +101,14 @@ def show(plan: Plan, config: PlanConfig, console: Console) -> None:
 
 def _facts(plan: Plan, config: PlanConfig) -> Table:
     target, head = plan.target, plan.head
-    table = Table(title=plan.model, show_header=False)
+    table = Table(title=cell(plan.model), show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    table.add_row("architecture", f"{target.name}: {', '.join(target.kinds)}")
+    table.add_row("architecture", cell(f"{target.name}: {', '.join(target.kinds)}"))
     table.add_row("parameters", f"{plan.counted.total:,}")
     how = target.quantization.get("quant_method", "16 bits")
-    table.add_row("weights", f"{sizes.shown_bytes(plan.weights)} ({how})")
-    table.add_row("dump backend", f"{plan.backend[0]}: {plan.backend[1]}")
+    table.add_row("weights", cell(f"{sizes.shown_bytes(plan.weights)} ({how})"))
+    table.add_row("dump backend", cell(f"{plan.backend[0]}: {plan.backend[1]}"))
     table.add_row("aux layers", str(list(head.aux_layers)))
     table.add_row("draft head", f"{head.num_parameters:,} parameters of its own")
     table.add_row("its MLP width", f"{head.intermediate_size} ({plan.width_reason})")

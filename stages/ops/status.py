@@ -20,14 +20,13 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from shared.errors import EyrieError
-from shared.files import read_json
 from shared.manifest import MANIFEST
 from shared.paths import STAGES, RunPaths
 from shared.process import stop_requested
-from shared.status import SILENT_AFTER_S
+from shared.status import SILENT_AFTER_S, read_status
+from shared.tables import cell
 from stages.ops.config import StatusConfig, WatchConfig
 from stages.ops.run_folder import find_run
 
@@ -121,7 +120,7 @@ def read_states(paths: RunPaths) -> list[StageState]:
 def _read(path: Path, finished: float | None) -> StageState:
     """One status file; `finished` is when the stage's manifest was written."""
     try:
-        record = read_json(path)
+        record = read_status(path)
         age_s = time.time() - path.stat().st_mtime
         state, message = record["state"], str(record.get("message", ""))
         if state == "running" and (why := _death(record, age_s)):
@@ -147,7 +146,7 @@ def _read(path: Path, finished: float | None) -> StageState:
             left_s if running else None,
             message,
         )
-    except (EyrieError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (EyrieError, OSError) as error:
         return StageState(path.stem, "unreadable", message=f"{path}: {error}")
 
 
@@ -189,13 +188,13 @@ def _table(paths: RunPaths, states: list[StageState]) -> Table:
         progress = ""
         if state.total:
             share = (state.done or 0) / state.total
-            progress = f"{state.done:,} / {state.total:,} {state.unit} ({share:.0%})"
+            progress = f"{state.done or 0:,} / {state.total:,} {state.unit} ({share:.0%})"
         facts = "  ".join(f"{key} {value}" for key, value in state.facts.items())
         table.add_row(
-            state.name,
-            Text(state.state, style=_COLOURS.get(state.state, "")),
-            progress,
-            Text(state.message or facts),
+            cell(state.name),
+            cell(state.state, _COLOURS.get(state.state, "")),
+            cell(progress),
+            cell(state.message or facts),
             _clock(state.spent_s),
             _clock(state.left_s),
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from shared.errors import RetryableError, UserError
 from shared.process import stop_requested
 from shared.prompts import Prompt
+from shared.special_tokens import SpecialTokens
 from shared.target import load_tokenizer
 from stages.synth.client import Client, Dispatcher, Endpoint, Outcome, ServerDiedError
 from stages.synth.config import SynthConfig
@@ -42,11 +43,11 @@ async def answers(
                 return
             yield keeper.keep(prompt), 0
         return
-    reasoning_end = _reasoning_end(config, target)
+    reasoning_end, special = _of_tokenizer(config, target)
     dispatcher = Dispatcher(config.concurrency)
     for start in range(config.max_restarts + 1):
         with _endpoints(config, target, start) as endpoints:
-            client = Client(endpoints, config, reasoning_end)
+            client = Client(endpoints, config, reasoning_end, special)
             try:
                 async with contextlib.aclosing(dispatcher.outcomes(client, prompts)) as outcomes:
                     async for outcome in outcomes:
@@ -81,9 +82,13 @@ def _endpoints(config: SynthConfig, target: Path, start: int) -> Iterator[list[E
         yield [endpoint]
 
 
-def _reasoning_end(config: SynthConfig, target: Path) -> tuple[int, ...]:
-    """The ids that end the reasoning, where it must not be trained on."""
-    if config.reasoning != "drop":
-        return ()
+def _of_tokenizer(
+    config: SynthConfig, target: Path
+) -> tuple[tuple[int, ...], SpecialTokens | None]:
+    """The ids that end a reasoning that is not trained on; the control tokens to look out for."""
+    drops, skips = config.reasoning == "drop", config.special_token_text == "skip"
+    if not drops and not skips:
+        return (), None
     tokenizer = load_tokenizer(target, trust_remote_code=config.run.trust_remote_code)
-    return tuple(tokenizer(config.reasoning_end, add_special_tokens=False)["input_ids"])
+    end = tokenizer(config.reasoning_end, add_special_tokens=False)["input_ids"] if drops else ()
+    return tuple(end), SpecialTokens(tokenizer) if skips else None

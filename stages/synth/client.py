@@ -21,6 +21,7 @@ from shared.conversations import Conversation
 from shared.errors import OutputError
 from shared.process import stop_requested
 from shared.prompts import Message, Prompt
+from shared.special_tokens import REASON, SpecialTokens
 from stages.synth.config import SynthConfig
 from stages.synth.mixture import request_seed, sampling_of
 from stages.synth.play import Played, Refused, Reply, play, to_rows
@@ -90,15 +91,24 @@ def _reply(response: dict[str, Any]) -> Reply:
 
 
 class Client:
-    """Asks the endpoints in turn."""
+    """Asks the endpoints in turn.
+
+    Args:
+        special: control tokens that no message may spell out; None where the recipe allows it.
+    """
 
     def __init__(
-        self, endpoints: Sequence[Endpoint], config: SynthConfig, reasoning_end: tuple[int, ...]
+        self,
+        endpoints: Sequence[Endpoint],
+        config: SynthConfig,
+        reasoning_end: tuple[int, ...],
+        special: SpecialTokens | None = None,
     ) -> None:
         self.config = config
         self._endpoints = endpoints
         self._asked = 0
         self._reasoning_end = reasoning_end
+        self._special = special
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=config.request_timeout_s),
@@ -167,7 +177,8 @@ class Client:
             content = await response.read()
             if response.status == 200:
                 return _reply(json.loads(content))
-            text = content.decode(errors="replace")[:500]
+            # What a server complains of goes into rejects and logs, and it may repeat the key.
+            text = content.decode(errors="replace").replace(endpoint.api_key, "(the key)")[:500]
         if response.status == 429 or response.status >= 500:
             raise BusyError(f"{response.status}: {text}")
         too_long = any(sign in text for sign in _TOO_LONG)
@@ -181,6 +192,9 @@ class Client:
         """
 
         async def ask(messages: Sequence[Message], turn: int) -> Reply:
+            # Also what the target itself said, in other tokens, in an earlier turn.
+            if self._special and (token := self._special.first_in([messages, prompt.tools])):
+                raise Refused(REASON, token)
             return await self._ask(prompt, messages, turn)
 
         try:

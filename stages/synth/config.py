@@ -8,6 +8,7 @@ import pydantic
 from shared.config import Section, identity, operational
 from shared.sharding import ShardedConfig
 from shared.sources import Source
+from shared.special_tokens import POLICY_DOC, Policy
 
 # Server options that have a field of their own here, or that are ours alone to set.
 _OWN_OPTIONS = {
@@ -95,6 +96,7 @@ class SynthConfig(ShardedConfig):
     sampling: tuple[Sampling, ...] = identity(
         (), "Instead: several ways to sample (weight, temperature, top_p), seeded over rows."
     )
+    special_token_text: Policy = identity("skip", POLICY_DOC)
     dtype: str = identity("auto", "The server's dtype.")
     chat_template_kwargs: dict[str, Any] = identity({}, "Switches for the target's chat template.")
     reasoning_parser: str | None = identity(None, "vLLM's parser of this target's reasoning.")

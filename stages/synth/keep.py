@@ -12,6 +12,7 @@ from typing import Any
 
 from shared.conversations import Conversation
 from shared.prompts import Message, Prompt
+from shared.special_tokens import REASON, SpecialTokens
 from shared.target import load_tokenizer
 from shared.templates import TemplateMismatch, tokenize_conversation
 from stages.synth.client import Outcome
@@ -25,6 +26,8 @@ class Keeper:
     def __init__(self, config: SynthConfig, target: Path) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(target, trust_remote_code=config.run.trust_remote_code)
+        skips = config.special_token_text == "skip"
+        self._special = SpecialTokens(self.tokenizer) if skips else None
 
     def keep(self, prompt: Prompt) -> Outcome:
         """One row, or one a turn where the template shows earlier answers otherwise."""
@@ -33,6 +36,8 @@ class Keeper:
             return Outcome(prompt, refused=Refused("no_answer", "mode keep needs the row's own"))
         said = dataclasses.replace(prompt, turns=tuple(answered)).conversation
         messages = [self._shown(message) for message in said]
+        if self._special and (token := self._special.first_in([messages, prompt.tools])):
+            return Outcome(prompt, refused=Refused(REASON, token))
         try:
             rows = list(self._rows(prompt, messages))
         except TemplateMismatch as mismatch:

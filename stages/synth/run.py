@@ -15,9 +15,13 @@ from shared import files, target
 from shared.manifest import Artifact
 from shared.process import Share, stop_if_requested
 from shared.prompts import BadRow, Prompt
+from shared.special_tokens import REASON as SPECIAL_TOKEN
 from shared.status import Accounting, Status
 from stages.synth import mixture, parts
 from stages.synth.config import SynthConfig
+
+# Rows that are left out on purpose; every other refusal is a failure.
+_SKIPPED = {"too_long", SPECIAL_TOKEN}
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +117,7 @@ async def _answer(config: SynthConfig, target_folder: Path, folder: Path, total:
     async for outcome, in_flight in answers(config, target_folder, unanswered()):
         if outcome.refused is not None:
             reason = outcome.refused.reason
-            account = accounting.skip if reason == "too_long" else accounting.fail
+            account = accounting.skip if reason in _SKIPPED else accounting.fail
             account(outcome.prompt.sample_id, reason, outcome.refused.detail)
         else:
             writer.add(outcome.rows)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.status import Accounting
+from shared.tables import cell
 from stages.synth.parts import Totals
 
 _PERCENTILES = (10, 50, 90, 99, 100)
@@ -13,7 +14,7 @@ _PERCENTILES = (10, 50, 90, 99, 100)
 
 def show(name: str, accounting: Accounting, totals: Totals) -> None:
     """Print the accounting, answer lengths, finish reasons and the share of trained tokens."""
-    table = Table(title=f"{name}: synth", show_header=False)
+    table = Table(title=cell(f"{name}: synth"), show_header=False)
     table.add_column()
     table.add_column(justify="right")
     counts = accounting.as_dict()
@@ -21,7 +22,7 @@ def show(name: str, accounting: Accounting, totals: Totals) -> None:
     table.add_row("answered", f"{counts['ok']:,}")
     for kind in ("skipped", "failed"):
         for reason, number in counts[kind].items():
-            table.add_row(f"{kind}: {reason}", f"{number:,}")
+            table.add_row(cell(f"{kind}: {reason}"), f"{number:,}")
     table.add_row("rows written", f"{totals.rows:,}", end_section=True)
     if totals.answer_lengths:
         lengths = np.percentile(totals.answer_lengths, _PERCENTILES)
@@ -29,7 +30,7 @@ def show(name: str, accounting: Accounting, totals: Totals) -> None:
             table.add_row(f"answer tokens, {percent} % of rows up to", f"{length:,.0f}")
     table.add_row("answer tokens in all", f"{totals.answer_tokens:,}", end_section=True)
     for reason, number in totals.finish_reasons.items():
-        table.add_row(f"finished by {reason or 'nothing told'}", f"{number:,}")
+        table.add_row(cell(f"finished by {reason or 'nothing told'}"), f"{number:,}")
     share = totals.trained_tokens / max(1, totals.tokens)
     table.add_row("tokens that are trained on", f"{share:.1%}")
     Console(stderr=True, width=100).print(table)

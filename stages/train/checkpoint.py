@@ -10,7 +10,6 @@ The state is copied at once and written by a thread, while training goes on.
 
 import concurrent.futures
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from shared.errors import UserError
 from shared.files import atomic_path, sweep_temporaries
+from shared.tensor_files import load_tensors
 
 LATEST, BEST = "latest.pt", "best.pt"
 _KEYS = {"step", "weights", "optimizer", "scheduler", "rng", "best", "sums"}
@@ -90,22 +90,20 @@ def load(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-    ) as error:
-        raise UserError(
-            f"{path}: expected a checkpoint, found: {error!r}. Link it to an "
-            f"older one beside it ({_names(path.parent)}), or delete it to train from the start."
-        ) from error
+    then = (
+        f"Link it to an older one beside it ({_names(path.parent)}), or delete it to train from "
+        "the start."
+    )
+    state = load_tensors(path, what="a checkpoint", then=then, mmap=False)
+    kinds = {"step": int, "weights": dict, "optimizer": dict, "scheduler": dict}
     if not isinstance(state, dict) or not state.keys() >= _KEYS:
-        raise UserError(f"{path}: expected a checkpoint with {sorted(_KEYS)}. Delete it.")
+        raise UserError(f"{path}: expected a checkpoint with {sorted(_KEYS)}. {then}")
+    for name, kind in kinds.items():
+        if not isinstance(state[name], kind):
+            raise UserError(
+                f"{path}: expected {name} to be of type {kind.__name__}, found "
+                f"{type(state[name]).__name__}. {then}"
+            )
     return state
 
 

@@ -37,7 +37,7 @@ class History:
         """Drop what a killed run recorded after its last checkpoint: those steps come again."""
         if not self.accelerator.is_main_process:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        lines = files.read_text(self.path).splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= last_step]
         files.write_text(self.path, "".join(line + "\n" for line in kept))
 
@@ -45,7 +45,13 @@ class History:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the line that the kill cut
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ):  # the line that the kill cut
         return math.inf
 
 

@@ -6,17 +6,18 @@ so it is made shard by shard, shared out over the ranks, and cached in the artif
 """
 
 import hashlib
-import pickle
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from shared.errors import UserError
 from shared.files import atomic_path
 from shared.hidden_states import Shard
 from shared.row_files import RowFile
 from shared.target import TargetTensors
+from shared.tensor_files import is_dense, load_tensors
 from stages.train.data import Dataset
 from stages.train.loss import target_argmax
 from stages.train.model import DraftHead
@@ -52,11 +53,13 @@ def _path(folder: Path, index: int) -> Path:
 def _read(path: Path, key: str, shard: Shard | RowFile) -> Tensor | None:
     """The cached flags, or None where they are missing, damaged, or of another vocabulary."""
     try:
-        cached = torch.load(path, weights_only=True)
-        flags = cached["flags"] if cached["vocabulary"] == key else None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+        cached = load_tensors(path, what="cached flags", then="", mmap=False)
+    except UserError:
         return None
-    whole = isinstance(flags, Tensor) and flags.shape == shard.input_ids.shape
+    if not isinstance(cached, dict) or cached.get("vocabulary") != key:
+        return None
+    flags = cached.get("flags")
+    whole = is_dense(flags, torch.bool) and flags.shape == shard.input_ids.shape
     return flags if whole else None
 
 

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared.errors import UserError
-from shared.files import read_json
+from shared.files import read_json, require_file
 from shared.head_config import HeadConfig
 from stages.train.attention import ChainAttention, Rotary, attention_blocks, rotate
 
@@ -253,16 +254,29 @@ def load_head(folder: Path, embed_tokens: Tensor) -> DraftHead:
         UserError: the folder does not hold a head of this kind.
     """
     raw = read_json(folder / "config.json")
+    require_file(folder / "model.safetensors")
     try:
         weights = load_file(folder / "model.safetensors")
         config = HeadConfig.from_json(
             raw,
             aux_layers=tuple(raw["eagle_aux_hidden_state_layer_ids"]),
             draft_vocab_size=int(raw["draft_vocab_size"]),
+            where=folder / "config.json",
         )
         head = DraftHead(config, embed_tokens=embed_tokens, d2t=weights.get("d2t"))
         head.to(device=embed_tokens.device, dtype=weights["fc.weight"].dtype)
         head.load_state_dict(weights)
-    except (KeyError, TypeError, OSError, SafetensorError, RuntimeError) as error:
+    # Also what transformers' own rotary embedding thinks of the sizes.
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
         raise UserError(f"{folder}: expected an exported EAGLE-3 head, found: {error}") from error
     return head

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared import files, hidden_states, layers, target
+from shared import hidden_states, layers, target
 from shared.errors import UserError
 from shared.manifest import Artifact, require_parent
 from shared.target import TargetConfig
@@ -119,7 +119,13 @@ def _head_of(
     if state is None:
         raise UserError(f"expected a checkpoint at {path}, found none. Train first.")
     head = _build(config, target_config, target.read_tensors(target_config), folder)
-    head.load_state_dict(state["weights"])
+    try:
+        head.load_state_dict(state["weights"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: expected the weights of this head, found: {str(error)[:500]}. Give a checkpoint "
+            "of this recipe."
+        ) from error
     return head, int(state["step"])
 
 
@@ -161,7 +167,12 @@ def _build(
     if config.intermediate_size is not None:
         raw["intermediate_size"] = config.intermediate_size
     aux_layers = layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers)
-    head_config = HeadConfig.from_json(raw, aux_layers=aux_layers, draft_vocab_size=draft.size)
+    head_config = HeadConfig.from_json(
+        raw,
+        aux_layers=aux_layers,
+        draft_vocab_size=draft.size,
+        where=target_config.folder / "config.json",
+    )
     vocab.check(draft)
     head = DraftHead(
         head_config,
@@ -192,7 +203,7 @@ def _train(
     dump = config.paths.stage("dump")
     dataset = Dataset(
         dump,
-        files.read_json(dump / hidden_states.DATA_CONFIG),
+        hidden_states.read_data_config(dump),
         [
             name
             for name in parent["files"]

@@ -34,7 +34,9 @@ def finished(workspace: Path, **flags: str) -> Artifact:
     artifact = Artifact(config.paths.stage("synth"), config, inputs={"prompts": "abc"})
     with artifact.work():
         files.write_text(artifact.folder / "part.txt", "rows")
-        artifact.finish(["part.txt"], counts={"in": 1, "ok": 1, "skipped": {}, "failed": {}})
+        facts = {"target_hash": "t", "vocabulary_hash": "v", "greedy": True}
+        counts = {"in": 1, "ok": 1, "skipped": {}, "failed": {}}
+        artifact.finish(["part.txt"], counts=counts, facts=facts)
     return artifact
 
 
