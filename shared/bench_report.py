@@ -2,7 +2,7 @@
 """`report.json`, which bench writes and others read: its version, and how it is opened."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import Field
 
@@ -82,8 +82,9 @@ class _Report(_Load):
     vllm_version: str
     num_speculative_tokens: int
     head: _Head
-    baseline: _Engine = Field(default=None)  # not measured: no such key, never a null
-    ngram: _Engine = Field(default=None)
+    # Not measured: no such key, never a null.
+    baseline: _Engine = cast(_Engine, Field(default=None))
+    ngram: _Engine = cast(_Engine, Field(default=None))
     sweep: list[_Row]
     best: list[_Best]
     lossless: _Lossless | None
