@@ -82,8 +82,8 @@ class _Report(_Load):
     vllm_version: str
     num_speculative_tokens: int
     head: _Head
-    baseline: _Engine | None = None
-    ngram: _Engine | None = None
+    baseline: _Engine = Field(default=None)  # not measured: no such key, never a null
+    ngram: _Engine = Field(default=None)
     sweep: list[_Row]
     best: list[_Best]
     lossless: _Lossless | None

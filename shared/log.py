@@ -33,14 +33,13 @@ def printable(text: str) -> str:
 class _Formatter(logging.Formatter):
     """Messages hold ids, file names and foreign words: only a record itself may begin a line."""
 
-    converter = time.gmtime
-
     def format(self, record: logging.LogRecord) -> str:
         return "\n    ".join(map(printable, super().format(record).split("\n")))
 
 
 def start_logging(stage: str) -> None:
     """Send this process's log records to stderr, in the one format."""
+    logging.Formatter.converter = time.gmtime
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(FORMAT.format(stage=stage), "%Y-%m-%dT%H:%M:%SZ"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -8,10 +8,7 @@ assistant. So such a row is left out, with this reason, unless the recipe allows
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from typing import Any, Literal
 
 REASON = "special_token_in_text"
 Policy = Literal["skip", "allow"]
@@ -24,7 +21,7 @@ POLICY_DOC = (
 class SpecialTokens:
     """The control tokens of one tokenizer."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: Any) -> None:
         known = {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
         # The longest first: where one is the beginning of another, the whole one is told.
         by_length = sorted(known - {""}, key=lambda token: (-len(token), token))

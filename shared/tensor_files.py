@@ -7,7 +7,7 @@ zip, is refused too: it says itself how much memory its tensors need, whatever i
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -38,7 +38,7 @@ def load_tensors(path: Path, *, what: str, then: str, mmap: bool = True) -> Any:
         raise wrong(path, error, what=what, then=then) from error
 
 
-def is_dense(value: Any, dtype: torch.dtype | None = None) -> bool:
+def is_dense(value: Any, dtype: torch.dtype | None = None) -> TypeGuard[torch.Tensor]:
     """Whether this is a plain tensor on the CPU, and of `dtype`, that is as large as it says."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.device.type != "cpu":
         return False

@@ -268,7 +268,7 @@ def load_head(folder: Path, embed_tokens: Tensor) -> DraftHead:
         head.load_state_dict(weights)
     # Also what transformers' own rotary embedding thinks of the sizes.
     except (
-        KeyError,
+        LookupError,
         TypeError,
         ValueError,
         ArithmeticError,
