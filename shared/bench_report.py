@@ -83,7 +83,9 @@ class _Report(_Load):
     vllm_version: str
     num_speculative_tokens: int
     head: _Head
-    baseline: _Engine = Field(default_factory=lambda: _ABSENT)  # not measured: no such key, never a null
+    baseline: _Engine = Field(
+        default_factory=lambda: _ABSENT
+    )  # not measured: no such key, never a null
     ngram: _Engine = Field(default_factory=lambda: _ABSENT)
     sweep: list[_Row]
     best: list[_Best]
