@@ -2,7 +2,7 @@
 """`report.json`, which bench writes and others read: its version, and how it is opened."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from shared.errors import UserError
 from shared.records import Shape, read_record, require_shape
 
 SCHEMA_VERSION = 2
+_ABSENT: Any = None
 _AGAIN = "Measure again with this version of eyrie."
 
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)] | None
@@ -82,9 +83,10 @@ class _Report(_Load):
     vllm_version: str
     num_speculative_tokens: int
     head: _Head
-    # Not measured: no such key, never a null.
-    baseline: _Engine = cast(_Engine, Field(default=None))
-    ngram: _Engine = cast(_Engine, Field(default=None))
+    baseline: _Engine = Field(
+        default_factory=lambda: _ABSENT
+    )  # not measured: no such key, never a null
+    ngram: _Engine = Field(default_factory=lambda: _ABSENT)
     sweep: list[_Row]
     best: list[_Best]
     lossless: _Lossless | None
