@@ -108,4 +108,4 @@ class HeadConfig:
                 f"{where}: expected the sizes of a decoder, found: {error!r}"
             ) from error
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{where}: no draft head has this shape: {error}") from error

@@ -112,7 +112,7 @@ def read(folder: Path) -> DraftVocab:
     try:
         check(vocab)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: no draft vocabulary: {error}") from error
     return vocab
 
 

@@ -18,7 +18,18 @@ def artifact(paths: RunPaths, stage: str, parents: dict[str, str], **made: Any) 
         "identity": {},
         "files": {},
         "parents": parents,
-        "provenance": {"packages": {}, "image": "", **made},
+        "counts": {"in": 1, "ok": 1, "skipped": {}, "failed": {}},
+        "facts": {"target_hash": "", "vocabulary_hash": "", "aux_layers": [2], "greedy": True},
+        "config": {},
+        "provenance": {
+            "packages": {},
+            "image": "",
+            "finished": "",
+            "revision": "",
+            "accelerator": "",
+            "argv": [],
+            **made,
+        },
     }
     folder = paths.stage(stage)
     folder.mkdir(parents=True)
