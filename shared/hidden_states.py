@@ -37,9 +37,8 @@ import torch
 from pydantic import Field
 
 from shared.errors import UserError
-from shared.files import atomic_path
 from shared.records import Shape, read_record
-from shared.tensor_files import is_dense, load_tensors, wrong
+from shared.tensor_files import is_dense, load_tensors, save_tensors, wrong
 
 SCHEMA_VERSION = 1
 DATA_CONFIG = "data_config.json"
@@ -141,8 +140,7 @@ def write_shard(
         "offsets": lengths.cumsum(0),
         "sample_ids": list(sample_ids),
     }
-    with atomic_path(path) as temporary:
-        torch.save(shard, temporary)
+    save_tensors(path, shard)
 
 
 def _check(shard: Shard, num_states: int, hidden_size: int) -> None:

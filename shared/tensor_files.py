@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`.pt` files of others: opened without running anything that they hold, or refused.
+"""`.pt` files: written whole or not at all; opened without running anything that they hold.
 
 A `.pt` is a zip with a pickle in it, and a pickle is a program. `weights_only` runs it with tensors
 and plain containers alone; what else it asks for is refused unread. The older format, without the
@@ -12,8 +12,9 @@ from typing import Any, TypeGuard
 import torch
 
 from shared.errors import UserError
-from shared.files import require_file
+from shared.files import atomic_path, require_file
 
+_WRITER = "inline_container"
 _ZIP = b"PK\x03\x04"
 
 
@@ -36,6 +37,22 @@ def load_tensors(path: Path, *, what: str, then: str, mmap: bool = True) -> Any:
         return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
     except Exception as error:  # the file's own program decides what goes wrong
         raise wrong(path, error, what=what, then=then) from error
+
+
+def save_tensors(path: Path, value: Any) -> None:
+    """Write `value` as a `.pt`, whole or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:
+            if _WRITER not in str(error):
+                raise
+            # What torch's writer makes of a full disk.
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def is_dense(value: Any, dtype: torch.dtype | None = None) -> TypeGuard[torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shared import files, hidden_states
+from shared.tensor_files import save_tensors
 from stages.dump.plan import ShardPlan, ShardRows
 
 
@@ -46,8 +47,7 @@ def write_samples(
             "hidden_states": [layer.clone() for layer in own.unbind(dim=1)],
             "loss_mask": torch.tensor(mask, dtype=torch.int64),
         }
-        with files.atomic_path(folder / name) as temporary:
-            torch.save(sample, temporary)
+        save_tensors(folder / name, sample)
         entries[name] = _entry(folder / name)
     return entries
 

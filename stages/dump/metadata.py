@@ -14,6 +14,7 @@ import torch
 from shared import files, hidden_states, layers, provenance
 from shared import target as targets
 from shared.target import TargetConfig
+from shared.tensor_files import save_tensors
 from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan
 from stages.dump.sources import RowSource
@@ -115,6 +116,5 @@ def write_metadata(
     """Write both files; returns their names."""
     data_config = _data_config(config, target_config, aux_layers, plan, source)
     files.write_json(folder / hidden_states.DATA_CONFIG, data_config)
-    with files.atomic_path(folder / hidden_states.TOKEN_FREQ) as temporary:
-        torch.save(answer_counts(plan, target_config.vocab_size), temporary)
+    save_tensors(folder / hidden_states.TOKEN_FREQ, answer_counts(plan, target_config.vocab_size))
     return [hidden_states.DATA_CONFIG, hidden_states.TOKEN_FREQ]

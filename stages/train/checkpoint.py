@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from shared.errors import UserError
-from shared.files import atomic_path, sweep_temporaries
-from shared.tensor_files import load_tensors
+from shared.files import sweep_temporaries
+from shared.tensor_files import load_tensors, save_tensors
 
 LATEST, BEST = "latest.pt", "best.pt"
 _KEYS = {"step", "weights", "optimizer", "scheduler", "rng", "best", "sums"}
@@ -53,8 +53,7 @@ class Checkpoints:
         path = self.folder / f"step_{state['step']:08d}.pt"
         # A best state is often the latest one too: two names, one file.
         if state["step"] != self._written_step:
-            with atomic_path(path) as temporary:
-                torch.save(state, temporary)
+            save_tensors(path, state)
             self._written_step = state["step"]
         for name in (LATEST, BEST) if best else (LATEST,):
             temporary_link = self.folder / f".{name}.tmp-{os.getpid()}"

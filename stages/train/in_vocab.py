@@ -13,11 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from shared.errors import UserError
-from shared.files import atomic_path
 from shared.hidden_states import Shard
 from shared.row_files import RowFile
 from shared.target import TargetTensors
-from shared.tensor_files import is_dense, load_tensors
+from shared.tensor_files import is_dense, load_tensors, save_tensors
 from stages.train.data import Dataset
 from stages.train.loss import target_argmax
 from stages.train.model import DraftHead
@@ -39,8 +38,7 @@ def in_vocab_flags(
         path = _path(folder, index)
         if _read(path, key, dataset.shards[index]) is None:
             flags = _flags(dataset.shards[index], head, tensors, accelerator.device)
-            with atomic_path(path) as temporary:
-                torch.save({"vocabulary": key, "flags": flags}, temporary)
+            save_tensors(path, {"vocabulary": key, "flags": flags})
     accelerator.wait_for_everyone()
     found = [_read(_path(folder, i), key, shard) for i, shard in enumerate(dataset.shards)]
     return [flags for flags in found if flags is not None]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stages hand each other: prompts, Parquet, `.pt` shards, the vocabulary, layer ids."""
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from shared import conversations, hidden_states, layers, vocab
 from shared.conversations import Conversation
 from shared.errors import UserError
+from shared.tensor_files import save_tensors
 
 
 def row(sample_id: str = "a", **changes: object) -> Conversation:
@@ -182,3 +184,15 @@ def test_vocabulary_files_are_kept_never_remade(tmp_path: Path) -> None:
     np.save(tmp_path / "d2t.npy", np.array([0, 2, 1]))
     with pytest.raises(UserError, match="ascending"):
         load_or_make(tmp_path, torch.tensor([5, 0, 9, 1, 9, 1]), 3)
+
+
+def test_a_full_disk_is_the_operators_and_leaves_nothing_half(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk's end: torch's writer meets both alike."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"could not write .*state\.pt.*Free some space"):
+            save_tensors(tmp_path / "state.pt", {"weights": torch.ones(1 << 20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
