@@ -46,6 +46,20 @@ def stop_if_requested(saved: str) -> None:
         raise Stopped(f"stopped by a signal; {saved}. Run the same command again to continue.")
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine works; one that ended and is only not yet buried does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's, so alive
+        return True
+    status = Path(f"/proc/{pid}/status")
+    return not (
+        status.exists() and "\nState:\tZ" in status.read_text(encoding="ascii", errors="replace")
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Share:
     """Which part of a stage's work is this process's: part `index` of `count`.

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from shared import files
-from shared.errors import EyrieError, OutputError, UserError
+from shared.errors import EXIT_RETRY, EyrieError, OutputError, UserError
 from shared.log import Every
+from shared.process import is_alive
 from shared.records import Shape, read_record
 
 BEAT_S = 10.0
@@ -206,6 +207,8 @@ class Status:
 
     def opened(self) -> None:
         """Say that the process is at work, before it knows on what; earlier progress stays told."""
+        if self._is_anothers():
+            return
         self._write("running", **self._earlier("exit_code", "message"))
         self._last = {}
 
@@ -213,9 +216,22 @@ class Status:
         self._write("running")
 
     def ended(self, exit_code: int, message: str) -> None:
+        if exit_code == EXIT_RETRY and self._is_anothers():
+            return  # it works on, and this process was sent away
         state = {0: "done", 143: "stopped"}.get(exit_code, "failed")
         self._last = self._earlier() | self._last
         self._write(state, exit_code=exit_code, message=message)
+
+    def _is_anothers(self) -> bool:
+        """Whether another process of this machine is at work and tells so here."""
+        if not self.path.exists():
+            return False
+        try:
+            found = read_status(self.path)
+        except UserError:
+            return False
+        at_work = found["state"] == "running" and found["host"] == socket.gethostname()
+        return at_work and found["pid"] != os.getpid() and is_alive(found["pid"])
 
     def _earlier(self, *but: str) -> dict[str, Any]:
         """What the file tells of the work, since when included; not of the process."""

@@ -9,7 +9,6 @@ that lives touches it every few seconds.
 
 import dataclasses
 import json
-import os
 import socket
 import sys
 import time
@@ -24,7 +23,7 @@ from rich.table import Table
 from shared.errors import EyrieError
 from shared.manifest import MANIFEST
 from shared.paths import STAGES, RunPaths
-from shared.process import stop_requested
+from shared.process import is_alive, stop_requested
 from shared.status import SILENT_AFTER_S, read_status
 from shared.tables import cell
 from stages.ops.config import StatusConfig, WatchConfig
@@ -153,25 +152,12 @@ def _read(path: Path, finished: float | None) -> StageState:
 def _death(record: dict[str, Any], age_s: float) -> str:
     """How a process that says "running" is known to be gone; "" where it may well run."""
     then = "Run the same command again: it continues."
-    if record.get("host") == socket.gethostname() and not _is_alive(int(record["pid"])):
+    if record.get("host") == socket.gethostname() and not is_alive(int(record["pid"])):
         return f"its process {record['pid']} is gone, and it did not say why. {then}"
     if age_s > SILENT_AFTER_S:
         host = record.get("host", "an unknown host")
         return f"silent for {age_s:.0f} s: its process on {host} was killed, or hangs. {then}"
     return ""
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's, so alive
-        return True
-    status = Path(f"/proc/{pid}/status")
-    return not (
-        status.exists() and "\nState:\tZ" in status.read_text(encoding="ascii", errors="replace")
-    )
 
 
 def _print_json(paths: RunPaths, states: list[StageState]) -> None:

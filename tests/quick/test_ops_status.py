@@ -168,3 +168,17 @@ def test_what_is_shown_and_when_a_watch_ends(
     for stage in ("synth", "dump", "train", "bench"):
         write(tmp_path, stage, state="done")
     watch(build(WatchConfig, flags))  # nothing can change any more: it returns at once
+
+
+def test_who_is_sent_away_leaves_the_others_status(worker: Any, tmp_path: Path) -> None:
+    """A second process on the same folder is refused with 75; the first one works on."""
+    told = Status(RunPaths(tmp_path, "r").status("synth"))
+    told.opened()
+    assert state_of(tmp_path, "synth").state == "running"
+    told.ended(75, "another process holds the folder")
+    record = json.loads(told.path.read_text())
+    assert (record["state"], record["pid"]) == ("running", worker.pid)
+    worker.kill()
+    worker.wait()
+    told.ended(75, "the server died")
+    assert json.loads(told.path.read_text())["state"] == "failed"
