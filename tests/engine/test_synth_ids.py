@@ -127,6 +127,13 @@ def said(tokenizer: PreTrainedTokenizerFast, row: Conversation) -> list[str]:
     return texts
 
 
+def is_respelt(tokenizer: PreTrainedTokenizerFast, row: Conversation) -> bool:
+    """Whether the target spelt its first answer otherwise than the tokenizer would."""
+    start, end = row.loss_spans[0]
+    usual = tokenizer(said(tokenizer, row)[0], add_special_tokens=False)["input_ids"]
+    return list(row.input_ids[start:end])[: len(usual)] != usual
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_are_the_servers_and_decode_to_what_it_said(
     demo: Demo, endpoint: Endpoint, tokenizer: PreTrainedTokenizerFast, name: str
@@ -136,7 +143,8 @@ def test_ids_are_the_servers_and_decode_to_what_it_said(
     outcomes = answer(endpoint, config_of(demo), prompts, chat_template=TEMPLATES[name])
     assert all(outcome.refused is None for outcome in outcomes)
     for outcome in outcomes:
-        expected = 2 if name == "reasoning" and len(outcome.rows[-1].messages) == 4 else 1
+        changes = name == "reasoning" or is_respelt(tokenizer, outcome.rows[0])
+        expected = 2 if changes and len(outcome.rows[-1].messages) == 4 else 1
         assert len(outcome.rows) == expected, outcome
         for row in outcome.rows:
             texts = [m["content"] for m in row.messages if m["role"] == "assistant"]
@@ -147,6 +155,8 @@ def test_ids_are_the_servers_and_decode_to_what_it_said(
             )
     whole = [outcome for outcome in outcomes if outcome.rows[-1].finish_reason == "stop"]
     assert len(whole) > NUM_CONVERSATIONS // 2, "most conversations have both turns"
+    respelt = [outcome for outcome in outcomes if is_respelt(tokenizer, outcome.rows[0])]
+    assert len(respelt) < NUM_CONVERSATIONS // 4, "few targets spell otherwise, and seldom"
 
 
 def test_a_spelling_that_is_not_the_tokenizers_gives_one_row_a_turn(
