@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMH
 
 from shared import target as targets
 from shared.config import build
-from shared.errors import OutputError, RetryableError, UserError
+from shared.errors import EyrieError, OutputError, RetryableError, UserError
 from stages.dump import checks, connector, spool
 from stages.dump.backend_hf import HfCapture
 from stages.dump.backend_vllm import VllmCapture, _Asked, _token_logprobs
@@ -308,9 +308,9 @@ def test_an_engine_killed_while_it_starts_is_retryable(tmp_path: Path) -> None:
     target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
     killer = threading.Thread(target=_kill_engine_core)
     killer.start()
-    # Older ones say {} for every process that failed, so that nobody can tell a kill from a refusal.
+    # Older ones mostly say {} for a process that failed: nobody can tell a kill from a refusal.
     tells = Version("0.32") <= VLLM
-    expected = (RetryableError, "ended by a signal") if tells else (UserError, "could not start")
+    expected = (RetryableError, "ended by a signal") if tells else (EyrieError, "could not start")
     with pytest.raises(expected[0], match=expected[1]), VllmCapture(**settings(target)):
         pass
     killer.join()
