@@ -18,11 +18,10 @@ from shared import files
 from shared.errors import EXIT_DONE, UserError
 from shared.paths import RunPaths
 from shared.process import stop_requested
-from stages.ops import chain
-from stages.ops.config import MakeTargetConfig, RunChainConfig
+from stages.ops.chain import processes
+from stages.ops.config import RunChainConfig
 
 _GRACE_S = 120.0
-_MAKES_TARGETS = ("tokenizers", "torch", "transformers")  # what make_target imports
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def run(config: RunChainConfig) -> int:
     Raises:
         UserError: a stage refuses the recipe, or something that can be seen now stands in the way.
     """
-    paths = chain.run_paths(config)
+    paths = processes.run_paths(config)
     if config.dry_run or config.preflight:
         _look_ahead(config, paths)
     if config.dry_run:
@@ -66,14 +65,14 @@ def _look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
     Raises:
         UserError: with one line for each problem.
     """
-    undone = [stage for stage in config.stages if not chain.is_done(stage, paths)]
+    undone = [stage for stage in config.stages if not processes.is_done(stage, paths)]
     if not (config.dry_run or undone):  # a finished chain takes seconds, and needs nothing
         return
     # Here, not above: a chain that is done must not wait for them.
-    from stages.ops import estimates, preflight
-    from stages.ops.machine import look
+    from stages.ops.chain import estimates, preflight
+    from stages.ops.chain.machine import look
 
-    steps = chain.steps(config, config.stages, paths)
+    steps = processes.steps(config, config.stages, paths)
     machine = look()
     found = preflight.problems(steps, paths, machine) if config.preflight else []
     if config.dry_run:
@@ -93,7 +92,7 @@ def _keep_recipe(recipe: Path, paths: RunPaths) -> None:
 def _run_stage(stage: str, config: RunChainConfig) -> int:
     """Run one stage to its end, passing on a signal that reaches this process."""
     logger.info("stage %s", stage)
-    process = chain.start(chain.command_of(stage, config), stage)
+    process = processes.start(processes.command_of(stage, config), stage)
     while True:
         try:
             return process.wait(timeout=0.5)
@@ -123,37 +122,3 @@ def closing_line(paths: RunPaths) -> str:
     except (KeyError, TypeError) as error:
         raise UserError(f"{paths.report}: expected head.acceptance.acceptance_length.") from error
     return f"{paths.run_name}: acceptance_length={length:.2f} head={paths.export} report={paths.report}"
-
-
-def run_make_target(config: MakeTargetConfig) -> None:
-    """Make the demo's target, or find it made.
-
-    Raises:
-        UserError: this environment has no torch.
-    """
-    try:
-        from stages.ops.make_target import make_target
-    except ModuleNotFoundError as error:
-        if error.name not in _MAKES_TARGETS:
-            raise
-        raise UserError(
-            f"make-target trains a model and needs {', '.join(_MAKES_TARGETS)}; {error.name} is not "
-            "installed here, as in the ops image. Run it where train runs: `make setup`, or with "
-            "compose/demo.yaml."
-        ) from error
-
-    steps = {} if config.steps is None else {"steps": config.steps}
-    facts = make_target(
-        config.out,
-        seed=config.seed,
-        num_prompts=config.num_prompts,
-        num_held_out=config.num_held_out,
-        **steps,
-    )
-    logger.info(
-        "target at %s: %d parameters, mean next-token entropy %.3f nats, %.0f %% distinct answers",
-        config.out,
-        facts.parameters,
-        facts.mean_entropy_nats,
-        100 * facts.distinct_answers,
-    )

@@ -14,12 +14,12 @@ from shared.config import build
 from shared.errors import UserError
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
-from stages.ops.architecture import read_data, understand
 from stages.ops.config import PlanConfig
-from stages.ops.parameters import Parameters
-from stages.ops.plan import read_model
-from stages.ops.plan_model import Plan, make_plan
-from stages.ops.plan_output import recipe
+from stages.ops.plan.architecture import read_data, understand
+from stages.ops.plan.model import Plan, make_plan
+from stages.ops.plan.output import recipe
+from stages.ops.plan.parameters import Parameters
+from stages.ops.plan.run import read_model
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
 

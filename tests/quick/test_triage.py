@@ -11,13 +11,13 @@ import pytest
 from shared.config import RunConfig, flag_fields
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig, ParityConfig
-from stages.ops import log_scan
 from stages.ops.config import TriageConfig
-from stages.ops.diagnosis import UNKNOWN, Outcome, diagnose, diagnosis_of
-from stages.ops.failure_rules import Rule, read_rules
-from stages.ops.log_files import Case, open_case
-from stages.ops.log_lines import Line
-from stages.ops.log_scan import Findings, Hit, Scanner
+from stages.ops.triage import log_scan
+from stages.ops.triage.diagnosis import UNKNOWN, Outcome, diagnose, diagnosis_of
+from stages.ops.triage.failure_rules import Rule, read_rules
+from stages.ops.triage.log_files import Case, open_case
+from stages.ops.triage.log_lines import Line
+from stages.ops.triage.log_scan import Findings, Hit, Scanner
 from stages.synth.config import SynthConfig
 from stages.train.config import ExportConfig, TrainConfig
 from tests.triage_cases import FailureCase, read_cases

@@ -10,19 +10,19 @@ import sys
 
 from shared.errors import EXIT_DONE, EXIT_OUTPUT
 from stages.ops.config import ReviewConfig, TriageConfig
-from stages.ops.diagnosis import Outcome, diagnose
-from stages.ops.failure_rules import read_rules
-from stages.ops.log_files import open_case
-from stages.ops.log_scan import Scanner
+from stages.ops.triage.diagnosis import Outcome, diagnose
+from stages.ops.triage.failure_rules import read_rules
+from stages.ops.triage.log_files import open_case
+from stages.ops.triage.log_scan import Scanner
 
 
 def run(config: TriageConfig) -> int:
     """Print the diagnoses; returns the exit code."""
-    from stages.ops.triage_text import as_json, as_text
+    from stages.ops.triage.text import as_json, as_text
 
     outcome = _read(config)
     if config.save_fixture is not None:
-        from stages.ops.fixtures import save_fixture
+        from stages.ops.triage.fixtures import save_fixture
 
         save_fixture(outcome, config.save_fixture)
     sys.stdout.write((as_json if config.as_json else as_text)(outcome))
@@ -32,7 +32,7 @@ def run(config: TriageConfig) -> int:
 def run_review(config: ReviewConfig) -> int:
     """Print or write the page; returns the exit code."""
     from shared import files
-    from stages.ops.review import as_markdown
+    from stages.ops.triage.review import as_markdown
 
     outcome = _read(config)
     page = as_markdown(outcome)

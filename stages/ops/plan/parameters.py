@@ -10,7 +10,7 @@ Worked example, a dense layer of H = 4, one head of 4, I = 8: queries, keys, val
 import dataclasses
 from typing import Any
 
-from stages.ops.architecture import LINEAR, Architecture
+from stages.ops.plan.architecture import LINEAR, Architecture
 
 _FP8_BLOCK = 128 * 128  # values that share one fp32 scale
 _MXFP4_BITS = 4 + 8 / 32  # 32 values share one 8-bit scale

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from stages.ops.architecture import Architecture, read_data
+from stages.ops.plan.architecture import Architecture, read_data
 
 _WEIGHT_SHARE = 0.75
 # fp32 weights, gradients, AdamW's moments, and activations of the usual step beside them.

@@ -19,13 +19,13 @@ import yaml
 from shared import files
 from shared.errors import UserError
 from shared.provenance import package_versions
-from stages.ops.diagnosis import Outcome
-from stages.ops.log_lines import clean
-from stages.ops.triage_text import safe
+from stages.ops.triage.diagnosis import Outcome
+from stages.ops.triage.log_lines import clean
+from stages.ops.triage.text import safe
 
 LAST_LINES = 300
 _BEGIN = re.compile(rb"\bINFO \w+ begin: process \d+\s*$")
-_APP = Path(__file__).resolve().parents[2]
+_APP = Path(__file__).resolve().parents[3]
 
 
 @dataclasses.dataclass(frozen=True)

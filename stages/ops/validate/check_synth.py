@@ -10,7 +10,7 @@ from pathlib import Path
 from shared import conversations
 from shared.errors import OutputError
 from shared.manifest import MANIFEST
-from stages.ops.artifacts import RunView
+from stages.ops.validate.artifacts import RunView
 
 _COLUMNS = (
     "sample_id",

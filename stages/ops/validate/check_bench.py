@@ -5,7 +5,7 @@ import re
 
 from shared.bench_report import read_report
 from shared.errors import OutputError
-from stages.ops.artifacts import RunView
+from stages.ops.validate.artifacts import RunView
 
 _TOLERANCE = 1e-9
 _FROM_ELSEWHERE = re.compile(r"""<(script|img|link|iframe)[^>]+(src|href)=["']?https?:[^>]*>""")

@@ -16,10 +16,10 @@ from typing import Any
 import jinja2
 
 from shared.paths import STAGES
-from stages.ops.failure_rules import Rule, State, When
-from stages.ops.log_files import Case, LogFile, StageFacts
-from stages.ops.log_lines import ERROR, Line
-from stages.ops.log_scan import Findings, Hit, Scanner
+from stages.ops.triage.failure_rules import Rule, State, When
+from stages.ops.triage.log_files import Case, LogFile, StageFacts
+from stages.ops.triage.log_lines import ERROR, Line
+from stages.ops.triage.log_scan import Findings, Hit, Scanner
 
 UNKNOWN = "unknown"
 _TIER = {"cause": 0, "generic": 1, "consequence": 3, "benign": 4}

@@ -10,9 +10,9 @@ from shared import layers, target
 from shared.errors import EyrieError, UserError
 from shared.paths import RunPaths, find_input
 from shared.target import TargetConfig
-from stages.ops import sizes
-from stages.ops.chain import Step
-from stages.ops.machine import Machine
+from stages.ops.chain import sizes
+from stages.ops.chain.machine import Machine
+from stages.ops.chain.processes import Step
 
 # A GPU gives a model less than all of its memory: vLLM's own default share.
 _GPU_SHARE = 0.9

@@ -21,7 +21,7 @@ from shared.config import RunConfig, read_recipe
 from shared.errors import UserError
 from shared.manifest import MANIFEST
 from shared.paths import STAGES, RunPaths
-from stages.ops.failure_rules import State
+from stages.ops.triage.failure_rules import State
 
 # A process of another machine is taken for gone when its files were not touched for so long.
 _QUIET_S = 1800.0

@@ -5,9 +5,10 @@ import dataclasses
 
 from shared import layers
 from shared.head_config import HeadConfig
-from stages.ops import parameters, sizes
-from stages.ops.architecture import Architecture, read_data
-from stages.ops.placement import Placement, dump_backend, place
+from stages.ops.chain import sizes
+from stages.ops.plan import parameters
+from stages.ops.plan.architecture import Architecture, read_data
+from stages.ops.plan.placement import Placement, dump_backend, place
 
 
 @dataclasses.dataclass(frozen=True)

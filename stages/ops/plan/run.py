@@ -16,10 +16,10 @@ from rich.console import Console
 from shared import files
 from shared.errors import RetryableError, UserError
 from shared.paths import find_input
-from stages.ops.architecture import understand
 from stages.ops.config import PlanConfig
-from stages.ops.plan_model import make_plan
-from stages.ops.plan_output import as_json, recipe, show
+from stages.ops.plan.architecture import understand
+from stages.ops.plan.model import make_plan
+from stages.ops.plan.output import as_json, recipe, show
 
 
 def run(config: PlanConfig) -> None:

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from shared.log import printable
 from shared.tables import cell
-from stages.ops import sizes
-from stages.ops.architecture import read_data
+from stages.ops.chain import sizes
 from stages.ops.config import PlanConfig
-from stages.ops.plan_model import Plan, chosen_aux_layers, longest, warnings
+from stages.ops.plan.architecture import read_data
+from stages.ops.plan.model import Plan, chosen_aux_layers, longest, warnings
 
 _DISK_SAMPLES = (5_000, 50_000, 500_000)
 

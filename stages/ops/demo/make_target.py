@@ -25,8 +25,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from shared.errors import UserError
 from shared.files import atomic_folder, read_json, write_json
-from stages.ops.dialogues import Dialogue, dialogues
-from stages.ops.muon import Muon
+from stages.ops.demo.dialogues import Dialogue, dialogues
+from stages.ops.demo.muon import Muon
 
 logger = logging.getLogger(__name__)
 

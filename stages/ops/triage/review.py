@@ -15,10 +15,10 @@ from shared import files
 from shared.errors import UserError
 from shared.manifest import MANIFEST
 from shared.paths import STAGES
-from stages.ops.diagnosis import Diagnosis, Outcome, rerun_command
-from stages.ops.log_files import StageFacts
-from stages.ops.log_scan import Findings
-from stages.ops.triage_text import safe, shown
+from stages.ops.triage.diagnosis import Diagnosis, Outcome, rerun_command
+from stages.ops.triage.log_files import StageFacts
+from stages.ops.triage.log_scan import Findings
+from stages.ops.triage.text import safe, shown
 
 _VERDICTS = {"done": "PASS", "failed": "FAIL", "vanished": "FAIL"}
 

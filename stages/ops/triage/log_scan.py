@@ -22,8 +22,8 @@ import pyarrow.compute
 
 from shared.errors import UserError
 from shared.paths import STAGES
-from stages.ops.failure_rules import MIN_TEXT, Rule
-from stages.ops.log_lines import (
+from stages.ops.triage.failure_rules import MIN_TEXT, Rule
+from stages.ops.triage.log_lines import (
     CHAIN,
     DONE,
     ERROR,

@@ -10,7 +10,7 @@ from shared.head_config import HeadConfig
 from shared.manifest import read_manifest
 from shared.paths import RunPaths
 from shared.target import TargetConfig
-from stages.ops.chain import Step
+from stages.ops.chain.processes import Step
 
 # fp32 weights, gradients and AdamW's two moments; a checkpoint keeps all but the gradients.
 STATE_BYTES_A_WEIGHT = 16

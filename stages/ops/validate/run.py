@@ -18,11 +18,11 @@ from shared.config import RunConfig, read_recipe
 from shared.errors import EXIT_DONE, EXIT_OUTPUT, OutputError
 from shared.manifest import MANIFEST
 from shared.target import weights_hash
-from stages.ops import artifacts, check_bench, check_dump, check_synth, check_train
-from stages.ops.artifacts import ARTIFACTS, MAKER, RunView
 from stages.ops.config import ValidateConfig
-from stages.ops.findings import FAIL, Findings, NotAsked
 from stages.ops.run_folder import find_run
+from stages.ops.validate import artifacts, check_bench, check_dump, check_synth, check_train
+from stages.ops.validate.artifacts import ARTIFACTS, MAKER, RunView
+from stages.ops.validate.findings import FAIL, Findings, NotAsked
 
 Question = tuple[str, Callable[[RunView], str]]
 

@@ -22,9 +22,9 @@ from shared.sources import Source
 from shared.status import read_status
 from shared.tables import cell
 from shared.target import TargetConfig
-from stages.ops import sizes
-from stages.ops.chain import Step
-from stages.ops.machine import Machine
+from stages.ops.chain import sizes
+from stages.ops.chain.machine import Machine
+from stages.ops.chain.processes import Step
 
 # Counting more rows than this takes longer than a person waits for a plan.
 _ROWS_COUNTED = 200_000

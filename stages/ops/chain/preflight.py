@@ -19,10 +19,10 @@ from shared.errors import UserError
 from shared.paths import RunPaths, find_input
 from shared.server import is_healthy
 from shared.versions import SUPPORTED_VLLM
-from stages.ops.chain import Step, environment, python_of
-from stages.ops.estimates import prompt_sources
-from stages.ops.machine import SHARED_MEMORY, Machine
-from stages.ops.preflight_target import existing_place, problem, target_problems, targets
+from stages.ops.chain.estimates import prompt_sources
+from stages.ops.chain.machine import SHARED_MEMORY, Machine
+from stages.ops.chain.preflight_target import existing_place, problem, target_problems, targets
+from stages.ops.chain.processes import Step, environment, python_of
 
 # Below this vLLM ends with "Insufficient space in /dev/shm"; Docker's default is 64 MiB.
 _SHARED_BYTES = 160 << 20

@@ -10,8 +10,8 @@ import math
 from typing import Any
 
 from shared.errors import OutputError
-from stages.ops.artifacts import RunView
-from stages.ops.findings import NotAsked, needs
+from stages.ops.validate.artifacts import RunView
+from stages.ops.validate.findings import NotAsked, needs
 
 # Fewer records than this tell nothing about a trend.
 _RECORDS_FOR_A_TREND = 4

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from shared import conversations, files
 from shared.errors import OutputError
 from shared.layers import LAYER_ID_CONVENTION
-from stages.ops.artifacts import RunView
-from stages.ops.findings import needs
+from stages.ops.validate.artifacts import RunView
+from stages.ops.validate.findings import needs
 
 if TYPE_CHECKING:
     import torch

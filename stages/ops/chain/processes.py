@@ -21,7 +21,7 @@ from shared.manifest import MANIFEST
 from shared.paths import RunPaths
 from stages.ops.config import RunChainConfig
 
-_SOURCE_ROOT = Path(__file__).resolve().parents[2]
+_SOURCE_ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclasses.dataclass(frozen=True)

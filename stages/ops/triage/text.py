@@ -10,8 +10,8 @@ import json
 import re
 from typing import Any
 
-from stages.ops.diagnosis import UNKNOWN, Diagnosis, Outcome
-from stages.ops.log_lines import Line, clean
+from stages.ops.triage.diagnosis import UNKNOWN, Diagnosis, Outcome
+from stages.ops.triage.log_lines import Line, clean
 
 _WIDTH = 300
 _BEFORE, _AFTER = 6, 14
