@@ -37,7 +37,7 @@ def build(
 
     Args:
         results: the raw measurement under each engine's name.
-        lineage: where the head comes from.
+        lineage: what was measured, by fingerprint and hash.
 
     Raises:
         OutputError: vLLM's counters contradict each other.

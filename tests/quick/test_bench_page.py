@@ -13,11 +13,8 @@ import pytest
 
 from shared import files
 from shared.config import build
-from shared.manifest import Artifact
-from shared.status import Status
-from stages.bench import gates, making, page, report, run
+from stages.bench import gates, page, report, run
 from stages.bench.config import BenchConfig, CompareConfig
-from stages.synth.config import SynthConfig
 from tests.measurements import baseline_requests, cell, engine, head_requests, lossless, request
 
 CHROMIUM = shutil.which("chromium")
@@ -44,6 +41,7 @@ MAKING = {
             "seconds": 61.5,
             "facts": {"steps": 30, "final_loss": 0.125},
             "finished": "2026-01-02T03:04:05+00:00",
+            "made_by": "torch 2.13.0",
             "accelerator": "cpu",
             "revision": "abc",
         }
@@ -260,27 +258,3 @@ def test_what_is_no_report_cannot_be_compared(tmp_path: Path) -> None:
     files.write_json(tmp_path / "one" / "bench" / "report.json", {"schema_version": 1})
     with pytest.raises(UserError, match="expected a bench report of schema version 2, found 1"):
         run.compare(build(CompareConfig, settings))
-
-
-def test_how_a_head_was_made_is_read_from_its_run(tmp_path: Path) -> None:
-    """A finished synth and a training under way; the last line of its history was cut by a kill."""
-    config = build(SynthConfig, {"workspace": str(tmp_path), "target": "t", "prompts": "p"})
-    paths = config.paths
-    Status(paths.status("synth")).started()
-    artifact = Artifact(paths.stage("synth"), config)
-    with artifact.work():
-        files.write_text(artifact.folder / "part.txt", "rows")
-        counts = {"in": 5, "ok": 3, "skipped": {"too_long": 2}, "failed": {}}
-        artifact.finish(["part.txt"], counts=counts, facts={"rows": 3, "tokens": 70, "other": 1})
-    lines = ['{"step": 10, "loss": 2.5}', '{"step": 15, "walked_acceptance_length": 1.5}']
-    files.write_text(
-        paths.stage("train") / "history.jsonl", "\n".join([*lines, '{"step": 20, "lo'])
-    )
-    found = making.of_run(paths)
-    (stage,) = found["stages"]
-    assert (stage["rows"], stage["left_out"], stage["bytes"]) == (3, 2, 4)
-    assert stage["facts"] == {"rows": 3, "tokens": 70}
-    assert 0 <= stage["seconds"] < 60
-    assert (found["loss"], found["walks"]) == ([[10, 2.5]], [[15, 1.5]])
-    paths.status("synth").unlink()
-    assert making.of_run(paths)["stages"][0]["seconds"] is None
