@@ -2,7 +2,7 @@
 """What the operator's commands take."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pydantic
 
@@ -22,7 +22,7 @@ def _in_order(stages: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class RunChainConfig(CommandConfig):
-    """Runs the stages of a recipe one after another, each a process of its own.
+    """Runs the stages of a recipe one after another, each a process or a container of its own.
 
     A stage that is done already takes a second. A stage's own interpreter, and with it another
     vLLM, is named by the environment: EYRIE_SYNTH_PYTHON, EYRIE_DUMP_PYTHON, EYRIE_TRAIN_PYTHON,
@@ -35,6 +35,9 @@ class RunChainConfig(CommandConfig):
         None, alias="from", description="Run this stage and those after it."
     )
     skip: tuple[str, ...] = pydantic.Field((), description="Leave these stages out.")
+    by: Literal["processes", "compose"] = pydantic.Field(
+        "processes", description="Run each stage here, or in its image by docker compose."
+    )
     dry_run: bool = pydantic.Field(
         False,
         description="Show the plan with its estimates, and what stands in the way; do nothing.",

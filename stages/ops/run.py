@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chain, locally: each stage a process of its own, as its container would be.
+"""The chain on this machine: each stage a process of its own, or a container by docker compose.
 
 Comes in: a recipe. Goes out: what the stages make, and one last line that a script can read. The
 chain stops at the first stage that fails and leaves with that stage's exit code.
@@ -18,10 +18,11 @@ from shared import files
 from shared.errors import EXIT_DONE, UserError
 from shared.paths import RunPaths
 from shared.process import stop_requested
-from stages.ops.chain import processes
+from stages.ops.chain import containers, processes
 from stages.ops.config import RunChainConfig
 
-_GRACE_S = 120.0
+# What a stage that was asked to stop gets to save; as compose.yaml's stop_grace_period.
+_GRACE_S = 300.0
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,13 @@ def run(config: RunChainConfig) -> int:
         _look_ahead(config, paths)
     if config.dry_run:
         return EXIT_DONE
+    if config.by == "compose":
+        containers.prepare(paths)
     _keep_recipe(config.recipe, paths)
     seconds: dict[str, float] = {}
     for stage in config.stages:
         started_s = time.monotonic()
-        code = _run_stage(stage, config)
+        code = _run_stage(stage, config, paths)
         seconds[stage] = time.monotonic() - started_s
         if code != EXIT_DONE:
             logger.error(
@@ -74,7 +77,8 @@ def _look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
 
     steps = processes.steps(config, config.stages, paths)
     machine = look()
-    found = preflight.problems(steps, paths, machine) if config.preflight else []
+    look_for = preflight.problems if config.by == "processes" else preflight.problems_of_containers
+    found = list(look_for(steps, paths, machine)) if config.preflight else []
     if config.dry_run:
         console = Console(width=None if sys.stdout.isatty() else 160)
         estimates.show(
@@ -89,16 +93,24 @@ def _keep_recipe(recipe: Path, paths: RunPaths) -> None:
         files.write_text(paths.recipe, recipe.read_text(encoding="utf-8"))
 
 
-def _run_stage(stage: str, config: RunChainConfig) -> int:
+def _run_stage(stage: str, config: RunChainConfig, paths: RunPaths) -> int:
     """Run one stage to its end, passing on a signal that reaches this process."""
     logger.info("stage %s", stage)
-    process = processes.start(processes.command_of(stage, config), stage)
+    started_s = time.time()
+    if config.by == "compose":
+        process = containers.start(stage, config, paths)
+    else:
+        process = processes.start(processes.command_of(stage, config), stage)
     while True:
         try:
-            return process.wait(timeout=0.5)
+            code = process.wait(timeout=0.5)
+            break
         except subprocess.TimeoutExpired:
             if stop_requested():
                 return _stop(process)
+    if config.by == "compose":
+        containers.check_begun(stage, code, paths, started_s)
+    return code
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> int:

@@ -19,6 +19,7 @@ from shared.errors import UserError
 from shared.paths import RunPaths, find_input
 from shared.server import is_healthy
 from shared.versions import SUPPORTED_VLLM
+from stages.ops.chain import containers
 from stages.ops.chain.estimates import prompt_sources
 from stages.ops.chain.machine import SHARED_MEMORY, Machine
 from stages.ops.chain.preflight_target import existing_place, problem, target_problems, targets
@@ -47,10 +48,24 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
     for step in left:
         found += _versions(step)
         found += _inputs(step, paths.workspace)
+        found += _endpoints(step)
     found += _shared_memory(left, machine)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         found += target_problems(name, left, paths, machine)
     return found
+
+
+def problems_of_containers(
+    steps: Sequence[Step], paths: RunPaths, machine: Machine
+) -> Iterator[str]:
+    """As `problems`, but for what only an image can tell: packages, its network, its cache."""
+    yield from containers.problems(paths)
+    left = [step for step in steps if not step.done]
+    for step in left:
+        yield from _inputs(step, paths.workspace)
+    for name in dict.fromkeys(name for step in left for name in targets(step)):
+        if find_input(name, paths.workspace) is not None:
+            yield from target_problems(name, left, paths, machine)
 
 
 def uses_vllm(step: Step) -> bool:
@@ -138,6 +153,9 @@ def _inputs(step: Step, workspace: Path) -> Iterator[str]:
         yield problem(
             "dump.states", f"a folder at {workspace / made} or {made}", "none", "Mount it."
         )
+
+
+def _endpoints(step: Step) -> Iterator[str]:
     for url in [*step.settings.get("endpoints", ()), step.settings.get("endpoint")]:
         if url and not is_healthy(url):
             yield problem(

@@ -21,7 +21,8 @@ from shared.manifest import MANIFEST
 from shared.paths import RunPaths
 from stages.ops.config import RunChainConfig
 
-_SOURCE_ROOT = Path(__file__).resolve().parents[3]
+SOURCE_ROOT = Path(__file__).resolve().parents[3]
+WORKSPACE = "/workspace"  # where compose.yaml mounts it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +58,16 @@ def python_of(stage: str) -> str:
 
 def command_of(stage: str, config: RunChainConfig) -> list[str]:
     """The command line that runs a stage."""
-    command = [python_of(stage), "-m", f"stages.{stage}", "--recipe", str(config.recipe)]
+    # A stage of an image has no interpreter here; this one serves to ask it what it would do.
+    python = sys.executable if config.by == "compose" else python_of(stage)
+    command = [python, "-m", f"stages.{stage}", "--recipe", str(config.recipe)]
     command += ["--workspace", str(config.workspace)]
     return [*command, "--overwrite"] if config.overwrite else command
 
 
 def environment() -> dict[str, str]:
     """This process's, with the source tree on the search path."""
-    search_path = os.pathsep.join(filter(None, [str(_SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
+    search_path = os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": search_path}
 
 
@@ -74,9 +77,9 @@ def start(command: Sequence[str], stage: str, **more: Any) -> "subprocess.Popen[
     Raises:
         UserError: the stage is not in this image, or its interpreter is none.
     """
-    if not (_SOURCE_ROOT / "stages" / stage).is_dir():
+    if not (SOURCE_ROOT / "stages" / stage).is_dir():
         raise UserError(
-            f"expected stage {stage} beside ops in {_SOURCE_ROOT / 'stages'}, found none: each stage "
+            f"expected stage {stage} beside ops in {SOURCE_ROOT / 'stages'}, found none: each stage "
             "has its own image. Run the chain with `docker compose -f compose.yaml -f "
             "compose/pipeline.yaml up`."
         )
@@ -116,6 +119,8 @@ def steps(config: RunChainConfig, stages: Sequence[str], paths: RunPaths) -> lis
         answer, complaint = process.communicate()
         if process.returncode != EXIT_DONE:
             raise UserError(f"{stage} refuses {config.recipe}: {_message(complaint, stage)}")
+        if config.by == "compose":
+            answer = answer.replace(f'"{WORKSPACE}/', '"')  # found here where the workspace lies
         found.append(Step(stage, json.loads(answer), is_done(stage, paths)))
     return found
 
