@@ -97,7 +97,8 @@ class MakeTargetConfig(CommandConfig):
 class ValidateConfig(CommandConfig):
     """Opens and checks every artifact of a run: a table of PASS and FAIL, exit 3 where one fails.
 
-    In:  <workspace>/<run>/.
+    In:  <workspace>/<run>/, or a ModelOpt launcher's experiment folder (task_0 to task_3), of which
+         the logs alone are asked: what they do not say is UNKNOWN.
     Out: the table, or JSON; with --out the same as Markdown. Nothing in the run is changed.
     """
 
@@ -107,6 +108,9 @@ class ValidateConfig(CommandConfig):
     only: tuple[str, ...] = pydantic.Field(STAGES, description="The artifacts of these stages.")
     out: Path | None = pydantic.Field(None, description="Write the findings here, as Markdown.")
     as_json: bool = pydantic.Field(False, alias="json", description="Print JSON, no table.")
+    min_acceptance_length: float = pydantic.Field(
+        2.1, description="What a launcher's benchmark must reach; a run has gates of its own.", ge=1
+    )
     checksums: bool = pydantic.Field(
         True, description="Hash every file; false compares sizes alone."
     )

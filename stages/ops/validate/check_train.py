@@ -11,10 +11,7 @@ from typing import Any
 
 from shared.errors import OutputError
 from stages.ops.validate.artifacts import RunView
-from stages.ops.validate.findings import NotAsked, needs
-
-# Fewer records than this tell nothing about a trend.
-_RECORDS_FOR_A_TREND = 4
+from stages.ops.validate.findings import NotAsked, ask_falling, needs
 
 
 def _history(run: RunView) -> list[dict[str, Any]]:
@@ -38,16 +35,7 @@ def ask_loss(run: RunView) -> str:
         raise OutputError(
             f"{path}: expected records up to step {facts['steps']}, found {steps[-1:] or 'none'}."
         )
-    if len(losses) < _RECORDS_FOR_A_TREND:
-        raise NotAsked(f"{len(losses)} records are too few to tell whether the loss falls")
-    part = max(1, len(losses) // 4)
-    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
-    if last >= first:
-        raise OutputError(
-            f"{path}: the loss does not fall: {first:.4f} in the first quarter of the records, "
-            f"{last:.4f} in the last. Look at train.learning_rate and at the states."
-        )
-    return f"{first:.4f} in the first quarter, {last:.4f} in the last, {facts['steps']} steps"
+    return f"{ask_falling(losses)}, {facts['steps']} steps"
 
 
 def ask_walk(run: RunView) -> str:

@@ -2,30 +2,37 @@
 """What a validation found: one line a question, and the ways to show them.
 
 A question is a function that returns what it saw, raises an `EyrieError` that names what is wrong,
-or raises `NotAsked` where it cannot be answered here. Whatever a damaged file makes it trip over
-counts against the file: a validation fails closed and goes on to the next question.
+`NotAsked` where it cannot be asked here, or `Unknown` where nothing answers it. Whatever a damaged
+file makes it trip over counts against the file: a validation fails closed and goes on to the next
+question.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.errors import EyrieError
+from shared.errors import EyrieError, OutputError
 from shared.tables import cell
 
-PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
-_COLOURS = {PASS: "green", FAIL: "bold red", SKIP: "yellow"}
+PASS, FAIL, SKIP, UNKNOWN = "PASS", "FAIL", "SKIP", "UNKNOWN"
+_COLOURS = {PASS: "green", FAIL: "bold red", SKIP: "yellow", UNKNOWN: "yellow"}
+# Fewer losses than this tell nothing about a trend.
+_LOSSES_FOR_A_TREND = 4
 # What reading a damaged or a foreign file ends in, when its reader has no better word for it.
 _DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, ArithmeticError)
 
 
 class NotAsked(Exception):
-    """The question cannot be answered here; the message says why."""
+    """The question cannot be asked here; the message says why."""
+
+
+class Unknown(Exception):
+    """What there is to read does not say; the message says what is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Findings:
             verdict, detail = PASS, answer()
         except NotAsked as reason:
             verdict, detail = SKIP, str(reason)
+        except Unknown as reason:
+            verdict, detail = UNKNOWN, str(reason)
         except EyrieError as error:
             verdict, detail = FAIL, str(error)
         except _DAMAGE as error:
@@ -62,12 +71,14 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        return FAIL if self.count(FAIL) else PASS
+        return next((worst for worst in (FAIL, UNKNOWN) if self.count(worst)), PASS)
 
     def summary(self) -> str:
         parts = [f"{self.count(PASS)} passed", f"{self.count(FAIL)} failed"]
         if self.count(SKIP):
             parts.append(f"{self.count(SKIP)} not asked")
+        if self.count(UNKNOWN):
+            parts.append(f"{self.count(UNKNOWN)} unknown")
         return f"{self.verdict}: {', '.join(parts)}"
 
     def as_json(self, run: str) -> dict[str, Any]:
@@ -77,6 +88,7 @@ class Findings:
             "passed": self.count(PASS),
             "failed": self.count(FAIL),
             "skipped": self.count(SKIP),
+            "unknown": self.count(UNKNOWN),
             "findings": [dataclasses.asdict(row) for row in self.rows],
         }
 
@@ -114,3 +126,22 @@ def needs(module: str) -> Any:
         if error.name != module:
             raise
         raise NotAsked(f"{module} is not installed here; ask where train's packages are") from error
+
+
+def ask_falling(losses: Sequence[float]) -> str:
+    """The last quarter of a training's losses is below the first.
+
+    Raises:
+        OutputError: it is not.
+        NotAsked: they are too few to tell.
+    """
+    if len(losses) < _LOSSES_FOR_A_TREND:
+        raise NotAsked(f"{len(losses)} records are too few to tell whether the loss falls")
+    part = max(1, len(losses) // 4)
+    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+    if last >= first:
+        raise OutputError(
+            f"the loss does not fall: {first:.4f} in the first quarter of the records, {last:.4f} in "
+            "the last. Look at the learning rate and at the states."
+        )
+    return f"{first:.4f} in the first quarter, {last:.4f} in the last"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is everything in this run what it says it is?
 
-In: the folder of a run. Out: a table of questions and verdicts; as Markdown and JSON on demand.
+In: the folder of a run, or of a ModelOpt launcher's experiment, of which the logs alone are asked.
+Out: a table of questions and verdicts; as Markdown and JSON on demand.
 Exit 0 where all passed, 3 where one failed, 2 where there is no such run. Cost: every file is read
 once for its checksum; 64 MiB of states a shard. Nothing is changed.
 """
@@ -23,6 +24,7 @@ from stages.ops.run_folder import find_run
 from stages.ops.validate import artifacts, check_bench, check_dump, check_synth, check_train
 from stages.ops.validate.artifacts import ARTIFACTS, MAKER, RunView
 from stages.ops.validate.findings import FAIL, Findings, NotAsked
+from stages.ops.validate.launcher import is_experiment, validate_experiment
 
 Question = tuple[str, Callable[[RunView], str]]
 
@@ -63,9 +65,13 @@ _OF_ONE: dict[str, tuple[Question, ...]] = {
 
 def run(config: ValidateConfig) -> int:
     """Ask everything, show it; the exit code."""
-    view = RunView(find_run(config.name, config.workspace), checksums=config.checksums)
-    found = validate(view, [name for name in ARTIFACTS if MAKER.get(name, name) in config.only])
-    name = view.paths.run_name
+    paths = find_run(config.name, config.workspace)
+    if is_experiment(paths.root):
+        found = validate_experiment(paths.root, config.only, config.min_acceptance_length)
+    else:
+        names = [name for name in ARTIFACTS if MAKER.get(name, name) in config.only]
+        found = validate(RunView(paths, checksums=config.checksums), names)
+    name = paths.run_name
     if config.out is not None:
         files.write_text(config.out, found.as_markdown(name))
     if config.as_json:
