@@ -146,7 +146,8 @@ class PlanConfig(CommandConfig):
     """Plans a new target from its config.json: facts, sizes, GPUs, the head's shape, a recipe.
 
     In:  a model's folder, a config.json, or a hub id.
-    Out: tables, or JSON; with --out a recipe for GPUs of the type --gpu.
+    Out: tables, or JSON; with --out a recipe for GPUs of the type --gpu, with --overlay the same as
+         a Kubernetes overlay.
     """
 
     positional: ClassVar[tuple[str, ...]] = ("model",)
@@ -156,6 +157,10 @@ class PlanConfig(CommandConfig):
     samples: int = pydantic.Field(50_000, description="Conversations to train on.", ge=1)
     length: int = pydantic.Field(2048, description="Tokens of a conversation, at most.", ge=8)
     out: Path | None = pydantic.Field(None, description="Write a recipe here.")
+    overlay: Path | None = pydantic.Field(
+        None, description="Write a Kubernetes overlay into this folder, for --nodes of them."
+    )
+    nodes: int = pydantic.Field(1, description="Nodes of that GPU type, for the overlay.", ge=1)
     name: str | None = pydantic.Field(None, description="The recipe's run.name.")
     target: str | None = pydantic.Field(
         None, description="The recipe's run.target, where that is not MODEL."

@@ -18,8 +18,12 @@ from stages.ops.plan.model import Plan, chosen_aux_layers, longest, warnings
 _DISK_SAMPLES = (5_000, 50_000, 500_000)
 
 
-def recipe(plan: Plan, config: PlanConfig) -> str:
-    """A recipe that fits this target on GPUs of `config.gpu`."""
+def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
+    """A recipe that fits this target on GPUs of `config.gpu`.
+
+    Args:
+        sharded: whether each shard of dump is a pod of its own, with GPUs for one copy of the target.
+    """
     target, placement = plan.target, plan.placements[config.gpu]
     split = {"tensor_parallel_size": placement.tensor_parallel}
     wide = dict(split)
@@ -27,7 +31,7 @@ def recipe(plan: Plan, config: PlanConfig) -> str:
         wide["pipeline_parallel_size"] = placement.pipeline_parallel
     length = min(config.length, longest(target))
     run_section: dict[str, Any] = {
-        "name": config.name or _run_name(plan.model),
+        "name": run_name(plan, config),
         "target": config.target or plan.model.removesuffix("/config.json"),
         "max_length_tokens": length,
         "draft_vocab_size": plan.head.draft_vocab_size,
@@ -44,7 +48,7 @@ def recipe(plan: Plan, config: PlanConfig) -> str:
     backend = plan.backend[0]
     dump: dict[str, Any] = {"backend": backend}
     if backend == "vllm":
-        dump |= {**split, "data_parallel": max(1, placement.copies)}
+        dump |= {**split, "data_parallel": 1 if sharded else max(1, placement.copies)}
     sections = {
         "run": run_section,
         "synth": {
@@ -64,11 +68,10 @@ def recipe(plan: Plan, config: PlanConfig) -> str:
     return "\n".join(map(printable, head)) + "\n\n" + yaml.safe_dump(sections, sort_keys=False)
 
 
-def _run_name(model: str) -> str:
-    """The last part of a folder's, a file's or a hub id's name."""
-    return (
-        model.rstrip("/").removesuffix("/config.json").removesuffix(".json").split("/")[-1].lower()
-    )
+def run_name(plan: Plan, config: PlanConfig) -> str:
+    """As asked for, or the last part of a folder's, a file's or a hub id's name."""
+    model = plan.model.rstrip("/").removesuffix("/config.json").removesuffix(".json")
+    return config.name or model.split("/")[-1].lower()
 
 
 def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:

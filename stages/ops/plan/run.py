@@ -3,7 +3,7 @@
 
 In: a model's folder, a config.json, or a hub id (that one file is fetched). Out: facts, sizes, GPUs
 and parallelism for a table of GPU types, the draft head's shape, disk, what others have reached; and
-a recipe that `run --dry_run` takes. Costs milliseconds, and no weight is read.
+a recipe that `run --dry_run` takes, and a Kubernetes overlay. Costs milliseconds, and no weight is read.
 """
 
 import json
@@ -17,23 +17,28 @@ from shared import files
 from shared.errors import RetryableError, UserError
 from shared.paths import find_input
 from stages.ops.config import PlanConfig
+from stages.ops.plan import overlay
 from stages.ops.plan.architecture import understand
 from stages.ops.plan.model import make_plan
 from stages.ops.plan.output import as_json, recipe, show
 
 
 def run(config: PlanConfig) -> None:
-    """Make the plan, show it, write the recipe."""
+    """Make the plan, show it, write the recipe and the overlay."""
     path, raw = read_model(config.model, config.workspace)
     plan = make_plan(config.model, understand(raw, str(path)))
     if config.as_json:
         sys.stdout.write(json.dumps(as_json(plan, config), indent=2) + "\n")
     else:
         show(plan, config, Console(width=None if sys.stdout.isatty() else 160))
+    if config.out is None and config.overlay is None:
+        return
+    if config.gpu not in plan.placements:
+        known = ", ".join(plan.placements)
+        raise UserError(f"--gpu: expected one of {known}, found {config.gpu!r}.")
+    if config.overlay is not None:
+        overlay.write(plan, config, config.overlay)
     if config.out is not None:
-        if config.gpu not in plan.placements:
-            known = ", ".join(plan.placements)
-            raise UserError(f"--gpu: expected one of {known}, found {config.gpu!r}.")
         files.write_text(config.out, recipe(plan, config))
 
 
