@@ -60,6 +60,13 @@ class Architecture:
         return str((self.raw.get("architectures") or ["unknown"])[0])
 
     @property
+    def left_out(self) -> dict[str, Any]:
+        """Sizes that its config.json leaves to the family's code, with the values there."""
+        inner = self.raw.get("text_config")
+        own = inner if isinstance(inner, dict) else self.raw
+        return {k: v for k, v in self.family.get("defaults", {}).items() if k not in own}
+
+    @property
     def hidden_size(self) -> int:
         return int(self.text["hidden_size"])
 

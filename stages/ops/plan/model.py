@@ -95,6 +95,10 @@ def warnings(plan: Plan) -> list[str]:
         )
     if target.window:
         found.append(f"sliding window of {target.window} tokens: TensorRT-LLM cannot capture it")
+    if target.left_out:
+        where = "text_config" if "text_config" in target.raw else "the file"
+        named = ", ".join(f'"{key}": {value}' for key, value in target.left_out.items())
+        found.append(f"its config.json lacks sizes that the stages read: add to {where}: {named}")
     if tokenizer := target.family.get("tokenizer"):
         found.append(f"tokenizer: {tokenizer}")
     if chosen_aux_layers(target) is not None:
