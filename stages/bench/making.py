@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the head that is measured was made: what the artifacts that it descends from say of themselves.
 
-In: the folder of the run. Out: the report's section `making`: a stage's rows, times and engine (stages
-may run different ones, and whoever reads the figures shall see which), and the training's curves.
+In: the folder of the run. Out: the report's section `making`: a stage's rows, times, settings and engine
+(stages may run different ones, and whoever reads the figures shall see which), and the training's curves.
 Costs reading four manifests and the training's history. Nothing here decides anything: what a stage
 did not tell is left out, and so is an ancestor that was deleted or made anew since.
 """
@@ -30,13 +30,19 @@ _FACTS = {
 
 
 def of_run(paths: RunPaths) -> dict[str, Any]:
-    """`stages`: one entry a stage; `loss` and `walks`: [step, value] as training went."""
+    """What is known of the head's way here.
+
+    `stages`: one entry a stage; `seconds`: of all of them, null where one is not known; `loss` and
+    `walks`: [step, value] as training went.
+    """
     ancestors = _ancestors(paths)
     stages = [_entry(paths, stage, ancestors[stage]) for stage in _STAGES if stage in ancestors]
     # A training that went on since is another head's.
     path = paths.stage("train") / "history.jsonl"
     curves = _curves(path) if "train" in ancestors else {"loss": [], "walks": []}
-    return {"stages": stages, **curves}
+    times = [entry["seconds"] for entry in stages]
+    seconds = round(sum(times), 1) if times and None not in times else None
+    return {"stages": stages, "seconds": seconds, **curves}
 
 
 def _ancestors(paths: RunPaths) -> dict[str, Mapping[str, Any]]:
@@ -60,9 +66,16 @@ def _entry(paths: RunPaths, stage: str, manifest: Mapping[str, Any]) -> dict[str
         "stage": stage,
         "rows": counts["ok"],
         "left_out": counts["in"] - counts["ok"],
+        "reasons": {**counts["skipped"], **counts["failed"]},
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "seconds": _seconds(paths.status(stage), provenance["finished"]),
         "facts": {name: facts[name] for name in _FACTS[stage] if facts.get(name) is not None},
+        "settings": {
+            key.removeprefix(f"{stage}."): value
+            for key, value in manifest["identity"].items()
+            if key.startswith(("run.", f"{stage}."))
+        },
+        "fingerprint": manifest["fingerprint"],
         "finished": provenance["finished"],
         "made_by": _made_by(provenance),
         "accelerator": provenance["accelerator"],

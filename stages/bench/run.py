@@ -7,6 +7,7 @@ seen. Out: `report.json` and `report.html`. Cost: one engine start for the basel
 """
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,9 +73,12 @@ def run(config: BenchConfig) -> None:
         _forget(artifact.folder)
         accounting = Accounting()
         conversations = _conversations(config, prompts, accounting, artifact.folder)
+        started_s = time.monotonic()
         results = _measure(config, subject, conversations, artifact.folder)
+        measured_s = time.monotonic() - started_s
         lineage = subject.lineage()
         found = report.build(config, results, lineage=lineage, warnings=subject.warnings)
+        found["seconds"] = round(measured_s, 1)
         if subject.parents:  # a head from elsewhere was not made here
             found["making"] = making.of_run(config.paths)
         found["gates"] = gates.judge(config, found, earlier)

@@ -18,7 +18,7 @@ def artifact(paths: RunPaths, stage: str, parents: dict[str, str], **made: Any) 
         "schema_version": 1,
         "stage": "train" if stage == "export" else stage,
         "fingerprint": f"{stage}-1",
-        "identity": {},
+        "identity": {"run.seed": 0, f"{stage}.size": 7, "input.prompts": "abc"},
         "files": {"part.txt": {"bytes": 4, "sha256": ""}},
         "parents": parents,
         "counts": {"in": 5, "ok": 3, "skipped": {"too_long": 2}, "failed": {}},
@@ -73,7 +73,7 @@ def test_the_curves_of_a_training_since_are_left_out(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path, "run")
     whole(paths)
     (paths.stage("train") / "manifest.json").unlink()
-    assert of_run(paths) == {"stages": [], "loss": [], "walks": []}
+    assert of_run(paths) == {"stages": [], "seconds": None, "loss": [], "walks": []}
 
 
 def test_rows_size_time_and_curves_are_read_from_the_run(tmp_path: Path) -> None:
@@ -87,6 +87,9 @@ def test_rows_size_time_and_curves_are_read_from_the_run(tmp_path: Path) -> None
     synth, dump, _ = found["stages"]
     assert (synth["rows"], synth["left_out"], synth["bytes"]) == (3, 2, 4)
     assert synth["facts"] == {"rows": 3, "tokens": 70}
+    assert synth["reasons"] == {"too_long": 2}
+    assert synth["settings"] == {"run.seed": 0, "size": 7}
     assert synth["seconds"] == 61
     assert dump["seconds"] is None  # its status is gone
+    assert found["seconds"] is None
     assert (found["loss"], found["walks"]) == ([[10, 2.5]], [[15, 1.5]])

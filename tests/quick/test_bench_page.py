@@ -37,15 +37,19 @@ MAKING = {
             "stage": "train",
             "rows": 40,
             "left_out": 2,
+            "reasons": {"too_long": 2},
             "bytes": 1_234_567,
             "seconds": 61.5,
             "facts": {"steps": 30, "final_loss": 0.125},
             "finished": "2026-01-02T03:04:05+00:00",
-            "made_by": "torch 2.13.0",
+            "settings": {"run.seed": 0, "learning_rate": 0.0001, "optimizer": "<adamw>"},
+            "fingerprint": "f" * 64,
+            "made_by": "torch 2.13.0 in eyrie/train:0.1.0",
             "accelerator": "cpu",
             "revision": "abc",
         }
     ],
+    "seconds": 61.5,
     "loss": [[10, 3.0], [20, 2.0], [30, 0.125]],
     "walks": [[15, 1.5], [30, 2.75]],
 }
@@ -89,7 +93,7 @@ def made(name: str = "demo", *, scale: float = 1.0) -> dict[str, Any]:
     found = report.build(
         config, results, lineage={"prompts": "abc"}, warnings=["norm_output is true"]
     )
-    found["making"] = MAKING
+    found["making"], found["seconds"] = MAKING, 33.25
     found["gates"] = gates.judge(config, found, None)
     return dict(json.loads(json.dumps(found)))  # as a reader of report.json gets it
 
@@ -137,6 +141,7 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
         tables = {name: view.locator(f"#{name} tr").count() for name in ("sweep", "divergences")}
         outcomes = view.locator("#gates td:last-child").all_inner_texts()
         text = view.locator("body").inner_text()
+        settings = view.locator("details").first.text_content()
         wide = view.evaluate("document.documentElement.scrollWidth")
     assert len(shown) > 100
     for path, digits, scale, cell_text, visible in shown:
@@ -153,6 +158,9 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
         "/gates/0/value",
         "/making/stages/0/seconds",
         "/making/stages/0/facts/final_loss",
+        "/making/stages/0/reasons/too_long",
+        "/making/seconds",
+        "/seconds",
     ):
         assert needed in paths
     assert tables == {"sweep": 11, "divergences": 3}
@@ -161,6 +169,8 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
     assert "norm_output is true" in text
     assert "<b>&" in text  # a prompt's id is text, never markup
     assert found["provenance"]["revision"] in text
+    assert "torch 2.13.0 in eyrie/train:0.1.0" in text
+    assert "learning_rate0.0001optimizer<adamw>" in "".join(settings.split())
     assert wide <= 1180
 
 
