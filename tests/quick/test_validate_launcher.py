@@ -22,6 +22,7 @@ from stages.ops.validate.run import run
 LEAST = 2.1
 SYNTH = """\
 Waiting for server to start...
+Server not ready yet (120/600s), retrying in 10 seconds...
 Server is up! (waited 130s)
 Running: python3 common/query.py http://localhost:8000/v1 /hf-local/Qwen/Qwen3-8B --save /scratchspace/data
 625 /scratchspace/data/train-00001-00016.jsonl
@@ -112,7 +113,7 @@ FAILURES = {
         "synth",
         SYNTH.replace("625 /s", "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB.\n625 /s"),
         "task_0 outcome",
-        "sbatch_410.out:4",
+        "sbatch_410.out:5",
     ),
     "a server that went away": (
         "synth",
