@@ -197,6 +197,12 @@ def test_a_workspace_of_somebody_else_is_named(
     assert containers.problems(paths) == []
 
 
+def test_a_workspace_that_cannot_be_made_is_named(docker: Stub, recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"made at .*recipe\.yaml/work, found: Not a directory"):
+        run(config(recipe, workspace=str(recipe / "work")))
+    assert docker.calls() == []
+
+
 def test_a_signal_reaches_the_container(docker: Stub, recipe: Path) -> None:
     docker.play(waits=["synth"])
     words = ["--recipe", str(recipe), "--workspace", str(recipe.parent / "work")]

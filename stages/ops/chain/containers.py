@@ -109,11 +109,21 @@ def _complaint(command: list[str]) -> str:
 
 
 def prepare(paths: RunPaths) -> None:
-    """Make the run's folder, such that a container's user may write in it."""
+    """Make the run's folder, such that a container's user may write in it.
+
+    Raises:
+        UserError: this user may not, or something else is there.
+    """
     for folder in (paths.workspace, paths.root):
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            folder.chmod(_MODE)
+        try:
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                folder.chmod(_MODE)
+        except OSError as error:
+            raise UserError(
+                f"workspace: expected a folder that can be made at {folder}, found: "
+                f"{error.strerror}. Give another --workspace, or let this user write there."
+            ) from error
 
 
 def start(stage: str, config: RunChainConfig, paths: RunPaths) -> "subprocess.Popen[bytes]":

@@ -60,6 +60,7 @@ def problems_of_containers(
 ) -> Iterator[str]:
     """As `problems`, but for what only an image can tell: packages, its network, its cache."""
     yield from containers.problems(paths)
+    yield from _workspace(paths)  # the recipe is kept there, from here
     left = [step for step in steps if not step.done]
     for step in left:
         yield from _inputs(step, paths.workspace)
