@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from stages.ops.config import ReviewConfig, TriageConfig
-from stages.ops.triage import log_scan
+from stages.ops.triage import log_lines, log_scan
 from stages.ops.triage.failure_rules import MIN_TEXT, fixed_texts, read_rules
 from stages.ops.triage.log_scan import Scanner
 from stages.ops.triage.run import run, run_review
@@ -223,7 +223,13 @@ def test_lines_that_never_end_and_bytes_that_are_no_text(tmp_path: Path) -> None
         assert log_file.read(7) == b"OSError"
 
 
-def test_parts_of_a_rule_must_come_in_order_and_near_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("few_lines", "chunk_bytes"), [(1000, 1 << 20), (0, 1 << 20), (0, 20)])
+def test_parts_of_a_rule_must_come_in_order_and_near_each_other(
+    few_lines: int, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where lines are first searched for texts, and where a part is in the next block."""
+    monkeypatch.setattr(log_scan, "FEW_LINES", few_lines)
+    monkeypatch.setattr(log_lines, "CHUNK_BYTES", chunk_bytes)
     rules = [rule for rule in read_rules() if rule.id == "attention-memory-long-rows"]
     first, second = "scaled_dot_product_attention(\n", "OutOfMemoryError: x\n"
     for lines, expected in (

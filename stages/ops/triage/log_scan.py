@@ -97,9 +97,14 @@ class _Watch:
         self.by_start: dict[str, list[str]] = {}
         for text in self.by_text:
             self.by_start.setdefault(text[:MIN_TEXT], []).append(text)
-        known = {*self.by_text, *MARKER_TEXTS}
-        self.known = _any_of(known)
-        self.pattern = _any_of(known | set(ERROR_TEXTS)) if errors else self.known
+        # A rule's later lines tell nothing before its first: a log may be full of them.
+        first = {text for rule in rules for text in rule.texts[0]}
+        error_texts = set(ERROR_TEXTS) if errors else set()
+        self.openers = _any_of({t for r in rules if len(r.texts) > 1 for t in r.texts[0]})
+        self.known = _any_of({*first, *MARKER_TEXTS})
+        self.pattern = _any_of({*first, *MARKER_TEXTS, *error_texts})
+        self.known_waiting = _any_of({*self.by_text, *MARKER_TEXTS})
+        self.pattern_waiting = _any_of({*self.by_text, *MARKER_TEXTS, *error_texts})
 
     def texts_in(self, line: str) -> list[str]:
         """The texts that stand in a line of lower case."""
@@ -176,7 +181,7 @@ class _Scan:
         if self._is_stale:
             self._watch_less()
         starts, values = split(lines)
-        for index, is_known in self._candidates(values):
+        for index, is_known in self._candidates(values, first_number):
             start = int(starts[index])
             line = lines[start : int(starts[index + 1]) - 1]
             # An error that no rule has a text in: its like, but for digits, is none either.
@@ -191,13 +196,24 @@ class _Scan:
                 self._nothing.add(key)
         self._close(first_number, offset, lines, len(values))
 
-    def _candidates(self, values: pyarrow.Array) -> Iterable[tuple[int, bool]]:
+    def _candidates(self, values: pyarrow.Array, number: int) -> Iterable[tuple[int, bool]]:
         """(index, whether a rule's text is in it) of the lines that are worth a look."""
         if len(values) <= FEW_LINES:
             return ((index, True) for index in range(len(values)))
-        found = np.flatnonzero(_having(values, self._watch.pattern))
-        known = _having(values.take(pyarrow.array(found)), self._watch.known)
+        watch = self._watch
+        found = np.flatnonzero(_having(values, watch.pattern))
+        some = values.take(pyarrow.array(found))
+        if self._is_waiting(number) or (watch.openers and _having(some, watch.openers).any()):
+            found = np.flatnonzero(_having(values, watch.pattern_waiting))
+            known = _having(values.take(pyarrow.array(found)), watch.known_waiting)
+        else:
+            known = _having(some, watch.known)
         return zip(found.tolist(), known.tolist(), strict=True)
+
+    def _is_waiting(self, number: int) -> bool:
+        """Whether a rule whose first line came waits for its next, `number` lines into the log."""
+        within = {rule.id: rule.within_lines for rule in self._rules}
+        return any(number - last <= within[id_] for id_, (_, last, _) in self._progress.items())
 
     def _close(self, first_number: int, offset: int, lines: bytes, count: int) -> None:
         found = self.findings
