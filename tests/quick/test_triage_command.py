@@ -227,13 +227,16 @@ def test_lines_that_never_end_and_bytes_that_are_no_text(tmp_path: Path) -> None
 def test_parts_of_a_rule_must_come_in_order_and_near_each_other(
     few_lines: int, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where lines are first searched for texts, and where a part is in the next block."""
+    """Also where lines are searched for texts, a part is in the next block, and errors abound."""
     monkeypatch.setattr(log_scan, "FEW_LINES", few_lines)
     monkeypatch.setattr(log_lines, "CHUNK_BYTES", chunk_bytes)
     rules = [rule for rule in read_rules() if rule.id == "attention-memory-long-rows"]
     first, second = "scaled_dot_product_attention(\n", "OutOfMemoryError: x\n"
+    words = (chr(97 + n // 26) + chr(97 + n % 26) for n in range(log_scan.COUNTED_HITS + 1))
+    errors = [f"ValueError: {word}\n" for word in words]
     for lines, expected in (
         ([first, second], 1),
+        ([*errors, first, second], 1),
         ([second, first], 0),
         ([first, *["between\n"] * 30, second], 0),
     ):
