@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel
 
@@ -45,6 +47,7 @@ from tests.models import (
 
 pytestmark = pytest.mark.engine
 
+VLLM = Version(vllm.__version__)
 AUX_LAYERS = (2, 4, 5)
 NUM_LAYERS = 8
 # The targets' own limit too: the longest row has no position to spare.
@@ -144,6 +147,12 @@ def captured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Captured]:
     """The same rows through both engines. vLLM prefills in chunks of 96, several rows a step."""
+    if (
+        request.param == "sliding-window"
+        and Version("0.30") > VLLM
+        and not torch.cuda.is_available()
+    ):
+        pytest.skip("the CPU kernel of vLLM 0.28 refuses pages of 16 tokens; dump says: backend hf")
     target = tmp_path_factory.mktemp(request.param)
     TARGETS[request.param](target, max_length_tokens=MAX_LENGTH_TOKENS)
     parent = tmp_path_factory.mktemp("spool")
@@ -299,7 +308,10 @@ def test_an_engine_killed_while_it_starts_is_retryable(tmp_path: Path) -> None:
     target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
     killer = threading.Thread(target=_kill_engine_core)
     killer.start()
-    with pytest.raises(RetryableError, match="ended by a signal"), VllmCapture(**settings(target)):
+    # Older ones say {} for every process that failed, so that nobody can tell a kill from a refusal.
+    tells = Version("0.32") <= VLLM
+    expected = (RetryableError, "ended by a signal") if tells else (UserError, "could not start")
+    with pytest.raises(expected[0], match=expected[1]), VllmCapture(**settings(target)):
         pass
     killer.join()
 
@@ -398,16 +410,19 @@ def test_token_logprobs_worked_example() -> None:
 def cache_and_request(tmp_path: Path) -> tuple[torch.Tensor, connector.Finished]:
     """Pages of 16 tokens for 2 layers of 4 numbers; a request of 18 tokens in pages 7 and 3."""
     cache = torch.arange(10 * 2 * 16 * 4, dtype=torch.float32).view(10, 2, 16, 4) + 1
+    if Version("0.30") > VLLM:  # its pages are [token, layer, number]
+        cache = cache.transpose(1, 2)
     path = tmp_path / "00000000.safetensors"
     request = connector.Finished("r", str(path), list(range(18)), [7, 3])
-    return cache.clone(), request
+    return cache.clone(memory_format=torch.contiguous_format), request
 
 
 def test_pages_are_read_in_order_and_zeroed(tmp_path: Path) -> None:
     cache, request = cache_and_request(tmp_path)
     before = cache.clone()
     states = connector._take(cache, request, 16)
-    expected = torch.cat([before[7].transpose(0, 1), before[3].transpose(0, 1)[:2]])
+    pages = before if Version("0.30") > VLLM else before.transpose(1, 2)
+    expected = torch.cat([pages[7], pages[3][:2]])
     assert torch.equal(states, expected.to(torch.bfloat16))
     others = [0, 1, 2, 4, 5, 6, 8, 9]
     assert torch.equal(cache[others], before[others])
