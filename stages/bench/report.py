@@ -7,6 +7,7 @@
     lossless                greedy answers against the baseline's, every divergence with its verdict
     gates                   name, value, bound and whether it is met
     warnings                what was found odd about the head or the measurement
+    seconds                 what measuring took, engine starts and all
     making                  how the head was made, where this run made it: stages, loss, walks
 
 Figures as in `figures`; an interval is [low, high] at 95 %, or null where nothing tells it.
@@ -37,7 +38,7 @@ def build(
 
     Args:
         results: the raw measurement under each engine's name.
-        lineage: where the head comes from.
+        lineage: what was measured, by fingerprint and hash.
 
     Raises:
         OutputError: vLLM's counters contradict each other.

@@ -7,6 +7,7 @@ seen. Out: `report.json` and `report.html`. Cost: one engine start for the basel
 """
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +17,13 @@ from shared import files, sources, target
 from shared.bench_report import read_report
 from shared.errors import OutputError, UserError
 from shared.manifest import Artifact, require_parent
-from shared.paths import RunPaths, require_input
+from shared.paths import require_input
 from shared.prompts import BadRow
 from shared.sources import Source
 from shared.status import Accounting, Status
 from stages.bench import gates, head, in_process, making, plans, report
 from stages.bench.cells import Conversation, cells
 from stages.bench.config import BenchConfig, CompareConfig
-from stages.bench.lineage import made_by
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 REPORT, PAGE = "report.json", "report.html"
@@ -41,13 +41,13 @@ class Subject:
     inputs: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def lineage(self, paths: RunPaths) -> dict[str, Any]:
-        """What the report says of where the head comes from."""
+    def lineage(self) -> dict[str, Any]:
+        """What was measured, by fingerprint and hash; how the head was made is `making`'s."""
         train = self.parents.get("train")
         known = (
             {"head_fingerprint": train["fingerprint"], "training": train["facts"]} if train else {}
         )
-        return {**known, **(made_by(paths, train) if train else {}), **self.inputs}
+        return {**known, **self.inputs}
 
 
 def run(config: BenchConfig) -> None:
@@ -73,9 +73,12 @@ def run(config: BenchConfig) -> None:
         _forget(artifact.folder)
         accounting = Accounting()
         conversations = _conversations(config, prompts, accounting, artifact.folder)
+        started_s = time.monotonic()
         results = _measure(config, subject, conversations, artifact.folder)
-        lineage = subject.lineage(config.paths)
+        measured_s = time.monotonic() - started_s
+        lineage = subject.lineage()
         found = report.build(config, results, lineage=lineage, warnings=subject.warnings)
+        found["seconds"] = round(measured_s, 1)
         if subject.parents:  # a head from elsewhere was not made here
             found["making"] = making.of_run(config.paths)
         found["gates"] = gates.judge(config, found, earlier)

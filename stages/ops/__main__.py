@@ -18,12 +18,12 @@ if __name__ == "__main__":
         "ops",
         {
             "run": (RunChainConfig, "stages.ops.run:run"),
-            "make-target": (MakeTargetConfig, "stages.ops.run:run_make_target"),
-            "plan": (PlanConfig, "stages.ops.plan:run"),
-            "validate": (ValidateConfig, "stages.ops.validate:run"),
+            "make-target": (MakeTargetConfig, "stages.ops.demo.run:run"),
+            "plan": (PlanConfig, "stages.ops.plan.run:run"),
+            "validate": (ValidateConfig, "stages.ops.validate.run:run"),
             "status": (StatusConfig, "stages.ops.status:run"),
             "watch": (WatchConfig, "stages.ops.status:watch"),
-            "triage": (TriageConfig, "stages.ops.triage:run"),
-            "review": (ReviewConfig, "stages.ops.triage:run_review"),
+            "triage": (TriageConfig, "stages.ops.triage.run:run"),
+            "review": (ReviewConfig, "stages.ops.triage.run:run_review"),
         },
     )

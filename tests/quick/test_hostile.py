@@ -397,10 +397,10 @@ def test_tables_and_plots_take_foreign_words_as_words() -> None:
 
 
 def test_a_targets_config_cannot_write_into_a_recipe() -> None:
-    from stages.ops.architecture import understand
     from stages.ops.config import PlanConfig
-    from stages.ops.plan_model import make_plan
-    from stages.ops.plan_output import recipe
+    from stages.ops.plan.architecture import understand
+    from stages.ops.plan.model import make_plan
+    from stages.ops.plan.output import recipe
 
     path = ROOT / "tests" / "fixtures" / "configs" / "llama-3.2-1b-instruct.json"
     config = json.loads(path.read_text())

@@ -22,7 +22,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml"}
 # Imported by another package, where a recipe asks for it: a tracker, and transformers' device_map.
 BY_NAME = {"dump": {"accelerate"}, "train": {"tensorboard"}}
 # What an image leaves out on purpose: ops has no torch.
-LEFT_OUT = {"ops": {"stages.ops.make_target", "stages.ops.muon"}}
+LEFT_OUT = {"ops": {"stages.ops.demo.make_target", "stages.ops.demo.muon"}}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,8 @@ def listed(stage: str) -> set[str]:
 def imported(stage: str) -> set[str]:
     """Distributions that a stage imports, itself or through what it uses of shared/."""
     found, seen = set(), set()
-    queue = [f"stages.{stage}.{path.stem}" for path in (ROOT / "stages" / stage).glob("*.py")]
+    sources = (ROOT / "stages" / stage).rglob("*.py")
+    queue = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources]
     while queue:
         module = queue.pop()
         path = ROOT / (module.replace(".", "/") + ".py")

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from shared.errors import UserError
-from stages.ops.dialogues import KINDS, Dialogue, dialogues
-from stages.ops.make_target import END, TargetFacts, batches, make_target
-from stages.ops.muon import Muon
+from stages.ops.demo.dialogues import KINDS, Dialogue, dialogues
+from stages.ops.demo.make_target import END, TargetFacts, batches, make_target
+from stages.ops.demo.muon import Muon
 
 SMALL = {"steps": 3, "num_prompts": 24, "num_held_out": 8, "hidden_size": 64, "num_layers": 2}
 

@@ -12,14 +12,16 @@ import yaml
 
 from shared.config import build
 from shared.errors import UserError
+from shared.head_config import HeadConfig
+from shared.target import read_config
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
-from stages.ops.architecture import read_data, understand
 from stages.ops.config import PlanConfig
-from stages.ops.parameters import Parameters
-from stages.ops.plan import read_model
-from stages.ops.plan_model import Plan, make_plan
-from stages.ops.plan_output import recipe
+from stages.ops.plan.architecture import read_data, understand
+from stages.ops.plan.model import Plan, make_plan, warnings
+from stages.ops.plan.output import recipe
+from stages.ops.plan.parameters import Parameters
+from stages.ops.plan.run import read_model
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
 
@@ -66,6 +68,23 @@ def test_what_a_target_is(name: str) -> None:
     assert plan.target.kinds == kinds
     assert plan.backend[0] == backend
     assert plan.head.intermediate_size == width
+
+
+def test_sizes_that_a_config_leaves_out_are_told(tmp_path: Path) -> None:
+    """Without them every stage refuses the target; with them it is read."""
+    plan = plan_of("gemma-3-27b-it")
+    (told,) = (text for text in warnings(plan) if "lacks sizes" in text)
+    assert told.endswith(
+        'add to text_config: "vocab_size": 262208, "max_position_embeddings": 131072'
+    )
+    raw = config_of("gemma-3-27b-it")
+    raw["text_config"] |= {"vocab_size": 262208, "max_position_embeddings": 131072}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = read_config(tmp_path)
+    assert config.vocab_size == 262208
+    HeadConfig.from_json(config.raw, aux_layers=(2, 31, 59), draft_vocab_size=32000)
+    assert not understand(raw, "config.json").left_out
+    assert not any("lacks sizes" in text for text in warnings(plan_of("qwen3-30b-a3b")))
 
 
 def test_bytes_follow_the_quantisation() -> None:

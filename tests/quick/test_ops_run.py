@@ -18,9 +18,9 @@ from shared.errors import UserError
 from shared.paths import RunPaths
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
-from stages.ops import chain, estimates, preflight
+from stages.ops.chain import estimates, preflight, processes
+from stages.ops.chain.machine import Machine, look
 from stages.ops.config import RunChainConfig
-from stages.ops.machine import Machine, look
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
 
@@ -77,17 +77,21 @@ def config(workspace: Path, **flags: str) -> RunChainConfig:
     return build(RunChainConfig, {**needed, **flags})
 
 
-def steps(workspace: Path, changes: Mapping[str, dict[str, Any]] | None = None) -> list[chain.Step]:
+def steps(
+    workspace: Path, changes: Mapping[str, dict[str, Any]] | None = None
+) -> list[processes.Step]:
     """The chain as the stages read the recipe, asked here instead of in processes of their own."""
     path, paths = write(workspace, changes or {}), RunPaths(workspace, "run")
     flags = {"recipe": str(path), "workspace": str(workspace)}
     return [
-        chain.Step(stage, build(model, flags).model_dump(mode="json"), chain.is_done(stage, paths))
+        processes.Step(
+            stage, build(model, flags).model_dump(mode="json"), processes.is_done(stage, paths)
+        )
         for stage, model in CONFIGS.items()
     ]
 
 
-def problems(found: list[chain.Step], workspace: Path, machine: Machine = CPU) -> list[str]:
+def problems(found: list[processes.Step], workspace: Path, machine: Machine = CPU) -> list[str]:
     return preflight.problems(found, RunPaths(workspace, "run"), machine)
 
 
@@ -110,7 +114,7 @@ def test_which_stages_are_meant(
 def test_each_stage_is_asked_what_it_makes_of_the_recipe(workspace: Path) -> None:
     """The other tests ask the same configs in this process."""
     chosen = config(workspace, skip="synth")
-    asked = chain.steps(chosen, chosen.stages, chain.run_paths(chosen))
+    asked = processes.steps(chosen, chosen.stages, processes.run_paths(chosen))
     assert asked == steps(workspace)[1:]
 
 

@@ -11,13 +11,13 @@ import pytest
 from shared.config import RunConfig, flag_fields
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig, ParityConfig
-from stages.ops import log_scan
-from stages.ops.config import TriageConfig
-from stages.ops.diagnosis import UNKNOWN, Outcome, diagnose, diagnosis_of
-from stages.ops.failure_rules import Rule, read_rules
-from stages.ops.log_files import Case, open_case
-from stages.ops.log_lines import Line
-from stages.ops.log_scan import Findings, Hit, Scanner
+from stages.ops.config import RunChainConfig, TriageConfig
+from stages.ops.triage import log_scan
+from stages.ops.triage.diagnosis import UNKNOWN, Outcome, diagnose, diagnosis_of
+from stages.ops.triage.failure_rules import Rule, read_rules
+from stages.ops.triage.log_files import Case, open_case
+from stages.ops.triage.log_lines import Line
+from stages.ops.triage.log_scan import Findings, Hit, Scanner
 from stages.synth.config import SynthConfig
 from stages.train.config import ExportConfig, TrainConfig
 from tests.triage_cases import FailureCase, read_cases
@@ -117,7 +117,8 @@ def test_no_row_of_the_known_tables_is_left_out() -> None:
 
 def test_what_a_fix_tells_to_set_is_there_to_be_set() -> None:
     commands = (SynthConfig, DumpConfig, ParityConfig, TrainConfig, ExportConfig, BenchConfig)
-    flags = {name for command in (*commands, TriageConfig) for name in flag_fields(command)}
+    operators = (TriageConfig, RunChainConfig)
+    flags = {name for command in (*commands, *operators) for name in flag_fields(command)}
     keys = {f"run.{name}" for name in RunConfig.model_fields}
     for stage, config in (("synth", SynthConfig), ("dump", DumpConfig), ("train", TrainConfig)):
         keys |= {f"{stage}.{name}" for name in config.model_fields}

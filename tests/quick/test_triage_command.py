@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.ops import log_lines, log_scan
 from stages.ops.config import ReviewConfig, TriageConfig
-from stages.ops.failure_rules import MIN_TEXT, fixed_texts, read_rules
-from stages.ops.log_scan import Scanner
-from stages.ops.triage import run, run_review
-from stages.ops.triage_text import safe
+from stages.ops.triage import log_lines, log_scan
+from stages.ops.triage.failure_rules import MIN_TEXT, fixed_texts, read_rules
+from stages.ops.triage.log_scan import Scanner
+from stages.ops.triage.run import run, run_review
+from stages.ops.triage.text import safe
 from tests.triage_cases import END_OF_HEADER
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.ops.failure_rules import read_rules
-from stages.ops.log_scan import Scanner
+from stages.ops.triage.failure_rules import read_rules
+from stages.ops.triage.log_scan import Scanner
 
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {"UserError", "OutputError", "RetryableError", "fault", "kind"}

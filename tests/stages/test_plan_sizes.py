@@ -11,8 +11,8 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from shared.target import read_header
-from stages.ops.architecture import understand
-from stages.ops.parameters import count, weight_bytes
+from stages.ops.plan.architecture import understand
+from stages.ops.plan.parameters import count, weight_bytes
 from tests.models import tiny_moe
 from tests.stages.test_validate import ops
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from shared import conversations, files
 from shared.manifest import fingerprint
 from shared.paths import RunPaths
-from stages.ops.artifacts import ARTIFACTS, RunView
-from stages.ops.findings import FAIL, PASS
-from stages.ops.validate import validate
+from stages.ops.validate.artifacts import ARTIFACTS, RunView
+from stages.ops.validate.findings import FAIL, PASS
+from stages.ops.validate.run import validate
 from tests.runs import ROOT, make_bench, make_synth, run
 
 

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a chain will take: rows, tokens, disk, memory, time, before anything starts.
+
+Where a stage is done its manifest says what came out; before that the recipe's own limits bound it
+("at most"). Time is only told where an earlier run of the same target in this workspace took some:
+nothing here knows how fast a machine is.
+"""
+
+import dataclasses
+import datetime
+import itertools
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from shared import layers, sources, target
+from shared.errors import EyrieError, UserError
+from shared.manifest import read_manifest
+from shared.paths import RunPaths, find_input
+from shared.sources import Source
+from shared.status import read_status
+from shared.tables import cell
+from shared.target import TargetConfig
+from stages.ops.chain import sizes
+from stages.ops.chain.machine import Machine
+from stages.ops.chain.processes import Step
+
+# Counting more rows than this takes longer than a person waits for a plan.
+_ROWS_COUNTED = 200_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What one stage will take, in words; "" where nothing can be said."""
+
+    stage: str
+    state: str
+    work: str = ""
+    disk: str = ""
+    memory: str = ""
+    time: str = ""
+
+
+def prompt_sources(step: Step) -> list[Source]:
+    """Where a stage takes its rows from; none where another stage's artifact is its input."""
+    settings = step.settings
+    listed = [*settings.get("sources", ()), settings.get("prompts"), settings.get("conversations")]
+    return [
+        Source(path=each)
+        if isinstance(each, str)
+        else Source(**{key: each[key] for key in Source.model_fields if key in each})
+        for each in listed
+        if each
+    ]
+
+
+class Estimates:
+    """The estimates of a chain, each stage's from what the ones before it leave."""
+
+    def __init__(self, steps: Sequence[Step], paths: RunPaths, machine: Machine) -> None:
+        self.steps = steps
+        self.paths = paths
+        self.machine = machine
+        self._rows: dict[str, int | None] = {}
+
+    def rows(self) -> list[Estimate]:
+        return [self._done(step) if step.done else self._ahead(step) for step in self.steps]
+
+    def _done(self, step: Step) -> Estimate:
+        folder = self.paths.export if step.stage == "train" else self.paths.stage(step.stage)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(
+                f"{folder}: its manifest went away just now. Run the same command again."
+            )
+        rows = self._rows[step.stage] = int(manifest["counts"]["ok"])
+        size = sum(entry["bytes"] for entry in manifest["files"].values())
+        tokens = manifest["facts"].get("tokens")
+        work = f"{rows:,} rows" + (f", {tokens:,} tokens" if tokens else "")
+        return Estimate(step.stage, "done", work, sizes.shown_bytes(size))
+
+    def _ahead(self, step: Step) -> Estimate:
+        rows = self._rows[step.stage] = self._count(step)
+        config = self._target(step)
+        if rows is None:
+            work, tokens = "rows of another stage, or of a hub", None
+        else:
+            tokens = self._tokens(step, rows)
+            work = f"{rows:,} rows, at most {tokens:,} tokens"
+        return Estimate(
+            step.stage,
+            "to do",
+            work,
+            self._disk(step, config, tokens),
+            self._memory(step, config),
+            self._time(step, rows),
+        )
+
+    def _count(self, step: Step) -> int | None:
+        """Rows that a stage will get, as far as files say."""
+        if listed := prompt_sources(step):
+            if any(sources.is_on_hub(source, self.paths.workspace) for source in listed):
+                return None
+            read = (
+                row
+                for source in listed
+                for row in sources.read_source(source, self.paths.workspace)
+            )
+            try:
+                rows = sum(1 for _ in itertools.islice(read, _ROWS_COUNTED))
+            except EyrieError:  # preflight says what is wrong with it
+                return None
+            most = step.settings.get("max_samples") or step.settings.get("max_prompts")
+            return min(rows, most or rows)
+        parent = {"dump": "synth", "train": "dump"}.get(step.stage)
+        if parent is None or step.settings.get("states"):
+            return None
+        if parent in self._rows:
+            return self._rows[parent]
+        made = read_manifest(self.paths.stage(parent))
+        return int(made["counts"]["ok"]) if made else None
+
+    def _tokens(self, step: Step, rows: int) -> int:
+        longest = int(step.run["max_length_tokens"])
+        if step.stage == "bench":
+            return rows * max(step.settings["max_tokens"])
+        made = read_manifest(self.paths.stage("synth"))
+        if made and step.stage != "synth" and "tokens" in made["facts"]:
+            tokens = int(made["facts"]["tokens"])
+        else:
+            tokens = rows * longest
+        return tokens * int(step.settings.get("epochs", 1))
+
+    def _target(self, step: Step) -> TargetConfig | None:
+        original = step.run["target_train"] if step.stage in ("dump", "train") else None
+        found = find_input(original or step.run["target"], self.paths.workspace)
+        try:
+            return target.read_config(found) if found is not None and found.is_dir() else None
+        except EyrieError:  # preflight says what is wrong with it
+            return None
+
+    def _disk(self, step: Step, config: TargetConfig | None, tokens: int | None) -> str:
+        try:
+            if step.stage == "synth" and tokens is not None:
+                return f"at most {sizes.shown_bytes(8 * tokens)}"  # ids, text and spans, before compression
+            if step.stage == "dump" and config and tokens is not None:
+                aux = layers.resolve_aux_layers(step.run["aux_layers"], config.num_layers)
+                size = layers.state_bytes(tokens, len(aux), config.hidden_size)
+                return f"at most {sizes.shown_bytes(size)}"
+            if step.stage == "train" and config:
+                head = sizes.head_config(step.run, config, step.settings)
+                return sizes.shown_bytes(
+                    sizes.checkpoint_bytes(head, step.settings) + 4 * head.num_parameters
+                )
+        except EyrieError:  # preflight says what is wrong with it
+            return ""
+        return ""
+
+    def _memory(self, step: Step, config: TargetConfig | None) -> str:
+        if config is None:
+            return ""
+        if step.stage == "train":
+            try:
+                size = sizes.train_bytes(sizes.head_config(step.run, config, step.settings))
+            except EyrieError:  # preflight says what is wrong with it
+                return ""
+            return f"{sizes.shown_bytes(size)} and activations"
+        if step.settings.get("endpoints") or step.settings.get("endpoint"):
+            return "the endpoint's"
+        if step.settings.get("states"):
+            return "of three tensors of the target"
+        parts = sizes.gpus_a_copy(step)
+        size = sizes.weight_bytes(config.folder) // parts
+        where = "a GPU" if self.machine.gpus else "of memory"
+        return f"{sizes.shown_bytes(size)} {where} for weights, and the KV cache"
+
+    def _time(self, step: Step, rows: int | None) -> str:
+        found = earlier(self.paths, step)
+        if found is None or not rows:
+            return "unknown"
+        seconds, then_rows, run = found
+        return f"about {_duration(seconds * rows / then_rows)} (as {run} took)"
+
+
+def earlier(paths: RunPaths, step: Step) -> tuple[float, int, str] | None:
+    """(seconds, rows, run) of the same stage in another run of this target, or None.
+
+    Counted from what a stage writes first, its status, to what it writes last, its manifest.
+    """
+    for folder in sorted(paths.workspace.glob(f"*/{step.stage}/manifest.json")):
+        run = RunPaths(paths.workspace, folder.parents[1].name)
+        try:
+            manifest = read_manifest(folder.parent)
+            status = read_status(run.status(step.stage))
+        except EyrieError:
+            continue
+        if manifest is None or manifest["identity"].get("run.target") != step.run["target"]:
+            continue
+        finished = datetime.datetime.fromisoformat(manifest["provenance"]["finished"])
+        seconds = finished.timestamp() - float(status["started_s"])
+        epochs = manifest["config"].get("epochs", 1) / step.settings.get("epochs", 1)
+        if run.run_name != paths.run_name and seconds > 0 and manifest["counts"]["ok"]:
+            return seconds / epochs, int(manifest["counts"]["ok"]), run.run_name
+    return None
+
+
+def show(name: str, found: Sequence[Estimate], machine: Machine, console: Console) -> None:
+    """Print the plan."""
+    table = Table(title=cell(f"{name}: plan on {machine}"))
+    columns = [field.name for field in dataclasses.fields(Estimate)]
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in found:
+        table.add_row(*(cell(getattr(row, column)) for column in columns))
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

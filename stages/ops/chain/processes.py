@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which stages a command means, and what each would do with the recipe, in its own words.
+
+A stage alone knows its settings, and may run under another interpreter with other packages. So each
+is asked as a process: `python -m stages.<s> --recipe R --print_config`, all of them at once.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.cli import PRINT_CONFIG
+from shared.config import RunConfig, read_recipe
+from shared.errors import EXIT_DONE, UserError
+from shared.manifest import MANIFEST
+from shared.paths import RunPaths
+from stages.ops.config import RunChainConfig
+
+SOURCE_ROOT = Path(__file__).resolve().parents[3]
+WORKSPACE = "/workspace"  # where compose.yaml mounts it
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One stage of the chain.
+
+    Attributes:
+        settings: what recipe and defaults come to, as the stage itself says.
+        done: whether its artifact is finished.
+    """
+
+    stage: str
+    settings: Mapping[str, Any]
+    done: bool
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """The recipe's section `run`, with defaults."""
+        section: Mapping[str, Any] = self.settings["run"]
+        return section
+
+
+def run_paths(config: RunChainConfig) -> RunPaths:
+    """Where the recipe's run lies."""
+    name = read_recipe(config.recipe).get("run", {}).get("name")
+    return RunPaths(config.workspace, str(name or RunConfig.model_fields["name"].default))
+
+
+def python_of(stage: str) -> str:
+    """The interpreter of a stage: $EYRIE_<STAGE>_PYTHON, or this one."""
+    return os.environ.get(f"EYRIE_{stage.upper()}_PYTHON", sys.executable)
+
+
+def command_of(stage: str, config: RunChainConfig) -> list[str]:
+    """The command line that runs a stage."""
+    # A stage of an image has no interpreter here; this one serves to ask it what it would do.
+    python = sys.executable if config.by == "compose" else python_of(stage)
+    command = [python, "-m", f"stages.{stage}", "--recipe", str(config.recipe)]
+    command += ["--workspace", str(config.workspace)]
+    return [*command, "--overwrite"] if config.overwrite else command
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the source tree on the search path."""
+    search_path = os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": search_path}
+
+
+def start(command: Sequence[str], stage: str, **more: Any) -> "subprocess.Popen[Any]":
+    """Start a stage's process.
+
+    Raises:
+        UserError: the stage is not in this image, or its interpreter is none.
+    """
+    if not (SOURCE_ROOT / "stages" / stage).is_dir():
+        raise UserError(
+            f"expected stage {stage} beside ops in {SOURCE_ROOT / 'stages'}, found none: each stage "
+            "has its own image. Run the chain with `docker compose -f compose.yaml -f "
+            "compose/pipeline.yaml up`."
+        )
+    try:
+        return subprocess.Popen(command, env=environment(), **more)
+    except OSError as error:
+        raise UserError(
+            f"EYRIE_{stage.upper()}_PYTHON: expected a Python interpreter, could not start "
+            f"{command[0]}: {error.strerror}."
+        ) from error
+
+
+def is_done(stage: str, paths: RunPaths) -> bool:
+    """Whether a stage has finished; train has once its export has."""
+    folder = paths.export if stage == "train" else paths.stage(stage)
+    return (folder / MANIFEST).exists()
+
+
+def steps(config: RunChainConfig, stages: Sequence[str], paths: RunPaths) -> list[Step]:
+    """Each stage's own word on the recipe.
+
+    Raises:
+        UserError: a stage refuses it; with that stage's message.
+    """
+    asked = {
+        stage: start(
+            [*command_of(stage, config), PRINT_CONFIG],
+            stage,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for stage in stages
+    }
+    found = []
+    for stage, process in asked.items():
+        answer, complaint = process.communicate()
+        if process.returncode != EXIT_DONE:
+            raise UserError(f"{stage} refuses {config.recipe}: {_message(complaint, stage)}")
+        if config.by == "compose":
+            answer = answer.replace(f'"{WORKSPACE}/', '"')  # found here where the workspace lies
+        found.append(Step(stage, json.loads(answer), is_done(stage, paths)))
+    return found
+
+
+def _message(complaint: str, stage: str) -> str:
+    """What a stage said, without the time and level before it."""
+    return complaint.strip().split(f" {stage} ", 1)[-1]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that a chain's stages hold and write, from the target's config and the stages' settings."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared import layers
+from shared.head_config import HeadConfig
+from shared.manifest import read_manifest
+from shared.paths import RunPaths
+from shared.target import TargetConfig
+from stages.ops.chain.processes import Step
+
+# fp32 weights, gradients and AdamW's two moments; a checkpoint keeps all but the gradients.
+STATE_BYTES_A_WEIGHT = 16
+CHECKPOINT_BYTES_A_WEIGHT = 12
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the target's weights as they lie in `folder`."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def gpus_a_copy(step: Step) -> int:
+    """GPUs that hold one copy of the target between them."""
+    settings = step.settings
+    return int(settings.get("tensor_parallel_size") or 1) * int(
+        settings.get("pipeline_parallel_size") or 1
+    )
+
+
+def head_config(
+    run: Mapping[str, Any], config: TargetConfig, train: Mapping[str, Any]
+) -> HeadConfig:
+    """The draft head that train would make.
+
+    Raises:
+        UserError: the target's config.json lacks a size, or the recipe does not fit it.
+    """
+    raw = dict(config.raw)
+    if train.get("intermediate_size") is not None:
+        raw["intermediate_size"] = train["intermediate_size"]
+    return HeadConfig.from_json(
+        raw,
+        aux_layers=layers.resolve_aux_layers(run["aux_layers"], config.num_layers),
+        draft_vocab_size=run["draft_vocab_size"],
+    )
+
+
+def checkpoint_bytes(head: HeadConfig, train: Mapping[str, Any]) -> int:
+    """What train's checkpoints take: those kept, the best one, and the one being written."""
+    return (int(train["keep_checkpoints"]) + 2) * CHECKPOINT_BYTES_A_WEIGHT * head.num_parameters
+
+
+def train_bytes(head: HeadConfig) -> int:
+    """What one rank holds beside activations: the state, and frozen rows of the target in fp32."""
+    frozen = (head.vocab_size + head.draft_vocab_size) * head.hidden_size
+    return STATE_BYTES_A_WEIGHT * head.num_parameters + 4 * frozen
+
+
+def certain_disk_bytes(left: Sequence[Step], config: TargetConfig, paths: RunPaths) -> int:
+    """What will be written for certain: states of rows that are there, and checkpoints."""
+    needed = 0
+    for step in left:
+        if step.stage == "dump":
+            made = read_manifest(paths.stage("synth")) or {"facts": {}}
+            aux = layers.resolve_aux_layers(step.run["aux_layers"], config.num_layers)
+            tokens = int(made["facts"].get("tokens", 0))
+            held = sum(path.stat().st_size for path in paths.stage("dump").rglob("*.pt"))
+            needed += max(0, layers.state_bytes(tokens, len(aux), config.hidden_size) - held)
+        if step.stage == "train":
+            head = head_config(step.run, config, step.settings)
+            needed += checkpoint_bytes(head, step.settings)
+    return needed
+
+
+def shown_bytes(num_bytes: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"

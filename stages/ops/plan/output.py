@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as a recipe, as JSON, and as tables."""
+
+import dataclasses
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from shared.log import printable
+from shared.tables import cell
+from stages.ops.chain import sizes
+from stages.ops.config import PlanConfig
+from stages.ops.plan.architecture import read_data
+from stages.ops.plan.model import Plan, chosen_aux_layers, longest, warnings
+
+_DISK_SAMPLES = (5_000, 50_000, 500_000)
+
+
+def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
+    """A recipe that fits this target on GPUs of `config.gpu`.
+
+    Args:
+        sharded: whether each shard of dump is a pod of its own, with GPUs for one copy of the target.
+    """
+    target, placement = plan.target, plan.placements[config.gpu]
+    split = {"tensor_parallel_size": placement.tensor_parallel}
+    wide = dict(split)
+    if placement.pipeline_parallel > 1:
+        wide["pipeline_parallel_size"] = placement.pipeline_parallel
+    length = min(config.length, longest(target))
+    run_section: dict[str, Any] = {
+        "name": run_name(plan, config),
+        "target": config.target or plan.model.removesuffix("/config.json"),
+        "max_length_tokens": length,
+        "draft_vocab_size": plan.head.draft_vocab_size,
+    }
+    if chosen_aux_layers(target) is not None:
+        run_section["aux_layers"] = list(plan.head.aux_layers)
+    if target.raw.get("auto_map"):
+        run_section["trust_remote_code"] = config.trust_remote_code
+    train: dict[str, Any] = {"epochs": 2, "mixed_precision": "bf16"}
+    if plan.head.intermediate_size != target.text.get("intermediate_size"):
+        train["intermediate_size"] = plan.head.intermediate_size
+    if not placement.train_fits:
+        train["distributed"] = "fsdp2"
+    backend = plan.backend[0]
+    dump: dict[str, Any] = {"backend": backend}
+    if backend == "vllm":
+        dump |= {**split, "data_parallel": 1 if sharded else max(1, placement.copies)}
+    sections = {
+        "run": run_section,
+        "synth": {
+            "prompts": config.prompts,
+            "max_samples": config.samples,
+            "max_tokens": length // 2,
+            **wide,
+        },
+        "dump": dump,
+        "train": train,
+        "bench": {"num_speculative_tokens": 3, **split},
+    }
+    head = [f"# {plan.model} on {config.gpu}; {'; '.join(target.kinds)}."]
+    head.append(f"# dump: {plan.backend[1]}.")
+    head += [f"# {warning}." for warning in warnings(plan)]
+    # What a config.json says must not end its comment and become a setting.
+    return "\n".join(map(printable, head)) + "\n\n" + yaml.safe_dump(sections, sort_keys=False)
+
+
+def run_name(plan: Plan, config: PlanConfig) -> str:
+    """As asked for, or the last part of a folder's, a file's or a hub id's name."""
+    model = plan.model.rstrip("/").removesuffix("/config.json").removesuffix(".json")
+    return config.name or model.split("/")[-1].lower()
+
+
+def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
+    """The plan for a program."""
+    return {
+        "model": plan.model,
+        "architecture": plan.target.name,
+        "kinds": plan.target.kinds,
+        "parameters": {**dataclasses.asdict(plan.counted), "total": plan.counted.total},
+        "weight_bytes": plan.weights,
+        "dump_backend": {"name": plan.backend[0], "reason": plan.backend[1]},
+        "head": {**dataclasses.asdict(plan.head), "parameters": plan.head.num_parameters},
+        "head_width_reason": plan.width_reason,
+        "train_bytes": sizes.train_bytes(plan.head),
+        "gpus": {gpu: placement.of_stages() for gpu, placement in plan.placements.items()},
+        "dump_bytes": plan.disk_bytes(config.samples, config.length),
+        "published": read_data("published.yaml"),
+        "warnings": warnings(plan),
+    }
+
+
+def show(plan: Plan, config: PlanConfig, console: Console) -> None:
+    """Print the plan."""
+    console.print(_facts(plan, config))
+    console.print(_gpus(plan))
+    console.print(_published())
+    for warning in warnings(plan):
+        console.print(f"note: {warning}", markup=False)
+
+
+def _facts(plan: Plan, config: PlanConfig) -> Table:
+    target, head = plan.target, plan.head
+    table = Table(title=cell(plan.model), show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("architecture", cell(f"{target.name}: {', '.join(target.kinds)}"))
+    table.add_row("parameters", f"{plan.counted.total:,}")
+    how = target.quantization.get("quant_method", "16 bits")
+    table.add_row("weights", cell(f"{sizes.shown_bytes(plan.weights)} ({how})"))
+    table.add_row("dump backend", cell(f"{plan.backend[0]}: {plan.backend[1]}"))
+    table.add_row("aux layers", str(list(head.aux_layers)))
+    table.add_row("draft head", f"{head.num_parameters:,} parameters of its own")
+    table.add_row("its MLP width", f"{head.intermediate_size} ({plan.width_reason})")
+    table.add_row(
+        "its training state",
+        f"{sizes.shown_bytes(sizes.train_bytes(head))} a rank, and activations",
+    )
+    for samples in dict.fromkeys((config.samples, *_DISK_SAMPLES)):
+        taken = sizes.shown_bytes(plan.disk_bytes(samples, config.length))
+        table.add_row(f"states of {samples:,} samples", f"{taken} at {config.length} tokens each")
+    return table
+
+
+def _gpus(plan: Plan) -> Table:
+    table = Table(title="GPUs")
+    for column in ("type", "synth", "dump", "train", "bench"):
+        table.add_column(column, overflow="fold")
+    for gpu, placement in plan.placements.items():
+        table.add_row(gpu, *placement.of_stages().values())
+    return table
+
+
+def _published() -> Table:
+    table = Table(title="What others have reached")
+    for column in ("target", "samples", "K", "acceptance length", "prompts", "source"):
+        table.add_column(column, overflow="fold")
+    for row in sorted(read_data("published.yaml"), key=lambda row: row.get("samples", 1 << 60)):
+        samples = f"{row['samples']:,}" if "samples" in row else "not told"
+        length = f"{row['acceptance_length']:.2f}"
+        k = str(row.get("k", "not told"))
+        table.add_row(row["target"], samples, k, length, row.get("prompts", ""), row["source"])
+    return table
