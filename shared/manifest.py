@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -136,6 +136,50 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
 
 
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _first_changed(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    """The first file that is missing or of another size."""
+    listed = manifest["files"].items()
+    return next((name for name, facts in listed if _size(folder / name) != facts["bytes"]), None)
+
+
+def require_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse an artifact with a file that is missing or of another size.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    if (name := _first_changed(folder, manifest)) is None:
+        return
+    path, expected = folder / name, manifest["files"][name]["bytes"]
+    size = _size(path)
+    raise UserError(
+        f"{path}: expected {expected} bytes as the manifest says, found "
+        f"{'no file' if size is None else size}. Restore it, or run {manifest['stage']} again with "
+        "--overwrite."
+    )
+
+
+def require_unchanged(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse these files of an artifact where their bytes are others than when it was finished.
+
+    Costs a pass over them, so ask it of what is read whole anyway.
+
+    Raises:
+        UserError: with the first that is another one.
+    """
+    for name in names:
+        path, expected = folder / name, manifest["files"][name]["sha256"]
+        if (found := files.sha256(path)) != expected:
+            raise UserError(
+                f"{path}: expected the SHA-256 {expected} as the manifest says, found {found}: it is "
+                f"damaged. Restore it, or run {manifest['stage']} again with --overwrite."
+            )
+
+
 def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str, Any]:
     """The manifest of a complete parent artifact that agrees with `config`.
 
@@ -150,15 +194,11 @@ def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str
         )
     if manifest["stage"] != stage:
         raise UserError(f"{folder}: expected an artifact of {stage}, found {manifest['stage']}.")
-    for name, facts in manifest["files"].items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != facts["bytes"]:
-            raise UserError(
-                f"{path}: expected {facts['bytes']} bytes as the manifest says, found "
-                f"{'no file' if size is None else size}. Restore it, or run {stage} again with "
-                "--overwrite."
-            )
+    if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
+        raise UserError(
+            f"{folder / MANIFEST}: its fingerprint is not that of its identity. {_AGAIN}"
+        )
+    require_sizes(folder, manifest)
     facts = f"{folder / MANIFEST}: facts"
     require_shape(manifest["facts"], _FACTS.get(stage, Shape), where=facts, then=_AGAIN)
     own = config.identity()
@@ -173,7 +213,11 @@ def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str
 
 
 class Artifact:
-    """One stage's folder on its way to completeness."""
+    """One stage's folder on its way to completeness.
+
+    Args:
+        mends: whether a file that is missing from a finished one is made again, as it was.
+    """
 
     def __init__(
         self,
@@ -182,9 +226,11 @@ class Artifact:
         *,
         parents: Mapping[str, Mapping[str, Any]] | None = None,
         inputs: Mapping[str, str] | None = None,
+        mends: bool = True,
     ) -> None:
         self.folder = folder
         self.config = config
+        self._mends = mends
         self.parents = {name: parent["fingerprint"] for name, parent in (parents or {}).items()}
         self.identity: dict[str, Any] = {
             **config.identity(),
@@ -194,10 +240,11 @@ class Artifact:
         self.fingerprint = fingerprint(self.identity)
 
     def is_done(self) -> bool:
-        """Whether the finished artifact of this very configuration is there already.
+        """Whether the finished artifact of this very configuration is there already, and whole.
 
         Raises:
-            UserError: there is one of another configuration and --overwrite was not given.
+            UserError: there is one of another configuration, or one that cannot be mended, and
+                --overwrite was not given.
         """
         manifest = read_manifest(self.folder)
         found = manifest["identity"] if manifest else self._started_identity()
@@ -206,8 +253,7 @@ class Artifact:
         if fingerprint(found) == self.fingerprint:
             # Of several processes none may undo what another has just made.
             if manifest and (self._is_shared or not self.config.overwrite):
-                logger.info("already done: %s", self.folder / MANIFEST)
-                return True
+                return self._is_whole(manifest)
             return False
         if not self.config.overwrite:
             raise UserError(
@@ -216,6 +262,15 @@ class Artifact:
                 "to replace it, or another run.name to keep both."
             )
         return False
+
+    def _is_whole(self, manifest: Mapping[str, Any]) -> bool:
+        if not self._mends:
+            require_sizes(self.folder, manifest)
+        if (changed := _first_changed(self.folder, manifest)) is not None:
+            logger.warning("%s is not as it was: what is missing is made again", changed)
+            return False
+        logger.info("already done: %s", self.folder / MANIFEST)
+        return True
 
     def _started_identity(self) -> dict[str, Any] | None:
         path = self.folder / IDENTITY
@@ -235,24 +290,40 @@ class Artifact:
         return self.config.share.count > 1
 
     @contextlib.contextmanager
-    def work(self) -> Iterator[None]:
+    def work(self) -> Iterator[bool]:
         """Hold the folder, or this process's share of it (see `shared/sharding.py`).
 
         What a killed run of the same configuration left stays for resuming.
+
+        Yields:
+            False where another process has finished the artifact since it was asked about.
 
         Raises:
             RetryableError: another process works on it.
         """
         if self._is_shared:
             with self._work_on_share():
-                yield
+                yield self._is_needed()
             return
         with lock(self.folder / LOCK):
             if self.config.overwrite:
                 self._clear()
+            if not self._is_needed():
+                yield False
+                return
             files.sweep_temporaries(self.folder)
             files.write_json(self.folder / IDENTITY, self.identity)
-            yield
+            yield True
+
+    def _is_needed(self) -> bool:
+        """Whether anything is left to do; a manifest of what is not whole goes, before it is mended."""
+        if not (self.folder / MANIFEST).exists():
+            return True
+        if self.is_done():
+            return False
+        with files.writing(self.folder / MANIFEST):
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+        return True
 
     @contextlib.contextmanager
     def _work_on_share(self) -> Iterator[None]:
@@ -325,5 +396,7 @@ class Artifact:
             "config": self.config.model_dump(mode="json"),
             "provenance": provenance.collect(argv=sys.argv, engine=engine),
         }
+        if not (self.folder / IDENTITY).exists():  # somebody removed it meanwhile
+            files.write_json(self.folder / IDENTITY, self.identity)
         files.write_json(self.folder / MANIFEST, manifest)
         logger.info("done: %s", self.folder / MANIFEST)
