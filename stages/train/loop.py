@@ -180,7 +180,7 @@ class Trainer:
         return Outcome(
             samples=len(self.dataset.training) + len(self.dataset.held_out),
             held_out=len(self.dataset.held_out),
-            tokens=tokens,
+            tokens=sum(sample.num_tokens for samples in self._steps() for sample in samples),
             steps=self.step,
             best_step=int(self.best["step"]),
             walked_acceptance_length=self.best["value"] if self.dataset.held_out else None,
@@ -297,6 +297,7 @@ class Trainer:
         self.history.keep(state["step"] if state else 0)
         if state is None:
             return
+        checkpoint.require_best(self.checkpoints.folder, state)
         self.step = state["step"]
         self.best = state["best"]
         distributed.restore_state(self.module, self.optimizer, state)
