@@ -117,6 +117,11 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     histories = [w / "run" / "train" / "history.jsonl" for w in (workspace, trained)]
     assert histories[0].read_text() == histories[1].read_text()
+    tokens = [
+        json.loads((w / "run" / "train" / "manifest.json").read_text())["facts"]["tokens"]
+        for w in (workspace, trained)
+    ]
+    assert tokens[0] == tokens[1], "of all steps, those before the interruption too"
 
 
 def start_ranks(workspace: Path, num_ranks: int) -> list[subprocess.Popen[bytes]]:
