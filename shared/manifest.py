@@ -136,6 +136,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
 
 
+def _way_out(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """What helps against a damaged file. Weights and their history cannot be made one by one."""
+    stage = manifest["stage"]
+    if folder.name == "train":
+        return f"Restore it, or run {stage} again with --overwrite."
+    return f"Restore it, or delete it and run {stage} again: what is missing is made again."
+
+
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
@@ -158,8 +166,7 @@ def require_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
     size = _size(path)
     raise UserError(
         f"{path}: expected {expected} bytes as the manifest says, found "
-        f"{'no file' if size is None else size}. Restore it, or run {manifest['stage']} again with "
-        "--overwrite."
+        f"{'no file' if size is None else size}. {_way_out(folder, manifest)}"
     )
 
 
@@ -176,7 +183,7 @@ def require_unchanged(folder: Path, manifest: Mapping[str, Any], names: Iterable
         if (found := files.sha256(path)) != expected:
             raise UserError(
                 f"{path}: expected the SHA-256 {expected} as the manifest says, found {found}: it is "
-                f"damaged. Restore it, or run {manifest['stage']} again with --overwrite."
+                f"damaged. {_way_out(folder, manifest)}"
             )
 
 

@@ -96,7 +96,7 @@ class Case:
             if code == EXIT_DONE:
                 continue
             told = (errors_in(said) or [""])[-1]
-            asked = self._obey(told) if code == EXIT_USER and self.obeys else None
+            asked = self.obey(told) if code == EXIT_USER and self.obeys else None
             if code != EXIT_RETRY and asked is None:
                 self.problems.append(f"run again, exit {code}: {told[:400]}")
                 break
@@ -116,7 +116,7 @@ class Case:
         left = processes.left_behind(self.world.path)
         self.problems += [f"a process outlived the stage: {words}" for words in left]
 
-    def _obey(self, told: str) -> tuple[str, ...] | None:
+    def obey(self, told: str) -> tuple[str, ...] | None:
         """Do what the message asks for; more flags for the next run, or None where it asks nothing."""
         if named := _DELETE.search(told) or _DELETE_IT.search(told):
             path = Path(named[1])

@@ -39,8 +39,10 @@ def flipped(bed: Bed, stage: str, chance: random.Random) -> Case:
     content[at] ^= 1 << chance.randrange(8)
     path.write_bytes(content)
     case.detail += f", byte {at}"
-    _meet(case, path)
-    case.recover("--overwrite")  # as those say who see it
+    told = _meet(case, path)
+    case.obeys = True
+    asked = case.obey(told) if told else None
+    case.recover(*(("--overwrite",) if asked is None else asked))
     return case
 
 
@@ -85,8 +87,8 @@ def _command(case: Case, stage: str, words: list[str]) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def _meet(case: Case, path: Path) -> None:
-    """Let the next one read it."""
+def _meet(case: Case, path: Path) -> str:
+    """Let the next one read it; its refusal, if it does refuse."""
     reader, words = _reader(case, path)
     code, said = _command(case, reader, words)
     case.codes.append(code)
@@ -97,10 +99,10 @@ def _meet(case: Case, path: Path) -> None:
         names.add(str(path.parent))
     if code == EXIT_USER and any(name in "".join(errors_in(said)) for name in names):
         case.detail += f": refused by {reader}"
-        return
+        return errors_in(said)[-1]
     if code != EXIT_DONE:
         case.problems.append(f"{reader}: exit {code}, the file not named: {errors_in(said)[-1:]}")
-        return
+        return ""
     code, said = _command(case, "ops", ["validate", "run", "--only", case.stage, "--json"])
     if code == EXIT_OUTPUT and any(name in said for name in names):
         case.detail += ": seen by validate"
@@ -108,6 +110,7 @@ def _meet(case: Case, path: Path) -> None:
         case.detail += f": means nothing to {reader}"
     else:
         case.problems.append(f"used by {reader} in silence (validate: exit {code})")
+    return ""
 
 
 def _changes_nothing(case: Case, reader: str) -> bool:

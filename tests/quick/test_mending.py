@@ -69,7 +69,9 @@ def test_other_bytes_of_the_same_size_are_refused(tmp_path: Path) -> None:
     assert manifest is not None
     require_unchanged(done.folder, manifest, manifest["files"])
     (done.folder / "part.txt").write_text("bows")
-    with pytest.raises(UserError, match=r"part\.txt: expected the SHA-256 .* synth again"):
+    with pytest.raises(
+        UserError, match=r"part\.txt: expected the SHA-256 .*delete it and run synth"
+    ):
         require_unchanged(done.folder, manifest, manifest["files"])
 
 
