@@ -287,6 +287,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "best": self.best,
             "sums": None if unrecorded is None else self._summed(unrecorded).cpu(),
+            "loss": self.loss,  # what is told in the end, where no step is left
         }
         if self.accelerator.is_main_process:
             self.checkpoints.save(state, best=best)
@@ -300,6 +301,7 @@ class Trainer:
         checkpoint.require_best(self.checkpoints.folder, state)
         self.step = state["step"]
         self.best = state["best"]
+        self.loss = state.get("loss", math.nan)
         distributed.restore_state(self.module, self.optimizer, state)
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
