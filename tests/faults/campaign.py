@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
+import math
 import random
 import shutil
 import sys
@@ -83,11 +84,20 @@ def play(
     kinds: Sequence[str] = tuple(KINDS),
     first: int = 0,
     jobs: int = 2,
+    seconds: float = math.inf,
 ) -> Iterator[Outcome]:
-    """The faults `first` to `first + faults` of the seed's, `jobs` at a time, told in their order."""
+    """The faults `first` to `first + faults` of the seed's, `jobs` at a time, told in their order.
+
+    Args:
+        seconds: none is begun after so many.
+    """
+    until_s = time.monotonic() + seconds
     chosen = itertools.islice(drawn(seed, stages, kinds), first, first + faults)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda fault: _played(bed, *fault), chosen)
+        played = pool.map(
+            lambda fault: _played(bed, *fault) if time.monotonic() < until_s else None, chosen
+        )
+        yield from filter(None, played)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -117,6 +127,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first fault")
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin none after so many")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time")
     parser.add_argument("--folder", type=Path, help="where worlds are made; default a new one")
     given = parser.parse_args()
@@ -126,7 +137,8 @@ def main() -> int:
     outcomes = []
     stages, kinds = given.stages.split(","), given.kinds.split(",")
     drawing = {"seed": given.seed, "faults": given.faults, "first": given.first}
-    for outcome in play(bed, **drawing, stages=stages, kinds=kinds, jobs=given.jobs):
+    drawing |= {"seconds": given.seconds, "jobs": given.jobs}
+    for outcome in play(bed, **drawing, stages=stages, kinds=kinds):
         outcomes.append(outcome)
         sys.stdout.write(outcome.line() + "\n")
         sys.stdout.flush()
