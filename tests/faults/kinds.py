@@ -133,8 +133,11 @@ def twice(bed: Bed, stage: str, chance: random.Random) -> Case:
     for code, text in zip(codes, said, strict=True):
         if code == EXIT_RETRY and "another process is working on" not in "".join(errors_in(text)):
             case.problems.append(f"no clear message: {errors_in(text)}")
-    if codes == [EXIT_DONE] * 2 and not any("already done" in text for text in said):
+    if codes == [EXIT_DONE] * 2:
         case.detail += ", one after the other"
+        # A share may be done before the whole is; who comes later finds nothing left to do.
+        if len(case.flags) == 1 and not any("already done" in text for text in said):
+            case.problems.append("both worked on it")
     case.recover()
     return case
 
