@@ -5,6 +5,7 @@ Recovery is what an operator would do: the same command, a few times where it sa
 beyond that only what the stage's own message asks for.
 """
 
+import os
 import random
 import re
 import shutil
@@ -142,7 +143,7 @@ def kill_engine(case: Case, process: processes.Stage, word: str) -> bool:
     while not process.has_ended() and time.monotonic() < deadline:
         if found := processes.children(process.pid, word):
             try:
-                processes.os.kill(case.chance.choice(found), signal.SIGKILL)
+                os.kill(case.chance.choice(found), signal.SIGKILL)
             except ProcessLookupError:
                 continue
             return True
