@@ -13,13 +13,14 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from shared import files, provenance
+from shared.checksums import first_changed, require_sizes
 from shared.config import StageConfig
 from shared.errors import UserError
 from shared.process import lock
@@ -136,57 +137,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
 
 
-def _way_out(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """What helps against a damaged file. Weights and their history cannot be made one by one."""
-    stage = manifest["stage"]
-    if folder.name == "train":
-        return f"Restore it, or run {stage} again with --overwrite."
-    return f"Restore it, or delete it and run {stage} again: what is missing is made again."
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
-def _first_changed(folder: Path, manifest: Mapping[str, Any]) -> str | None:
-    """The first file that is missing or of another size."""
-    listed = manifest["files"].items()
-    return next((name for name, facts in listed if _size(folder / name) != facts["bytes"]), None)
-
-
-def require_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse an artifact with a file that is missing or of another size.
-
-    Raises:
-        UserError: with the first of them.
-    """
-    if (name := _first_changed(folder, manifest)) is None:
-        return
-    path, expected = folder / name, manifest["files"][name]["bytes"]
-    size = _size(path)
-    raise UserError(
-        f"{path}: expected {expected} bytes as the manifest says, found "
-        f"{'no file' if size is None else size}. {_way_out(folder, manifest)}"
-    )
-
-
-def require_unchanged(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse these files of an artifact where their bytes are others than when it was finished.
-
-    Costs a pass over them, so ask it of what is read whole anyway.
-
-    Raises:
-        UserError: with the first that is another one.
-    """
-    for name in names:
-        path, expected = folder / name, manifest["files"][name]["sha256"]
-        if (found := files.sha256(path)) != expected:
-            raise UserError(
-                f"{path}: expected the SHA-256 {expected} as the manifest says, found {found}: it is "
-                f"damaged. {_way_out(folder, manifest)}"
-            )
-
-
 def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str, Any]:
     """The manifest of a complete parent artifact that agrees with `config`.
 
@@ -273,7 +223,7 @@ class Artifact:
     def _is_whole(self, manifest: Mapping[str, Any]) -> bool:
         if not self._mends:
             require_sizes(self.folder, manifest)
-        if (changed := _first_changed(self.folder, manifest)) is not None:
+        if (changed := first_changed(self.folder, manifest)) is not None:
             logger.warning("%s is not as it was: what is missing is made again", changed)
             return False
         logger.info("already done: %s", self.folder / MANIFEST)

@@ -14,8 +14,9 @@ from typing import Any
 
 from shared import files, sources, target
 from shared.bench_report import read_report
+from shared.checksums import require_unchanged
 from shared.errors import OutputError, UserError
-from shared.manifest import Artifact, require_parent, require_unchanged
+from shared.manifest import Artifact, require_parent
 from shared.paths import RunPaths, require_input
 from shared.prompts import BadRow
 from shared.sources import Source

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from shared import conversations, layers, sources, target
+from shared.checksums import require_unchanged
 from shared.conversations import Conversation, spans_of
 from shared.errors import UserError
-from shared.manifest import require_parent, require_unchanged
+from shared.manifest import require_parent
 from shared.paths import find_input
 from shared.prompts import BadRow, Prompt, is_name
 from shared.special_tokens import REASON, Policy, SpecialTokens

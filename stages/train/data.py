@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from shared import hidden_states
+from shared.checksums import require_unchanged
 from shared.hidden_states import Shard
-from shared.manifest import require_unchanged
 from shared.row_files import RowFile
 
 BUFFER_SHARDS = 8  # their samples are mixed; each is about a GiB that the page cache should hold

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared import hidden_states, layers, target
+from shared.checksums import require_unchanged
 from shared.errors import UserError
-from shared.manifest import Artifact, require_parent, require_unchanged
+from shared.manifest import Artifact, require_parent
 from shared.target import TargetConfig
 from stages.train import warm_start
 from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank

@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError
 
 from shared import files
+from shared.checksums import require_unchanged
 from shared.errors import RetryableError, UserError
-from shared.manifest import Artifact, read_manifest, require_parent, require_unchanged
+from shared.manifest import Artifact, read_manifest, require_parent
 from shared.status import Status
 from stages.train import checkpoint, distributed, export, history, ranks
 from stages.train.checkpoint import Checkpoints
