@@ -37,6 +37,22 @@ def _temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes `path` in a way of its own; what the disk refuses is the user's to mend.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"could not write {path}: {error.strerror or error}. "
+            "Free some space or make the workspace writable, then run the same command again."
+        ) from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; when the block ends well it becomes `path`.
 
@@ -47,21 +63,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     temporary = _temporary(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # a link that lies there must not be written through
-        yield temporary
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        _fsync_folder(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"could not write {path}: {error.strerror or error}. "
-            "Free some space or make the workspace writable, then run the same command again."
-        ) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)  # a link that lies there must not be written through
+            yield temporary
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+            _fsync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):  # the folder itself may be what is wrong
             temporary.unlink(missing_ok=True)
+
+
+def write_link(path: Path, name: str) -> None:
+    """Have `path` be a link to `name` beside it, in one step from what it was before.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    temporary = _temporary(path)
+    with writing(path):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(name)
+        temporary.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -142,10 +167,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def sweep_temporaries(folder: Path, *, idle_s: float = 0.0) -> None:
-    """Delete what a killed writer left below `folder` and nobody has touched for `idle_s`."""
+def sweep_temporaries(folder: Path, *, idle_s: float = 0.0, of: str = "*") -> None:
+    """Delete what a killed writer left below `folder`, of the files named `of`.
+
+    Args:
+        idle_s: where the writer may live, only what nobody has touched for so long.
+    """
     if folder.is_dir():
-        for leftover in list(folder.rglob(".*.tmp-*")):
+        for leftover in list(folder.rglob(f".{of}.tmp-*")):
             with contextlib.suppress(
                 FileNotFoundError
             ):  # its writer may be alive, and done with it
@@ -167,19 +196,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for item in temporary.rglob("*"):
-            if item.is_file():
-                with item.open("rb+") as handle:
-                    os.fsync(handle.fileno())
-        previous = temporary.with_name(f"{temporary.name}-previous")
-        if path.exists():
-            path.replace(previous)
-        temporary.replace(path)
-        _fsync_folder(path.parent)
-        shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"could not write {path}: {error.strerror or error}.") from error
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for item in temporary.rglob("*"):
+                if item.is_file():
+                    with item.open("rb+") as handle:
+                        os.fsync(handle.fileno())
+            previous = temporary.with_name(f"{temporary.name}-previous")
+            if path.exists():
+                path.replace(previous)
+            temporary.replace(path)
+            _fsync_folder(path.parent)
+            shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

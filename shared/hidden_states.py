@@ -44,6 +44,7 @@ SCHEMA_VERSION = 1
 DATA_CONFIG = "data_config.json"
 TOKEN_FREQ = "token_freq.pt"
 SAMPLES = "samples"
+_AGAIN = "Restore the file, or delete it and run dump again."
 
 
 class _HiddenStates(Shape):
@@ -67,7 +68,7 @@ def read_data_config(dump_folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, or without what a reader of the states needs.
     """
-    return read_record(dump_folder / DATA_CONFIG, _DataConfig, then="Run dump again.")
+    return read_record(dump_folder / DATA_CONFIG, _DataConfig, then=_AGAIN)
 
 
 def shard_name(index: int) -> str:
@@ -174,7 +175,7 @@ def read_shard(path: Path, *, num_states: int, hidden_size: int) -> Shard:
     Raises:
         UserError: not such a file, or the tensors do not fit each other or the data_config.
     """
-    what, then = "a shard of hidden states", "Restore the file, or delete it and run dump again."
+    what, then = "a shard of hidden states", _AGAIN
     raw = load_tensors(path, what=what, then=then)
     try:
         if not isinstance(raw, dict):
@@ -193,7 +194,7 @@ def read_token_freq(dump_folder: Path, vocab_size: int) -> torch.Tensor:
         UserError: the file is missing, damaged, or of another vocabulary.
     """
     path = dump_folder / TOKEN_FREQ
-    what, then = f"counts of {vocab_size} tokens", "Run dump again."
+    what, then = f"counts of {vocab_size} tokens", _AGAIN
     counts = load_tensors(path, what=what, then=then, mmap=False)
     if not is_dense(counts, torch.int64) or counts.shape != (vocab_size,) or counts.min() < 0:
         raise UserError(f"{path}: expected {what}. {then}")

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from shared import files, provenance
+from shared.checksums import first_changed, require_sizes
 from shared.config import StageConfig
 from shared.errors import UserError
 from shared.process import lock
@@ -150,15 +151,11 @@ def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str
         )
     if manifest["stage"] != stage:
         raise UserError(f"{folder}: expected an artifact of {stage}, found {manifest['stage']}.")
-    for name, facts in manifest["files"].items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != facts["bytes"]:
-            raise UserError(
-                f"{path}: expected {facts['bytes']} bytes as the manifest says, found "
-                f"{'no file' if size is None else size}. Restore it, or run {stage} again with "
-                "--overwrite."
-            )
+    if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
+        raise UserError(
+            f"{folder / MANIFEST}: its fingerprint is not that of its identity. {_AGAIN}"
+        )
+    require_sizes(folder, manifest)
     facts = f"{folder / MANIFEST}: facts"
     require_shape(manifest["facts"], _FACTS.get(stage, Shape), where=facts, then=_AGAIN)
     own = config.identity()
@@ -173,7 +170,11 @@ def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str
 
 
 class Artifact:
-    """One stage's folder on its way to completeness."""
+    """One stage's folder on its way to completeness.
+
+    Args:
+        mends: whether a file that is missing from a finished one is made again, as it was.
+    """
 
     def __init__(
         self,
@@ -182,9 +183,11 @@ class Artifact:
         *,
         parents: Mapping[str, Mapping[str, Any]] | None = None,
         inputs: Mapping[str, str] | None = None,
+        mends: bool = True,
     ) -> None:
         self.folder = folder
         self.config = config
+        self._mends = mends
         self.parents = {name: parent["fingerprint"] for name, parent in (parents or {}).items()}
         self.identity: dict[str, Any] = {
             **config.identity(),
@@ -194,10 +197,11 @@ class Artifact:
         self.fingerprint = fingerprint(self.identity)
 
     def is_done(self) -> bool:
-        """Whether the finished artifact of this very configuration is there already.
+        """Whether the finished artifact of this very configuration is there already, and whole.
 
         Raises:
-            UserError: there is one of another configuration and --overwrite was not given.
+            UserError: there is one of another configuration, or one that cannot be mended, and
+                --overwrite was not given.
         """
         manifest = read_manifest(self.folder)
         found = manifest["identity"] if manifest else self._started_identity()
@@ -206,8 +210,7 @@ class Artifact:
         if fingerprint(found) == self.fingerprint:
             # Of several processes none may undo what another has just made.
             if manifest and (self._is_shared or not self.config.overwrite):
-                logger.info("already done: %s", self.folder / MANIFEST)
-                return True
+                return self._is_whole(manifest)
             return False
         if not self.config.overwrite:
             raise UserError(
@@ -216,6 +219,15 @@ class Artifact:
                 "to replace it, or another run.name to keep both."
             )
         return False
+
+    def _is_whole(self, manifest: Mapping[str, Any]) -> bool:
+        if not self._mends:
+            require_sizes(self.folder, manifest)
+        if (changed := first_changed(self.folder, manifest)) is not None:
+            logger.warning("%s is not as it was: what is missing is made again", changed)
+            return False
+        logger.info("already done: %s", self.folder / MANIFEST)
+        return True
 
     def _started_identity(self) -> dict[str, Any] | None:
         path = self.folder / IDENTITY
@@ -235,24 +247,40 @@ class Artifact:
         return self.config.share.count > 1
 
     @contextlib.contextmanager
-    def work(self) -> Iterator[None]:
+    def work(self) -> Iterator[bool]:
         """Hold the folder, or this process's share of it (see `shared/sharding.py`).
 
         What a killed run of the same configuration left stays for resuming.
+
+        Yields:
+            False where another process has finished the artifact since it was asked about.
 
         Raises:
             RetryableError: another process works on it.
         """
         if self._is_shared:
             with self._work_on_share():
-                yield
+                yield self._is_needed()
             return
         with lock(self.folder / LOCK):
             if self.config.overwrite:
                 self._clear()
+            if not self._is_needed():
+                yield False
+                return
             files.sweep_temporaries(self.folder)
             files.write_json(self.folder / IDENTITY, self.identity)
-            yield
+            yield True
+
+    def _is_needed(self) -> bool:
+        """Whether anything is left to do; a manifest of what is not whole goes, before it is mended."""
+        if not (self.folder / MANIFEST).exists():
+            return True
+        if self.is_done():
+            return False
+        with files.writing(self.folder / MANIFEST):
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+        return True
 
     @contextlib.contextmanager
     def _work_on_share(self) -> Iterator[None]:
@@ -325,5 +353,7 @@ class Artifact:
             "config": self.config.model_dump(mode="json"),
             "provenance": provenance.collect(argv=sys.argv, engine=engine),
         }
+        if not (self.folder / IDENTITY).exists():  # somebody removed it meanwhile
+            files.write_json(self.folder / IDENTITY, self.identity)
         files.write_json(self.folder / MANIFEST, manifest)
         logger.info("done: %s", self.folder / MANIFEST)

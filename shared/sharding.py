@@ -5,7 +5,7 @@ Each process does the shards that it owns, and writes each under the name that i
 case, so a shard done twice is the same shard. Whoever finds all shards whole completes the artifact,
 alone. A stage that can be shared out does, between `is_done` and `finish`:
 
-    with artifact.work():                   # its own share is locked, the folder is held together
+    with artifact.work() as is_needed:      # its own share is locked, the folder is held together
         for shard in plan:                  # the same plan in every process: from the input alone
             if config.share.owns(shard.index) and not is_whole(shard):
                 write(shard)

@@ -209,6 +209,8 @@ class Status:
         """Say that the process is at work, before it knows on what; earlier progress stays told."""
         if self._is_anothers():
             return
+        with contextlib.suppress(OSError):  # a folder that cannot be written is told below
+            files.sweep_temporaries(self.path.parent, of=self.path.name)
         self._write("running", **self._earlier("exit_code", "message"))
         self._last = {}
 

@@ -37,8 +37,12 @@ def write_recipe(workspace: Path, **train: object) -> Path:
     return path
 
 
-def make_synth(workspace: Path, *, num_rows: int = 40) -> None:
-    """A target, tied as the small Llamas are, and a finished synth artifact of its answers."""
+def make_synth(workspace: Path, *, num_rows: int = 40, copies: int = 1) -> None:
+    """A target, tied as the small Llamas are, and a finished synth artifact of its answers.
+
+    Args:
+        copies: of every row, under names of their own.
+    """
     folder = tiny_llama(workspace / "tiny", tied=True)
     (workspace / "prompts.jsonl").write_text("made in code\n")
     generator = torch.Generator().manual_seed(1)
@@ -49,8 +53,8 @@ def make_synth(workspace: Path, *, num_rows: int = 40) -> None:
             ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
     rows = [
         Conversation(
-            sample_id=f"row-{index:03d}",
-            conversation_id=f"row-{index:03d}",
+            sample_id=f"row-{index:03d}" + f"-{copy:03d}" * (copy > 0),
+            conversation_id=f"row-{index:03d}" + f"-{copy:03d}" * (copy > 0),
             source="code",
             category="",
             messages=({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}),
@@ -60,6 +64,7 @@ def make_synth(workspace: Path, *, num_rows: int = 40) -> None:
             num_prompt_tokens=PROMPT_TOKENS,
             num_completion_tokens=ANSWER_TOKENS,
         )
+        for copy in range(copies)
         for index, row in enumerate(ids.tolist())
     ]
     flags = {"recipe": str(write_recipe(workspace)), "workspace": str(workspace)}
@@ -67,7 +72,7 @@ def make_synth(workspace: Path, *, num_rows: int = 40) -> None:
     artifact = Artifact(config.paths.stage("synth"), config, inputs={"prompts": "made in code"})
     with artifact.work():
         conversations.write_part(artifact.folder / conversations.part_name(0), rows)
-        counts = {"in": num_rows, "ok": num_rows, "skipped": {}, "failed": {}}
+        counts = {"in": len(rows), "ok": len(rows), "skipped": {}, "failed": {}}
         facts = {
             "target_hash": target.weights_hash(folder),
             "vocabulary_hash": target.vocabulary_hash(folder),

@@ -224,6 +224,11 @@ class Server:
                     times_s.append(time.perf_counter())
                 text += choice.delta.content or ""
                 finish = choice.finish_reason or finish
+        if finish is None:
+            raise RetryableError(
+                f"the server at {self.base_url} ended an answer in its middle. Is it up and "
+                "reachable from here? Run the same command again once it is."
+            )
         if not prompt_ids or not times_s:
             raise UserError(
                 f"the server at {self.base_url} streams no token ids: expected vLLM 0.10.2 or newer, "

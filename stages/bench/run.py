@@ -15,6 +15,7 @@ from typing import Any
 
 from shared import files, sources, target
 from shared.bench_report import read_report
+from shared.checksums import require_unchanged
 from shared.errors import OutputError, UserError
 from shared.manifest import Artifact, require_parent
 from shared.paths import require_input
@@ -40,6 +41,15 @@ class Subject:
     parents: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    def require_unchanged(self) -> None:
+        """Refuse an export that is not what training wrote.
+
+        Raises:
+            UserError: with the file that is damaged.
+        """
+        if self.head is not None and (train := self.parents.get("train")):
+            require_unchanged(self.head, train, train["files"])
 
     def lineage(self) -> dict[str, Any]:
         """What was measured, by fingerprint and hash; how the head was made is `making`'s."""
@@ -69,7 +79,10 @@ def run(config: BenchConfig) -> None:
         return
     for warning in subject.warnings:
         logger.warning("%s", warning)
-    with artifact.work():
+    subject.require_unchanged()
+    with artifact.work() as is_needed:
+        if not is_needed:
+            return
         _forget(artifact.folder)
         accounting = Accounting()
         conversations = _conversations(config, prompts, accounting, artifact.folder)
@@ -123,7 +136,8 @@ def find_subject(config: BenchConfig) -> Subject:
 def _forget(folder: Path) -> None:
     """A report of an earlier try must not outlive this one."""
     for name in (REPORT, PAGE):
-        (folder / name).unlink(missing_ok=True)
+        with files.writing(folder / name):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _earlier_report(config: BenchConfig, prompts: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from shared import files
 from shared.conversations import Conversation
-from shared.errors import UserError
+from shared.errors import RetryableError, UserError
 from shared.files import atomic_path
 from shared.manifest import LOCK, Count, Counts
 from shared.process import lock, stop_if_requested
@@ -67,11 +67,17 @@ class ShardPlan:
         """The rows.
 
         Raises:
-            UserError: the file is missing or holds other rows.
+            RetryableError: the file is gone.
+            UserError: it holds other rows.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        if not self.path.exists():
+            raise RetryableError(
+                f"{self.path}: somebody removed the rows of a planned shard. Run the same command "
+                "again: the plan is made anew."
+            )
         files.require_file(self.path)
         try:
             table = pq.read_table(self.path)
@@ -141,6 +147,8 @@ def read_plan(folder: Path, fingerprint: str) -> Plan | None:
         ShardPlan(**{name: shard[name] for name in names}, path=_shard_path(folder, shard["index"]))
         for shard in raw["shards"]
     ]
+    if not all(shard.path.exists() for shard in shards):
+        return None
     return Plan(shards, raw["counts"], raw["backend"])
 
 
@@ -169,7 +177,7 @@ def settle(
     """
     with lock(folder / f"{LOCK}-plan", wait=True):
         found = read_plan(folder / FOLDER, fingerprint)
-        if found is not None:
+        if found is not None and (folder / REJECTS).exists():
             return found
         shards = list(_write_shards(folder, rows, config, accounting, token_bytes, vocab_size))
         accounting.write_rejects(folder / REJECTS)

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from shared import layers, target
-from shared.errors import UserError
+from shared.errors import RetryableError, UserError
 from shared.manifest import Artifact
 from shared.status import Accounting, Status
 from shared.target import TargetConfig
@@ -44,19 +44,23 @@ def run(config: DumpConfig) -> None:
         inputs={"target": target_hash, **source.inputs},
     )
     if artifact.is_done():
+        _forget_plan(artifact.folder)  # a kill may have come before its turn
         return
+    source.require_unchanged()
     if config.data_parallel > 1:
         # Here, not above: an artifact that is done already must not wait for what it does not need.
         from stages.dump import parallel
 
-        with artifact.work():
+        with artifact.work() as is_needed:
+            if not is_needed:
+                return
             _settle(config, artifact, source, target_config, aux_layers)
         parallel.run_children(config)
         artifact.config = config.model_copy(update={"overwrite": False})
         if artifact.is_done():  # the last of the children saw every shard whole
             return
-    with artifact.work():
-        if config.share.count > 1 and artifact.is_done():  # the others finished just now
+    with artifact.work() as is_needed:
+        if not is_needed:  # the others finished just now
             return
         plan = _settle(config, artifact, source, target_config, aux_layers)
         # Sampled answers are not the target's argmax, so their agreement is told and not asked for.
@@ -156,8 +160,16 @@ def _complete(
 
     found = [read_sidecar(artifact.folder, shard) for shard in plan.shards]
     sidecars = [facts for facts in found if facts is not None]
-    if len(sidecars) < len(found):
-        waiting = len(found) - len(sidecars)
+    pairs = zip(plan.shards, found, strict=True)
+    missing = [shard.index for shard, facts in pairs if facts is None]
+    if lost := [index for index in missing if config.share.owns(index)]:
+        raise RetryableError(
+            f"{sidecar(artifact.folder, lost[0])}: expected a whole shard, as it was written; "
+            "somebody removed or changed its files meanwhile. Run the same command again: it is "
+            "captured anew."
+        )
+    if missing:
+        waiting = len(missing)
         logger.info("this process's shards are whole; %d are left to the others", waiting)
         return
     with artifact.finishing() as mine:
@@ -185,4 +197,9 @@ def _complete(
             checksums=checksums,
             engine=plan.backend,
         )
-    shutil.rmtree(artifact.folder / plans.FOLDER, ignore_errors=True)
+    _forget_plan(artifact.folder)
+
+
+def _forget_plan(folder: Path) -> None:
+    """What a finished artifact needs no more."""
+    shutil.rmtree(folder / plans.FOLDER, ignore_errors=True)

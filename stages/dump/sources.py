@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import conversations, layers, sources, target
+from shared.checksums import require_unchanged
 from shared.conversations import Conversation, spans_of
 from shared.errors import UserError
 from shared.manifest import require_parent
@@ -53,6 +54,14 @@ class RowSource(abc.ABC):
             UserError: another target gave the answers, or this one has no chat template.
         """
 
+    def require_unchanged(self) -> None:
+        """Refuse rows that are not those that their stage wrote; asked before they are read.
+
+        Raises:
+            UserError: with the file that is damaged.
+        """
+        return
+
 
 @dataclasses.dataclass(frozen=True)
 class SynthRows(RowSource):
@@ -66,6 +75,10 @@ class SynthRows(RowSource):
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
         yield from conversations.read_conversations(self.folder)
+
+    def require_unchanged(self) -> None:
+        parent = self.parents["synth"]
+        require_unchanged(self.folder, parent, parent["files"])
 
     def require_target(self, target_folder: Path, target_hash: str) -> None:
         if self.of_another_target:

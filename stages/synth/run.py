@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared import files, target
+from shared.errors import RetryableError
 from shared.manifest import Artifact
 from shared.process import Share, stop_if_requested
 from shared.prompts import BadRow, Prompt
@@ -44,7 +45,9 @@ def run(config: SynthConfig) -> None:
     artifact = Artifact(config.paths.stage("synth"), config, inputs=inputs)
     if artifact.is_done():
         return
-    with artifact.work():
+    with artifact.work() as is_needed:
+        if not is_needed:
+            return
         rejects = artifact.folder / rejects_name(config.share)
         total = _survey(config, artifact.folder, rejects)
         accounting = asyncio.run(_answer(config, target_folder, artifact.folder, total))
@@ -149,6 +152,12 @@ def _finish(config: SynthConfig, artifact: Artifact, target_folder: Path) -> Non
             return
         accounting = Accounting.sum_of(map(files.read_json, records))
         totals = parts.add_up(artifact.folder)
+        if totals.conversations != accounting.ok:
+            raise RetryableError(
+                f"{artifact.folder}: expected the answers to {accounting.ok} prompts, found those to "
+                f"{totals.conversations}: somebody removed or added parts meanwhile. Run the same "
+                "command again, for every share: what is missing is asked again."
+            )
         rejects = [rejects_name(share) for share in shares]
         present = [name for name in rejects if (artifact.folder / name).exists()]
         show(config.run.name, accounting, totals)

@@ -9,14 +9,13 @@ The state is copied at once and written by a thread, while training goes on.
 """
 
 import concurrent.futures
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shared import files
 from shared.errors import UserError
-from shared.files import sweep_temporaries
 from shared.tensor_files import load_tensors, save_tensors
 
 LATEST, BEST = "latest.pt", "best.pt"
@@ -32,7 +31,7 @@ class Checkpoints:
         self._written_step = -1
         self._writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._writing: concurrent.futures.Future[None] | None = None
-        sweep_temporaries(folder)
+        files.sweep_temporaries(folder)
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
         """Keep a copy of `state` as the latest one, and as the best one if it is."""
@@ -56,11 +55,9 @@ class Checkpoints:
             save_tensors(path, state)
             self._written_step = state["step"]
         for name in (LATEST, BEST) if best else (LATEST,):
-            temporary_link = self.folder / f".{name}.tmp-{os.getpid()}"
-            temporary_link.unlink(missing_ok=True)
-            temporary_link.symlink_to(path.name)
-            temporary_link.replace(self.folder / name)
-        self._prune()
+            files.write_link(self.folder / name, path.name)
+        with files.writing(self.folder):
+            self._prune()
 
     def _prune(self) -> None:
         linked = {(self.folder / name).resolve().name for name in (LATEST, BEST)}
@@ -104,6 +101,19 @@ def load(path: Path) -> dict[str, Any] | None:
                 f"{type(state[name]).__name__}. {then}"
             )
     return state
+
+
+def require_best(folder: Path, state: dict[str, Any]) -> None:
+    """Refuse to continue from `state` where the best checkpoint that it knows of is gone.
+
+    Raises:
+        UserError: nothing could be exported in the end.
+    """
+    if state["best"]["step"] > 0 and not (folder / BEST).exists():
+        raise UserError(
+            f"{folder / BEST}: expected the checkpoint of step {state['best']['step']:.0f}, the best "
+            f"so far, found none. Restore it, or delete {folder / LATEST} to train from the start."
+        )
 
 
 def _names(folder: Path) -> str:

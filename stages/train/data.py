@@ -9,13 +9,14 @@ The order is a pure function of seed and epoch, so a step number alone says wher
 import dataclasses
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shared import hidden_states
+from shared.checksums import require_unchanged
 from shared.hidden_states import Shard
 from shared.row_files import RowFile
 
@@ -82,14 +83,16 @@ class Dataset:
         holdout_fraction: float,
         max_holdout_samples: int,
         max_samples: int | None = None,
+        manifest: Mapping[str, Any] | None = None,
     ) -> None:
+        self._folder, self._manifest, self._names = folder, manifest, sorted(names)
         num_states = len(data_config["hidden_states"]["layer_ids"])
         hidden_size = data_config["model"]["hidden_size"]
         self.shards: list[Shard | RowFile] = [
             hidden_states.read_shard(folder / name, num_states=num_states, hidden_size=hidden_size)
             if Path(name).name.startswith("shard_")
             else RowFile(folder / name, num_states, hidden_size)
-            for name in sorted(names)
+            for name in self._names
         ]
         self.in_vocab: list[torch.Tensor] = []  # per shard [T] bool, set by `set_in_vocab`
         samples = [
@@ -105,6 +108,15 @@ class Dataset:
         end = len(samples) if max_samples is None else held + max_samples
         self.held_out = [sample for sample in samples if place[sample.sample_id] < held]
         self.training = [sample for sample in samples if held <= place[sample.sample_id] < end]
+
+    def require_unchanged(self, shard: int) -> None:
+        """Refuse a shard whose bytes are not those that dump wrote, where its manifest is known.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if self._manifest is not None:
+            require_unchanged(self._folder, self._manifest, [self._names[shard]])
 
     def set_in_vocab(self, flags: Sequence[torch.Tensor]) -> None:
         """Take, for each shard, [T] bool: the target's argmax there is in the draft vocabulary."""

@@ -19,12 +19,15 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from shared.errors import RetryableError
 from stages.train.config import TrainConfig
 from stages.train.model import DraftHead
 from stages.train.step import TrainingStep
 
 _PREFIX = "head."
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
+# What gloo and NCCL say in plain RuntimeErrors.
+_LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "gloo", "NCCL")
 _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -75,6 +78,27 @@ def head_of(module: nn.Module) -> DraftHead:
     inner: Any = getattr(module, "module", module)
     head: DraftHead = inner.head
     return head
+
+
+@contextlib.contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """A block in which ranks wait for each other, and may wait for one that is gone.
+
+    Raises:
+        RetryableError: another rank ended in the middle.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error)
+        is_lost = isinstance(error, torch.distributed.DistError)
+        is_lost = is_lost or any(sign in told for sign in _LOST)
+        if accelerator.num_processes == 1 or not is_lost:
+            raise
+        raise RetryableError(
+            f"another rank of this training is gone: {told.splitlines()[0][:300]}. Its own log says "
+            "why; run the same command again."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from shared.exported_head import DTYPES, check_export, config_json
@@ -52,7 +53,10 @@ def export_head(
     }
     with atomic_folder(out) as folder:
         write_json(folder / "config.json", config_json(head.config, dtype=dtype))
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # what its writer makes of a full disk
+            raise OSError(str(error)) from error
         # safetensors leaves 0600: another user's container, or another node, could not serve it.
         (folder / "model.safetensors").chmod(0o644)
         card = model_card(

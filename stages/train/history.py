@@ -19,12 +19,22 @@ class History:
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path = path
         self.accelerator = accelerator
+        self._lines: list[str] = []
 
     def append(self, step: int, record: dict[str, Any]) -> None:
+        """Add a record.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
         if not self.accelerator.is_main_process:
             return
-        with self.path.open("a", encoding="utf-8") as history:
-            history.write(json.dumps({"step": step, **record}) + "\n")
+        line = json.dumps({"step": step, **record})
+        if not self.path.exists():  # somebody removed it: what it held is told again
+            self._write()
+        self._lines.append(line)
+        with files.writing(self.path), self.path.open("a", encoding="utf-8") as history:
+            history.write(line + "\n")
         scalars: dict[str, float] = {}
         for name, value in record.items():
             if isinstance(value, list):
@@ -38,8 +48,11 @@ class History:
         if not self.accelerator.is_main_process:
             return
         lines = files.read_text(self.path).splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= last_step]
-        files.write_text(self.path, "".join(line + "\n" for line in kept))
+        self._lines = [line for line in lines if _step_of(line) <= last_step]
+        self._write()
+
+    def _write(self) -> None:
+        files.write_text(self.path, "".join(line + "\n" for line in self._lines))
 
 
 def _step_of(line: str) -> float:

@@ -37,6 +37,7 @@ def in_vocab_flags(
     for index in own:
         path = _path(folder, index)
         if _read(path, key, dataset.shards[index]) is None:
+            dataset.require_unchanged(index)  # a pass over it anyway, and the first
             flags = _flags(dataset.shards[index], head, tensors, accelerator.device)
             save_tensors(path, {"vocabulary": key, "flags": flags})
     accelerator.wait_for_everyone()

@@ -180,7 +180,7 @@ class Trainer:
         return Outcome(
             samples=len(self.dataset.training) + len(self.dataset.held_out),
             held_out=len(self.dataset.held_out),
-            tokens=tokens,
+            tokens=sum(sample.num_tokens for samples in self._steps() for sample in samples),
             steps=self.step,
             best_step=int(self.best["step"]),
             walked_acceptance_length=self.best["value"] if self.dataset.held_out else None,
@@ -287,6 +287,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "best": self.best,
             "sums": None if unrecorded is None else self._summed(unrecorded).cpu(),
+            "loss": self.loss,  # what is told in the end, where no step is left
         }
         if self.accelerator.is_main_process:
             self.checkpoints.save(state, best=best)
@@ -297,8 +298,10 @@ class Trainer:
         self.history.keep(state["step"] if state else 0)
         if state is None:
             return
+        checkpoint.require_best(self.checkpoints.folder, state)
         self.step = state["step"]
         self.best = state["best"]
+        self.loss = state.get("loss", math.nan)
         distributed.restore_state(self.module, self.optimizer, state)
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])

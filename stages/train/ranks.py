@@ -83,8 +83,10 @@ def _exit_code(failed: Sequence[int | None], codes: Sequence[int]) -> int:
     """The first failure's code; a rank that a signal killed (out of memory, a node) may be retried."""
     if stop_requested() and EXIT_STOPPED in codes:
         return EXIT_STOPPED
-    first = failed[0] or EXIT_DONE
-    return first if first > 0 else EXIT_RETRY
+    # Those that lost another one fail too, and may be seen before it.
+    if any(code is not None and code < 0 for code in failed):
+        return EXIT_RETRY
+    return failed[0] or EXIT_RETRY
 
 
 def _signal(processes: Ranks, what: signal.Signals) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared import hidden_states, layers, target
+from shared.checksums import require_unchanged
 from shared.errors import UserError
 from shared.manifest import Artifact, require_parent
 from shared.target import TargetConfig
@@ -39,6 +40,7 @@ def run(config: TrainConfig) -> None:
         config,
         parents={"dump": parent},
         inputs=warm_start.fingerprint(config),
+        mends=False,  # what training made comes from its steps alone
     )
     is_main = rank() == 0  # the ranks train together, and the first one keeps the folder
     if not training.is_done():
@@ -54,7 +56,10 @@ def run(config: TrainConfig) -> None:
     export = Artifact(config.paths.export, config, parents={"train": trained})
     if export.is_done():
         return
-    with export.work():
+    require_unchanged(training.folder, trained, trained["files"])
+    with export.work() as is_needed:
+        if not is_needed:
+            return
         names = _export(config, parent, target_config, training.folder, trained, export.folder)
         export.finish(names, counts=trained["counts"], facts=trained["facts"])
 
@@ -192,30 +197,36 @@ def _train(
     import torch
 
     from stages.train.data import Dataset
-    from stages.train.distributed import make_accelerator
+    from stages.train.distributed import make_accelerator, together
     from stages.train.loop import Trainer
 
     accelerator = make_accelerator(config, folder)
     torch.manual_seed(config.run.seed)
     tensors = target.read_tensors(target_config)
-    with accelerator.main_process_first():  # it makes the vocabulary that the others read
-        head = _build(config, target_config, tensors, folder)
     dump = config.paths.stage("dump")
+    states = [name for name in parent["files"] if _holds_states(name)]
+    require_unchanged(dump, parent, sorted(parent["files"].keys() - states))
+    # The first one makes the vocabulary that the others read.
+    with together(accelerator), accelerator.main_process_first():
+        head = _build(config, target_config, tensors, folder)
     dataset = Dataset(
         dump,
         hidden_states.read_data_config(dump),
-        [
-            name
-            for name in parent["files"]
-            if Path(name).name.startswith(("shard_", "data_")) and name.endswith(".pt")
-        ],
+        states,
         holdout_fraction=config.holdout_fraction if parent["facts"]["greedy"] else 0.0,
         max_holdout_samples=config.max_holdout_samples,
         max_samples=config.max_samples,
+        manifest=parent,
     )
     if not dataset.held_out:
         logger.warning("no walked acceptance length: it needs greedy answers and held-out samples")
-    return Trainer(config, target_config, tensors, head, dataset, folder, accelerator).run()
+    with together(accelerator):
+        return Trainer(config, target_config, tensors, head, dataset, folder, accelerator).run()
+
+
+def _holds_states(name: str) -> bool:
+    """Whether a file of dump's is large: it is looked at when it is first read whole."""
+    return Path(name).name.startswith(("shard_", "data_")) and name.endswith(".pt")
 
 
 def _export(

@@ -10,6 +10,7 @@ import pytest
 
 from shared.errors import RetryableError, UserError
 from stages.bench import client
+from stages.bench.cells import Cell, Conversation
 from stages.bench.client import Server
 from tests.quick.test_bench_exposition import TEXT
 
@@ -38,6 +39,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if texts:
             self.wfile.write(texts.pop(0).encode() if len(texts) > 1 else texts[0].encode())
+
+    def do_POST(self) -> None:
+        """The first half of a streamed answer."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        choice = {"index": 0, "delta": {"content": "ha"}, "finish_reason": None, "token_ids": [7]}
+        chunk = {"id": "x", "created": 0, "model": "m", "object": "chat.completion.chunk"}
+        chunk |= {"prompt_token_ids": [1], "choices": [choice]}
+        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
 
     def log_message(self, *args: object) -> None:
         """Quiet."""
@@ -82,6 +94,12 @@ def test_what_it_serves_and_the_key_is_sent(serve) -> None:  # type: ignore[no-u
 def test_a_busy_server_is_to_be_measured_later(serve) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(RetryableError, match="3 requests still run, 0 answers"):
         serve(metrics=[TEXT]).read_idle()
+
+
+def test_half_an_answer_is_none(serve) -> None:  # type: ignore[no-untyped-def]
+    asked = Conversation("a", "", (({"role": "user", "content": "Why?"},),))
+    with pytest.raises(RetryableError, match="ended an answer in its middle"):
+        serve(metrics=[IDLE]).play([asked], Cell(1, 0.0, 8), max_tokens=8, depth=0)
 
 
 def test_a_server_that_comes_to_rest_is_waited_for(serve) -> None:  # type: ignore[no-untyped-def]

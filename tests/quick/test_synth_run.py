@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from shared import conversations
 from shared.config import build
 from shared.errors import EyrieError
+from stages.synth import parts
 from stages.synth.config import SynthConfig
 from stages.synth.run import run
 from tests.loopback import ANSWER_IDS, loopback
@@ -202,6 +203,33 @@ def test_shares_fill_one_artifact_and_the_last_one_completes_it(
     assert {"rejects-00000.jsonl", "rejects-00001.jsonl", "rejects-00002.jsonl"} <= set(
         manifest(tmp_path)["files"]
     )
+
+
+def test_answers_that_were_removed_meanwhile_are_asked_again(
+    tmp_path: Path, target: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = {f"r{i}": f"hello {i}" for i in range(9)}
+    write_prompts(tmp_path, prompts)
+    folder = tmp_path / "run" / "synth"
+    add_up = parts.add_up
+
+    def remove_first(at: Path) -> parts.Totals:
+        sorted(at.glob("part-*.parquet"))[0].unlink()
+        return add_up(at)
+
+    monkeypatch.setattr(parts, "add_up", remove_first)
+    settings = {"rows_per_part": 3}
+    lost = synth(tmp_path, target, server, settings=settings)
+    assert lost.code == 75
+    assert "expected the answers to 9 prompts, found those to 6" in lost.said
+    assert not (folder / "manifest.json").exists()
+    monkeypatch.undo()
+    assert synth(tmp_path, target, server, settings=settings).code == 0
+    # And where a part is gone from what was finished.
+    sorted(folder.glob("part-*.parquet"))[-1].unlink()
+    assert synth(tmp_path, target, server, settings=settings).code == 0
+    rows = [row.sample_id for row in conversations.read_conversations(folder)]
+    assert sorted(rows) == sorted(prompts)
 
 
 def test_kept_answers_need_no_server(tmp_path: Path, target: Path) -> None:

@@ -117,6 +117,26 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     histories = [w / "run" / "train" / "history.jsonl" for w in (workspace, trained)]
     assert histories[0].read_text() == histories[1].read_text()
+    tokens = [
+        json.loads((w / "run" / "train" / "manifest.json").read_text())["facts"]["tokens"]
+        for w in (workspace, trained)
+    ]
+    assert tokens[0] == tokens[1], "of all steps, those before the interruption too"
+
+
+def test_a_training_that_was_killed_before_its_manifest_is_finished_by_the_next(
+    workspace: Path, trained: Path
+) -> None:
+    shutil.rmtree(workspace / "run")
+    shutil.copytree(trained / "run", workspace / "run", symlinks=True)
+    (workspace / "run" / "train" / "manifest.json").unlink()
+    again = run(workspace, "train")
+    assert again.returncode == 0, again.stderr
+    facts = [
+        json.loads((w / "run" / "train" / "manifest.json").read_text())["facts"]
+        for w in (workspace, trained)
+    ]
+    assert {**facts[0], "seconds": 0} == {**facts[1], "seconds": 0}
 
 
 def start_ranks(workspace: Path, num_ranks: int) -> list[subprocess.Popen[bytes]]:

@@ -21,11 +21,11 @@ import torch
 from shared import hidden_states
 from shared.config import build
 from shared.conversations import Conversation
-from shared.errors import OutputError, UserError
+from shared.errors import OutputError, RetryableError, UserError
 from shared.manifest import MANIFEST
 from shared.status import Accounting
 from stages.dump import parallel
-from stages.dump.capture import FillingShard
+from stages.dump.capture import FillingShard, ShardWriter
 from stages.dump.config import DumpConfig
 from stages.dump.plan import REJECTS, read_plan, settle
 from stages.dump.run import run as dump
@@ -204,6 +204,56 @@ def test_killed_at_three_random_moments_every_sample_is_there_once(
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
+@pytest.mark.parametrize("gone", ["shard_00002.pt", "shard_00003.json", "data_config.json"])
+def test_what_is_gone_from_a_finished_dump_is_made_again(
+    workspace: Path, whole: Path, gone: str
+) -> None:
+    folder = workspace / "run" / "dump"
+    shutil.copytree(whole, folder)
+    (folder / gone).unlink()
+    dump(config(workspace))
+    assert contents(folder) == contents(whole)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_answers_that_changed_since_are_refused(workspace: Path) -> None:
+    (part,) = (workspace / "run" / "synth").glob("part-*.parquet")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{part.name}: expected the SHA-256"):
+        dump(config(workspace))
+
+
+@pytest.mark.parametrize("gone", ["shard_00002.pt", "plan/shard_00004.parquet"])
+def test_what_is_removed_while_a_dump_runs_is_made_by_the_next(
+    workspace: Path, whole: Path, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = workspace / "run" / "dump"
+
+    def removing(self: ShardWriter, shard: FillingShard) -> None:
+        write(self, shard)
+        if shard.plan.index == 2:
+            (folder / gone).unlink()
+
+    write = ShardWriter._write
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_write", removing)
+        with pytest.raises(RetryableError, match=f"{Path(gone).stem}.*somebody removed"):
+            dump(config(workspace))
+    assert not (folder / MANIFEST).exists()
+    dump(config(workspace))
+    assert contents(folder) == contents(whole)
+
+
+def test_a_plan_that_a_kill_left_behind_is_forgotten(workspace: Path, whole: Path) -> None:
+    folder = workspace / "run" / "dump"
+    shutil.copytree(whole, folder)
+    (folder / "plan").mkdir()
+    dump(config(workspace))
+    assert not (folder / "plan").exists()
+
+
 def test_states_that_fail_leave_nothing_of_their_shard(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +338,18 @@ def test_every_row_is_accounted_for(workspace: Path, tmp_path: Path, over_long: 
     )
     assert again == plan
     assert read_plan(tmp_path / "dump" / "plan", "another") is None
+    (tmp_path / "dump" / REJECTS).unlink()
+    settle(
+        tmp_path / "dump",
+        rows,
+        settings,
+        fingerprint="one",
+        accounting=Accounting(),
+        token_bytes=4 * 128 * 2,
+        vocab_size=512,
+        backend="hf",
+    )
+    assert len((tmp_path / "dump" / REJECTS).read_text().splitlines()) == 5 - len(kept)
     # A changed file would give states to the wrong tokens.
     with plan.shards[0].path.open("r+b") as handle:
         handle.truncate(40)
