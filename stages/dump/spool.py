@@ -34,7 +34,7 @@ def open_spool(parents: Sequence[Path], *, needed_bytes: int) -> Iterator[Path]:
     Spools that a killed run left behind are removed first: in /dev/shm they hold memory.
 
     Raises:
-        UserError: none has room.
+        UserError: none has room, or the one that has cannot be written.
     """
     for parent in parents:
         parent.mkdir(parents=True, exist_ok=True)
@@ -47,8 +47,14 @@ def open_spool(parents: Sequence[Path], *, needed_bytes: int) -> Iterator[Path]:
             f"expected {needed_bytes >> 20} MiB free for hidden states in flight, found less in "
             f"{' and '.join(map(str, parents))}. Free some, or take fewer tokens at once."
         )
-    # mkdtemp makes it 0700: prompts lie there in clear.
-    spool = Path(tempfile.mkdtemp(prefix=SPOOL_PREFIX, dir=parent))
+    try:
+        # mkdtemp makes it 0700: prompts lie there in clear.
+        spool = Path(tempfile.mkdtemp(prefix=SPOOL_PREFIX, dir=parent))
+    except OSError as error:
+        raise UserError(
+            f"could not write to {parent} as user {os.getuid()}: {error.strerror}. Make it writable for "
+            "that user: a volume over /dev/shm must be one that all may write to."
+        ) from error
     lock = os.open(spool, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -137,6 +137,17 @@ def images(engine: None) -> dict[str, str]:
     return {name: services[name]["image"] for name in IMAGES}
 
 
+@pytest.fixture(scope="session")
+def saved_images(
+    images: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """All images in one archive, as the engine would hand them on; each shared layer once."""
+    archive = tmp_path_factory.mktemp("saved") / "images.tar"
+    docker("save", "--output", str(archive), *images.values())
+    yield archive
+    archive.unlink()  # gigabytes, and pytest keeps its folders
+
+
 @pytest.fixture(scope="module")
 def project(images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A project on a folder of this machine that belongs to the containers' user."""

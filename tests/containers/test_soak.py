@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.container, pytest.mark.engine, pytest.mark.soak]
 
 KILLED = 137
 ROWS = 400
-OTHER = "0.30.0"
+OTHER = "0.31.0"
 # What a stage has left behind when it is in its middle.
 MIDDLE = {
     "synth": "synth/part-*.parquet",

@@ -482,6 +482,22 @@ def test_spool_goes_where_there_is_room(tmp_path: Path) -> None:
         assert folder.parent == tmp_path
 
 
+def test_shared_memory_of_another_user_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod's volume over /dev/shm may belong to root."""
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(spool.tempfile, "mkdtemp", refuse)
+    with (
+        pytest.raises(UserError, match=f"could not write to {tmp_path} as user"),
+        spool.open_spool([tmp_path], needed_bytes=1),
+    ):
+        pass
+
+
 def test_only_abandoned_spools_are_removed(tmp_path: Path) -> None:
     abandoned = tmp_path / f"{spool.SPOOL_PREFIX}killed"
     abandoned.mkdir()
