@@ -20,7 +20,7 @@ from shared import conversations, files, hidden_states, target, vocab
 from shared.bench_report import read_report
 from shared.config import build
 from shared.conversations import Conversation
-from shared.errors import OutputError, UserError
+from shared.errors import OutputError, RetryableError, UserError
 from shared.exported_head import check_export, config_json
 from shared.head_config import HeadConfig
 from shared.manifest import Artifact, require_parent
@@ -521,7 +521,8 @@ READERS: dict[str, Reader] = {
     "target tensors": Reader(_make_target, _read_tensors),
     "weights index": Reader(_make_index, _read_tensors, "json"),
     "conversations": Reader(_make_part, _read_part),
-    "planned rows": Reader(_make_planned, _read_planned),
+    # Removed rows are planned again by the next run.
+    "planned rows": Reader(_make_planned, _read_planned, refusals=(UserError, RetryableError)),
     "prompts parquet": Reader(_make_prompts_parquet, _read_rows),
     "prompts lines": Reader(_make_lines, _read_rows, "lines"),
     "prompts list": Reader(_make_list, _read_rows, "json"),
