@@ -53,7 +53,7 @@ demo-compose: ## The demo in containers, on the processor; the workspace is a vo
 	$(COMPOSE_CPU) -f compose/pipeline.yaml -f compose/demo.yaml run --rm bench
 
 .PHONY: test
-test: setup ## Everything we promise, tested: real engines and images, under an hour on two cores.
+test: setup ## Everything we promise, tested: real engines and images, about an hour on two cores.
 	$(PY) -m pytest -m "not soak"
 
 .PHONY: soak
