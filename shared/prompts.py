@@ -140,7 +140,7 @@ def _json(value: Any, what: str) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise Unusable(f"broken_{what}", error) from error
 
 

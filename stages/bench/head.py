@@ -232,7 +232,10 @@ def _read_d2t(head: Head) -> list[int]:
     for path in sorted(head.folder.glob("pytorch_model*.bin")):
         tensors = _pickled(path)
         if "d2t" in tensors:
-            return [int(value) for value in tensors["d2t"].flatten().tolist()]
+            try:
+                return [int(value) for value in tensors["d2t"].flatten().tolist()]
+            except (ValueError, OverflowError) as error:  # no number, or infinite
+                raise UserError(f"{path}: expected the head's d2t, found: {error}.") from error
     return []
 
 

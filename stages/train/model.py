@@ -277,6 +277,7 @@ def load_head(folder: Path, embed_tokens: Tensor) -> DraftHead:
         SafetensorError,
         RuntimeError,
         StrictDataclassError,
+        UserError,
     ) as error:
         raise UserError(f"{folder}: expected an exported EAGLE-3 head, found: {error}") from error
     return head
