@@ -15,6 +15,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -84,6 +85,24 @@ def _having(values: pyarrow.Array, pattern: str) -> np.ndarray:
     return np.asarray(matched.to_numpy(zero_copy_only=False))
 
 
+def _matching(values: pyarrow.Array, pattern: str) -> tuple[np.ndarray, pyarrow.Array]:
+    """(indices of the lines that match, those lines)."""
+    found = np.flatnonzero(_having(values, pattern))
+    return found, values.take(pyarrow.array(found))
+
+
+class _Search(NamedTuple):
+    """RE2's expressions for a line that is worth a look, and for one with a rule's text in it."""
+
+    pattern: str
+    known: str
+
+    @classmethod
+    def of(cls, texts: Iterable[str], *, errors: bool) -> "_Search":
+        known = {*texts, *MARKER_TEXTS}
+        return cls(_any_of(known.union(ERROR_TEXTS) if errors else known), _any_of(known))
+
+
 class _Watch:
     """What is looked for: every fixed text, and the rules' patterns that each stands for."""
 
@@ -98,13 +117,9 @@ class _Watch:
         for text in self.by_text:
             self.by_start.setdefault(text[:MIN_TEXT], []).append(text)
         # A rule's later lines tell nothing before its first: a log may be full of them.
-        first = {text for rule in rules for text in rule.texts[0]}
-        error_texts = set(ERROR_TEXTS) if errors else set()
+        self.first = _Search.of((text for rule in rules for text in rule.texts[0]), errors=errors)
+        self.whole = _Search.of(self.by_text, errors=errors)
         self.openers = _any_of({t for r in rules if len(r.texts) > 1 for t in r.texts[0]})
-        self.known = _any_of({*first, *MARKER_TEXTS})
-        self.pattern = _any_of({*first, *MARKER_TEXTS, *error_texts})
-        self.known_waiting = _any_of({*self.by_text, *MARKER_TEXTS})
-        self.pattern_waiting = _any_of({*self.by_text, *MARKER_TEXTS, *error_texts})
 
     def texts_in(self, line: str) -> list[str]:
         """The texts that stand in a line of lower case."""
@@ -200,20 +215,19 @@ class _Scan:
         """(index, whether a rule's text is in it) of the lines that are worth a look."""
         if len(values) <= FEW_LINES:
             return ((index, True) for index in range(len(values)))
-        watch = self._watch
-        found = np.flatnonzero(_having(values, watch.pattern))
-        some = values.take(pyarrow.array(found))
+        watch, search = self._watch, self._watch.first
+        found, some = _matching(values, search.pattern)
         if self._is_waiting(number) or (watch.openers and _having(some, watch.openers).any()):
-            found = np.flatnonzero(_having(values, watch.pattern_waiting))
-            known = _having(values.take(pyarrow.array(found)), watch.known_waiting)
-        else:
-            known = _having(some, watch.known)
-        return zip(found.tolist(), known.tolist(), strict=True)
+            search = watch.whole
+            found, some = _matching(values, search.pattern)
+        return zip(found.tolist(), _having(some, search.known).tolist(), strict=True)
 
     def _is_waiting(self, number: int) -> bool:
         """Whether a rule whose first line came waits for its next, `number` lines into the log."""
-        within = {rule.id: rule.within_lines for rule in self._rules}
-        return any(number - last <= within[id_] for id_, (_, last, _) in self._progress.items())
+        return any(
+            rule.id in self._progress and number - self._progress[rule.id][1] <= rule.within_lines
+            for rule in self._rules
+        )
 
     def _close(self, first_number: int, offset: int, lines: bytes, count: int) -> None:
         found = self.findings
