@@ -219,24 +219,31 @@ def _check_vocabulary(head: Head, target: TargetConfig) -> None:
 
 
 def _read_d2t(head: Head) -> list[int]:
+    for kind in ("*.safetensors", "pytorch_model*.bin"):
+        for path in sorted(head.folder.glob(kind)):
+            if (offsets := _d2t_in(path)) is not None:
+                return offsets
+    return []
+
+
+def _d2t_in(path: Path) -> list[int] | None:
+    """The offsets in one file of weights; None where it has none.
+
+    Raises:
+        UserError: the file is damaged, or they are no whole numbers.
+    """
     from safetensors import SafetensorError, safe_open
 
-    for path in sorted(head.folder.glob("*.safetensors")):
-        try:
+    try:
+        if path.suffix == ".bin":
+            found = _pickled(path).get("d2t")
+        else:
             with safe_open(path, "np") as weights:
-                for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
-                    if name.endswith("d2t"):
-                        return [int(value) for value in weights.get_tensor(name).flatten()]
-        except (SafetensorError, OSError, ValueError, TypeError, OverflowError) as error:
-            raise UserError(f"{path}: expected the head's d2t, found: {error}.") from error
-    for path in sorted(head.folder.glob("pytorch_model*.bin")):
-        tensors = _pickled(path)
-        if "d2t" in tensors:
-            try:
-                return [int(value) for value in tensors["d2t"].flatten().tolist()]
-            except (ValueError, OverflowError) as error:  # no number, or infinite
-                raise UserError(f"{path}: expected the head's d2t, found: {error}.") from error
-    return []
+                names = [name for name in weights.keys() if name.endswith("d2t")]  # noqa: SIM118 - no mapping
+                found = weights.get_tensor(names[0]) if names else None
+        return None if found is None else [int(value) for value in found.flatten().tolist()]
+    except (SafetensorError, OSError, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{path}: expected the head's d2t, found: {error}.") from error
 
 
 def _pickled(path: Path) -> dict[str, Any]:
