@@ -32,8 +32,9 @@ from shared.errors import OutputError, RetryableError, UserError
 from shared.layers import resolve_aux_layers
 from stages.dump.backends import Captured, Row, check_row
 from stages.dump.connector import WRITE_TO
+from stages.dump.engine_start import starting
 from stages.dump.spool import FAILED_SUFFIX, SHM, STATES_SUFFIX, open_spool
-from stages.dump.vllm_setup import VllmSettings, check_version, start_failure
+from stages.dump.vllm_setup import VllmSettings, check_version
 
 # One batch computed, one queued behind it, one being written, one being read.
 BATCHES_IN_FLIGHT = 4
@@ -89,13 +90,11 @@ class VllmCapture(VllmSettings):
             self._spool = stack.enter_context(
                 open_spool(folders, needed_bytes=self._max_in_flight_tokens * token_bytes)
             )
-            try:
+            with starting(self.target):
                 self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
                 stack.callback(self._engine.engine_core.shutdown)
                 # Not every model that says it has hooks has one for id L: find out now.
                 list(self.run([Row([0] * min(8, self.max_length_tokens))]))
-            except (RuntimeError, ValueError, RetryableError) as error:
-                raise start_failure(error, self.target) from error
             self._stack = stack.pop_all()
         return self
 

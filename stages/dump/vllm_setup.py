@@ -7,7 +7,6 @@ All of it is asked before a weight is loaded, so that a refusal costs seconds.
 import dataclasses
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,13 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.platforms import current_platform
 
-from shared.errors import EyrieError, RetryableError, UserError
+from shared.errors import RetryableError, UserError
 from shared.versions import SUPPORTED_VLLM
 from stages.dump.backends import CaptureSettings
 
 # vLLM takes no states at all from a step in which a row fills its limit: the limit is one higher.
 HEADROOM_TOKENS = 1
 MAX_ROWS_A_STEP = 256
-# How vLLM tells which of its processes failed to start: {'EngineCore_DP0': -9}.
-_EXIT_CODES = re.compile(r"'[^']+': (-?\d+)")
 
 logger = logging.getLogger(__name__)
 
@@ -147,27 +144,6 @@ def check_version(found: str) -> None:
             f"this stage captures with vLLM {SUPPORTED_VLLM}, found vLLM {found}. Build the dump "
             "image with DUMP_VLLM_VERSION set to one of those, or set backend: hf."
         )
-
-
-def start_failure(error: BaseException, target: str | Path) -> EyrieError:
-    """What an engine that did not start means: try again, or change something first.
-
-    A process that a signal ended (the machine's memory, a drained node) may start next time; one
-    that left with an exception of its own will raise it again.
-
-    Worked example: "... Failed core proc(s): {'EngineCore_DP0': -9}" is the former, 1 the latter.
-    """
-    codes = [int(code) for code in _EXIT_CODES.findall(str(error))]
-    told = f"vLLM {vllm.__version__} could not start capturing {target}: {error} "
-    if any(code < 0 for code in codes):
-        return RetryableError(
-            f"{told}Its process was ended by a signal. If that was for want of memory, lower "
-            "batch_tokens; else run the same command again."
-        )
-    return UserError(
-        f"{told}The cause stands above this in the log. If memory is short, lower batch_tokens; if "
-        "the model is not supported, set backend: hf."
-    )
 
 
 def prepare_environment() -> None:

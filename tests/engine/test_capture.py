@@ -10,6 +10,7 @@ import functools
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -34,7 +35,8 @@ from stages.dump.backend_hf import HfCapture
 from stages.dump.backend_vllm import VllmCapture, _Asked, _token_logprobs
 from stages.dump.backends import Row, choose
 from stages.dump.config import DumpConfig
-from stages.dump.vllm_setup import check_version, start_failure
+from stages.dump.engine_start import starting
+from stages.dump.vllm_setup import check_version
 from tests.models import (
     VOCAB_SIZE,
     tiny_llama,
@@ -294,24 +296,41 @@ def test_dead_engine_is_retryable_and_leaves_no_spool(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "kind"),
-    [({"EngineCore_DP0": -9}, RetryableError), ({"EngineCore_DP0": 1}, UserError)],
+    ("told", "code", "kind"),
+    [
+        ("{'EngineCore_DP0': -9}", 0, RetryableError),
+        ("{'EngineCore_DP0': 1}", 0, UserError),
+        ("{'EngineCore_DP0': 1, 'EngineCore_DP1': -15}", 0, UserError),
+        ("{}", -signal.SIGKILL, RetryableError),
+        ("{}", 1, UserError),
+    ],
 )
 def test_a_killed_start_is_told_from_a_refused_one(
-    codes: dict[str, int], kind: type[Exception]
+    told: str, code: int, kind: type[Exception]
 ) -> None:
-    told = f"Engine core initialization failed. Failed core proc(s): {codes}"
-    assert type(start_failure(RuntimeError(told), "tiny")) is kind
+    with pytest.raises(EyrieError) as raised, starting("tiny"):
+        process = multiprocessing.get_context("fork").Process(target=_leave, args=(code,))
+        process.start()
+        time.sleep(0.3)  # as an engine's process, it is there for a while
+        raise RuntimeError(f"Engine core initialization failed. Failed core proc(s): {told}")
+    assert type(raised.value) is kind
+
+
+def _leave(code: int) -> None:
+    time.sleep(0.5)
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 def test_an_engine_killed_while_it_starts_is_retryable(tmp_path: Path) -> None:
     target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
     killer = threading.Thread(target=_kill_engine_core)
     killer.start()
-    # Older ones mostly say {} for a process that failed: nobody can tell a kill from a refusal.
-    tells = Version("0.32") <= VLLM
-    expected = (RetryableError, "ended by a signal") if tells else (EyrieError, "could not start")
-    with pytest.raises(expected[0], match=expected[1]), VllmCapture(**settings(target)):
+    with (
+        pytest.raises(RetryableError, match="ended by a signal"),
+        VllmCapture(**settings(target)),
+    ):
         pass
     killer.join()
 
