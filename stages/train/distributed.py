@@ -7,6 +7,7 @@ several. FSDP2 is torch's own `fully_shard`: accelerate's way into it asks for a
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,26 @@ _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-    """The process group, the device, autocast and trackers."""
+    """The process group, the device, autocast and trackers.
+
+    Raises:
+        RetryableError: the ranks did not meet; a port was taken, an address out of reach.
+    """
     # The head's buffers never change, so ranks need not exchange them at each step.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        kwargs_handlers=[ddp],
-        log_with=list(config.trackers) or None,
-        project_dir=folder / "trackers",
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            kwargs_handlers=[ddp],
+            log_with=list(config.trackers) or None,
+            project_dir=folder / "trackers",
+        )
+    except torch.distributed.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RetryableError(
+            f"train's ranks did not meet at {place}: {str(error).splitlines()[0][:300]}. $MASTER_PORT must "
+            "be free on the first node, and $MASTER_ADDR within reach of all."
+        ) from error
     if config.trackers:
         accelerator.init_trackers(config.run.name)
     if accelerator.device.type == "cpu":

@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,21 @@ def test_a_refusal_is_2_and_not_torchruns_1(workspace: Path) -> None:
     out, _ = refused.communicate(timeout=120)
     assert refused.returncode == 2, out
     assert "Traceback" not in out
+
+
+def test_a_port_that_is_taken_may_be_free_on_the_next_start(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        refused = run(workspace, "train")
+    assert refused.returncode == 75, refused.stderr
+    assert f"did not meet at 127.0.0.1:{place['MASTER_PORT']}" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_a_stop_reaches_every_rank_and_the_next_start_continues(workspace: Path) -> None:
