@@ -31,7 +31,6 @@ _GRACE_S = 20.0
 _POLL_S = 0.2
 _ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 _ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",  # its own progress would drown the stage's
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -109,9 +108,12 @@ def start_server(
         # Compiling for a CPU takes longer than most runs there.
         "enforce-eager": not any(path.exists() for path in _ACCELERATORS),
     }
+    defaults = dict(_ENVIRONMENT)
+    if "kv-cache-memory-bytes" not in options:  # which the variable would overrule in silence
+        defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"
     process = subprocess.Popen(
         [sys.executable, "-m", _MODULE, *_flags(own | dict(options))],
-        env={**_ENVIRONMENT, **os.environ, **(environment or {}), "VLLM_API_KEY": api_key},
+        env={**defaults, **os.environ, **(environment or {}), "VLLM_API_KEY": api_key},
         start_new_session=True,
         preexec_fn=die_with_parent,
     )

@@ -73,8 +73,10 @@ def build(plan: dict[str, Any]) -> LLM:
     if current_platform.is_cpu():
         # One process instead of three: a faster start, and an error keeps its cause.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # With an explicit size (GiB) and no compiling, vLLM skips its warm-up pass.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # With an explicit size (GiB) and no compiling, vLLM skips its warm-up pass. The variable
+        # would overrule the option in silence.
+        if "kv_cache_memory_bytes" not in plan["engine_args"]:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         arguments["enforce_eager"] = True
     if speculative and COUNTS_PER_REQUEST:
         arguments["per_request_spec_decode_metrics"] = "summary"
