@@ -54,10 +54,15 @@ async def answers(
                         yield outcome, len(dispatcher)
                 return
             except ServerDiedError as error:
-                if config.endpoints or start == config.max_restarts:
+                if config.endpoints:
                     raise RetryableError(
                         f"the server does not answer any more: {error}. Finished rows are saved; "
                         "run the same command again."
+                    ) from error
+                if start == config.max_restarts:
+                    raise RetryableError(
+                        f"the vLLM server died ({error}), and synth.max_restarts is {start}. Finished "
+                        "rows are saved; run the same command again."
                     ) from error
                 logger.warning("the server died (%s); starting it again", error)
             finally:

@@ -49,7 +49,9 @@ class Endpoint:
     base_url: str
     model: str
     api_key: str
-    has_ended: Callable[[], bool]  # its process is gone; asked before each request
+    exit_code: Callable[
+        [], int | None
+    ]  # of a process of ours that ended; asked before each request
     is_healthy: Callable[[], bool]  # it answers /health; asked after a failure
 
 
@@ -157,13 +159,15 @@ class Client:
                 with attempt:
                     endpoint = self._endpoints[self._asked % len(self._endpoints)]
                     self._asked += 1
-                    if endpoint.has_ended():
-                        raise ServerDiedError(f"{endpoint.base_url} is gone")
+                    if (code := endpoint.exit_code()) is not None:
+                        raise ServerDiedError(f"code {code}")
                     return await self._post(endpoint, {"model": endpoint.model, **body})
         except _MAY_YET_SUCCEED as error:
             healthy = [await asyncio.to_thread(each.is_healthy) for each in self._endpoints]
             if not any(healthy):
-                raise ServerDiedError(str(error) or type(error).__name__) from error
+                ended = [code for each in self._endpoints if (code := each.exit_code()) is not None]
+                told = f"code {ended[0]}" if ended else str(error) or type(error).__name__
+                raise ServerDiedError(told) from error
             reason = "timeout" if isinstance(error, TimeoutError) else "server_error"
             raise Refused(reason, str(error)[:500]) from error
         raise RuntimeError("tenacity ends with an answer or an error")

@@ -44,7 +44,7 @@ def connect(config: SynthConfig, target: Path) -> list[Endpoint]:
                 base_url=base_url,
                 model=served["id"],
                 api_key=key,
-                has_ended=lambda: False,
+                exit_code=lambda: None,
                 is_healthy=functools.partial(is_healthy, base_url),
             )
         )

@@ -46,6 +46,6 @@ def serve(config: SynthConfig, target: Path) -> Iterator[Endpoint]:
             base_url=server.base_url,
             model=MODEL_NAME,
             api_key=server.api_key,
-            has_ended=lambda: server.exit_code() is not None,
+            exit_code=server.exit_code,
             is_healthy=server.is_healthy,
         )
