@@ -34,6 +34,9 @@ PRINT_CONFIG = "--print_config"
 
 logger = logging.getLogger(__name__)
 
+# What torch says, in a plain RuntimeError, where the machine has no memory left.
+_TORCHS_WORDS = "DefaultCPUAllocator: can't allocate memory"
+
 
 def collect_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """(positional words, flag -> raw text), gathered by fire and otherwise untouched.
@@ -113,7 +116,8 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return errors.EXIT_STOPPED, "interrupted"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or _TORCHS_WORDS in str(error)
+    if isinstance(error, MemoryError) or is_torchs:
         return errors.EXIT_USER, f"out of memory ({error}). Lower the batch or the length."
     return errors.EXIT_BUG, f"a bug in eyrie: {type(error).__name__}: {error}"
 

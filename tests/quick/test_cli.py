@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared import config as configs
-from shared.cli import collect_flags
-from shared.errors import UserError
+from shared.cli import _outcome, collect_flags
+from shared.errors import EXIT_BUG, EXIT_USER, UserError
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
@@ -180,3 +181,12 @@ def test_print_config_tells_what_recipe_and_flags_come_to(tmp_path: Path) -> Non
     assert settings["run"]["target"] == "t"
     assert list(tmp_path.iterdir()) == [recipe]  # no folder, no log: nothing was run
     assert run_stage(*asked, "--epoch", "1").returncode == 2
+
+
+def test_torch_without_memory_is_no_bug_of_ours() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    code, told = _outcome(raised.value)
+    assert code == EXIT_USER
+    assert told.startswith("out of memory (")
+    assert _outcome(RuntimeError("shape mismatch"))[0] == EXIT_BUG
