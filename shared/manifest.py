@@ -133,8 +133,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-    return ", ".join(f"{key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
+    was, now = ({key: repr(value) for key, value in each.items()} for each in (old, new))
+    keys = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
+    return ", ".join(
+        f"{key}: was {was.get(key, 'not there')}, now {now.get(key, 'not there')}" for key in keys
+    )
 
 
 def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str, Any]:
