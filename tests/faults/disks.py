@@ -57,15 +57,24 @@ def no_file_above(size: int) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
+def _bound(source: Path, place: Path) -> Iterator[None]:
+    """`place` showing what lies in `source`."""
+    _mount("--bind", source, place)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
     """`folder` as a volume that takes no more writes, for whoever opens a file from now on."""
     if can_mount():
-        _mount("--bind", folder, folder)
-        try:
-            _mount("-o", "remount,bind,ro", folder)
-            yield
-        finally:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        # Elsewhere first: a mount on which a file is open for writing cannot be made read-only.
+        with tempfile.TemporaryDirectory() as aside, _bound(folder, Path(aside)):
+            _mount("-o", "remount,bind,ro", aside)
+            with _bound(Path(aside), folder):
+                yield
         return
     folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
     for each in folders:
