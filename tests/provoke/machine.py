@@ -6,6 +6,7 @@ import http.server
 import os
 import resource
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -37,17 +38,9 @@ def _(world: World) -> None:
     for path in world.folder("dump").glob("shard_*.pt"):
         shard = torch.load(path, weights_only=True)
         shard["hidden_states"][::3] = float("nan")
-        size = path.stat().st_size
         torch.save(shard, path)
-        if path.stat().st_size != size:
-            _forge_size(world.folder("dump"), path)
+        world.vouch("dump", path)
     world.run("train")
-
-
-def _forge_size(folder: Path, path: Path) -> None:
-    manifest = files.read_json(folder / "manifest.json")
-    manifest["files"][path.name]["bytes"] = path.stat().st_size
-    files.write_json(folder / "manifest.json", manifest)
 
 
 @case("answers-of-another-target", "answers-of-another-target", "dump", needs=("synth",))
@@ -64,7 +57,7 @@ def _(world: World) -> None:
         column = pyarrow.array(ids, table.schema.field("input_ids").type)
         table = table.set_column(position, table.schema.field("input_ids"), column)
         pyarrow.parquet.write_table(table, path)
-        _forge_size(world.folder("synth"), path)
+        world.vouch("synth", path)
     world.run("dump")
 
 
@@ -121,7 +114,7 @@ def _(world: World) -> None:
 @case("out-of-memory", "out-of-memory-host", "train", needs=("synth", "dump"))
 def _(world: World) -> None:
     limit = (
-        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, ({900 << 20},) * 2)"
+        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, ({350 << 20},) * 2)"
     )
     run = "sys.argv[0] = 'train'; runpy.run_module('stages.train', run_name='__main__', alter_sys=True)"
     words = ["--recipe", str(world.workspace / "recipe.yaml"), "--workspace", str(world.workspace)]
@@ -139,7 +132,7 @@ def _(world: World) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@case("rank-killed", "killed-bare", "train", needs=("synth", "dump"), console=True)
+@case("rank-killed", "rank-killed", "train", needs=("synth", "dump"), console=True)
 def _(world: World) -> None:
     def kill(world: World, process: "subprocess.Popen[str]") -> None:
         world.wait_for("train", "draft vocabulary")
@@ -147,10 +140,19 @@ def _(world: World) -> None:
         ranks = [pid for pid, name in children(process.pid) if "stages.train" in name]
         os.kill(ranks[1], signal.SIGKILL)
 
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words += ["-m", "stages.train", "--recipe", str(world.workspace / "recipe.yaml")]
     words += ["--workspace", str(world.workspace), "--epochs", "5000"]
     world.command(python(*words), {"OMP_NUM_THREADS": "1"}, kill)
+
+
+@case("port-taken", "port-taken", "train", needs=("synth", "dump"))
+def _(world: World) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        world.run("train", environment={**ranks, "MASTER_PORT": str(taken.getsockname()[1])})
 
 
 _TIED = """

@@ -73,7 +73,7 @@ def _(world: World) -> None:
     world.run("synth")
 
 
-@case("broken-tokenizer", "tokenizer-fails", "synth")
+@case("broken-tokenizer", "tokenizer-broken", "synth")
 def _(world: World) -> None:
     (world.target / "tokenizer.json").write_text("{}")
     world.run("synth")
@@ -151,6 +151,16 @@ def _(world: World) -> None:
 def _(world: World) -> None:
     part = sorted(world.folder("synth").glob("part-*.parquet"))[0]
     part.write_bytes(os.urandom(part.stat().st_size))
+    world.vouch("synth", part)
+    world.run("dump")
+
+
+@case("answers-bit-flipped", "file-damaged-since", "dump", needs=("synth",))
+def _(world: World) -> None:
+    part = sorted(world.folder("synth").glob("part-*.parquet"))[0]
+    whole = bytearray(part.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    part.write_bytes(whole)
     world.run("dump")
 
 
@@ -158,6 +168,7 @@ def _(world: World) -> None:
 def _(world: World) -> None:
     path = world.folder("dump") / "token_freq.pt"
     path.write_bytes(os.urandom(path.stat().st_size))
+    world.vouch("dump", path)
     world.run("train")
 
 
