@@ -62,7 +62,7 @@ soak: setup ## What takes longer than that.
 
 .PHONY: test-quick
 test-quick: setup ## The tests that start no engine: under two minutes.
-	$(PY) -m pytest -m "not engine and not gpu and not container" tests/quick
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m "not engine and not gpu and not container" tests/quick
 
 .PHONY: lint
 lint: setup ## Style, types, import rules.
