@@ -9,6 +9,8 @@ variable "EYRIE_REGISTRY" { default = "eyrie" }
 variable "EYRIE_REVISION" { default = "unknown" }
 variable "EYRIE_VERSION" { default = "0.1.0" }
 variable "FLAVOUR" { default = "gpu" }
+# "host" where package indexes can be reached from the host's own network alone.
+variable "EYRIE_BUILD_NETWORK" { default = "default" }
 variable "TORCH_VERSION" { default = "2.13.0" }
 
 variable "VLLM_VERSION" { default = "0.32.0" }
@@ -32,6 +34,7 @@ group "default" {
 
 target "_common" {
   context = "."
+  network = EYRIE_BUILD_NETWORK
   args    = { REVISION = EYRIE_REVISION }
 }
 

@@ -169,7 +169,7 @@ def _lines(axes: Axes, lines: Mapping[str, list[tuple[float, float, Any]]]) -> N
                 f"{value:.3g}" if value < 1000 else f"{value:.0f}",
                 (at, value),
                 textcoords="offset points",
-                xytext=(6, 5),
+                xytext=(6, -12 if name == "baseline" else 5),  # what is near it stays readable
                 fontsize=8,
                 color=INK,
             )
@@ -218,7 +218,7 @@ def over_depth(rows: Iterable[Row]) -> str:
 def _over_depth(axes: Axes, lines: Mapping[str, Any]) -> None:
     _lines(axes, lines)
     axes.axhline(1.0, color=QUIET, linestyle="--", linewidth=1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xticks(sorted({point[0] for points in lines.values() for point in points}))
     _name(
         axes,
         "Speed-up over draft length",

@@ -2,6 +2,7 @@
 """What is in the images, and what their processes may do; what must not be in them: test_layers."""
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 
@@ -149,3 +150,23 @@ def test_the_demos_target_is_made_by_compose(fresh: Project) -> None:
     assert made.returncode == 0, made.stderr[-2000:]
     look = ("run", "--rm", "--no-deps", "--entrypoint", "ls", "ops", "/workspace/targets/demo")
     assert "prompts.jsonl" in fresh.compose(*look).stdout
+
+
+@pytest.mark.soak  # whether the layers are still cached is the builder's choice
+def test_bake_builds_what_compose_builds(images: dict[str, str]) -> None:
+    def layers() -> dict[str, object]:
+        told = json.loads(docker("image", "inspect", *images.values()).stdout)
+        return {stage: each["RootFS"]["Layers"] for stage, each in zip(images, told, strict=True)}
+
+    of_compose = layers()
+    subprocess.run(["docker", "rmi", "--force", *images.values()], check=True, capture_output=True)
+    built = subprocess.run(
+        ["docker", "buildx", "bake", "--file", "docker/docker-bake.hcl"],
+        cwd=ROOT,
+        env={**os.environ, "FLAVOUR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=2400,
+    )
+    assert built.returncode == 0, built.stderr[-2000:]
+    assert layers() == of_compose
