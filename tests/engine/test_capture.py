@@ -336,7 +336,7 @@ def test_an_engine_killed_while_it_starts_is_retryable(tmp_path: Path) -> None:
 
 
 def _kill_engine_core() -> None:
-    for _ in range(600):
+    for _ in range(3000):  # importing vLLM on a busy machine takes a while
         for process in multiprocessing.active_children():
             if "EngineCore" in process.name:
                 time.sleep(0.5)

@@ -103,13 +103,14 @@ def run(name: str, executions: int, seed: int, seconds: float) -> tuple[int, dic
                 kind = re.sub(r"\d+|'.*|\".*|/dev/shm\S*", "_", fault)[:120]
                 if kind not in faults:
                     sys.stderr.write(f"{name}: seed {seed + done - 1}: {fault}\n")
-                    _keep(name, path)
+                    keep(name, path)
                 faults[kind] += 1
         mutate.restore(path, content)
     return done, dict(faults)
 
 
-def _keep(name: str, path: Path) -> None:
+def keep(name: str, path: Path) -> None:
+    """Have the quick tests read this file from now on."""
     if path.is_file() and path.stat().st_size <= _LARGEST_KEPT_BYTES:
         folder = CORPUS / name.replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
