@@ -36,7 +36,7 @@ _SHARED_SWEEP_S = 3600.0
 _NO_WORK = {IDENTITY, "rejects.jsonl", "plan"}
 
 _LONGEST_NAME = 255
-_AGAIN = "Make the artifact again with this version of eyrie."
+_AGAIN = "Delete it and run its stage again: what is finished is kept."
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,12 @@ class Artifact:
             UserError: there is one of another configuration, or one that cannot be mended, and
                 --overwrite was not given.
         """
-        manifest = read_manifest(self.folder)
+        try:
+            manifest = read_manifest(self.folder)
+        except UserError:
+            if self.config.overwrite and not self._is_shared:  # nobody asks for what is in it
+                return False
+            raise
         found = manifest["identity"] if manifest else self._started_identity()
         if found is None or not (manifest or self._holds_work()):
             return False

@@ -31,7 +31,7 @@ from tests.faults.readers import READERS, Reader
 
 CORPUS = Path(__file__).with_name("corpus")
 LIMIT_S = 10
-_WAITING_TIMES = 30
+WAITING_TIMES = 30
 MORE_MEMORY_BYTES = 4 << 30
 _LARGEST_KEPT_BYTES = 20_000
 
@@ -52,7 +52,7 @@ def at_most(seconds: int) -> Iterator[None]:
 
     before = {each: signal.signal(each, ring) for each in (signal.SIGPROF, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.alarm(_WAITING_TIMES * seconds)
+    signal.alarm(WAITING_TIMES * seconds)
     try:
         yield
     finally:

@@ -142,6 +142,16 @@ def test_overwrite_replaces(tmp_path: Path) -> None:
         assert read_manifest(artifact.folder) is None
 
 
+def test_overwrite_replaces_what_cannot_be_read(tmp_path: Path) -> None:
+    (finished(tmp_path).folder / "manifest.json").write_text('{"schem`_version": 1}')
+    config = synth_config(tmp_path, overwrite="true")
+    artifact = Artifact(config.paths.stage("synth"), config, inputs={"prompts": "abc"})
+    assert not artifact.is_done()
+    with artifact.work() as is_needed:
+        assert is_needed
+        assert not (artifact.folder / "part.txt").exists()
+
+
 def test_changed_input_is_refused(tmp_path: Path) -> None:
     finished(tmp_path)
     config = synth_config(tmp_path)

@@ -56,6 +56,7 @@ def test_the_judge_tells_a_crash_a_hang_and_a_nameless_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.faults.fuzz.LIMIT_S", 1)
+    monkeypatch.setattr("tests.faults.fuzz.WAITING_TIMES", 1)
     reader, path = READERS["manifest"], tmp_path / "x"
 
     def nameless(path: Path) -> None:
@@ -64,6 +65,7 @@ def test_the_judge_tells_a_crash_a_hang_and_a_nameless_refusal(
     for read, told in (
         (lambda path: {}["key"], "KeyError"),
         (lambda path: time.sleep(5), "Hang"),
+        (lambda path: all(never == 0 for never in iter(int, 1)), "Hang"),
         (nameless, "names no file"),
     ):
         assert told in fault_of(dataclasses.replace(reader, read=read), path)
