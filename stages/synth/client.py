@@ -49,9 +49,7 @@ class Endpoint:
     base_url: str
     model: str
     api_key: str
-    exit_code: Callable[
-        [], int | None
-    ]  # of a process of ours that ended; asked before each request
+    exit_code: Callable[[], int | None]  # of a process of ours; asked before each request
     is_healthy: Callable[[], bool]  # it answers /health; asked after a failure
 
 
