@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -154,7 +155,7 @@ def test_the_demos_target_is_made_by_compose(fresh: Project) -> None:
 
 @pytest.mark.soak  # packages are installed once more where the builder has no layers of bake's
 def test_bake_builds_what_compose_builds(images: dict[str, str]) -> None:
-    def configs() -> dict[str, object]:
+    def configs() -> dict[str, dict[str, Any]]:
         told = json.loads(docker("image", "inspect", *images.values()).stdout)
         for each in told:
             labels = each["Config"]["Labels"]
@@ -168,8 +169,7 @@ def test_bake_builds_what_compose_builds(images: dict[str, str]) -> None:
         }
 
     of_compose = configs()
-    revision = docker("inspect", "--format", "{{json .Config.Labels}}", images["ops"]).stdout
-    revision = json.loads(revision)["org.opencontainers.image.revision"]
+    revision = of_compose["ops"]["Labels"]["org.opencontainers.image.revision"]
     subprocess.run(["docker", "rmi", "--force", *images.values()], check=True, capture_output=True)
     built = subprocess.run(
         ["docker", "buildx", "bake", "--file", "docker/docker-bake.hcl"],

@@ -4,7 +4,6 @@
 The whole run is made once and kept beside the system's temporary files; a case gets a copy.
 """
 
-import hashlib
 import os
 import shutil
 import signal
@@ -73,7 +72,7 @@ class World:
         manifest = files.read_json(self.folder(stage) / "manifest.json")
         manifest["files"][path.name] = {
             "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": files.sha256(path),
         }
         files.write_json(self.folder(stage) / "manifest.json", manifest)
 

@@ -121,9 +121,8 @@ def test_an_identity_change_is_refused_with_its_key_and_nothing_is_lost(
 def test_a_setting_that_an_older_version_did_not_have_is_named(tmp_path: Path) -> None:
     folder = finished(tmp_path).folder
     identity = json.loads((folder / "identity.json").read_text())
-    assert (
-        identity.pop("synth.max_samples", 0) is None
-    )  # its default, and what is not there reads so
+    # Its default is what a key that is not there reads as.
+    assert identity.pop("synth.max_samples", 0) is None
     (folder / "manifest.json").unlink()
     (folder / "identity.json").write_text(json.dumps(identity))
     config = synth_config(tmp_path)

@@ -2,9 +2,9 @@
 """The command line: flags, recipes, refusals, exit codes, and how fast --help answers."""
 
 import json
-import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,15 +39,16 @@ def test_help_is_instant_and_without_torch(stage: str) -> None:
         "    heavy = {'torch', 'vllm', 'transformers', 'pyarrow'} & set(sys.modules)\n"
         "    sys.exit(f'imported {heavy}' if heavy else stop.code)\n"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr
+    best_s = 9.0
+    for _ in range(3):
+        started_s = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        best_s = min(best_s, time.monotonic() - started_s)
+        assert done.returncode == 0, done.stderr
     assert "Exit codes" in done.stdout
-    # Of the processor, whatever else it does; torch alone takes longer.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    assert best_s < 1.0  # torch alone takes longer
 
 
 def test_fire_leaves_texts_as_they_are() -> None:
