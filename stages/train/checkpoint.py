@@ -3,7 +3,8 @@
 
 fp32 weights, optimizer, scheduler, step and the random state; the data's position is the step
 itself. `latest.pt` and `best.pt` are links to such files. The tensors are whole, whatever the number
-of ranks, so another number resumes. Resuming on a CPU gives the same weights to the bit.
+of ranks, so another number resumes. Resuming on a CPU, with as many threads, gives the same weights
+to the bit.
 
 The state is copied at once and written by a thread, while training goes on.
 """
@@ -54,7 +55,8 @@ class Checkpoints:
         if state["step"] != self._written_step:
             save_tensors(path, state)
             self._written_step = state["step"]
-        for name in (LATEST, BEST) if best else (LATEST,):
+        # The best one first: a latest one that names a best one finds it, whenever it is killed.
+        for name in (BEST, LATEST) if best else (LATEST,):
             files.write_link(self.folder / name, path.name)
         with files.writing(self.folder):
             self._prune()

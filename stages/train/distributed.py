@@ -6,7 +6,6 @@ several. FSDP2 is torch's own `fully_shard`: accelerate's way into it asks for a
 """
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from shared.errors import RetryableError
+from stages.train import cpu
 from stages.train.config import TrainConfig
 from stages.train.model import DraftHead
 from stages.train.step import TrainingStep
 
 _PREFIX = "head."
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 # What gloo and NCCL say in plain RuntimeErrors.
 _LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "gloo", "NCCL")
 _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -56,20 +55,9 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     if config.trackers:
         accelerator.init_trackers(config.run.name)
     if accelerator.device.type == "cpu":
-        keep_freed_memory()
+        cpu.keep_freed_memory()
+        cpu.keep_order_of_sums()
     return accelerator
-
-
-def keep_freed_memory() -> bool:
-    """Have freed memory stay with this process; whether the C library knows how.
-
-    A step's large tensors are otherwise mapped anew and zeroed by the kernel at every step, which
-    takes a tenth to a third of its time on a CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def joined(accelerator: Accelerator, step: TrainingStep, how: str) -> nn.Module:

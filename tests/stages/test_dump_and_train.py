@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,37 @@ def workspace(dumped: Path, tmp_path: Path) -> Path:
     return tmp_path / "workspace"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As many threads in every run: they decide the order of a sum."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 def weights(workspace: Path) -> dict[str, torch.Tensor]:
     return load_file(workspace / "run" / "export" / "model.safetensors")
+
+
+def losses(workspace: Path) -> dict[int, float]:
+    """Every recorded loss by its step."""
+    lines = (workspace / "run" / "train" / "history.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def furthest(workspace: Path, other: Path) -> float:
+    """The largest difference between two trainings' weights, after the last step or as exported."""
+    latest = Path("run", "train", "checkpoints", "latest.pt")
+    last, others = (
+        torch.load(w / latest, weights_only=True)["weights"] for w in (workspace, other)
+    )
+    assert last.keys() == others.keys()
+    pairs = [(last[name], others[name]) for name in last]
+    exported, theirs = weights(workspace), weights(other)
+    assert exported.keys() == theirs.keys()
+    pairs += [(exported[name], theirs[name]) for name in exported]
+    return max((ours.double() - its.double()).abs().max().item() for ours, its in pairs)
 
 
 def interrupt_after_a_checkpoint(workspace: Path, how: signal.Signals) -> int:
@@ -95,10 +125,10 @@ def test_a_killed_dump_continues_to_the_same_bytes(workspace: Path) -> None:
 def test_training_learns_and_says_so(trained: Path) -> None:
     folder = trained / "run" / "train"
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in history if "loss" in record]
+    curve = list(losses(trained).values())
     walks = [r["walked_acceptance_length"] for r in history if "walked_acceptance_length" in r]
     facts = json.loads((folder / "manifest.json").read_text())["facts"]
-    assert losses[-1] < 0.8 * losses[0]
+    assert curve[-1] < 0.8 * curve[0]
     assert facts["walked_acceptance_length"] == max(walks)
     assert facts["steps"] == history[-1]["step"]
 
@@ -112,9 +142,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     again = run(workspace, "train")
     assert again.returncode == 0, again.stderr
     assert "continuing from step" in again.stderr
-    expected, found = weights(trained), weights(workspace)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert furthest(trained, workspace) == 0.0
     histories = [w / "run" / "train" / "history.jsonl" for w in (workspace, trained)]
     assert histories[0].read_text() == histories[1].read_text()
     tokens = [
@@ -122,6 +150,20 @@ def test_an_interrupted_training_ends_with_the_same_weights(
         for w in (workspace, trained)
     ]
     assert tokens[0] == tokens[1], "of all steps, those before the interruption too"
+
+
+@pytest.mark.soak
+def test_several_threads_end_with_the_same_weights_too(
+    workspace: Path, dumped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    whole = tmp_path / "whole"
+    shutil.copytree(dumped, whole)
+    write_recipe(whole, **TRAIN)
+    assert run(whole, "train").returncode == 0
+    interrupt_after_a_checkpoint(workspace, signal.SIGKILL)
+    assert run(workspace, "train").returncode == 0
+    assert furthest(whole, workspace) == 0.0
 
 
 def test_a_training_that_was_killed_before_its_manifest_is_finished_by_the_next(
@@ -170,21 +212,23 @@ def kill_once_there(processes: list[subprocess.Popen[bytes]], path: Path) -> Non
         process.wait()
 
 
+def test_another_number_of_threads_goes_on_with_the_same_curve(
+    workspace: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after_a_checkpoint(workspace, signal.SIGKILL)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert run(workspace, "train").returncode == 0
+    assert losses(workspace) == pytest.approx(losses(trained), rel=1e-3)
+
+
 def test_other_numbers_of_ranks_go_on_with_the_same_curve(workspace: Path, trained: Path) -> None:
     """Two ranks, killed; one, killed; two to the end."""
     states = workspace / "run" / "train" / "checkpoints"
     for num_ranks, step in ((2, 12), (1, 40)):
         kill_once_there(start_ranks(workspace, num_ranks), states / f"step_{step:08d}.pt")
     assert [process.wait(timeout=120) for process in start_ranks(workspace, 2)] == [0, 0]
-    curves = []
-    for folder in (trained, workspace):
-        lines = (folder / "run" / "train" / "history.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        curves.append({r["step"]: r["loss"] for r in records if "loss" in r})
-    assert curves[0].keys() == curves[1].keys()
-    assert len(curves[0]) > 5
-    for step, loss in curves[0].items():
-        assert curves[1][step] == pytest.approx(loss, rel=1e-3), step
+    assert len(losses(trained)) > 5
+    assert losses(workspace) == pytest.approx(losses(trained), rel=1e-3)
 
 
 def test_a_warm_start_takes_weights_and_vocabulary_over(trained: Path, workspace: Path) -> None:

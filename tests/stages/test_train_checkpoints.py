@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared import files
 from shared.errors import UserError
 from stages.train import checkpoint as checkpoint_module
 from stages.train.checkpoint import Checkpoints, load
@@ -40,6 +41,29 @@ def test_the_newest_are_kept_and_the_best_one(tmp_path: Path) -> None:
     assert names(tmp_path) == steps | {"latest.pt", "best.pt"}
     assert load(tmp_path / "latest.pt")["step"] == 50
     assert load(tmp_path / "best.pt")["step"] == 20
+
+
+def test_a_kill_between_the_two_links_leaves_a_state_to_continue_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest state names the best one: it may not be there first."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(state(10))
+    checkpoints.wait()
+    link, links = files.write_link, []
+
+    def killed_after_one(path: Path, name: str) -> None:
+        if links:
+            raise KeyboardInterrupt
+        links.append(link(path, name))
+
+    monkeypatch.setattr(files, "write_link", killed_after_one)
+    checkpoints.save({**state(20), "best": {"step": 20}}, best=True)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.wait()
+    latest = load(tmp_path / "latest.pt")
+    assert latest["step"] == 10
+    checkpoint_module.require_best(tmp_path, latest)
 
 
 def test_a_state_is_copied_before_training_goes_on(
