@@ -111,7 +111,9 @@ class StageConfig(CommandConfig):
 
     recipe: Path | None = pydantic.Field(None, description="The recipe, a YAML file.")
     overwrite: bool = pydantic.Field(
-        False, description="Replace an artifact that was made with another configuration."
+        False,
+        description="Replace what is finished here, or was made with another configuration; this "
+        "one's own unfinished work is continued.",
     )
     run: RunConfig = pydantic.Field(description="The recipe's section run.")
 

@@ -120,7 +120,7 @@ def _conversation(record: dict[str, Any]) -> Conversation:
 def _wrong_part(path: Path, error: Exception) -> UserError:
     return UserError(
         f"{path}: expected conversations in Parquet, found {type(error).__name__}: {error}. "
-        "Restore the file, or run synth again with --overwrite."
+        "Restore the file, or delete it and run synth again, which answers its rows anew."
     )
 
 

@@ -243,6 +243,15 @@ class Artifact:
             return None
         return read_record(path, Shape, then=f"Delete {self.folder} to start anew.")
 
+    def _is_begun(self) -> bool:
+        """Whether this configuration's own unfinished work lies here: also --overwrite continues it."""
+        try:
+            found = self._started_identity()
+        except UserError:
+            return False
+        is_own = found is not None and fingerprint(found) == self.fingerprint
+        return is_own and not (self.folder / MANIFEST).exists()
+
     def _holds_work(self) -> bool:
         """Whether anything lies here that a new configuration would lose."""
         return any(
@@ -271,7 +280,7 @@ class Artifact:
                 yield self._is_needed()
             return
         with lock(self.folder / LOCK):
-            if self.config.overwrite:
+            if self.config.overwrite and not self._is_begun():
                 self._clear()
             if not self._is_needed():
                 yield False
@@ -303,10 +312,22 @@ class Artifact:
                 if found is None:
                     files.write_json(self.folder / IDENTITY, self.identity)
                 held.enter_context(lock(self.folder / LOCK, alone=False))
+                self._refuse_other_counts()
                 own = f"{LOCK}-{share.index}-of-{share.count}"
                 held.enter_context(lock(self.folder / own))
             files.sweep_temporaries(self.folder, idle_s=_SHARED_SWEEP_S)
             yield
+
+    def _refuse_other_counts(self) -> None:
+        """Nobody may be at work on a share of another count: shares would overlap.
+
+        Raises:
+            RetryableError: somebody is.
+        """
+        for path in self.folder.glob(f"{LOCK}-*-of-*"):
+            if not path.name.endswith(f"-of-{self.config.share.count}"):
+                with lock(path):
+                    pass
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[bool]:
@@ -318,15 +339,17 @@ class Artifact:
             yield not (self.folder / MANIFEST).exists()
 
     def _clear(self) -> None:
-        # The manifest goes first: a half-deleted artifact must not look complete.
+        # The manifest goes first: a half-deleted artifact must not look complete. The identity goes
+        # last: what is left of it must not be taken for another configuration's.
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for item in self.folder.iterdir():
-            if item.name.startswith(LOCK):
+            if item.name == IDENTITY or item.name.startswith(LOCK):
                 continue
             if item.is_dir() and not item.is_symlink():
                 shutil.rmtree(item)
             else:
                 item.unlink()
+        (self.folder / IDENTITY).unlink(missing_ok=True)
 
     def finish(
         self,

@@ -43,7 +43,12 @@ def stop_if_requested(saved: str) -> None:
         Stopped: with what was saved, for the log.
     """
     if _stop.is_set():
-        raise Stopped(f"stopped by a signal; {saved}. Run the same command again to continue.")
+        raise stopped(saved)
+
+
+def stopped(saved: str) -> Stopped:
+    """What to raise after a stop that somebody asked for, here or elsewhere."""
+    return Stopped(f"stopped by a signal; {saved}. Run the same command again to continue.")
 
 
 def is_alive(pid: int) -> bool:

@@ -82,6 +82,9 @@ class RowFile:
         tokens = len(raw["input_ids"])
         if tokens == 0 or raw["loss_mask"].shape != (tokens,):
             raise ValueError(f"loss_mask {list(raw['loss_mask'].shape)} for {tokens} input_ids")
+        mask = raw["loss_mask"]
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("loss_mask: expected 0 and 1 alone")
         size = self.hidden_size
         found = _shapes(raw.get("hidden_states"))
         expected = [[tokens, size]] * self.num_states

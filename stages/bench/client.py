@@ -65,6 +65,11 @@ class Server:
             ) from error
         except openai.APIStatusError as error:
             raise UserError(f"the server at {self.base_url} refused: {error}.") from error
+        except openai.APIError as error:  # told in the middle of an answer
+            raise RetryableError(
+                f"the server at {self.base_url} ended an answer in its middle ({error}). Its log says "
+                "why; run the same command again."
+            ) from error
 
     def connect(self) -> str:
         """Ask for the model that it serves; returns vLLM's version.

@@ -76,13 +76,14 @@ class BenchConfig(StageConfig):
         0, "Gate: greedy answers that part from the baseline's without a tie; null asks nothing."
     )
 
-    tensor_parallel_size: int = operational(1, "GPUs that share the target's layers.", ge=1)
+    # What an engine is made of is what bench measures: here it is no mere means.
+    tensor_parallel_size: int = identity(1, "GPUs that share the target's layers.", ge=1)
+    engine_args: dict[str, Any] = identity({}, "More vLLM engine options by their own names.")
     startup_timeout_s: float = operational(1800.0, "Longest wait for a server's start.", gt=0)
     request_timeout_s: float = operational(600.0, "Longest wait for one served answer.", gt=0)
     engine_timeout_s: float = operational(
         3600.0, "Longest time for one engine's measurement.", gt=0
     )
-    engine_args: dict[str, Any] = operational({}, "More vLLM engine options by their own names.")
 
     @pydantic.field_validator("prompts", mode="before")
     @classmethod
@@ -115,6 +116,11 @@ class BenchConfig(StageConfig):
         if self.min_gain_over_ngram is not None and not self.compare_ngram:
             raise ValueError("min_gain_over_ngram needs compare_ngram")
         return self
+
+    @property
+    def measured_through(self) -> str:
+        """`in_process`, `served` or `endpoint`."""
+        return "endpoint" if self.endpoint else self.mode
 
 
 class CompareConfig(CommandConfig):

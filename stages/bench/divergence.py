@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from shared.errors import UserError
 from stages.bench.metrics import first_divergence
 
 LEAD_TOKENS = 8  # decoded before a context's end, in two of the four shapes
@@ -74,12 +75,19 @@ class Divergence:
 def compare(
     baseline: Sequence[Mapping[str, Any]], head: Sequence[Mapping[str, Any]], **where: Any
 ) -> tuple[int, int, list[Divergence]]:
-    """(answers compared, answers whose prompts differ, first divergences) of one cell."""
+    """(answers compared, answers whose prompts differ, first divergences) of one cell.
+
+    A later turn's prompt holds the answer before it, so it differs where that did.
+
+    Raises:
+        UserError: a first prompt differs, so that the two do not serve the same target.
+    """
     ours = {(row["id"], row["turn"]): row for row in head}
     compared, apart, found = 0, 0, []
     for row in baseline:
         other = ours.get((row["id"], row["turn"]))
         if other is None or other["prompt_token_ids"] != row["prompt_token_ids"]:
+            _require_later_turn(row, other)
             apart += 1
             continue
         compared += 1
@@ -99,6 +107,16 @@ def compare(
             )
         )
     return compared, apart, found
+
+
+def _require_later_turn(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> None:
+    if other is not None and row["turn"] == 0:
+        found, expected = len(other["prompt_token_ids"]), len(row["prompt_token_ids"])
+        raise UserError(
+            f"prompt {row['id']}: with the head it is {found} tokens, without it {expected}, and not "
+            "the same ones. The two servers have another tokenizer, chat template or target: give "
+            "as bench.baseline_endpoint one that serves what bench.endpoint serves."
+        )
 
 
 @dataclass(frozen=True)

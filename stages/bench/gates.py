@@ -47,7 +47,8 @@ def _asked(
         gain = length - report["ngram"]["acceptance"]["acceptance_length"]
         yield "acceptance length above ngram's", gain, "least", config.min_gain_over_ngram
     if report["lossless"]:
-        wrong = report["lossless"]["wrong"] + report["lossless"]["not_scored"]
+        found = report["lossless"]
+        wrong = found["wrong"] + found["not_scored"] if found["compared"] else None
         yield "answers that differ without a tie", wrong, "most", config.max_wrong_answers
     if earlier:
         kept = 1 - config.max_regression
@@ -88,6 +89,9 @@ def check_comparable(
         "concurrency": load.concurrency,
         "temperature": load.temperature,
         "max_tokens": load.max_tokens,
+        "target": config.run.target,
+        "mode": config.measured_through,
+        "max_prompts": config.max_prompts,
         "prompts": prompts,
     }
     theirs = {

@@ -71,7 +71,7 @@ def run(config: BenchConfig) -> None:
     subject = find_subject(config)
     prompts = config.prompts or Source(path=str(OWN_PROMPTS))
     subject.inputs["prompts"] = sources.digest(prompts, config.workspace, what="bench.prompts")
-    earlier = _earlier_report(config, subject.inputs["prompts"])
+    earlier = _earlier_report(config, subject.inputs)
     artifact = Artifact(
         config.paths.stage("bench"), config, parents=subject.parents, inputs=subject.inputs
     )
@@ -129,6 +129,7 @@ def find_subject(config: BenchConfig) -> Subject:
     target.require_chat_template(folder)
     subject.target = folder
     subject.inputs["target"] = target.weights_hash(folder)
+    subject.inputs["tokenizer"] = target.tokenizer_hash(folder)
     subject.warnings = head.check(subject.head, target.read_config(folder))
     return subject
 
@@ -140,12 +141,14 @@ def _forget(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _earlier_report(config: BenchConfig, prompts: str) -> dict[str, Any] | None:
+def _earlier_report(config: BenchConfig, inputs: dict[str, str]) -> dict[str, Any] | None:
+    """The report to hold this run against, which becomes one of its inputs."""
     if config.earlier_report is None:
         return None
     path = require_input(config.earlier_report, config.workspace, what="bench.earlier_report")
     earlier = read_report(path)
-    gates.check_comparable(config, prompts, earlier, path)
+    gates.check_comparable(config, inputs["prompts"], earlier, path)
+    inputs["earlier_report"] = files.sha256(path)
     return earlier
 
 

@@ -115,7 +115,9 @@ class PlainRows(RowSource):
         read = sources.read_source(self.source, self.workspace, what=_WHAT)
         for prompt in sources.without_duplicates(read):
             if isinstance(prompt, BadRow):
-                accounting.fail(prompt.row, prompt.reason, prompt.detail)
+                is_double = prompt.reason.startswith("duplicate")
+                tell = accounting.skip if is_double else accounting.fail
+                tell(prompt.row, prompt.reason, prompt.detail)
                 continue
             if special and (token := special.first_in([prompt.conversation, prompt.tools])):
                 accounting.skip(prompt.sample_id, REASON, token)
@@ -220,10 +222,11 @@ def open_source(config: DumpConfig) -> RowSource:
     if config.conversations is not None:
         source = sources.Source(path=config.conversations)
         digest = sources.digest(source, config.workspace, what=_WHAT)
+        target_folder = target.locate_trained(config.run, config.workspace)
         return PlainRows(
             source,
             config.workspace,
-            {"conversations": digest},
+            {"conversations": digest, "tokenizer": target.tokenizer_hash(target_folder)},
             trust_remote_code=config.run.trust_remote_code,
             special_token_text=config.special_token_text,
         )
@@ -233,8 +236,10 @@ def open_source(config: DumpConfig) -> RowSource:
         folder=folder,
         parents={"synth": parent},
         inputs={},
-        # What a quantised copy said need not be its original's argmax.
-        is_greedy=parent["facts"]["greedy"] and config.run.target_train is None,
+        # What a quantised copy said need not be its original's argmax, nor what a data set holds.
+        is_greedy=parent["facts"]["greedy"]
+        and parent["facts"].get("on_policy", True)
+        and config.run.target_train is None,
         of_another_target=config.run.target_train is not None,
     )
 

@@ -46,7 +46,9 @@ class RunChainConfig(CommandConfig):
         True, description="Look for what would stop the chain, before its first stage."
     )
     overwrite: bool = pydantic.Field(
-        False, description="Replace artifacts that were made with another configuration."
+        False,
+        description="Make every stage's artifact anew, whatever is there; what was begun so, and is "
+        "unfinished, is continued.",
     )
 
     @pydantic.field_validator("only")

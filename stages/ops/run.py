@@ -17,7 +17,7 @@ from rich.console import Console
 from shared import files
 from shared.errors import EXIT_DONE, UserError
 from shared.paths import RunPaths
-from shared.process import stop_requested
+from shared.process import stop_if_requested, stop_requested
 from stages.ops.chain import containers, processes
 from stages.ops.config import RunChainConfig
 
@@ -43,6 +43,7 @@ def run(config: RunChainConfig) -> int:
     _keep_recipe(config.recipe, paths)
     seconds: dict[str, float] = {}
     for stage in config.stages:
+        stop_if_requested(f"{stage} was not begun")
         started_s = time.monotonic()
         code = _run_stage(stage, config, paths)
         seconds[stage] = time.monotonic() - started_s
@@ -107,10 +108,15 @@ def _run_stage(stage: str, config: RunChainConfig, paths: RunPaths) -> int:
             break
         except subprocess.TimeoutExpired:
             if stop_requested():
-                return _stop(process)
+                return _told_by_a_shell(_stop(process))
     if config.by == "compose":
         containers.check_begun(stage, code, paths, started_s)
-    return code
+    return _told_by_a_shell(code)
+
+
+def _told_by_a_shell(code: int) -> int:
+    """An exit code; 128 + n of a process that signal n ended, where Python says -n."""
+    return code if code >= 0 else 128 - code
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> int:

@@ -28,7 +28,7 @@ from stages.synth.play import Played, Refused, Reply, play, to_rows
 
 logger = logging.getLogger(__name__)
 
-_TOO_LONG = ("context length", "max_model_len")
+_TOO_LONG = "context length"  # of a prompt, in all of vLLM's wordings
 
 
 class BusyError(Exception):
@@ -48,7 +48,7 @@ class Endpoint:
 
     base_url: str
     model: str
-    api_key: str
+    api_key: str  # empty where there is none
     exit_code: Callable[[], int | None]  # of a process of ours; asked before each request
     is_healthy: Callable[[], bool]  # it answers /health; asked after a failure
 
@@ -124,7 +124,8 @@ class Client:
         if config.reasoning == "disable":
             switches = {"enable_thinking": False, "thinking": False, **switches}
         options: dict[str, Any] = {
-            "max_tokens": config.max_tokens,
+            # vLLM refuses more than the model's whole length, and clips what is left of it.
+            "max_tokens": min(config.max_tokens, config.run.max_length_tokens),
             "temperature": temperature,
             "top_p": top_p,
             "seed": request_seed(config, prompt.sample_id, turn),
@@ -174,16 +175,18 @@ class Client:
         async with self._session.post(
             f"{endpoint.base_url}/v1/chat/completions",
             json=body,
-            headers={"Authorization": f"Bearer {endpoint.api_key}"},
+            headers={"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {},
         ) as response:
             content = await response.read()
             if response.status == 200:
                 return _reply(json.loads(content))
-            # What a server complains of goes into rejects and logs, and it may repeat the key.
-            text = content.decode(errors="replace").replace(endpoint.api_key, "(the key)")[:500]
+            text = content.decode(errors="replace")
+            if endpoint.api_key:  # what a server complains of is written down; it may repeat this
+                text = text.replace(endpoint.api_key, "(the key)")
+            text = text[:500]
         if response.status == 429 or response.status >= 500:
             raise BusyError(f"{response.status}: {text}")
-        too_long = any(sign in text for sign in _TOO_LONG)
+        too_long = _TOO_LONG in text
         raise Refused("too_long" if too_long else "refused_by_server", f"{response.status}: {text}")
 
     async def answer(self, prompt: Prompt) -> Outcome:

@@ -121,6 +121,17 @@ class SynthConfig(ShardedConfig):
     server_args: dict[str, Any] = operational({}, "More vLLM server options by their own names.")
     server_env: dict[str, str] = operational({}, "Environment of the server, no secrets.")
 
+    @pydantic.field_validator("endpoints")
+    @classmethod
+    def _addresses_hold_no_secret(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if not url.startswith(("http://", "https://")) or "@" in url:
+                raise ValueError(
+                    "expected http://host:port without credentials, which would stand in logs; a "
+                    "key comes from $EYRIE_ENDPOINT_KEY"
+                )
+        return urls
+
     @pydantic.field_validator("server_args")
     @classmethod
     def _options_are_free(cls, options: dict[str, Any]) -> dict[str, Any]:

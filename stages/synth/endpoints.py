@@ -31,7 +31,7 @@ def connect(config: SynthConfig, target: Path) -> list[Endpoint]:
         RetryableError: one does not answer.
         UserError: one serves another model, shorter contexts, or refuses the key.
     """
-    key = os.environ.get(KEY_VARIABLE, "none")
+    key = os.environ.get(KEY_VARIABLE, "")
     expected = _local_ids(config, target)
     found = []
     for url in config.endpoints:
@@ -81,7 +81,10 @@ def _request(base_url: str, path: str, key: str, body: Any = None) -> Any:
     request = urllib.request.Request(
         f"{base_url}{path}",
         data=json.dumps(body).encode() if body is not None else None,
-        headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+        headers={
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {key}"} if key else {}),
+        },
     )
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:

@@ -131,12 +131,13 @@ def _why_ended(turns: Sequence[Turn], index: int, reply: Reply, config: SynthCon
     return ""
 
 
-def trained_from(answer_ids: Ids, reasoning_end: Ids) -> int:
+def trained_from(answer_ids: Ids, reasoning_end: Ids, *, was_cut: bool = False) -> int:
     """Where the trained part of an answer begins when reasoning is dropped.
 
-    After the last end-of-reasoning mark; 0 where there is none.
+    After the last end-of-reasoning mark. Where there is none, 0, as nothing was reasoned; but
+    nowhere in an answer that was cut, as that may be all reasoning.
 
-    Worked example: mark (9,), answer (4, 9, 7, 2): 2.
+    Worked example: mark (9,), answer (4, 9, 7, 2): 2; answer (4, 7): 0, and 2 if it was cut.
     """
     width = len(reasoning_end)
     if not width:
@@ -144,7 +145,7 @@ def trained_from(answer_ids: Ids, reasoning_end: Ids) -> int:
     for end in range(len(answer_ids), width - 1, -1):
         if answer_ids[end - width : end] == reasoning_end:
             return end
-    return 0
+    return len(answer_ids) if was_cut else 0
 
 
 def _is_one(turns: Sequence[Answered]) -> bool:
@@ -170,7 +171,8 @@ def to_rows(prompt: Prompt, played: Played, *, reasoning_end: Ids = ()) -> list[
         spans = []
         for turn in group:
             start, answer = len(turn.reply.prompt_ids), turn.reply.answer_ids
-            first = start + trained_from(answer, reasoning_end)
+            was_cut = turn.reply.finish_reason == "length"
+            first = start + trained_from(answer, reasoning_end, was_cut=was_cut)
             if first < start + len(answer):
                 spans.append((first, start + len(answer)))
         last = group[-1]

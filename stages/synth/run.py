@@ -42,6 +42,7 @@ def run(config: SynthConfig) -> None:
     target.read_config(target_folder)
     target.require_chat_template(target_folder)
     inputs["target"] = target.weights_hash(target_folder)
+    inputs["tokenizer"] = target.tokenizer_hash(target_folder)
     artifact = Artifact(config.paths.stage("synth"), config, inputs=inputs)
     if artifact.is_done():
         return
@@ -170,7 +171,8 @@ def _finish(config: SynthConfig, artifact: Artifact, target_folder: Path) -> Non
                 "vocabulary_hash": target.vocabulary_hash(target_folder),
                 # Another model's states cost acceptance: whoever reads this shall see it.
                 "target_train": config.run.target_train,
-                "greedy": config.greedy,
+                # A data set's own answers are nobody's argmax.
+                "greedy": config.greedy and config.mode != "keep",
                 "on_policy": config.mode != "keep",
             },
             engine="vllm" if config.mode != "keep" else "",

@@ -50,7 +50,7 @@ class Checkpoints:
             self._writing = None
 
     def _write(self, state: dict[str, Any], best: bool) -> None:
-        path = self.folder / f"step_{state['step']:08d}.pt"
+        path = self.folder / _name(state["step"])
         # A best state is often the latest one too: two names, one file.
         if state["step"] != self._written_step:
             save_tensors(path, state)
@@ -105,17 +105,27 @@ def load(path: Path) -> dict[str, Any] | None:
     return state
 
 
-def require_best(folder: Path, state: dict[str, Any]) -> None:
-    """Refuse to continue from `state` where the best checkpoint that it knows of is gone.
+def restore_best(folder: Path, state: dict[str, Any]) -> None:
+    """Have the best link name the best checkpoint that `state` knows of.
+
+    It names a later one after a kill between the two links; whether that one is the best is found
+    out again.
 
     Raises:
-        UserError: nothing could be exported in the end.
+        UserError: it is gone, so nothing could be exported in the end.
     """
-    if state["best"]["step"] > 0 and not (folder / BEST).exists():
+    name = _name(int(state["best"]["step"]))
+    if (folder / name).exists():
+        files.write_link(folder / BEST, name)
+    elif state["best"]["step"] > 0 and not (folder / BEST).exists():
         raise UserError(
             f"{folder / BEST}: expected the checkpoint of step {state['best']['step']:.0f}, the best "
             f"so far, found none. Restore it, or delete {folder / LATEST} to train from the start."
         )
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}.pt"
 
 
 def _names(folder: Path) -> str:

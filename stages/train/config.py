@@ -114,7 +114,7 @@ class ExportConfig(TrainConfig):
     """Exports a checkpoint of a training, finished or not, in a layout of your choice.
 
     In:  <workspace>/<run>/train/checkpoints/ and d2t.npy.
-    Out: the folder --output; what stood there is replaced.
+    Out: the folder --output; an earlier export there is replaced.
     """
 
     checkpoint: str = operational("best", "best, latest, or the path of a checkpoint.")

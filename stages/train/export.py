@@ -17,9 +17,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from shared.errors import UserError
 from shared.exported_head import DTYPES, check_export, config_json
 from shared.files import atomic_folder, write_json, write_text
 from shared.head_config import HeadConfig
+from shared.manifest import IDENTITY, LOCK, MANIFEST
 from stages.train.model import DraftHead
 
 
@@ -68,6 +70,22 @@ def export_head(
         )
         write_text(folder / "README.md", card)
         check_export(folder)
+
+
+def require_replaceable(out: Path) -> None:
+    """Refuse to put a head where anything but an earlier one would be lost.
+
+    Raises:
+        UserError: naming what lies there.
+    """
+    others = {"config.json", "model.safetensors", "README.md", MANIFEST, IDENTITY, LOCK}
+    is_folder = out.is_dir() and not out.is_symlink()
+    found = sorted(p.name for p in out.iterdir() if p.name not in others) if is_folder else []
+    if found or (out.exists() and not is_folder) or not out.absolute().name:
+        raise UserError(
+            f"train.output: expected a new folder, or one that holds an earlier export, at {out}, "
+            f"found {found[0] if found else 'something else'} there. Name another one."
+        )
 
 
 def model_card(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from shared.exported_head import DTYPES, config_json
@@ -111,6 +112,9 @@ def export_speculators(
     )
     with atomic_folder(out) as folder:
         write_json(folder / "config.json", config)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # what its writer makes of a full disk
+            raise OSError(str(error)) from error
         (folder / "model.safetensors").chmod(0o644)  # safetensors leaves 0600
         write_text(folder / "README.md", card)

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from shared.errors import UserError
+from shared.errors import RetryableError, UserError
 from shared.hidden_states import Shard
 from shared.row_files import RowFile
 from shared.target import TargetTensors
@@ -30,10 +30,12 @@ def in_vocab_flags(
     accelerator: Accelerator,
 ) -> list[Tensor]:
     """For each shard [T] bool. Every rank calls it."""
+    own = range(accelerator.process_index, len(dataset.shards), accelerator.num_processes)
     if head.config.draft_vocab_size == head.config.vocab_size:
+        for index in own:
+            dataset.require_unchanged(index)
         return [torch.ones(len(shard.input_ids), dtype=torch.bool) for shard in dataset.shards]
     key = hashlib.sha256(head.d2t.cpu().numpy().tobytes()).hexdigest()
-    own = range(accelerator.process_index, len(dataset.shards), accelerator.num_processes)
     for index in own:
         path = _path(folder, index)
         if _read(path, key, dataset.shards[index]) is None:
@@ -41,8 +43,17 @@ def in_vocab_flags(
             flags = _flags(dataset.shards[index], head, tensors, accelerator.device)
             save_tensors(path, {"vocabulary": key, "flags": flags})
     accelerator.wait_for_everyone()
-    found = [_read(_path(folder, i), key, shard) for i, shard in enumerate(dataset.shards)]
-    return [flags for flags in found if flags is not None]
+    return [_require(_path(folder, i), key, shard) for i, shard in enumerate(dataset.shards)]
+
+
+def _require(path: Path, key: str, shard: Shard | RowFile) -> Tensor:
+    flags = _read(path, key, shard)
+    if flags is None:
+        raise RetryableError(
+            f"{path}: expected the flags that another rank has just written, found none that fit. "
+            "All nodes must see one workspace; run the same command again."
+        )
+    return flags
 
 
 def _path(folder: Path, index: int) -> Path:

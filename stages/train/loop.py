@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from shared.errors import OutputError, UserError
-from shared.process import stop_if_requested, stop_requested
+from shared.process import stop_requested, stopped
 from shared.status import Status
 from shared.target import TargetConfig, TargetTensors
 from stages.train import checkpoint, distributed
@@ -103,7 +103,7 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
         self.history = History(folder / "history.jsonl", accelerator)
         self.step = 0
-        self.best: dict[str, float] = {"value": -math.inf, "step": 0}
+        self.best: dict[str, float] = {"value": -math.inf, "step": 0, "is_walked": False}
         self.loss = math.nan
         self.accuracy: list[float] = []
         self.walked = math.nan
@@ -183,7 +183,7 @@ class Trainer:
             tokens=sum(sample.num_tokens for samples in self._steps() for sample in samples),
             steps=self.step,
             best_step=int(self.best["step"]),
-            walked_acceptance_length=self.best["value"] if self.dataset.held_out else None,
+            walked_acceptance_length=self.best["value"] if self.best["is_walked"] else None,
             final_loss=self.loss,
             seconds=round(time.monotonic() - started_s, 1) if self.step > started_step else 0.0,
         )
@@ -202,7 +202,8 @@ class Trainer:
             self._save()
         if stops:
             self.checkpoints.wait()
-            stop_if_requested(f"step {self.step} is saved")
+            # Also where another rank alone was asked to: nobody waits for one that is gone.
+            raise stopped(f"step {self.step} is saved")
 
     def _all_agree_to_stop(self) -> bool:
         """Whether any rank was asked to stop; ranks ask each other every few steps only."""
@@ -251,15 +252,20 @@ class Trainer:
     def _evaluate(self) -> None:
         """Walk the held-out answers; the best walk so far is kept for the export."""
         value = float(self.step)
-        if self.dataset.held_out:
-            walked = self._walk()
+        walked = self._walk() if self.dataset.held_out else None
+        if walked and not walked.drafts:
+            logger.warning(
+                "the held-out answers are too short to draft from: the last head is kept"
+            )
+        if walked and walked.drafts:
             value = self.walked = walked.acceptance_length
             shares = [round(share, 4) for share in walked.acceptance_by_position()]
             record = {"walked_acceptance_length": value, "per_position": shares}
             self.history.append(self.step, {**record, "drafts": walked.drafts})
             logger.info("step %d: walked acceptance length %.3f", self.step, value)
         if value > self.best["value"]:
-            self.best = {"value": value, "step": self.step}
+            is_walked = bool(walked and walked.drafts)
+            self.best = {"value": value, "step": self.step, "is_walked": is_walked}
             self._save(best=True)
 
     def _walk(self) -> Walk:
@@ -298,9 +304,10 @@ class Trainer:
         self.history.keep(state["step"] if state else 0)
         if state is None:
             return
-        checkpoint.require_best(self.checkpoints.folder, state)
+        if self.accelerator.is_main_process:
+            checkpoint.restore_best(self.checkpoints.folder, state)
         self.step = state["step"]
-        self.best = state["best"]
+        self.best = {"is_walked": bool(self.dataset.held_out), **state["best"]}
         self.loss = state.get("loss", math.nan)
         distributed.restore_state(self.module, self.optimizer, state)
         self.scheduler.load_state_dict(state["scheduler"])

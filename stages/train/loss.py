@@ -231,8 +231,11 @@ class SoftCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             work = lm_head.to(hidden.dtype)
             grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-            grad_head = torch.zeros_like(work) if ctx.needs_input_grad[1] else None
             entropy = torch.zeros_like(weights)
+            # In float32 also where products are not: hundreds of chunks add up in it.
+            grad_head = (
+                torch.zeros_like(work, dtype=entropy.dtype) if ctx.needs_input_grad[1] else None
+            )
             hits = torch.zeros_like(weights, dtype=torch.bool)
             num_steps, num_rows = weights.shape
             size = max(1, CHUNK_BYTES // (len(lm_head) * entropy.element_size()))
@@ -257,7 +260,7 @@ class SoftCrossEntropy(torch.autograd.Function):
                     if grad_hidden is not None:
                         grad_hidden[step, rows] = (grad @ work).mul_(weight)
                     if grad_head is not None:
-                        grad_head.addmm_(grad.t(), (states * weight).to(grad.dtype))
+                        _add_product(grad_head, grad.t(), (states * weight).to(grad.dtype))
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = lm_head.dtype
         ctx.mark_non_differentiable(entropy, hits)
@@ -276,6 +279,14 @@ class SoftCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, in one pass where their dtypes are one."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 def _normed(finals: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

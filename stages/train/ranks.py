@@ -19,7 +19,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared.errors import EXIT_DONE, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
+from shared.errors import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_OUTPUT,
+    EXIT_RETRY,
+    EXIT_STOPPED,
+    EXIT_USER,
+)
 from shared.process import catch_stop_signals, die_with_parent, stop_requested
 from shared.sharding import INDEX_VARIABLE
 
@@ -80,13 +87,18 @@ def watch(processes: Ranks) -> int:
 
 
 def _exit_code(failed: Sequence[int | None], codes: Sequence[int]) -> int:
-    """The first failure's code; a rank that a signal killed (out of memory, a node) may be retried."""
+    """The first failure's code; a rank that a signal killed (out of memory, a node) may be retried.
+
+    Ranks that lost another one end with EXIT_RETRY, so any code that says why goes before it.
+    """
     if stop_requested() and EXIT_STOPPED in codes:
         return EXIT_STOPPED
     # Those that lost another one fail too, and may be seen before it.
     if any(code is not None and code < 0 for code in failed):
         return EXIT_RETRY
-    return failed[0] or EXIT_RETRY
+    told = [code for code in failed if code not in (None, EXIT_RETRY)]
+    told += [code for code in codes if code in (EXIT_BUG, EXIT_USER, EXIT_OUTPUT)]
+    return (told or failed)[0] or EXIT_RETRY
 
 
 def _signal(processes: Ranks, what: signal.Signals) -> None:

@@ -11,10 +11,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared import hidden_states, layers, target
+from shared import files, hidden_states, layers, target
 from shared.checksums import require_unchanged
 from shared.errors import UserError
-from shared.manifest import Artifact, require_parent
+from shared.manifest import MANIFEST, Artifact, require_parent
 from shared.target import TargetConfig
 from stages.train import warm_start
 from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
@@ -45,6 +45,9 @@ def run(config: TrainConfig) -> None:
     is_main = rank() == 0  # the ranks train together, and the first one keeps the folder
     if not training.is_done():
         with training.work() if is_main else contextlib.nullcontext():
+            if is_main:  # an export that is there is not of the weights to come
+                with files.writing(config.paths.export):
+                    (config.paths.export / MANIFEST).unlink(missing_ok=True)
             outcome = _train(config, parent, target_config, training.folder)
             if is_main:
                 counts = {"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}}
@@ -75,6 +78,7 @@ def run_vocab(config: VocabConfig) -> None:
 
     counts = hidden_states.read_token_freq(config.paths.stage("dump"), target_config.vocab_size)
     folder = config.paths.stage("train")
+    vocabulary.forget_unbound(folder)
     vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
 
 
@@ -86,7 +90,7 @@ def run_export(config: ExportConfig) -> None:
         OutputError: the head does not have what engines load.
     """
     parent, target_config = _inputs(config)
-    from stages.train.export import export_head
+    from stages.train.export import export_head, require_replaceable
     from stages.train.export_speculators import export_speculators
 
     folder = config.paths.stage("train")
@@ -94,6 +98,7 @@ def run_export(config: ExportConfig) -> None:
     path = named.get(config.checkpoint) or Path(config.checkpoint)
     head, step = _head_of(config, target_config, folder, path)
     out = Path(config.output) if config.output else config.paths.root / f"export-{config.format}"
+    require_replaceable(out)
     card = {"checkpoint": path.name, "step": step, "dump": parent["facts"]}
     card["settings"] = config.identity()
     options: dict[str, Any] = {
@@ -196,6 +201,7 @@ def _train(
     # Here, not above: an artifact that is done already must not wait for torch.
     import torch
 
+    from stages.train import vocabulary
     from stages.train.data import Dataset
     from stages.train.distributed import make_accelerator, together
     from stages.train.loop import Trainer
@@ -208,6 +214,8 @@ def _train(
     require_unchanged(dump, parent, sorted(parent["files"].keys() - states))
     # The first one makes the vocabulary that the others read.
     with together(accelerator), accelerator.main_process_first():
+        if accelerator.is_main_process:
+            vocabulary.forget_unbound(folder)
         head = _build(config, target_config, tensors, folder)
     dataset = Dataset(
         dump,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft vocabulary beside the head: made once from the answers' token counts, then kept.
 
-It is part of the weights. A later run reads the files that are there and never makes them anew, so
-that a resumed head keeps the meaning of its rows.
+It is part of the weights. A run that continues from a checkpoint reads the files that are there and
+never makes them anew, so that a resumed head keeps the meaning of its rows.
 """
 
 import logging
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from shared import vocab
+from shared import files, vocab
 from shared.errors import UserError
 from shared.vocab import DraftVocab
 
@@ -53,6 +53,17 @@ def take_over(folder: Path, token_ids: torch.Tensor, vocab_size: int) -> None:
             )
         return
     vocab.write(folder, draft)
+
+
+def forget_unbound(folder: Path) -> None:
+    """Remove a vocabulary that no checkpoint's weights are bound to.
+
+    It may be of another dump's counts: `stages.train vocab` makes one before any training.
+    """
+    if not (folder / "checkpoints" / "latest.pt").exists():
+        for name in (vocab.D2T, vocab.T2D):
+            with files.writing(folder):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _is_there(folder: Path) -> bool:

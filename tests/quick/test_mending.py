@@ -123,12 +123,12 @@ def test_a_training_whose_best_is_gone_says_how_to_start_anew(tmp_path: Path) ->
     checkpoints.wait()
     saved = checkpoint.load(tmp_path / checkpoint.LATEST)
     assert saved is not None
-    checkpoint.require_best(tmp_path, saved)
+    checkpoint.restore_best(tmp_path, saved)
     (tmp_path / "step_00000010.pt").unlink()
     with pytest.raises(
         UserError, match=r"best\.pt: expected the checkpoint of step 10.*latest\.pt"
     ):
-        checkpoint.require_best(tmp_path, saved)
+        checkpoint.restore_best(tmp_path, saved)
 
 
 def test_a_link_on_a_read_only_folder_is_the_users(

@@ -63,7 +63,9 @@ def test_a_kill_between_the_two_links_leaves_a_state_to_continue_from(
         checkpoints.wait()
     latest = load(tmp_path / "latest.pt")
     assert latest["step"] == 10
-    checkpoint_module.require_best(tmp_path, latest)
+    assert load(tmp_path / "best.pt")["step"] == 20  # found out again, or not
+    checkpoint_module.restore_best(tmp_path, {**latest, "best": {"step": 10}})
+    assert load(tmp_path / "best.pt")["step"] == 10
 
 
 def test_a_state_is_copied_before_training_goes_on(

@@ -158,7 +158,7 @@ def _inputs(step: Step, workspace: Path) -> Iterator[str]:
 
 def _endpoints(step: Step) -> Iterator[str]:
     for url in [*step.settings.get("endpoints", ()), step.settings.get("endpoint")]:
-        if url and not is_healthy(url):
+        if url and not is_healthy(url.rstrip("/").removesuffix("/v1")):  # as the stages take it
             yield problem(
                 f"{step.stage}'s endpoint",
                 f"a server at {url}",

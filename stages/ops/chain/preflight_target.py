@@ -139,7 +139,10 @@ def _memory(folder: Path, users: Sequence[Step], machine: Machine) -> Iterator[s
     for step in users:
         if step.stage == "train" or step.settings.get("states"):  # three tensors of it are read
             continue
-        shared_by = sizes.gpus_a_copy(step)
+        if step.settings.get("mode") == "keep":  # answers are there: no weight is read
+            continue
+        spreads = step.settings.get("backend") == "hf"  # over all GPUs that it finds
+        shared_by = len(machine.gpus) if spreads and machine.gpus else sizes.gpus_a_copy(step)
         copies = int(step.settings.get("data_parallel") or 1)
         what = f"{step.stage}'s memory"
         if not machine.gpus:

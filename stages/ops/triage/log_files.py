@@ -21,10 +21,11 @@ from shared.config import RunConfig, read_recipe
 from shared.errors import UserError
 from shared.manifest import MANIFEST
 from shared.paths import STAGES, RunPaths
+from shared.status import SILENT_AFTER_S
 from stages.ops.triage.failure_rules import State
 
-# A process of another machine is taken for gone when its files were not touched for so long.
-_QUIET_S = 1800.0
+# bench, the quietest stage, tells nothing new until an engine is measured, an hour at most.
+_LONGEST_WAIT_S = 7200.0
 _LOG_NAMES = ("*.log", "*.out", "*.err")
 _TASK = re.compile(r"(?:^|[^a-z0-9])task_?([0-3])(?:$|[^0-9])", re.IGNORECASE)
 
@@ -149,9 +150,17 @@ def _stage_of(path: Path) -> str | None:
 
 def _facts(paths: RunPaths, stage: str) -> StageFacts:
     """A stage's state from its manifest and its status file, or files where several shared it."""
-    found = [_read_status(path) for path in _status_files(paths, stage)]
+    manifest = paths.stage(stage) / MANIFEST
+    finished_s = manifest.stat().st_mtime if manifest.is_file() else None
+    found = [
+        facts
+        for path in _status_files(paths, stage)
+        if (facts := _read_status(path)).state == "running"
+        or finished_s is None
+        or path.stat().st_mtime > finished_s  # an earlier try, with other shares, is history
+    ]
     worst = min(found, key=lambda facts: _URGENCY.index(facts.state), default=StageFacts())
-    if (paths.stage(stage) / MANIFEST).is_file() and worst.state not in ("running", "failed"):
+    if finished_s is not None and worst.state not in ("running", "failed"):
         worst.state = "done"
     return worst
 
@@ -176,18 +185,19 @@ def _read_status(path: Path) -> StageFacts:
         "missing", status=path, record=record, message=str(record.get("message", ""))
     )
     if state == "running":
-        facts.state = "running" if _lives(record) else "vanished"
+        facts.state = "running" if _lives(record, path) else "vanished"
         facts.message = ""
     elif isinstance(code, int):
         facts.state, facts.exit_code = _state_of(code), code
     return facts
 
 
-def _lives(record: Mapping[str, Any]) -> bool:
-    updated_s = record.get("updated_s")
-    is_quiet = isinstance(updated_s, int | float) and time.time() - updated_s > _QUIET_S
+def _lives(record: Mapping[str, Any], path: Path) -> bool:
     if record.get("host") != socket.gethostname():
-        return not is_quiet
+        # Its heartbeat touches the file; but a copy's time is that of copying.
+        updated_s = record.get("updated_s")
+        is_old = isinstance(updated_s, int | float) and time.time() - updated_s > _LONGEST_WAIT_S
+        return not is_old and time.time() - path.stat().st_mtime <= SILENT_AFTER_S
     pid = record.get("pid")
     if not isinstance(pid, int) or pid <= 0:
         return False
