@@ -39,7 +39,7 @@ $(STAMP): requirements.lock
 	touch $@
 
 .PHONY: demo
-demo: setup ## All four stages on a small target made on the spot: about ten minutes on two cores.
+demo: setup ## All four stages on a small target made on the spot: ten minutes on two cores, more without bfloat16.
 	$(PY) -m stages.ops make-target $(WORKSPACE)/targets/demo
 	$(PY) -m stages.ops run --recipe compose/recipes/demo/recipe.yaml
 

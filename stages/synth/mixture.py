@@ -2,7 +2,7 @@
 """Several sources as one stream of prompts: shuffled, mixed, without duplicates, shared out.
 
 The stream is the same in every process and on every run, so that a resumed or a sharded run sees the
-same rows. Beside the shuffle's buffer it holds 16 bytes of hash a row.
+same rows. Beside the shuffle's buffer it holds two hashes a row, about 160 bytes.
 """
 
 import itertools
