@@ -29,6 +29,8 @@ from stages.train.model import DraftHead
 # One [C, D] tensor of logits; about four live at once. Smaller chunks write the gradient of lm_head
 # to memory more often, larger ones push the logits themselves out of the cache.
 CHUNK_BYTES = 16 << 20
+# An accelerator has no cache for them: there the gradient of lm_head shall be touched seldom.
+ACCELERATOR_CHUNK_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +240,8 @@ class SoftCrossEntropy(torch.autograd.Function):
             )
             hits = torch.zeros_like(weights, dtype=torch.bool)
             num_steps, num_rows = weights.shape
-            size = max(1, CHUNK_BYTES // (len(lm_head) * entropy.element_size()))
+            chunk_bytes = CHUNK_BYTES if hidden.is_cpu else ACCELERATOR_CHUNK_BYTES
+            size = max(1, chunk_bytes // (len(lm_head) * entropy.element_size()))
             for start in range(0, num_rows, size):
                 logits = target.logits(finals[start : start + size])
                 best = logits.argmax(-1, keepdim=True)
