@@ -16,12 +16,14 @@ import os
 import reprlib
 import types
 import typing
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from shared import recipe_yaml
 from shared.errors import UserError
@@ -30,6 +32,7 @@ from shared.paths import STAGES, RunPaths
 from shared.process import Share
 
 SECTIONS = ("run", *STAGES)
+_UNTOLD = "untold"  # type of a refusal that does not repeat the value
 _LONGEST_NAME_BYTES = 200  # a file system takes 255, and what is in the making has a longer name
 
 S = TypeVar("S", bound="Section")
@@ -191,6 +194,22 @@ def _from_text(text: str, field: FieldInfo) -> Any:
     return text
 
 
+def is_plain_url(url: str) -> bool:
+    """Whether it is an address and no more: http(s), a host, a port, a path; nothing secret."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # raises where it is no number, as in user:password%40host
+    except ValueError:
+        return False
+    is_bare = not (parts.username or parts.password or parts.query or parts.fragment)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and is_bare
+
+
+def untold(message: str) -> PydanticCustomError:
+    """What a validator raises where the value may hold a secret: it is not repeated."""
+    return PydanticCustomError(_UNTOLD, "{message}", {"message": message})
+
+
 def _refuse(
     error: pydantic.ValidationError,
     source: str,
@@ -207,7 +226,8 @@ def _refuse(
             lines.append(f"{where}: needed, but neither {source} nor a flag gives it.")
         else:
             # A check over several keys has the whole section as its input: too much to show.
-            found = f", found {problem['input']!r}" if problem["loc"] else ""
+            shown = problem["loc"] and problem["type"] != _UNTOLD
+            found = f", found {problem['input']!r}" if shown else ""
             lines.append(f"{where or 'settings'}: {problem['msg']}{found} (from {source}).")
     return UserError("\n".join(lines))
 

@@ -340,8 +340,13 @@ class Artifact:
 
     def _clear(self) -> None:
         # The manifest goes first: a half-deleted artifact must not look complete. The identity goes
-        # last: what is left of it must not be taken for another configuration's.
+        # last, and says so: what is left must not be taken for another configuration's work, nor
+        # for this one's.
         (self.folder / MANIFEST).unlink(missing_ok=True)
+        if self._holds_work():
+            with contextlib.suppress(UserError):  # a full disk, which this is to empty
+                was = self._started_identity() or {}
+                files.write_json(self.folder / IDENTITY, {**was, "overwrite": "begun"})
         for item in self.folder.iterdir():
             if item.name == IDENTITY or item.name.startswith(LOCK):
                 continue

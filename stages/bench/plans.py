@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import target
+from shared.config import is_plain_url
 from shared.errors import UserError
 from shared.prompts import Prompt
 from shared.templates import for_template
@@ -129,7 +130,7 @@ def check_urls(config: BenchConfig) -> None:
     """
     for name in ("endpoint", "baseline_endpoint"):
         url = getattr(config, name)
-        if url is not None and (not url.startswith(("http://", "https://")) or "@" in url):
+        if url is not None and not is_plain_url(url):
             raise UserError(
                 f"bench.{name}: expected http://host:port without credentials, which would stand in "
                 f"the report; a key comes from $EYRIE_{name.upper()}_KEY."

@@ -28,7 +28,7 @@ from stages.synth.play import Played, Refused, Reply, play, to_rows
 
 logger = logging.getLogger(__name__)
 
-_TOO_LONG = "context length"  # of a prompt, in all of vLLM's wordings
+_TOO_LONG = "context length"  # of a prompt, in every wording of the supported vLLM
 
 
 class BusyError(Exception):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from shared.config import Section, identity, operational
+from shared.config import Section, identity, is_plain_url, operational, untold
 from shared.sharding import ShardedConfig
 from shared.sources import Source
 from shared.special_tokens import POLICY_DOC, Policy
@@ -125,8 +125,8 @@ class SynthConfig(ShardedConfig):
     @classmethod
     def _addresses_hold_no_secret(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
-            if not url.startswith(("http://", "https://")) or "@" in url:
-                raise ValueError(
+            if not is_plain_url(url):
+                raise untold(
                     "expected http://host:port without credentials, which would stand in logs; a "
                     "key comes from $EYRIE_ENDPOINT_KEY"
                 )
@@ -138,7 +138,7 @@ class SynthConfig(ShardedConfig):
         plain = {name.lstrip("-").replace("_", "-"): value for name, value in options.items()}
         for name in plain:
             if name in _OWN_OPTIONS:
-                raise ValueError(f"{name} is set by {_OWN_OPTIONS[name]}")
+                raise untold(f"{name} is set by {_OWN_OPTIONS[name]}")
         return plain
 
     @pydantic.field_validator("server_env")
@@ -146,7 +146,7 @@ class SynthConfig(ShardedConfig):
     def _no_secrets(cls, variables: dict[str, str]) -> dict[str, str]:
         for name in variables:
             if any(word in name.upper() for word in _SECRET_WORDS):
-                raise ValueError(
+                raise untold(
                     f"{name} looks like a secret, and a recipe is copied into manifests: set it "
                     "in the stage's own environment, which the server inherits"
                 )
