@@ -65,7 +65,7 @@ class Server:
             ) from error
         except openai.APIStatusError as error:
             raise UserError(f"the server at {self.base_url} refused: {error}.") from error
-        except openai.APIError as error:  # told in the middle of an answer
+        except (openai.APIError, json.JSONDecodeError) as error:  # in the middle of an answer
             raise RetryableError(
                 f"the server at {self.base_url} ended an answer in its middle ({error}). Its log says "
                 "why; run the same command again."

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,35 @@ def synth_config(workspace: Path, **flags: str) -> SynthConfig:
     )
 
 
-def finished(workspace: Path, **flags: str) -> Artifact:
+def unfinished(workspace: Path, **flags: str) -> Artifact:
     config = synth_config(workspace, **flags)
-    artifact = Artifact(config.paths.stage("synth"), config, inputs={"prompts": "abc"})
+    return Artifact(config.paths.stage("synth"), config, inputs={"prompts": "abc"})
+
+
+def finished(workspace: Path, **flags: str) -> Artifact:
+    artifact = unfinished(workspace, **flags)
     with artifact.work():
         files.write_text(artifact.folder / "part.txt", "rows")
         facts = {"target_hash": "t", "vocabulary_hash": "v", "greedy": True}
         counts = {"in": 1, "ok": 1, "skipped": {}, "failed": {}}
         artifact.finish(["part.txt"], counts=counts, facts=facts)
     return artifact
+
+
+def killed_at(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Removing a file whose name begins so ends the process; folders list in the worst order."""
+    iterdir, unlink = Path.iterdir, Path.unlink
+
+    def identity_first(folder: Path) -> Iterator[Path]:
+        yield from sorted(iterdir(folder), key=lambda path: path.name != "identity.json")
+
+    def die(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith(name):
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    patch.setattr(Path, "iterdir", identity_first)
+    patch.setattr(Path, "unlink", die)
 
 
 def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
@@ -149,6 +170,56 @@ def test_overwrite_replaces_what_cannot_be_read(tmp_path: Path) -> None:
     with artifact.work() as is_needed:
         assert is_needed
         assert not (artifact.folder / "part.txt").exists()
+
+
+def test_overwrite_given_again_continues_what_it_began(tmp_path: Path) -> None:
+    part = finished(tmp_path).folder / "part.txt"
+    hot = {"temperature": "0.7", "overwrite": "true"}
+    with unfinished(tmp_path, **hot).work():
+        files.write_text(part, "new rows")
+    again = unfinished(tmp_path, **hot)
+    assert not again.is_done()
+    with again.work() as is_needed:
+        assert is_needed
+        assert part.read_text() == "new rows"
+        again.finish([part.name], counts={"in": 1, "ok": 1, "skipped": {}, "failed": {}})
+    with unfinished(tmp_path, **hot).work():  # finished meanwhile: now it is to be replaced
+        assert not part.exists()
+        files.write_text(part, "newer rows")
+    with unfinished(tmp_path, overwrite="true").work():  # and what another one left
+        assert not part.exists()
+
+
+def test_a_kill_while_overwrite_deletes_its_own_keeps_none_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = finished(tmp_path).folder / "part.txt"
+    again = unfinished(tmp_path, overwrite="true")
+    with monkeypatch.context() as patch:
+        killed_at(patch, part.name)
+        with pytest.raises(KeyboardInterrupt), again.work():
+            pass
+    with pytest.raises(UserError, match="overwrite: was 'begun'"):
+        unfinished(tmp_path).is_done()
+    with again.work():
+        assert not part.exists()
+
+
+def test_a_kill_while_overwrite_deletes_leaves_nothing_to_adopt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = finished(tmp_path).folder / "part.txt"
+    new = unfinished(tmp_path, temperature="0.7", overwrite="true")
+    with monkeypatch.context() as patch:
+        killed_at(patch, part.name)
+        with pytest.raises(KeyboardInterrupt), new.work():
+            pass
+    assert read_manifest(part.parent) is None
+    assert part.read_text() == "rows"
+    with pytest.raises(UserError, match=r"unfinished .*synth.temperature: was 0.0, now 0.7"):
+        unfinished(tmp_path, temperature="0.7").is_done()
+    with new.work():
+        assert not part.exists()
 
 
 def test_changed_input_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(texts.pop(0).encode() if len(texts) > 1 else texts[0].encode())
 
     def do_POST(self) -> None:
-        """The first half of a streamed answer."""
+        """The first half of a streamed answer, and whatever text is to follow it."""
         self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -49,7 +49,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         choice = {"index": 0, "delta": {"content": "ha"}, "finish_reason": None, "token_ids": [7]}
         chunk = {"id": "x", "created": 0, "model": "m", "object": "chat.completion.chunk"}
         chunk |= {"prompt_token_ids": [1], "choices": [choice]}
-        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        (rest,) = self.server.texts.get("completions", [""])
+        self.wfile.write(f"data: {json.dumps(chunk)}\n\n{rest}".encode())
 
     def log_message(self, *args: object) -> None:
         """Quiet."""
@@ -96,10 +97,20 @@ def test_a_busy_server_is_to_be_measured_later(serve) -> None:  # type: ignore[n
         serve(metrics=[TEXT]).read_idle()
 
 
+ASKED = Conversation("a", "", (({"role": "user", "content": "Why?"},),))
+
+
 def test_half_an_answer_is_none(serve) -> None:  # type: ignore[no-untyped-def]
-    asked = Conversation("a", "", (({"role": "user", "content": "Why?"},),))
     with pytest.raises(RetryableError, match="ended an answer in its middle"):
-        serve(metrics=[IDLE]).play([asked], Cell(1, 0.0, 8), max_tokens=8, depth=0)
+        serve(metrics=[IDLE]).play([ASKED], Cell(1, 0.0, 8), max_tokens=8, depth=0)
+
+
+def test_an_error_inside_an_answer_is_told_and_may_be_tried_again(serve) -> None:  # type: ignore[no-untyped-def]
+    """vLLM has said 200 by then, so it sends the error as a chunk."""
+    error = {"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}
+    server = serve(completions=[f"data: {json.dumps(error)}\n\ndata: [DONE]\n\n"])
+    with pytest.raises(RetryableError, match=r"in its middle \(EngineCore died\). Its log says"):
+        server.play([ASKED], Cell(1, 0.0, 8), max_tokens=8, depth=0)
 
 
 def test_a_server_that_comes_to_rest_is_waited_for(serve) -> None:  # type: ignore[no-untyped-def]

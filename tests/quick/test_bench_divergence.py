@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from shared.errors import UserError
 from stages.bench import lossless
 from stages.bench.divergence import Probe, Scored, compare, judge
 from tests.measurements import cell, engine, request
@@ -73,6 +74,15 @@ def test_a_later_turn_with_another_prompt_is_not_compared() -> None:
     drafted = [row("a", HEAD), row("a", [4], turn=1, prompt_token_ids=[1, 5, 9, 7])]
     compared, apart, found = compare(plain, drafted, **where)
     assert (compared, apart, len(found)) == (1, 1, 1)
+
+
+def test_a_first_turn_with_another_prompt_is_another_target() -> None:
+    """No answer before it can have made it differ."""
+    where = {"engine": "head", "concurrency": 1, "max_tokens": 3}
+    other = row("a", BASELINE, prompt_token_ids=[1, 2])
+    told = "prompt a: with the head it is 2 tokens, without it 3, .* bench.baseline_endpoint"
+    with pytest.raises(UserError, match=told):
+        compare([row("a", BASELINE)], [other], **where)
 
 
 def test_the_noise_is_measured_alone_and_together_in_four_shapes() -> None:

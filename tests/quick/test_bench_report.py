@@ -166,6 +166,17 @@ def test_a_wrong_answer_misses_a_gate_unless_nobody_asks() -> None:
     assert gates.shortfalls(made(lenient, baseline=wrong)["gates"]) == []
 
 
+def test_no_answer_compared_is_no_answer_right() -> None:
+    none = engine(
+        cell(baseline_requests(), wall_s=12.0),
+        lossless=lossless(compared=0, identical=0, prompts_differ=4),
+    )
+    told = "answers that differ without a tie was not measured, and the gate asks for 0"
+    assert gates.shortfalls(made(baseline=none)["gates"]) == [told]
+    lenient = config(max_wrong_answers="null")
+    assert gates.shortfalls(made(lenient, baseline=none)["gates"]) == []
+
+
 def test_a_regression_against_an_earlier_report() -> None:
     earlier = made()
     slower = {"head": engine(cell(head_requests(), wall_s=6.6))}  # speed-up 1.82 of 2.0
@@ -184,6 +195,26 @@ def test_an_earlier_report_of_another_load_is_refused(tmp_path: Any) -> None:
         gates.check_comparable(config(concurrency="8"), "abc", earlier, tmp_path)
     with pytest.raises(UserError, match="prompts: abc then, other now"):
         gates.check_comparable(config(), "other", earlier, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"target": "other"}, "target: tiny then, other now"),
+        ({"mode": "served"}, "mode: in_process then, served now"),
+        ({"endpoint": "http://x"}, "mode: in_process then, endpoint now"),
+        ({"max_prompts": "3"}, "max_prompts: 2 then, 3 now"),
+    ],
+)
+def test_an_earlier_report_of_something_else_is_refused(
+    flags: dict[str, str], told: str, tmp_path: Any
+) -> None:
+    few = {"max_prompts": "2"}
+    earlier = made(config(**few))
+    assert (earlier["mode"], earlier["max_prompts"]) == ("in_process", 2)
+    gates.check_comparable(config(**few), "abc", earlier, tmp_path)
+    with pytest.raises(UserError, match=rf"measured otherwise \({told}\)"):
+        gates.check_comparable(config(**{**few, **flags}), "abc", earlier, tmp_path)
 
 
 def test_a_gate_on_what_was_not_measured_is_not_met() -> None:

@@ -127,6 +127,14 @@ def test_a_swap_changes_tag_argument_and_name_together(overlays: tuple[str, ...]
 
 
 @needs_compose
+@pytest.mark.parametrize("overlays", [(), ("cpu",)])
+def test_a_servers_key_reaches_those_that_ask_servers(overlays: tuple[str, ...]) -> None:
+    found = services(*overlays, EYRIE_ENDPOINT_KEY="ek-1")
+    keys = {name: each["environment"].get("EYRIE_ENDPOINT_KEY") for name, each in found.items()}
+    assert {name for name, key in keys.items() if key == "ek-1"} == {"synth", "bench"}
+
+
+@needs_compose
 def test_variables_are_explained() -> None:
     used = set()
     for path in (BASE, *OVERLAYS):

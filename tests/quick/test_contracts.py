@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared import conversations, hidden_states, layers, vocab
+from shared import conversations, files, hidden_states, layers, vocab
 from shared.conversations import Conversation
 from shared.errors import UserError
 from shared.tensor_files import save_tensors
@@ -184,6 +184,19 @@ def test_vocabulary_files_are_kept_never_remade(tmp_path: Path) -> None:
     np.save(tmp_path / "d2t.npy", np.array([0, 2, 1]))
     with pytest.raises(UserError, match="ascending"):
         load_or_make(tmp_path, torch.tensor([5, 0, 9, 1, 9, 1]), 3)
+
+
+def test_a_vocabulary_is_kept_from_the_first_checkpoint_on(tmp_path: Path) -> None:
+    from stages.train.vocabulary import forget_unbound, load_or_make
+
+    def made(counts: list[int]) -> list[int]:
+        forget_unbound(tmp_path)
+        return load_or_make(tmp_path, torch.tensor(counts), 3).token_ids.tolist()
+
+    assert made([5, 0, 9, 1, 9, 1]) == [0, 2, 4]
+    assert made([0, 9, 0, 9, 0, 9]) == [1, 3, 5], "of another dump, and no weights yet"
+    files.write_text(tmp_path / "checkpoints" / "latest.pt", "weights")
+    assert made([5, 0, 9, 1, 9, 1]) == [1, 3, 5]
 
 
 def test_a_full_disk_is_the_operators_and_leaves_nothing_half(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from shared.errors import OutputError, UserError
 from shared.exported_head import check_export, expected_tensors
 from shared.head_config import HeadConfig
-from stages.train.export import export_head
+from stages.train.export import export_head, require_replaceable
 from stages.train.model import DraftHead, load_head
 
 CONFIG = HeadConfig(
@@ -184,6 +184,25 @@ def test_a_broken_head_leaves_the_older_folder_as_it_was(tmp_path: Path) -> None
         export(head, tmp_path / "head")
     assert {p.name: p.read_bytes() for p in (tmp_path / "head").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["head"]
+
+
+def test_only_an_earlier_export_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "head"
+    require_replaceable(out)  # nothing there
+    export(make_head(), out)
+    (out / "manifest.json").write_text("{}")  # the run's own export has one
+    require_replaceable(out)
+    (out / "notes.txt").write_text("mine")
+    monkeypatch.chdir(out)
+    for path in (out, Path()):
+        with pytest.raises(UserError, match=r"train\.output: .* found notes\.txt there"):
+            require_replaceable(path)
+    (tmp_path / "link").symlink_to(out)
+    for path in (out / "notes.txt", tmp_path / "link", Path("/")):
+        with pytest.raises(UserError, match=r"train\.output: .* found .* there"):
+            require_replaceable(path)
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {

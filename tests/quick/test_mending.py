@@ -17,7 +17,7 @@ from shared.checksums import require_unchanged
 from shared.errors import RetryableError, UserError
 from shared.manifest import Artifact, read_manifest, require_parent
 from shared.status import Status
-from stages.train import checkpoint, distributed, export, history, ranks
+from stages.train import checkpoint, distributed, export, export_speculators, history, ranks
 from stages.train.checkpoint import Checkpoints
 from tests.quick.test_artifacts import dump_config, finished, synth_config
 from tests.stages.test_train_checkpoints import state
@@ -142,17 +142,24 @@ def test_a_link_on_a_read_only_folder_is_the_users(
         files.write_link(tmp_path / "latest.pt", "step_00000010.pt")
 
 
+@pytest.mark.parametrize("layout", ["hf", "speculators"])
 def test_a_full_disk_in_an_export_is_the_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     from tests.quick.test_export import make_head
 
     def refuse(*_: Any, **__: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
+    head, out, made = make_head(), tmp_path / "head", {"target": "t", "provenance": {}}
     monkeypatch.setattr(export, "save_file", refuse)
+    monkeypatch.setattr(export_speculators, "save_file", refuse)
     with pytest.raises(UserError, match=r"could not write .*No space left"):
-        export.export_head(make_head(), tmp_path / "head", target="t", provenance={})
+        if layout == "hf":
+            export.export_head(head, out, **made)
+        else:
+            export_speculators.export_speculators(head, out, target_architectures=[], **made)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -176,6 +183,31 @@ def test_a_rank_that_lost_another_may_try_again(error: Exception, told: type[Exc
 def test_a_killed_rank_outweighs_those_that_missed_it() -> None:
     assert ranks._exit_code([1, -signal.SIGKILL], [1, -9]) == 75
     assert ranks._exit_code([2], [2, -9]) == 2
+
+
+@pytest.mark.parametrize(
+    ("failed", "codes", "expected"),
+    [
+        ([75, 2], [75, 2], 2),
+        ([75], [75, 3], 3),  # told while the first was being ended
+        ([75], [75, 1], 1),
+        ([3, 2], [3, 2], 3),
+        ([75], [75, 143], 75),
+        ([75, -signal.SIGKILL], [75, -9], 75),
+        ([2, -signal.SIGKILL], [2, -9], 75),
+    ],
+)
+def test_a_rank_that_says_why_outweighs_those_that_lost_it(
+    failed: list[int], codes: list[int], expected: int
+) -> None:
+    assert ranks._exit_code(failed, codes) == expected
+
+
+def test_a_stop_outweighs_what_ranks_say_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "stop_requested", lambda: True)
+    assert ranks._exit_code([75], [75, 143]) == 143
+    assert ranks._exit_code([2], [2, 143]) == 143
+    assert ranks._exit_code([75], [75, 2]) == 2
 
 
 def test_only_the_named_leftovers_are_swept(tmp_path: Path) -> None:

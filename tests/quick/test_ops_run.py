@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chain before it starts: which stages, what they will take, what stands in the way."""
+"""The chain before it starts: which stages, what they will take, what stands in the way; its end."""
 
+import functools
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,14 @@ import pytest
 import yaml
 
 from shared.config import build
-from shared.errors import UserError
+from shared.errors import EXIT_STOPPED, UserError
 from shared.paths import RunPaths
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
 from stages.ops.chain import estimates, preflight, processes
 from stages.ops.chain.machine import Machine, look
 from stages.ops.config import RunChainConfig
+from stages.ops.run import run
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
 
@@ -156,6 +160,52 @@ def test_what_can_be_seen_is_named(workspace: Path, monkeypatch: pytest.MonkeyPa
     assert "for hidden states and checkpoints, found 0.0 GB" in disk
 
 
+def test_a_target_that_hf_spreads_over_the_gpus_is_shared_by_them_all(workspace: Path) -> None:
+    pair = Machine((("Toy", 600),) * 2, 64 * GIB, GIB)  # a half fits one, the whole none
+    assert [line.split("'")[0] for line in problems(steps(workspace), workspace, pair)] == [
+        "synth",
+        "bench",
+    ]
+    alone = Machine((("Toy", 600),), 64 * GIB, GIB)
+    (told,) = [x for x in problems(steps(workspace), workspace, alone) if x.startswith("dump's")]
+    assert "Take a machine with more" in told
+    roomy = Machine((("Toy", GIB),) * 2, 64 * GIB, GIB)
+    two = steps(workspace, {"dump": {"data_parallel": 2}})  # of which each takes one GPU
+    assert problems(two, workspace, roomy) == []
+
+
+@pytest.mark.parametrize("machine", [Machine((), 9, GIB), Machine((("Toy", 9),), 64 * GIB, GIB)])
+def test_answers_that_are_kept_need_no_memory_for_the_target(
+    workspace: Path, machine: Machine
+) -> None:
+    kept = steps(workspace, {"synth": {"mode": "keep"}})
+    found = problems(kept, workspace, machine)
+    assert [line.split("'")[0] for line in found] == ["dump", "bench"]
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Of a server that has /health, and no /v1/health."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "health").touch()
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "site")
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/"])
+def test_an_endpoint_is_asked_for_its_health_as_its_stage_takes_it(
+    workspace: Path, address: str, path: str
+) -> None:
+    url = address + path
+    changes = {"synth": {"endpoints": [url]}, "bench": {"endpoint": url}}
+    assert problems(steps(workspace, changes), workspace) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -166,6 +216,15 @@ def test_what_can_be_seen_is_named(workspace: Path, monkeypatch: pytest.MonkeyPa
         ({"synth": {"prompts": "none.jsonl"}}, "synth.prompts: expected a file"),
         ({"bench": {"prompts": "none.jsonl"}}, "bench.prompts: expected a file"),
         ({"dump": {"states": "nowhere"}}, "dump.states: expected a folder at .*/nowhere"),
+        (
+            {
+                "bench": {
+                    "endpoint": "http://127.0.0.1:9",
+                    "baseline_endpoint": "http://127.0.0.1:8",
+                }
+            },
+            "a server at http://127.0.0.1:8, found",
+        ),
         ({"synth": {"endpoints": ["http://127.0.0.1:9"]}}, "a server at http://127.0.0.1:9, found"),
     ],
 )
@@ -275,3 +334,43 @@ def test_a_dry_run_shows_the_plan_and_makes_nothing(workspace: Path) -> None:
     assert "train refuses" in refused.stderr
     assert "Did you mean epochs?" in refused.stderr
     assert sorted(workspace.rglob("*")) == before
+
+
+def play(monkeypatch: pytest.MonkeyPatch, workspace: Path, stage: str, script: str) -> None:
+    """Let a stage be this script of a shell."""
+    python = workspace / f"python-{stage}"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setenv(f"EYRIE_{stage.upper()}_PYTHON", str(python))
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("kill -KILL $$", 137), ("kill -SEGV $$", 139), ("exit 75", 75)]
+)
+def test_what_ended_a_stage_is_told_as_a_shell_tells_it(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, script: str, code: int
+) -> None:
+    play(monkeypatch, workspace, "synth", script)
+    assert run(config(workspace, preflight="false", only="synth")) == code
+
+
+def test_a_stage_that_outlives_its_grace_was_killed(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.ops.run._GRACE_S", 0.1)
+    deaf = workspace / "deaf"
+    monkeypatch.setattr("stages.ops.run.stop_requested", deaf.exists)
+    play(monkeypatch, workspace, "synth", f"trap '' TERM; touch {deaf}; exec sleep 60")
+    assert run(config(workspace, preflight="false", only="synth")) == 137
+
+
+def test_a_stop_between_two_stages_begins_no_other(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal arrives while a stage ends by itself, with 0."""
+    play(monkeypatch, workspace, "synth", "kill -TERM $PPID")
+    play(monkeypatch, workspace, "dump", f"touch {workspace}/begun")
+    done = ops(workspace, "--preflight", "false", "--only", "synth,dump")
+    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert "dump was not begun. Run the same command again" in done.stderr
+    assert not (workspace / "begun").exists()

@@ -14,6 +14,7 @@ from shared.errors import RetryableError, UserError
 from shared.manifest import MANIFEST, Artifact, read_manifest
 from shared.process import Share, lock
 from shared.sharding import INDEX_VARIABLE, ShardedConfig
+from tests.quick.test_artifacts import killed_at
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_ITEMS = 7
@@ -130,6 +131,37 @@ def test_overwrite_waits_for_those_at_work_on_the_other_configuration(tmp_path: 
         with pytest.raises(RetryableError, match="another process"):
             work(new)
         assert json.loads((old.folder / "identity.json").read_text())["dump.flavour"] == "old"
+
+
+def test_a_share_of_a_killed_overwrite_clears_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work(config(tmp_path))
+    folder = tmp_path / "run" / "dump"
+    new = {"flavour": "salted", "num_shards": 2, "shard_index": 0}
+    with monkeypatch.context() as patch:
+        killed_at(patch, "item-")
+        with pytest.raises(KeyboardInterrupt):
+            work(config(tmp_path, **new, overwrite=True))
+    assert len(list(folder.glob("item-*"))) == NUM_ITEMS
+    with pytest.raises(UserError, match="flavour: was 'plain', now 'salted'"):
+        work(config(tmp_path, **new))
+    work(config(tmp_path, **new, overwrite=True))
+    assert sorted(path.name for path in folder.glob("item-*")) == [
+        f"item-{i}" for i in (0, 2, 4, 6)
+    ]
+
+
+def test_shares_of_another_count_wait_for_those_at_work(tmp_path: Path) -> None:
+    of_four, of_eight = (
+        Artifact(tmp_path / "run" / "dump", config(tmp_path, num_shards=count, shard_index=2))
+        for count in (4, 8)
+    )
+    for at_work, other in ((of_four, of_eight), (of_eight, of_four)):
+        with at_work.work(), pytest.raises(RetryableError, match="another process"), other.work():
+            pass
+        with other.work():  # what is left of the lock's file is nobody's
+            pass
 
 
 def test_share_worked_example() -> None:

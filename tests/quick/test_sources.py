@@ -191,6 +191,8 @@ def test_a_mix_of_sampling_is_the_same_for_a_row_however_it_is_asked(tmp_path: P
         ({"prompts": "a", "server_args": {"api_key": "x"}}, "environment"),
         ({"prompts": "a", "server_env": {"HF_TOKEN": "x"}}, "looks like a secret"),
         ({"prompts": "a", "temperature": 1.0, "sampling": [{}]}, "either `sampling`"),
+        ({"prompts": "a", "endpoints": ["http://me:word@host"]}, r"endpoints.*ENDPOINT_KEY"),
+        ({"prompts": "a", "endpoints": ["http://a", "host:8000"]}, r"expected http://host:port"),
     ],
 )
 def test_settings_that_contradict_themselves(
@@ -198,6 +200,13 @@ def test_settings_that_contradict_themselves(
 ) -> None:
     with pytest.raises(UserError, match=said):
         config_of(tmp_path, **settings)
+
+
+def test_a_refusal_does_not_repeat_the_secret(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refusal:
+        config_of(tmp_path, prompts="a", endpoints=["http://a", "http://me:word@host"])
+    assert "synth.endpoints" in str(refusal.value)
+    assert "word" not in str(refusal.value)
 
 
 def test_an_option_that_changes_answers_is_part_of_the_fingerprint(tmp_path: Path) -> None:

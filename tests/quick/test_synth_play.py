@@ -135,6 +135,24 @@ def test_dropped_reasoning_is_context_and_not_trained_on() -> None:
     assert (row.input_ids, row.loss_spans) == ((1, 5, 4, 9, 7, 2), ((4, 6),))
 
 
+def test_reasoning_that_was_cut_before_its_end_trains_nothing() -> None:
+    assert trained_from((4, 7), (9,), was_cut=True) == 2
+    assert trained_from((4, 9, 7), (9,), was_cut=True) == 2
+    assert trained_from((4, 7), (), was_cut=True) == 0, "reasoning is kept"
+    question = {"id": "x", "prompt": "q"}
+    for finish, answer, spans in (
+        ("length", [4, 7], []),
+        ("length", [4, 9, 7], [((4, 5),)]),
+        ("stop", [4, 7], [((2, 4),)]),
+    ):
+        prompt, done, _ = played(question, [reply([1, 5], answer, finish=finish)])
+        assert [row.loss_spans for row in to_rows(prompt, done, reasoning_end=(9,))] == spans
+    replies = [reply([1, 5], [7, 2]), reply([1, 5, 7, 2, 6], [8, 4], finish="length")]
+    prompt, done, _ = played(TWO_TURNS, replies)
+    (row,) = to_rows(prompt, done, reasoning_end=(9,))
+    assert row.loss_spans == ((2, 4),), "the turn before it ended by itself"
+
+
 def test_an_answer_that_is_all_reasoning_gives_no_row() -> None:
     prompt, done, _ = played({"id": "x", "prompt": "q"}, [reply([1, 5], [4, 9])])
     assert to_rows(prompt, done, reasoning_end=(9,)) == []

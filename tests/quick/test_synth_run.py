@@ -2,6 +2,7 @@
 """The whole stage against a server with the manners of vLLM's: faults, accounting, shares."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,6 +233,19 @@ def test_answers_that_were_removed_meanwhile_are_asked_again(
     assert sorted(rows) == sorted(prompts)
 
 
+def test_another_chat_template_is_another_target(tmp_path: Path, target: Path, server: str) -> None:
+    write_prompts(tmp_path, {"a": "hello"})
+    own = shutil.copytree(target, tmp_path / "tiny")
+    assert synth(tmp_path, own, server).code == 0
+    facts = manifest(tmp_path)["facts"]
+    assert (facts["greedy"], facts["on_policy"]) == (True, True)
+    template = own / "chat_template.jinja"
+    template.write_text("Be brief.\n" + template.read_text())
+    other = synth(tmp_path, own, server)
+    assert other.code == 2
+    assert "a finished artifact of another configuration (input.tokenizer: was" in other.said
+
+
 def test_kept_answers_need_no_server(tmp_path: Path, target: Path) -> None:
     rows = [
         {"id": "a", "prompt": "hello", "response": "hi"},
@@ -242,7 +256,8 @@ def test_kept_answers_need_no_server(tmp_path: Path, target: Path) -> None:
     assert done.code == 0, done.said
     found = manifest(tmp_path)
     assert found["counts"] == {"in": 2, "ok": 1, "skipped": {}, "failed": {"no_answer": 1}}
-    assert found["facts"]["on_policy"] is False
+    facts = found["facts"]
+    assert (facts["greedy"], facts["on_policy"]) == (False, False), "also at temperature 0"
     (row,) = conversations.read_conversations(tmp_path / "run" / "synth")
     tokenizer = AutoTokenizer.from_pretrained(target)
     ((start, end),) = row.loss_spans

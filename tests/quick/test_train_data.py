@@ -146,6 +146,8 @@ def test_one_file_a_row_gives_the_batch_of_a_shard(tmp_path: Path, layout: str) 
         ({"hidden_states": [torch.zeros(4, SIZE)] * 3}, "expected the shapes"),
         ({"hidden_states": [torch.zeros(5, SIZE)] * 4}, "expected the shapes"),
         ({"loss_mask": torch.zeros(3)}, "loss_mask [3] for 4 input_ids"),
+        ({"loss_mask": torch.tensor([0, 2, 1, 0])}, "loss_mask: expected 0 and 1 alone"),
+        ({"loss_mask": torch.tensor([0, 1, 1, 0.5])}, "loss_mask: expected 0 and 1 alone"),
         ({"aux_hidden_states": torch.zeros(4, 2 * SIZE)}, "expected the shapes"),
     ],
 )

@@ -480,6 +480,30 @@ def test_mixed_precision_stays_close() -> None:
     assert float(torch.cosine_similarity(rough, exact, dim=0)) > 0.995
 
 
+def test_the_gradient_of_lm_head_adds_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk is 0.3 % off, since states are rounded; a bfloat16 sum of 267 chunks was 1.7 %."""
+    torch.manual_seed(0)
+    rows, vocabulary, size = 8000, 512, 32
+    target = TargetOutput(torch.ones(size), 1e-6, torch.randn(vocabulary, size) / 2)
+    hidden, finals = torch.randn(1, rows, size), torch.randn(rows, size)
+    weights = torch.full((1, rows), 1 / rows)
+
+    def gradient(states: Tensor, chunk_rows: int) -> Tensor:
+        monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_rows * vocabulary * 4)
+        lm_head = (target.lm_head / 2).requires_grad_()
+        SoftCrossEntropy.apply(states, lm_head, weights, finals, target)[0].backward()
+        assert lm_head.grad is not None
+        return lm_head.grad
+
+    exact = gradient(hidden, rows)
+    whole, chunked = (
+        float((gradient(hidden.bfloat16(), chunk_rows) - exact).norm() / exact.norm())
+        for chunk_rows in (rows, 30)
+    )
+    assert 0 < whole < 0.01
+    assert chunked < 2 * whole
+
+
 def test_frequencies_stay_in_float32_when_the_head_does_not() -> None:
     head = make_head()
     positions = torch.tensor([0, 1, 1001])

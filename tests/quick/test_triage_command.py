@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from stages.ops.config import ReviewConfig, TriageConfig
 from stages.ops.triage import log_lines, log_scan
 from stages.ops.triage.failure_rules import MIN_TEXT, fixed_texts, read_rules
+from stages.ops.triage.log_files import open_case
 from stages.ops.triage.log_scan import Scanner
 from stages.ops.triage.run import run, run_review
 from stages.ops.triage.text import safe
@@ -155,6 +157,43 @@ def test_a_process_that_is_gone_without_a_word(
     assert told(folder, capsys)[1]["diagnoses"][0]["rule"] == "vanished"
     status(folder, "train", **record, pid=os.getpid())
     assert told(folder, capsys)[0] == 0
+
+
+def state_of(folder: Path, stage: str) -> str:
+    case = open_case([folder], recipe=None, workspace=folder.parent, exit_codes={})
+    return case.stages[stage].state
+
+
+@pytest.mark.parametrize(
+    ("told_ago_s", "touched_ago_s", "state"),
+    [
+        (3600, 1, "running"),  # it beats, and has nothing to tell while an engine is measured
+        (60, 120, "vanished"),
+        (3 * 86400, 1, "vanished"),  # the run was copied here just now
+    ],
+)
+def test_a_process_of_another_host_lives_while_it_touches_its_status(
+    folder: Path, told_ago_s: float, touched_ago_s: float, state: str
+) -> None:
+    now_s = time.time()
+    status(folder, "bench", state="running", host="elsewhere", pid=1, updated_s=now_s - told_ago_s)
+    os.utime(folder / "status" / "bench.json", (0, now_s - touched_ago_s))
+    assert state_of(folder, "bench") == state
+
+
+@pytest.mark.parametrize(("newer_s", "state"), [(-60, "done"), (60, "failed")])
+def test_a_share_that_failed_before_its_stage_was_done_is_history(
+    folder: Path, newer_s: float, state: str
+) -> None:
+    """One of four shares failed; a single process then ran the stage again, to its end."""
+    (folder / "synth").mkdir()
+    manifest = folder / "synth" / "manifest.json"
+    manifest.write_text("{}")
+    status(folder, "synth", state="done", exit_code=0, message="")
+    status(folder, "synth-3", state="failed", exit_code=3, message="no room")
+    finished_s = manifest.stat().st_mtime
+    os.utime(folder / "status" / "synth-3.json", (0, finished_s + newer_s))
+    assert state_of(folder, "synth") == state
 
 
 def test_the_fix_is_for_this_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared import hidden_states
+from shared import hidden_states, vocab
 from tests.ranks import free_port
 from tests.runs import ROOT, command, make_synth, run, write_recipe
 
@@ -137,8 +137,11 @@ def test_training_learns_and_says_so(trained: Path) -> None:
 def test_an_interrupted_training_ends_with_the_same_weights(
     workspace: Path, trained: Path, how: signal.Signals, code: int
 ) -> None:
+    export = workspace / "run" / "export"
+    shutil.copytree(trained / "run" / "export", export)  # of an earlier training, that is gone
     assert interrupt_after_a_checkpoint(workspace, how) == code
     assert not (workspace / "run" / "train" / "manifest.json").exists()
+    assert not (export / "manifest.json").exists(), "its weights are not those to come"
     again = run(workspace, "train")
     assert again.returncode == 0, again.stderr
     assert "continuing from step" in again.stderr
@@ -258,6 +261,15 @@ def test_any_checkpoint_is_exported_in_either_layout(trained: Path) -> None:
     assert "expected a checkpoint at" in missing.stderr
 
 
+def test_an_export_does_not_replace_what_is_none(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    refused = run(trained, "train", "export", "--output", str(tmp_path))
+    assert refused.returncode == 2, refused.stderr
+    assert f"at {tmp_path}, found notes.txt there" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("notes.txt", "mine")]
+
+
 def test_trackers_get_losses_and_walks(workspace: Path) -> None:
     done = run(workspace, "train", "--epochs", "1", "--trackers", "tensorboard")
     assert done.returncode == 0, done.stderr
@@ -290,10 +302,14 @@ def test_a_tied_target_gives_a_head_of_its_own(trained: Path) -> None:
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
 
 
-def test_vocab_is_made_once_and_used_by_train(workspace: Path) -> None:
+def test_vocab_is_made_of_this_dump_and_used_by_train(workspace: Path) -> None:
     folder = workspace / "run" / "train"
+    others = vocab.from_token_ids(torch.arange(128), 512)  # as of an earlier dump
+    vocab.write(folder, others)
     assert run(workspace, "train", "vocab").returncode == 0
     before = (folder / "d2t.npy").read_bytes()
+    assert not torch.equal(vocab.read(folder).d2t, others.d2t)
+    vocab.write(folder, others)
     done = run(workspace, "train", "--epochs", "1")
     assert done.returncode == 0, done.stderr
     assert (folder / "d2t.npy").read_bytes() == before

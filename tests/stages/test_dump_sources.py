@@ -14,9 +14,12 @@ from shared import hidden_states, target
 from shared.config import build
 from shared.errors import UserError
 from shared.manifest import read_manifest
+from shared.status import Accounting
 from stages.dump.config import DumpConfig
 from stages.dump.run import run as dump
+from stages.dump.sources import StateRows, open_source
 from tests.models import tiny_llama
+from tests.quick.test_artifacts import dump_config, finished
 from tests.runs import make_synth
 from tests.runs import run as stage
 
@@ -86,6 +89,50 @@ def test_json_lines(workspace: Path) -> None:
     assert manifest["facts"]["logprob_gap"] < 0.05
     counts = torch.load(workspace / "run" / "dump" / hidden_states.TOKEN_FREQ, weights_only=True)
     assert int(counts.sum()) == int(shard.loss_mask.sum())
+
+
+def test_a_row_that_comes_twice_is_skipped_and_has_not_failed(workspace: Path) -> None:
+    (workspace / "chats.jsonl").write_text("\n".join([json.dumps(ROWS[0])] * 2))
+    manifest, shard = run(workspace, "chats.jsonl", max_failed_fraction="0")
+    assert shard.sample_ids == ["good"]
+    assert manifest["counts"] == {"in": 2, "ok": 1, "skipped": {"duplicate_id": 1}, "failed": {}}
+    (reject,) = (workspace / "run" / "dump" / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(reject) == {
+        "row": "good",
+        "skipped": "duplicate_id",
+        "detail": "chats.jsonl",
+    }
+
+
+def test_another_chat_template_is_another_dump(workspace: Path) -> None:
+    (workspace / "chats.jsonl").write_text(json.dumps(ROWS[0]))
+    run(workspace, "chats.jsonl")
+    (workspace / "tiny" / "chat_template.jinja").write_text(UNSTABLE_TEMPLATE)
+    with pytest.raises(UserError, match=r"input\.tokenizer: was"):
+        run(workspace, "chats.jsonl")
+
+
+@pytest.mark.parametrize(("facts", "is_greedy"), [({}, True), ({"on_policy": False}, False)])
+def test_what_a_data_set_says_is_not_the_targets_argmax(
+    tmp_path: Path, facts: dict[str, bool], is_greedy: bool
+) -> None:
+    path = finished(tmp_path).folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["facts"] |= facts
+    path.write_text(json.dumps(manifest))
+    assert open_source(dump_config(tmp_path)).is_greedy is is_greedy
+
+
+def test_a_mask_that_is_none_is_accounted_for(workspace: Path) -> None:
+    folder = workspace / "states"
+    folder.mkdir()
+    row = {"input_ids": torch.arange(4), "hidden_states": [torch.zeros(4, 128)] * 4}
+    torch.save(row | {"loss_mask": torch.tensor([0, 0, 1, 1])}, folder / "a.pt")
+    torch.save(row | {"loss_mask": torch.tensor([0, 2, 1, 0])}, folder / "b.pt")
+    accounting = Accounting()
+    (taken,) = StateRows(folder, None, {}).rows(workspace / "tiny", accounting)
+    assert (taken.sample_id, taken.loss_spans) == ("a", ((2, 4),))
+    assert accounting.failed == {"unreadable": 1}
 
 
 def test_parquet(workspace: Path) -> None:

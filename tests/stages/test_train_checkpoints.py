@@ -57,10 +57,11 @@ def test_a_kill_between_the_two_links_leaves_a_state_to_continue_from(
             raise KeyboardInterrupt
         links.append(link(path, name))
 
-    monkeypatch.setattr(files, "write_link", killed_after_one)
-    checkpoints.save({**state(20), "best": {"step": 20}}, best=True)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_link", killed_after_one)
+        checkpoints.save({**state(20), "best": {"step": 20}}, best=True)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait()
     latest = load(tmp_path / "latest.pt")
     assert latest["step"] == 10
     assert load(tmp_path / "best.pt")["step"] == 20  # found out again, or not

@@ -157,7 +157,8 @@ def _inputs(step: Step, workspace: Path) -> Iterator[str]:
 
 
 def _endpoints(step: Step) -> Iterator[str]:
-    for url in [*step.settings.get("endpoints", ()), step.settings.get("endpoint")]:
+    asked = ("endpoint", "baseline_endpoint")
+    for url in [*step.settings.get("endpoints", ()), *map(step.settings.get, asked)]:
         if url and not is_healthy(url.rstrip("/").removesuffix("/v1")):  # as the stages take it
             yield problem(
                 f"{step.stage}'s endpoint",

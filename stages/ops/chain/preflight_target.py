@@ -141,9 +141,10 @@ def _memory(folder: Path, users: Sequence[Step], machine: Machine) -> Iterator[s
             continue
         if step.settings.get("mode") == "keep":  # answers are there: no weight is read
             continue
-        spreads = step.settings.get("backend") == "hf"  # over all GPUs that it finds
-        shared_by = len(machine.gpus) if spreads and machine.gpus else sizes.gpus_a_copy(step)
         copies = int(step.settings.get("data_parallel") or 1)
+        # One engine of transformers' spreads over all GPUs that it finds.
+        spreads = step.settings.get("backend") == "hf" and copies == 1
+        shared_by = len(machine.gpus) if spreads and machine.gpus else sizes.gpus_a_copy(step)
         what = f"{step.stage}'s memory"
         if not machine.gpus:
             if weights > machine.memory_bytes:
@@ -167,7 +168,9 @@ def _memory(folder: Path, users: Sequence[Step], machine: Machine) -> Iterator[s
                 what,
                 f"{weights / shared_by / 2**30:.1f} GiB a GPU for the target's weights",
                 f"{room / 2**30:.1f} GiB of {machine}",
-                f"Raise {step.stage}.tensor_parallel_size.",
+                "Take a machine with more."
+                if spreads
+                else f"Raise {step.stage}.tensor_parallel_size.",
             )
 
 
