@@ -78,9 +78,10 @@ def require_replaceable(out: Path) -> None:
     Raises:
         UserError: naming what lies there.
     """
-    others = {"config.json", "model.safetensors", "README.md", MANIFEST, IDENTITY, LOCK}
+    own = {"config.json", "model.safetensors", "README.md", MANIFEST, IDENTITY, LOCK}
     is_folder = out.is_dir() and not out.is_symlink()
-    found = sorted(p.name for p in out.iterdir() if p.name not in others) if is_folder else []
+    names = sorted(path.name for path in out.iterdir()) if is_folder else []
+    found = [name for name in names if name not in own or "model.safetensors" not in names]
     if found or (out.exists() and not is_folder) or not out.absolute().name:
         raise UserError(
             f"train.output: expected a new folder, or one that holds an earlier export, at {out}, "

@@ -97,7 +97,7 @@ def run_export(config: ExportConfig) -> None:
     named = {"best": folder / "checkpoints" / "best.pt", "latest": folder / "checkpoints/latest.pt"}
     path = named.get(config.checkpoint) or Path(config.checkpoint)
     head, step = _head_of(config, target_config, folder, path)
-    out = Path(config.output) if config.output else config.paths.root / f"export-{config.format}"
+    out = Path(config.output or config.paths.root / f"export-{config.format}").absolute()
     require_replaceable(out)
     card = {"checkpoint": path.name, "step": step, "dump": parent["facts"]}
     card["settings"] = config.identity()

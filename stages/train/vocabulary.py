@@ -60,7 +60,8 @@ def forget_unbound(folder: Path) -> None:
 
     It may be of another dump's counts: `stages.train vocab` makes one before any training.
     """
-    if not (folder / "checkpoints" / "latest.pt").exists():
+    states = folder / "checkpoints"
+    if not any((states / name).exists() for name in ("latest.pt", "best.pt")):
         for name in (vocab.D2T, vocab.T2D):
             with files.writing(folder):
                 (folder / name).unlink(missing_ok=True)

@@ -195,8 +195,10 @@ def test_a_vocabulary_is_kept_from_the_first_checkpoint_on(tmp_path: Path) -> No
 
     assert made([5, 0, 9, 1, 9, 1]) == [0, 2, 4]
     assert made([0, 9, 0, 9, 0, 9]) == [1, 3, 5], "of another dump, and no weights yet"
-    files.write_text(tmp_path / "checkpoints" / "latest.pt", "weights")
-    assert made([5, 0, 9, 1, 9, 1]) == [1, 3, 5]
+    for name in ("latest.pt", "best.pt"):  # a copy by the manifest has the best alone
+        files.write_text(tmp_path / "checkpoints" / name, "weights")
+        assert made([5, 0, 9, 1, 9, 1]) == [1, 3, 5]
+        (tmp_path / "checkpoints" / name).unlink()
 
 
 def test_a_full_disk_is_the_operators_and_leaves_nothing_half(tmp_path: Path) -> None:

@@ -199,6 +199,10 @@ def test_only_an_earlier_export_is_replaced(
     for path in (out, Path()):
         with pytest.raises(UserError, match=r"train\.output: .* found notes\.txt there"):
             require_replaceable(path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("no head beside it")
+    with pytest.raises(UserError, match=r"found README\.md there"):
+        require_replaceable(tmp_path / "mine")
     (tmp_path / "link").symlink_to(out)
     for path in (out / "notes.txt", tmp_path / "link", Path("/")):
         with pytest.raises(UserError, match=r"train\.output: .* found .* there"):

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from shared import files, hidden_states
 from shared.config import build
 from shared.errors import RetryableError, Stopped, UserError
+from shared.head_config import HeadConfig
 from shared.process import stop_requested
 from shared.target import TargetConfig, TargetTensors
 from stages.train import checkpoint
@@ -143,7 +144,9 @@ def rank_of(count: int) -> Any:
 
 @pytest.mark.parametrize("config", [CONFIG, WHOLE], ids=["partial", "whole"])
 @pytest.mark.parametrize("damaged", [0, 1])
-def test_every_shard_is_held_to_its_checksum(tmp_path: Path, damaged: int, config: Any) -> None:
+def test_every_shard_is_held_to_its_checksum(
+    tmp_path: Path, damaged: int, config: HeadConfig
+) -> None:
     found, head, tensors = dataset(tmp_path), make_head(config), random_tensors()
     flags = in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(1))
     assert [len(part) for part in flags] == [len(shard.input_ids) for shard in found.shards]
