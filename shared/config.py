@@ -23,7 +23,6 @@ from typing import Any, ClassVar, TypeVar
 
 import pydantic
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
 from shared import recipe_yaml
 from shared.errors import UserError
@@ -32,7 +31,6 @@ from shared.paths import STAGES, RunPaths
 from shared.process import Share
 
 SECTIONS = ("run", *STAGES)
-_UNTOLD = "untold"  # type of a refusal that does not repeat the value
 _LONGEST_NAME_BYTES = 200  # a file system takes 255, and what is in the making has a longer name
 
 S = TypeVar("S", bound="Section")
@@ -205,9 +203,8 @@ def is_plain_url(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and is_bare
 
 
-def untold(message: str) -> PydanticCustomError:
+class UntoldError(ValueError):
     """What a validator raises where the value may hold a secret: it is not repeated."""
-    return PydanticCustomError(_UNTOLD, "{message}", {"message": message})
 
 
 def _refuse(
@@ -226,7 +223,8 @@ def _refuse(
             lines.append(f"{where}: needed, but neither {source} nor a flag gives it.")
         else:
             # A check over several keys has the whole section as its input: too much to show.
-            shown = problem["loc"] and problem["type"] != _UNTOLD
+            is_secret = isinstance(problem.get("ctx", {}).get("error"), UntoldError)
+            shown = problem["loc"] and not is_secret
             found = f", found {problem['input']!r}" if shown else ""
             lines.append(f"{where or 'settings'}: {problem['msg']}{found} (from {source}).")
     return UserError("\n".join(lines))
