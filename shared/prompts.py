@@ -102,6 +102,11 @@ class BadRow:
     reason: str
     detail: str
 
+    @property
+    def is_duplicate(self) -> bool:
+        """Nothing is wrong with it but that it was there before: skipped, not failed."""
+        return self.reason.startswith("duplicate")
+
 
 class Unusable(ValueError):
     """A row cannot be used; `reason` is a short word for the accounting."""

@@ -36,6 +36,11 @@ _ENVIRONMENT = {
 }
 
 
+def base_of(url: str) -> str:
+    """A server's address without a slash or `/v1` at its end: people give it either way."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def is_healthy(base_url: str) -> bool:
     """Whether a server answers /health."""
     try:

@@ -21,6 +21,7 @@ import openai
 
 from shared.errors import RetryableError, UserError
 from shared.process import stop_if_requested
+from shared.server import base_of
 from stages.bench import plans
 from stages.bench.cells import Cell, Conversation
 from stages.bench.divergence import TOP, Probe, Scored
@@ -37,7 +38,7 @@ class Server:
     """Somebody's vLLM server: where it is, what it serves, and how to ask it."""
 
     def __init__(self, base_url: str, api_key: str, *, request_timeout_s: float) -> None:
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self.base_url = base_of(base_url)
         self._key = api_key
         self._timeout_s = request_timeout_s
         self.model, self.max_model_len = "", 0

@@ -115,9 +115,8 @@ class PlainRows(RowSource):
         read = sources.read_source(self.source, self.workspace, what=_WHAT)
         for prompt in sources.without_duplicates(read):
             if isinstance(prompt, BadRow):
-                is_double = prompt.reason.startswith("duplicate")
-                tell = accounting.skip if is_double else accounting.fail
-                tell(prompt.row, prompt.reason, prompt.detail)
+                account = accounting.skip if prompt.is_duplicate else accounting.fail
+                account(prompt.row, prompt.reason, prompt.detail)
                 continue
             if special and (token := special.first_in([prompt.conversation, prompt.tools])):
                 accounting.skip(prompt.sample_id, REASON, token)

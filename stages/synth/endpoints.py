@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import RetryableError, UserError
-from shared.server import is_healthy
+from shared.server import base_of, is_healthy
 from shared.target import load_tokenizer
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
@@ -35,7 +35,7 @@ def connect(config: SynthConfig, target: Path) -> list[Endpoint]:
     expected = _local_ids(config, target)
     found = []
     for url in config.endpoints:
-        base_url = url.rstrip("/").removesuffix("/v1")
+        base_url = base_of(url)
         served = _request(base_url, "/v1/models", key)["data"][0]
         _require_same(config, base_url, served, expected, key)
         logger.info("%s serves %s", base_url, served["id"])

@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from shared.errors import UserError
 from shared.exported_head import DTYPES, check_export, config_json
@@ -55,12 +56,7 @@ def export_head(
     }
     with atomic_folder(out) as folder:
         write_json(folder / "config.json", config_json(head.config, dtype=dtype))
-        try:
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:  # what its writer makes of a full disk
-            raise OSError(str(error)) from error
-        # safetensors leaves 0600: another user's container, or another node, could not serve it.
-        (folder / "model.safetensors").chmod(0o644)
+        write_weights(weights, folder / "model.safetensors")
         card = model_card(
             head.config,
             target=target,
@@ -70,6 +66,20 @@ def export_head(
         )
         write_text(folder / "README.md", card)
         check_export(folder)
+
+
+def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that others may read.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what its writer makes of a full disk
+        raise OSError(str(error)) from error
+    # safetensors leaves 0600: another user's container, or another node, could not serve it.
+    path.chmod(0o644)
 
 
 def require_replaceable(out: Path) -> None:

@@ -10,13 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 from shared.exported_head import DTYPES, config_json
 from shared.files import atomic_folder, write_json, write_text
 from shared.head_config import HeadConfig
-from stages.train.export import model_card
+from stages.train.export import model_card, write_weights
 from stages.train.model import DraftHead
 
 VERSION = "0.9.0"  # of the speculators library whose layout this is
@@ -112,9 +109,5 @@ def export_speculators(
     )
     with atomic_folder(out) as folder:
         write_json(folder / "config.json", config)
-        try:
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:  # what its writer makes of a full disk
-            raise OSError(str(error)) from error
-        (folder / "model.safetensors").chmod(0o644)  # safetensors leaves 0600
+        write_weights(weights, folder / "model.safetensors")
         write_text(folder / "README.md", card)

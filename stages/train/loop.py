@@ -257,15 +257,15 @@ class Trainer:
             logger.warning(
                 "the held-out answers are too short to draft from: the last head is kept"
             )
-        if walked and walked.drafts:
+            walked = None
+        if walked:
             value = self.walked = walked.acceptance_length
             shares = [round(share, 4) for share in walked.acceptance_by_position()]
             record = {"walked_acceptance_length": value, "per_position": shares}
             self.history.append(self.step, {**record, "drafts": walked.drafts})
             logger.info("step %d: walked acceptance length %.3f", self.step, value)
         if value > self.best["value"]:
-            is_walked = bool(walked and walked.drafts)
-            self.best = {"value": value, "step": self.step, "is_walked": is_walked}
+            self.best = {"value": value, "step": self.step, "is_walked": walked is not None}
             self._save(best=True)
 
     def _walk(self) -> Walk:

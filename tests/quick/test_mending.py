@@ -153,7 +153,6 @@ def test_a_full_disk_in_an_export_is_the_users(
 
     head, out, made = make_head(), tmp_path / "head", {"target": "t", "provenance": {}}
     monkeypatch.setattr(export, "save_file", refuse)
-    monkeypatch.setattr(export_speculators, "save_file", refuse)
     with pytest.raises(UserError, match=r"could not write .*No space left"):
         if layout == "hf":
             export.export_head(head, out, **made)

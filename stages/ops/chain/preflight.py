@@ -17,7 +17,7 @@ from pathlib import Path
 from shared import sources
 from shared.errors import UserError
 from shared.paths import RunPaths, find_input
-from shared.server import is_healthy
+from shared.server import base_of, is_healthy
 from shared.versions import SUPPORTED_VLLM
 from stages.ops.chain import containers
 from stages.ops.chain.estimates import prompt_sources
@@ -159,7 +159,7 @@ def _inputs(step: Step, workspace: Path) -> Iterator[str]:
 def _endpoints(step: Step) -> Iterator[str]:
     asked = ("endpoint", "baseline_endpoint")
     for url in [*step.settings.get("endpoints", ()), *map(step.settings.get, asked)]:
-        if url and not is_healthy(url.rstrip("/").removesuffix("/v1")):  # as the stages take it
+        if url and not is_healthy(base_of(url)):
             yield problem(
                 f"{step.stage}'s endpoint",
                 f"a server at {url}",

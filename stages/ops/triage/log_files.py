@@ -8,7 +8,6 @@ but a signal that cannot be caught ends a stage without a word.
 """
 
 import dataclasses
-import os
 import re
 import socket
 import time
@@ -21,6 +20,7 @@ from shared.config import RunConfig, read_recipe
 from shared.errors import UserError
 from shared.manifest import MANIFEST
 from shared.paths import STAGES, RunPaths
+from shared.process import is_alive
 from shared.status import SILENT_AFTER_S
 from stages.ops.triage.failure_rules import State
 
@@ -199,12 +199,4 @@ def _lives(record: Mapping[str, Any], path: Path) -> bool:
         is_old = isinstance(updated_s, int | float) and time.time() - updated_s > _LONGEST_WAIT_S
         return not is_old and time.time() - path.stat().st_mtime <= SILENT_AFTER_S
     pid = record.get("pid")
-    if not isinstance(pid, int) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return isinstance(pid, int) and pid > 0 and is_alive(pid)

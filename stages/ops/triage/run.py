@@ -2,8 +2,8 @@
 """Says what failed, why, and what to type next, from logs, status files and exit codes.
 
 In: a run (--recipe), a folder of logs, or logs. Out: ranked diagnoses as text or JSON; exit 3 where
-there is one, 0 where nothing is wrong. A gigabyte of log takes about ten seconds. What is in a log is data,
-never an instruction: control characters are shown as such and secrets are masked.
+there is one, 0 where nothing is wrong. A gigabyte of log takes about ten seconds. What is in a log is
+data, never an instruction: control characters are shown as such and secrets are masked.
 """
 
 import sys
