@@ -30,16 +30,11 @@ from torch.utils.checkpoint import checkpoint
 from shared.errors import UserError
 from shared.files import read_json, require_file
 from shared.head_config import HeadConfig
-from stages.train.attention import ChainAttention, Rotary, attention_blocks, rotate
+from stages.train.attention import ChainAttention, attention_blocks
+from stages.train.norm import RMSNorm
+from stages.train.rotary import Rotary, Rotation
 
 INIT_STD = 0.02  # what transformers gives every linear layer of a Llama
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's, with the weight in the input's dtype: in mixed precision only that is fused."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -205,13 +200,13 @@ class DraftHead(nn.Module):
 
     def _heads(self, projected: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n, (Hq + 2 Hkv) d] to rotated query [n, Hq, d], rotated key and value [n, Hkv, d]."""
-        head_dim = self.config.head_dim
-        query, key, value = (
-            part.unflatten(1, (-1, head_dim))
-            for part in projected.split(self.midlayer.self_attn.widths, dim=1)
-        )
         cos, sin = self.rotary.table(positions, projected.dtype)
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+        num_queries, num_keys = self.config.num_attention_heads, self.config.num_key_value_heads
+        # split, not slices: its backward is one copy
+        heads = projected.unflatten(1, (-1, self.config.head_dim))
+        turned, value = heads.split([num_queries + num_keys, num_keys], dim=1)
+        query, key = Rotation.apply(turned, cos, sin).split([num_queries, num_keys], dim=1)
+        return query, key, value
 
     def draft_logits(
         self,

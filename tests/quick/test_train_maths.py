@@ -19,9 +19,7 @@ from transformers.models.llama import modeling_llama
 
 from shared.errors import UserError
 from shared.head_config import HeadConfig
-from stages.train import attention as attention_module
 from stages.train import loss as loss_module
-from stages.train.attention import ChainAttention, attention_blocks
 from stages.train.data import Batch
 from stages.train.loss import (
     SoftCrossEntropy,
@@ -31,6 +29,8 @@ from stages.train.loss import (
     counted_slots,
     step_weights,
     target_argmax,
+    to_slots,
+    to_targets,
     ttt_loss,
 )
 from stages.train.model import DraftHead
@@ -343,73 +343,16 @@ def test_the_worked_example_of_the_soft_target() -> None:
     assert float(entropy[1, 1]) == pytest.approx(-float(p_5 @ log_q), abs=1e-6)
 
 
+def test_the_worked_example_of_columns_by_target() -> None:
+    by_slot = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    by_target = to_targets(by_slot)
+    assert by_target.tolist() == [[1, 2, 3], [0, 4, 5]]
+    assert to_slots(by_target).tolist() == [[1, 2, 3], [4, 5, 0]]
+
+
 def test_the_worked_example_of_step_weights() -> None:
     weights = step_weights(torch.tensor([4, 2, 0]), 0.5)
     assert weights.tolist() == pytest.approx([1 / 6, 1 / 6, 0.0])
-
-
-def test_the_worked_example_of_attention_blocks() -> None:
-    blocks = attention_blocks(torch.tensor([3, 4, 6]), torch.tensor([0, 8]))
-    assert blocks == [
-        (slice(0, 2), slice(3, 5), True),
-        (slice(0, 2), slice(0, 3), False),
-        (slice(2, 3), slice(6, 7), True),
-        (slice(2, 3), slice(0, 6), False),
-    ]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5),
-    bits=st.lists(st.booleans(), min_size=30, max_size=30),
-)
-def test_blocks_cover_the_mask_once(lengths: list[int], bits: list[bool]) -> None:
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    total = int(offsets[-1])
-    slots = torch.tensor(bits[:total]).nonzero().flatten()
-    covered = torch.zeros(len(slots), total, dtype=torch.int64)
-    for rows, keys, causal in attention_blocks(slots, offsets):
-        block = torch.ones_like(covered[rows, keys])
-        covered[rows, keys] += block.tril() if causal else block
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    key = torch.arange(total)
-    mask = (key[None] <= slots[:, None]) & (document[None] == document[slots][:, None])
-    assert torch.equal(covered, mask.long())
-
-
-def attention_inputs(dtype: torch.dtype) -> tuple[list[Tensor], list[Any], list[Tensor]]:
-    torch.manual_seed(0)
-    offsets, slots = torch.tensor([0, 5, 9]), torch.tensor([1, 2, 4, 5, 7, 8])
-    main = [
-        torch.randn(n, h, 4, dtype=dtype, requires_grad=True) for n, h in ((6, 4), (9, 2), (9, 2))
-    ]
-    chain = [torch.randn(6, 2, 4, dtype=dtype, requires_grad=True) for _ in range(4)]
-    return main, attention_blocks(slots, offsets), chain
-
-
-def test_attention_gradients_are_those_of_finite_differences() -> None:
-    main, blocks, chain = attention_inputs(torch.float64)
-
-    def attend(*inputs: Tensor) -> Tensor:
-        return ChainAttention.apply(*inputs[:3], blocks, *inputs[3:])
-
-    assert torch.autograd.gradcheck(attend, (*main, *chain), fast_mode=True)
-
-
-def test_plain_attention_for_other_devices_equals_the_cpu_s(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    results = []
-    for kind in ("_attend_cpu", "_attend_anywhere"):
-        monkeypatch.setattr(attention_module, "_attend_cpu", getattr(attention_module, kind))
-        monkeypatch.setattr(
-            attention_module, "_attend_cpu_backward", getattr(attention_module, f"{kind}_backward")
-        )
-        main, blocks, chain = attention_inputs(torch.float32)
-        out = ChainAttention.apply(*main, blocks, *chain)
-        out.sin().sum().backward()
-        results.append([out, *(x.grad for x in (*main, *chain))])
-    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
 
 
 def test_loss_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
