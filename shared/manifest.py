@@ -1,111 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The artifact of a stage: a folder whose `manifest.json`, written last, alone means "complete".
 
-`identity.json` is written first, so that a half-made folder knows what it was to become: the same
-configuration continues it, another one is refused with the keys named, and nothing is deleted in
-silence. A fingerprint covers the identity keys that the stage consumes, the fingerprints of its
-parents, and the hashes of the input files; parallelism and paths of the machine change nothing.
+The same configuration continues a half-made folder (`shared/unfinished.py`), another one is refused
+with the keys named, and nothing is deleted in silence; several processes may share the work
+(`shared/sharding.py`). A fingerprint covers the identity keys that the stage consumes, the
+fingerprints of its parents, and the hashes of the input files; parallelism and paths of the machine
+change nothing.
 """
 
 import contextlib
 import hashlib
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
-
-from pydantic import AfterValidator, Field
+from pathlib import Path
+from typing import Any
 
 from shared import files, provenance
 from shared.checksums import first_changed, require_sizes
 from shared.config import StageConfig
 from shared.errors import UserError
+from shared.manifest_shape import FACTS, Manifest
 from shared.process import lock
 from shared.records import Shape, read_record, require_shape
+from shared.sharding import hold_share
+from shared.unfinished import IDENTITY, LOCK, clear_unfinished, holds_work, started_identity
 
 MANIFEST = "manifest.json"
-IDENTITY = "identity.json"
 SCHEMA_VERSION = 1
-LOCK = ".lock"  # every lock file's name begins so
 # What a process of several leaves behind is swept once no writer can still be at it.
 _SHARED_SWEEP_S = 3600.0
-# What costs nothing to make again: another configuration may take its place without being told to.
-_NO_WORK = {IDENTITY, "rejects.jsonl", "plan"}
-
-_LONGEST_NAME = 255
 _AGAIN = "Delete it and run its stage again: what is finished is kept."
 
 logger = logging.getLogger(__name__)
-
-
-def _inside(name: str) -> str:
-    """A file's name that does not lead out of the artifact's folder."""
-    path = PurePosixPath(name)
-    too_long = any(len(part) > _LONGEST_NAME for part in path.parts)
-    if path.is_absolute() or ".." in path.parts or not name.isprintable() or too_long:
-        raise ValueError("expected a file's name inside the artifact")
-    return name
-
-
-Count = Annotated[int, Field(ge=0)]
-
-
-class Entry(Shape):
-    """A file of an artifact."""
-
-    bytes: Count
-    sha256: str
-
-
-FileName = Annotated[str, AfterValidator(_inside)]
-
-
-class Counts(Shape):
-    """The rows of a stage, as `shared/status.py` accounts for them."""
-
-    ok: Count
-    skipped: dict[str, Count]
-    failed: dict[str, Count]
-    rows_in: Count = Field(alias="in")
-
-
-class _Provenance(Shape):
-    finished: str
-    revision: str
-    accelerator: str
-    argv: list[str]
-    packages: dict[str, str]
-
-
-class _Manifest(Shape):
-    stage: str
-    fingerprint: str
-    identity: dict[str, Any]
-    parents: dict[str, str]
-    counts: Counts
-    facts: dict[str, Any]
-    files: dict[FileName, Entry]
-    config: dict[str, Any]
-    provenance: _Provenance
-
-
-class _SynthFacts(Shape):
-    target_hash: str
-    vocabulary_hash: str
-    greedy: bool
-
-
-class _DumpFacts(Shape):
-    target_hash: str
-    aux_layers: list[int]
-    greedy: bool
-
-
-# What the next stage reads of its parent.
-_FACTS: dict[str, type[Shape]] = {"synth": _SynthFacts, "dump": _DumpFacts}
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -129,7 +57,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}. {_AGAIN}"
         )
-    return require_shape(manifest, _Manifest, where=str(path), then=_AGAIN)
+    return require_shape(manifest, Manifest, where=str(path), then=_AGAIN)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -160,7 +88,7 @@ def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str
         )
     require_sizes(folder, manifest)
     facts = f"{folder / MANIFEST}: facts"
-    require_shape(manifest["facts"], _FACTS.get(stage, Shape), where=facts, then=_AGAIN)
+    require_shape(manifest["facts"], FACTS.get(stage, Shape), where=facts, then=_AGAIN)
     own = config.identity()
     theirs = {key: value for key, value in manifest["identity"].items() if key in own}
     shared_keys = {key: own[key] for key in theirs if key.startswith("run.")}
@@ -212,8 +140,8 @@ class Artifact:
             if self.config.overwrite and not self._is_shared:  # nobody asks for what is in it
                 return False
             raise
-        found = manifest["identity"] if manifest else self._started_identity()
-        if found is None or not (manifest or self._holds_work()):
+        found = manifest["identity"] if manifest else started_identity(self.folder)
+        if found is None or not (manifest or holds_work(self.folder)):
             return False
         if fingerprint(found) == self.fingerprint:
             # Of several processes none may undo what another has just made.
@@ -237,27 +165,14 @@ class Artifact:
         logger.info("already done: %s", self.folder / MANIFEST)
         return True
 
-    def _started_identity(self) -> dict[str, Any] | None:
-        path = self.folder / IDENTITY
-        if not path.exists():
-            return None
-        return read_record(path, Shape, then=f"Delete {self.folder} to start anew.")
-
     def _is_begun(self) -> bool:
         """Whether this configuration's own unfinished work lies here: also --overwrite continues it."""
         try:
-            found = self._started_identity()
+            found = started_identity(self.folder)
         except UserError:
             return False
         is_own = found is not None and fingerprint(found) == self.fingerprint
         return is_own and not (self.folder / MANIFEST).exists()
-
-    def _holds_work(self) -> bool:
-        """Whether anything lies here that a new configuration would lose."""
-        return any(
-            path.name not in _NO_WORK and not path.name.startswith(LOCK)
-            for path in self.folder.iterdir()
-        )
 
     @property
     def _is_shared(self) -> bool:
@@ -301,33 +216,23 @@ class Artifact:
 
     @contextlib.contextmanager
     def _work_on_share(self) -> Iterator[None]:
-        share = self.config.share
         with contextlib.ExitStack() as held:
             with lock(self.folder / f"{LOCK}-setup", wait=True):
-                found = self._started_identity()
+                found = started_identity(self.folder)
                 if found is not None and fingerprint(found) != self.fingerprint:
                     with lock(self.folder / LOCK):  # nobody is at work on the other configuration
                         self._clear()
                         found = None
                 if found is None:
                     files.write_json(self.folder / IDENTITY, self.identity)
-                held.enter_context(lock(self.folder / LOCK, alone=False))
-                self._refuse_other_counts()
-                own = f"{LOCK}-{share.index}-of-{share.count}"
-                held.enter_context(lock(self.folder / own))
+                held.enter_context(hold_share(self.folder, self.config.share))
             files.sweep_temporaries(self.folder, idle_s=_SHARED_SWEEP_S)
             yield
 
-    def _refuse_other_counts(self) -> None:
-        """Nobody may be at work on a share of another count: shares would overlap.
-
-        Raises:
-            RetryableError: somebody is.
-        """
-        for path in self.folder.glob(f"{LOCK}-*-of-*"):
-            if not path.name.endswith(f"-of-{self.config.share.count}"):
-                with lock(path):
-                    pass
+    def _clear(self) -> None:
+        # The manifest goes first: a half-deleted artifact must not look complete.
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        clear_unfinished(self.folder)
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[bool]:
@@ -337,24 +242,6 @@ class Artifact:
             return
         with lock(self.folder / f"{LOCK}-finish", wait=True):
             yield not (self.folder / MANIFEST).exists()
-
-    def _clear(self) -> None:
-        # The manifest goes first: a half-deleted artifact must not look complete. The identity goes
-        # last, and says so: what is left must not be taken for another configuration's work, nor
-        # for this one's.
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-        if self._holds_work():
-            with contextlib.suppress(UserError):  # a full disk, which this is to empty
-                was = self._started_identity() or {}
-                files.write_json(self.folder / IDENTITY, {**was, "overwrite": "begun"})
-        for item in self.folder.iterdir():
-            if item.name == IDENTITY or item.name.startswith(LOCK):
-                continue
-            if item.is_dir() and not item.is_symlink():
-                shutil.rmtree(item)
-            else:
-                item.unlink()
-        (self.folder / IDENTITY).unlink(missing_ok=True)
 
     def finish(
         self,

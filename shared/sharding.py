@@ -18,12 +18,16 @@ A process that is not the last leaves with exit code 0 and no manifest. Any of t
 completes what is missing of its own share, and the artifact if that was all.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pydantic
 
 from shared.config import StageConfig, operational
-from shared.process import Share
+from shared.process import Share, lock
+from shared.unfinished import LOCK
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 
@@ -59,3 +63,29 @@ class ShardedConfig(StageConfig):
                 raise ValueError(f"${INDEX_VARIABLE}: expected a number from 0, found {text!r}")
             given = int(text or 0)
         return Share(given, self.num_shards)
+
+
+@contextlib.contextmanager
+def hold_share(folder: Path, share: Share) -> Iterator[None]:
+    """Hold `folder` together with the others at work on it, and `share` of it alone.
+
+    Raises:
+        RetryableError: another process works on this share, alone in the folder, or on a share of
+            another count.
+    """
+    with lock(folder / LOCK, alone=False):
+        _refuse_other_counts(folder, share.count)
+        with lock(folder / f"{LOCK}-{share.index}-of-{share.count}"):
+            yield
+
+
+def _refuse_other_counts(folder: Path, count: int) -> None:
+    """Nobody may be at work on a share of another count: shares would overlap.
+
+    Raises:
+        RetryableError: somebody is.
+    """
+    for path in folder.glob(f"{LOCK}-*-of-*"):
+        if not path.name.endswith(f"-of-{count}"):
+            with lock(path):
+                pass

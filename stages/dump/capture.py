@@ -21,7 +21,7 @@ import torch
 
 from shared import files
 from shared import target as targets
-from shared.manifest import Entry, FileName
+from shared.manifest_shape import Entry, FileName
 from shared.process import stop_if_requested
 from shared.records import Shape, read_record
 from shared.target import TargetConfig

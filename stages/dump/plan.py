@@ -19,10 +19,11 @@ from shared import files
 from shared.conversations import Conversation
 from shared.errors import RetryableError, UserError
 from shared.files import atomic_path
-from shared.manifest import LOCK, Count, Counts
+from shared.manifest_shape import Count, Counts
 from shared.process import lock, stop_if_requested
 from shared.records import Shape, read_record
 from shared.status import Accounting
+from shared.unfinished import LOCK
 from stages.dump.config import DumpConfig
 
 FOLDER = "plan"

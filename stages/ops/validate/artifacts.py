@@ -12,9 +12,10 @@ from typing import Any
 
 from shared import files
 from shared.errors import OutputError, UserError
-from shared.manifest import IDENTITY, MANIFEST, fingerprint, read_manifest
+from shared.manifest import MANIFEST, fingerprint, read_manifest
 from shared.paths import RunPaths, find_input
 from shared.target import TargetConfig, read_config
+from shared.unfinished import IDENTITY
 
 ARTIFACTS = ("synth", "dump", "train", "export", "bench")
 # Which stage makes an artifact, and in which folder each parent that a manifest names lies.
