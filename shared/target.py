@@ -1,48 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target as files: its config, the three tensors that others need, its weights' hash.
 
-Nothing here loads the whole model: single tensors are read straight from the safetensors files.
+Nothing here loads the whole model. Its tokenizer is `shared/tokenizer.py`'s.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
-import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from shared.config import RunConfig
 from shared.errors import RetryableError, UserError
-from shared.files import read_json, require_file, sha256
+from shared.files import read_json, require_file
 from shared.paths import find_input
-from shared.records import Shape, read_record, require_shape
+from shared.safetensors_files import read_tensor
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
-_HEADER_LIMIT_BYTES = 100 << 20
-_RESTORE = "Restore it from where it comes from."
 _EMBEDDING = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
 _FINAL_NORM = ("model.norm.weight", "language_model.model.norm.weight")
 _LM_HEAD = ("lm_head.weight", "language_model.lm_head.weight")
 # Norms that multiply by 1 + weight instead of weight.
 _UNIT_OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "gemma3_text")
-
-
-class _Index(Shape):
-    weight_map: dict[str, str]
-
-
-class _Tensor(Shape):
-    """One entry of a safetensors header."""
-
-    dtype: str
-    shape: list[Annotated[int, Field(ge=0)]]
-    data_offsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,73 +120,6 @@ def read_config(folder: Path) -> TargetConfig:
         ) from error
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        found: dict[str, str] = read_record(index, _Index, then=_RESTORE)["weight_map"]
-        for name in found.values():
-            if Path(name).name != name or not name.isprintable():
-                raise UserError(f"{index}: expected names of files beside it, found {name!r:.99}.")
-        return found
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise UserError(
-            f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither."
-        )
-    return dict.fromkeys(
-        (name for name in read_header(single) if name != "__metadata__"), single.name
-    )
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """A safetensors file's header: name -> {dtype, shape, data_offsets}.
-
-    Raises:
-        UserError: the header does not fit the file.
-    """
-    require_file(path)
-    try:
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > min(_HEADER_LIMIT_BYTES, path.stat().st_size):
-                raise ValueError(f"header claims {length} bytes")
-            header = json.loads(handle.read(length))
-        room = path.stat().st_size - 8 - length
-    except (OSError, struct.error, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: expected a safetensors file, found: {error}. {_RESTORE}"
-        ) from error
-    tensors = require_shape(header, Shape, where=str(path), then=_RESTORE)
-    for name, facts in tensors.items():
-        if name != "__metadata__":
-            where = f"{path}: {name!r}"
-            start, end = require_shape(facts, _Tensor, where=where, then=_RESTORE)["data_offsets"]
-            if start > end or end > room:
-                raise UserError(
-                    f"{where}: expected its data within {room} bytes, found {start} to {end}. "
-                    f"{_RESTORE}"
-                )
-    return tensors
-
-
-def _read_tensor(folder: Path, names: tuple[str, ...]) -> "torch.Tensor | None":
-    from safetensors import SafetensorError, safe_open
-
-    weight_map = _weight_map(folder)
-    for name in names:
-        if name not in weight_map:
-            continue
-        path = folder / weight_map[name]
-        require_file(path)
-        try:
-            with safe_open(path, framework="pt", device="cpu") as handle:
-                return handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: could not read {name}: {error}") from error
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class TargetTensors:
     """The tensors between hidden states and tokens."""
@@ -233,9 +147,9 @@ def read_tensors(config: TargetConfig) -> TargetTensors:
     Raises:
         UserError: a name is missing, or a shape does not fit the config.
     """
-    embed = _read_tensor(config.folder, _EMBEDDING)
-    norm = _read_tensor(config.folder, _FINAL_NORM)
-    lm_head = _read_tensor(config.folder, _LM_HEAD)
+    embed = read_tensor(config.folder, _EMBEDDING)
+    norm = read_tensor(config.folder, _FINAL_NORM)
+    lm_head = read_tensor(config.folder, _LM_HEAD)
     if lm_head is None and config.raw.get("tie_word_embeddings", False):
         lm_head = embed
     embed = _expect(embed, _EMBEDDING, config)
@@ -247,18 +161,14 @@ def read_tensors(config: TargetConfig) -> TargetTensors:
     return TargetTensors(embed, norm, lm_head, eps)
 
 
-def _bytes(path: Path) -> bytes:
-    require_file(path)
-    return path.read_bytes()
-
-
 def weights_hash(folder: Path) -> str:
     """A hash that changes when the target does: names, sizes, headers and edges of each file.
 
     Reading 140 GB for a fingerprint would take minutes on every start; a safetensors header holds
     every name, shape and place, and the first and last MiB of the data stand for the rest.
     """
-    digest = hashlib.sha256(_bytes(folder / "config.json"))
+    require_file(folder / "config.json")
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         require_file(path)
         size = path.stat().st_size
@@ -268,65 +178,3 @@ def weights_hash(folder: Path) -> str:
             handle.seek(max(0, size - (1 << 20)), os.SEEK_SET)
             digest.update(handle.read(1 << 20))
     return digest.hexdigest()
-
-
-def tokenizer_hash(folder: Path) -> str:
-    """A hash of the tokenizer's files and the chat template."""
-    digest = hashlib.sha256()
-    for name in (
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    ):
-        path = folder / name
-        if path.exists():
-            digest.update(name.encode() + _bytes(path))
-    return digest.hexdigest()
-
-
-def vocabulary_hash(folder: Path) -> str:
-    """A hash of which text has which token id: equal for a model and its quantised copies."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return sha256(folder / "tokenizer.model") if (folder / "tokenizer.model").exists() else ""
-    from tokenizers import Tokenizer
-
-    vocabulary = sorted(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
-    """The target's tokenizer.
-
-    Raises:
-        UserError: its files do not load, or want code of their own that the recipe does not trust.
-    """
-    # Here, not above: it takes seconds, and a finished stage must not wait for it.
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a broken tokenizer.json raises no narrower one
-        raise UserError(
-            f"{folder}: expected a tokenizer that loads, found: {error}. Restore tokenizer.json and "
-            "tokenizer_config.json; run.trust_remote_code allows a tokenizer with its own code."
-        ) from error
-
-
-def require_chat_template(folder: Path) -> None:
-    """Refuse a target that cannot turn messages into tokens.
-
-    Raises:
-        UserError: neither chat_template.jinja nor a template in tokenizer_config.json.
-    """
-    if (folder / "chat_template.jinja").exists():
-        return
-    config_path = folder / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.exists() else {}
-    if not isinstance(config, dict) or not config.get("chat_template"):
-        raise UserError(
-            f"{folder}: expected a chat template (chat_template.jinja, or chat_template in "
-            "tokenizer_config.json), found none. Put the model family's template there: without "
-            "one, messages cannot become tokens."
-        )

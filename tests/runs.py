@@ -16,6 +16,7 @@ from shared import conversations, files, target
 from shared.config import build
 from shared.conversations import Conversation
 from shared.manifest import Artifact, require_parent
+from shared.tokenizer import vocabulary_hash
 from stages.synth.config import SynthConfig
 from tests.models import tiny_llama
 
@@ -75,7 +76,7 @@ def make_synth(workspace: Path, *, num_rows: int = 40, copies: int = 1) -> None:
         counts = {"in": len(rows), "ok": len(rows), "skipped": {}, "failed": {}}
         facts = {
             "target_hash": target.weights_hash(folder),
-            "vocabulary_hash": target.vocabulary_hash(folder),
+            "vocabulary_hash": vocabulary_hash(folder),
             "greedy": True,
         }
         artifact.finish([conversations.part_name(0)], counts=counts, facts=facts)

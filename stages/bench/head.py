@@ -22,7 +22,8 @@ from pydantic import Field
 from shared.errors import UserError
 from shared.files import read_json
 from shared.records import Shape, require_shape
-from shared.target import TargetConfig, read_header
+from shared.safetensors_files import read_header
+from shared.target import TargetConfig
 
 _LAYER = (
     "input_layernorm",

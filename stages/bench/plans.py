@@ -16,6 +16,7 @@ from shared.config import is_plain_url
 from shared.errors import UserError
 from shared.prompts import Prompt
 from shared.templates import for_template
+from shared.tokenizer import load_tokenizer
 from stages.bench.cells import Conversation, Message, by_category, cells
 from stages.bench.config import BenchConfig
 from stages.bench.metrics import needed_model_len
@@ -110,7 +111,7 @@ def _row_lengths(
     A row of one turn needs what it says. An answer that becomes history is tokenised anew from its
     text, and text that is no language may then take more tokens than it had: it gets room.
     """
-    tokenizer = target.load_tokenizer(folder, trust_remote_code=config.run.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.run.trust_remote_code)
     answer, depth = max(config.max_tokens), max(config.num_speculative_tokens)
     needed, roomy = 0, 0
     for conversation in [*conversations, *warmup()]:

@@ -22,6 +22,7 @@ from shared.paths import require_input
 from shared.prompts import BadRow
 from shared.sources import Source
 from shared.status import Accounting, Status
+from shared.tokenizer import require_chat_template, tokenizer_hash
 from stages.bench import gates, head, in_process, making, plans, report
 from stages.bench.cells import Conversation, cells
 from stages.bench.config import BenchConfig, CompareConfig
@@ -126,10 +127,10 @@ def find_subject(config: BenchConfig) -> Subject:
         )
         subject.inputs["head"] = target.weights_hash(subject.head)
     folder = target.locate(config.run.target, config.workspace, revision=config.run.target_revision)
-    target.require_chat_template(folder)
+    require_chat_template(folder)
     subject.target = folder
     subject.inputs["target"] = target.weights_hash(folder)
-    subject.inputs["tokenizer"] = target.tokenizer_hash(folder)
+    subject.inputs["tokenizer"] = tokenizer_hash(folder)
     subject.warnings = head.check(subject.head, target.read_config(folder))
     return subject
 

@@ -15,6 +15,7 @@ from shared import files, hidden_states, layers, provenance
 from shared import target as targets
 from shared.target import TargetConfig
 from shared.tensor_files import save_tensors
+from shared.tokenizer import tokenizer_hash
 from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan
 from stages.dump.sources import RowSource
@@ -79,7 +80,7 @@ def _data_config(
             "target_model_path": config.run.target_train or config.run.target,
             "target_revision": config.run.target_revision,
             "target_weights_hash": targets.weights_hash(target_config.folder),
-            "tokenizer_hash": targets.tokenizer_hash(target_config.folder),
+            "tokenizer_hash": tokenizer_hash(target_config.folder),
             "model_type": target_config.model_type,
             "max_model_len": config.run.max_length_tokens,
             "hidden_size": hidden_size,

@@ -25,6 +25,7 @@ from shared.prompts import BadRow, Prompt, is_name
 from shared.special_tokens import REASON, Policy, SpecialTokens
 from shared.status import Accounting
 from shared.templates import TemplateMismatch, tokenize_conversation
+from shared.tokenizer import load_tokenizer, require_chat_template, tokenizer_hash, vocabulary_hash
 from stages.dump.config import DumpConfig
 
 _WHAT = "dump.conversations"
@@ -82,9 +83,7 @@ class SynthRows(RowSource):
 
     def require_target(self, target_folder: Path, target_hash: str) -> None:
         if self.of_another_target:
-            if self.parents["synth"]["facts"]["vocabulary_hash"] != target.vocabulary_hash(
-                target_folder
-            ):
+            if self.parents["synth"]["facts"]["vocabulary_hash"] != vocabulary_hash(target_folder):
                 raise UserError(
                     f"run.target_train: {target_folder} has other token ids than the target that "
                     f"answered in {self.folder}. It must be that target's original."
@@ -110,7 +109,7 @@ class PlainRows(RowSource):
     is_greedy: bool = False
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
-        tokenizer = target.load_tokenizer(target_folder, trust_remote_code=self.trust_remote_code)
+        tokenizer = load_tokenizer(target_folder, trust_remote_code=self.trust_remote_code)
         special = SpecialTokens(tokenizer) if self.special_token_text == "skip" else None
         read = sources.read_source(self.source, self.workspace, what=_WHAT)
         for prompt in sources.without_duplicates(read):
@@ -127,7 +126,7 @@ class PlainRows(RowSource):
                 accounting.skip(prompt.sample_id, "template_mismatch", str(mismatch)[:200])
 
     def require_target(self, target_folder: Path, target_hash: str) -> None:
-        target.require_chat_template(target_folder)
+        require_chat_template(target_folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +224,7 @@ def open_source(config: DumpConfig) -> RowSource:
         return PlainRows(
             source,
             config.workspace,
-            {"conversations": digest, "tokenizer": target.tokenizer_hash(target_folder)},
+            {"conversations": digest, "tokenizer": tokenizer_hash(target_folder)},
             trust_remote_code=config.run.trust_remote_code,
             special_token_text=config.special_token_text,
         )

@@ -11,7 +11,7 @@ from shared.errors import RetryableError, UserError
 from shared.process import stop_requested
 from shared.prompts import Prompt
 from shared.special_tokens import SpecialTokens
-from shared.target import load_tokenizer
+from shared.tokenizer import load_tokenizer
 from stages.synth.client import Client, Dispatcher, Endpoint, Outcome, ServerDiedError
 from stages.synth.config import SynthConfig
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.errors import RetryableError, UserError
 from shared.server import base_of, is_healthy
-from shared.target import load_tokenizer
+from shared.tokenizer import load_tokenizer
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
 

@@ -13,8 +13,8 @@ from typing import Any
 from shared.conversations import Conversation
 from shared.prompts import Message, Prompt
 from shared.special_tokens import REASON, SpecialTokens
-from shared.target import load_tokenizer
 from shared.templates import TemplateMismatch, tokenize_conversation
+from shared.tokenizer import load_tokenizer
 from stages.synth.client import Outcome
 from stages.synth.config import SynthConfig
 from stages.synth.play import Refused, as_text

@@ -18,6 +18,7 @@ from shared.process import Share, stop_if_requested
 from shared.prompts import BadRow, Prompt
 from shared.special_tokens import REASON as SPECIAL_TOKEN
 from shared.status import Accounting, Status
+from shared.tokenizer import require_chat_template, tokenizer_hash, vocabulary_hash
 from stages.synth import mixture, parts
 from stages.synth.config import SynthConfig
 
@@ -40,9 +41,9 @@ def run(config: SynthConfig) -> None:
         config.run.target, config.workspace, revision=config.run.target_revision
     )
     target.read_config(target_folder)
-    target.require_chat_template(target_folder)
+    require_chat_template(target_folder)
     inputs["target"] = target.weights_hash(target_folder)
-    inputs["tokenizer"] = target.tokenizer_hash(target_folder)
+    inputs["tokenizer"] = tokenizer_hash(target_folder)
     artifact = Artifact(config.paths.stage("synth"), config, inputs=inputs)
     if artifact.is_done():
         return
@@ -168,7 +169,7 @@ def _finish(config: SynthConfig, artifact: Artifact, target_folder: Path) -> Non
             facts={
                 **totals.facts(),
                 "target_hash": artifact.identity["input.target"],
-                "vocabulary_hash": target.vocabulary_hash(target_folder),
+                "vocabulary_hash": vocabulary_hash(target_folder),
                 # Another model's states cost acceptance: whoever reads this shall see it.
                 "target_train": config.run.target_train,
                 # A data set's own answers are nobody's argmax.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shared import conversations, hidden_states
-from shared.target import read_header
+from shared.safetensors_files import read_header
 from stages.ops.demo.make_target import has_bfloat16
 from tests.conftest import ROOT, ops
 from tests.engine.conftest import RECIPE, Demo

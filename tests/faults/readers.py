@@ -27,6 +27,7 @@ from shared.manifest import Artifact, require_parent
 from shared.paths import RunPaths
 from shared.prompts import BadRow
 from shared.row_files import RowFile
+from shared.safetensors_files import read_header
 from shared.sources import Source, read_source
 from shared.status import Status
 from stages.bench import exposition, gates, head, making, page, report, show
@@ -155,7 +156,7 @@ def _make_target(folder: Path) -> Path:
 
 
 def _make_index(folder: Path) -> Path:
-    names = target.read_header(_make_target(folder))
+    names = read_header(_make_target(folder))
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
     return _written(folder / "model.safetensors.index.json", index)
 
@@ -517,7 +518,7 @@ READERS: dict[str, Reader] = {
     "target config": Reader(
         lambda f: _make_target(f).with_name("config.json"), _read_config, "json"
     ),
-    "safetensors header": Reader(_make_target, target.read_header),
+    "safetensors header": Reader(_make_target, read_header),
     "target tensors": Reader(_make_target, _read_tensors),
     "weights index": Reader(_make_index, _read_tensors, "json"),
     "conversations": Reader(_make_part, _read_part),

@@ -26,6 +26,7 @@ from shared.sources import Source, read_source
 from shared.special_tokens import SpecialTokens
 from shared.status import Accounting
 from shared.templates import tokenize_conversation
+from shared.tokenizer import load_tokenizer
 from stages.dump.config import DumpConfig
 from stages.dump.layouts import write_samples
 from stages.dump.plan import ShardPlan, ShardRows
@@ -344,7 +345,7 @@ def test_a_tokenizers_own_code_runs_only_where_the_recipe_trusts_it(tmp_path: Pa
         values |= {"trust_remote_code": True, "tokenizer_class": "Own", "model_type": "own"}
         (folder / name).write_text(json.dumps(values))
     with pytest.raises(UserError, match="trust_remote_code"):
-        target.load_tokenizer(folder, trust_remote_code=False)
+        load_tokenizer(folder, trust_remote_code=False)
     assert not marker.exists()
 
 

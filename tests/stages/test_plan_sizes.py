@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from shared.target import read_header
+from shared.safetensors_files import read_header
 from stages.ops.plan.architecture import understand
 from stages.ops.plan.parameters import count, weight_bytes
 from tests.models import tiny_moe

@@ -10,6 +10,7 @@ from shared import layers, target
 from shared.errors import EyrieError, UserError
 from shared.paths import RunPaths, find_input
 from shared.target import TargetConfig
+from shared.tokenizer import require_chat_template
 from stages.ops.chain import sizes
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.processes import Step
@@ -54,7 +55,7 @@ def target_problems(
     try:
         config = target.read_config(folder)
         if any(step.stage in ("synth", "bench") for step in users):
-            target.require_chat_template(folder)
+            require_chat_template(folder)
     except EyrieError as error:
         yield str(error)
         return
