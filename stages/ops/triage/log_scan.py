@@ -4,32 +4,27 @@
 In: a file of bytes, rules. Out: for the log's last attempt, the lines that rules match and the first
 errors that none does, each with its line number and its place in the file.
 
-Two steps. Every line is searched for all fixed texts of all rules at once, by RE2 through pyarrow:
-about 150 MB/s a core, whatever the number of rules. The few lines that have one go through the
-rules' expressions; of those that merely look like an error the first few are kept. A run's log
+Two steps. Every line is searched for all fixed texts of all rules at once (`text_search.py`): about
+150 MB/s a core, whatever the number of rules. The few lines that have one go through the rules'
+expressions; of those that merely look like an error the first few are kept. A run's log
 holds every attempt: `begin:` starts a new one, and what was found before it is forgotten.
 """
 
 import collections
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pyarrow
-import pyarrow.compute
 
 from shared.errors import UserError
 from shared.paths import STAGES
-from stages.ops.triage.failure_rules import MIN_TEXT, Rule
+from stages.ops.triage.failure_rules import Rule
 from stages.ops.triage.log_lines import (
     CHAIN,
     DONE,
     ERROR,
-    ERROR_TEXTS,
-    MARKER_TEXTS,
     NO_ERROR,
     OWN,
     Line,
@@ -37,6 +32,7 @@ from stages.ops.triage.log_lines import (
     clean,
     split,
 )
+from stages.ops.triage.text_search import Watch, having, matching
 
 # Of one rule in one attempt so many hits are kept, and so many counted before it is left alone.
 KEPT_HITS = 5
@@ -45,8 +41,6 @@ COUNTED_HITS = 500
 FEW_LINES = 1000
 KEPT_ERRORS = 20
 _REMEMBERED = 100_000
-
-_SPECIAL = re.compile(r"([\\.+*?()|\[\]{}^$])")
 
 
 @dataclasses.dataclass
@@ -73,72 +67,13 @@ class Findings:
     num_lines: int = 0
 
 
-def _any_of(texts: Collection[str]) -> str:
-    """RE2's expression for a line that has one of the texts in it."""
-    return "|".join(_SPECIAL.sub(r"\\\1", text) for text in sorted(texts))
-
-
-def _having(values: pyarrow.Array, pattern: str) -> np.ndarray:
-    """Which of the lines match, as booleans."""
-    options = {"pattern": pattern, "ignore_case": True}
-    matched = pyarrow.compute.match_substring_regex(values, **options)
-    return np.asarray(matched.to_numpy(zero_copy_only=False))
-
-
-def _matching(values: pyarrow.Array, pattern: str) -> tuple[np.ndarray, pyarrow.Array]:
-    """(indices of the lines that match, those lines)."""
-    found = np.flatnonzero(_having(values, pattern))
-    return found, values.take(pyarrow.array(found))
-
-
-class _Search(NamedTuple):
-    """RE2's expressions for a line that is worth a look, and for one with a rule's text in it."""
-
-    pattern: str
-    known: str
-
-    @classmethod
-    def of(cls, texts: Iterable[str], *, errors: bool) -> "_Search":
-        known = {*texts, *MARKER_TEXTS}
-        return cls(_any_of(known.union(ERROR_TEXTS) if errors else known), _any_of(known))
-
-
-class _Watch:
-    """What is looked for: every fixed text, and the rules' patterns that each stands for."""
-
-    def __init__(self, rules: Sequence[Rule], *, errors: bool = True) -> None:
-        self.by_text: dict[str, list[tuple[Rule, int]]] = {}
-        for rule in rules:
-            for position, texts in enumerate(rule.texts):
-                for text in texts:
-                    self.by_text.setdefault(text, []).append((rule, position))
-        # A line's pieces of `MIN_TEXT` characters say which texts may be in it at all.
-        self.by_start: dict[str, list[str]] = {}
-        for text in self.by_text:
-            self.by_start.setdefault(text[:MIN_TEXT], []).append(text)
-        # A rule's later lines tell nothing before its first: a log may be full of them.
-        self.first = _Search.of((text for rule in rules for text in rule.texts[0]), errors=errors)
-        self.whole = _Search.of(self.by_text, errors=errors)
-        self.openers = _any_of({t for r in rules if len(r.texts) > 1 for t in r.texts[0]})
-
-    def texts_in(self, line: str) -> list[str]:
-        """The texts that stand in a line of lower case."""
-        starts = {line[at : at + MIN_TEXT] for at in range(len(line) - MIN_TEXT + 1)}
-        return [
-            text
-            for start in sorted(self.by_start.keys() & starts)
-            for text in self.by_start[start]
-            if text in line
-        ]
-
-
 class Scanner:
     """The rules, ready to be looked for in many logs."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
         self._rules = [rule for rule in rules if rule.lines]
-        self._watch = _Watch(self._rules)
+        self._watch = Watch(self._rules)
 
     def scan(self, path: Path, *, stage: str | None = None) -> Findings:
         """What `path` holds; `stage` is whose log it is, where that is known.
@@ -166,7 +101,7 @@ class Scanner:
 class _Scan:
     """One log on its way through the rules."""
 
-    def __init__(self, rules: Sequence[Rule], watch: _Watch, path: Path, stage: str | None) -> None:
+    def __init__(self, rules: Sequence[Rule], watch: Watch, path: Path, stage: str | None) -> None:
         self._rules = rules
         self._all = self._watch = watch
         self.findings = Findings(path)
@@ -188,7 +123,7 @@ class _Scan:
     def _watch_less(self) -> None:
         """Leave out the rules that were told often enough: a log may hold nothing else."""
         rules = [rule for rule in self._rules if self._counts[rule.id] < COUNTED_HITS]
-        self._watch = _Watch(rules, errors=self.findings.num_errors < COUNTED_HITS)
+        self._watch = Watch(rules, errors=self.findings.num_errors < COUNTED_HITS)
         self._is_stale = False
 
     def take(self, first_number: int, offset: int, lines: bytes) -> None:
@@ -216,11 +151,11 @@ class _Scan:
         if len(values) <= FEW_LINES:
             return ((index, True) for index in range(len(values)))
         watch, search = self._watch, self._watch.first
-        found, some = _matching(values, search.pattern)
-        if self._is_waiting(number) or (watch.openers and _having(some, watch.openers).any()):
+        found, some = matching(values, search.pattern)
+        if self._is_waiting(number) or (watch.openers and having(some, watch.openers).any()):
             search = watch.whole
-            found, some = _matching(values, search.pattern)
-        return zip(found.tolist(), _having(some, search.known).tolist(), strict=True)
+            found, some = matching(values, search.pattern)
+        return zip(found.tolist(), having(some, search.known).tolist(), strict=True)
 
     def _is_waiting(self, number: int) -> bool:
         """Whether a rule whose first line came waits for its next, `number` lines into the log."""
