@@ -53,7 +53,9 @@ for name in names:
 print(len(names))
 """
 # What of shared/ and of the stage an image cannot import, for want of torch.
-NEEDS_TORCH = {"ops": ("stages.ops.demo.make_target", "stages.ops.demo.muon")}
+NEEDS_TORCH = {
+    "ops": tuple(f"stages.ops.demo.{name}" for name in ("make_target", "model", "muon", "training"))
+}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 
 from shared import conversations, hidden_states
 from shared.safetensors_files import read_header
-from stages.ops.demo.make_target import has_bfloat16
+from stages.ops.demo.training import has_bfloat16
 from tests.conftest import ROOT, ops
 from tests.engine.conftest import RECIPE, Demo
 

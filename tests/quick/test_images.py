@@ -22,7 +22,9 @@ DISTRIBUTIONS = {"yaml": "pyyaml"}
 # Imported by another package, where a recipe asks for it: a tracker, and transformers' device_map.
 BY_NAME = {"dump": {"accelerate"}, "train": {"tensorboard"}}
 # What an image leaves out on purpose: ops has no torch.
-LEFT_OUT = {"ops": {"stages.ops.demo.make_target", "stages.ops.demo.muon"}}
+LEFT_OUT = {
+    "ops": {f"stages.ops.demo.{name}" for name in ("make_target", "model", "muon", "training")}
+}
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from shared.errors import UserError
 from stages.ops.demo.dialogues import KINDS, Dialogue, dialogues
-from stages.ops.demo.make_target import END, TargetFacts, batches, make_target
+from stages.ops.demo.make_target import TargetFacts, make_target
+from stages.ops.demo.model import END
 from stages.ops.demo.muon import Muon
+from stages.ops.demo.training import batches
 
 SMALL = {"steps": 3, "num_prompts": 24, "num_held_out": 8, "hidden_size": 64, "num_layers": 2}
 
