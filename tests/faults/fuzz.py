@@ -27,7 +27,8 @@ from pathlib import Path
 from types import FrameType
 
 from tests.faults import mutate
-from tests.faults.readers import READERS, Reader
+from tests.faults.reader import Reader
+from tests.faults.readers import READERS
 
 CORPUS = Path(__file__).with_name("corpus")
 LIMIT_S = 10
