@@ -10,6 +10,7 @@ Shapes: B rows of a batch, T tokens of a row, S the longest T of a batch, A aux 
 """
 
 import dataclasses
+import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,13 +22,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.errors import UserError
 from shared.layers import resolve_aux_layers
+from shared.processor import has_bfloat16, keep_freed_memory
 from stages.dump.backends import Captured, CaptureSettings, Row, check_row
+
+logger = logging.getLogger(__name__)
 
 # What transformers calls a decoder's list of layers, and the norm behind the last of them.
 LAYER_NAMES = ("layers", "h", "blocks")
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
 # Rows are sorted by length this many batches at a time: little padding, and still a stream.
 SORTED_BATCHES = 16
+# More leaves a processor's caches: 8192 tokens a batch were a quarter slower.
+CPU_BATCH_TOKENS = 2048
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -52,10 +58,13 @@ class HfCapture(CaptureSettings):
         """
         self.aux_layers = resolve_aux_layers(self.aux_layers, self.num_layers)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cpu":
+            keep_freed_memory()
+            self.max_num_batched_tokens = min(self.max_num_batched_tokens, CPU_BATCH_TOKENS)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 self.target,
-                dtype=self.dtype,
+                dtype=compute_dtype(self.dtype, device),
                 trust_remote_code=self.trust_remote_code,
                 # Over all GPUs that are there; a target larger than one still loads.
                 device_map="auto" if device == "cuda" else device,
@@ -117,24 +126,19 @@ class HfCapture(CaptureSettings):
     def _forward(self, rows: list[Sequence[int]]) -> torch.Tensor:
         """Run one batch, padded on the right.
 
-        Causal attention never looks right, so padding there changes no real token.
+        Causal attention never looks right, so padding there changes no real token. That needs no
+        mask, and without one attention takes its fastest kernel.
 
         Returns:
             [B, S, A+1, H] bf16 on the CPU.
         """
         longest = max(map(len, rows))
         input_ids = torch.zeros(len(rows), longest, dtype=torch.long)  # [B, S]
-        attention_mask = torch.zeros_like(input_ids)
         for i, ids in enumerate(rows):
             input_ids[i, : len(ids)] = torch.tensor(ids)
-            attention_mask[i, : len(ids)] = 1
         device = next(self._decoder.parameters()).device
         # The decoder alone: logits of a large vocabulary would be the biggest tensor here.
-        self._decoder(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            use_cache=False,
-        )
+        self._decoder(input_ids=input_ids.to(device), use_cache=False)
         slots = range(len(self.aux_layers) + 1)
         taken = [self._taken.pop(slot).to("cpu", torch.bfloat16) for slot in slots]
         return torch.stack(taken, dim=2)
@@ -146,6 +150,17 @@ class HfCapture(CaptureSettings):
             self._taken[slot] = args[0] if args else kwargs["hidden_states"]
 
         return keep
+
+
+def compute_dtype(dtype: str, device: str) -> str | torch.dtype:
+    """What to load the weights in: `dtype`, but "auto" never makes a processor emulate bfloat16.
+
+    There float32 is about three times as fast and no less exact, at twice the memory.
+    """
+    if dtype == "auto" and device == "cpu" and not has_bfloat16():
+        logger.info("this processor has no bfloat16: computing in float32 (dtype says otherwise)")
+        return torch.float32
+    return dtype
 
 
 def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList, nn.Module]:

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from shared import processor
 from shared.errors import RetryableError
-from stages.train import cpu
 from stages.train.config import TrainConfig
 from stages.train.model import DraftHead
 from stages.train.step import TrainingStep
@@ -55,8 +55,8 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     if config.trackers:
         accelerator.init_trackers(config.run.name)
     if accelerator.device.type == "cpu":
-        cpu.keep_freed_memory()
-        cpu.keep_order_of_sums()
+        processor.keep_freed_memory()
+        processor.keep_order_of_sums()
     return accelerator
 
 

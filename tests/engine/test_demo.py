@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from shared import conversations, hidden_states
+from shared.processor import has_bfloat16
 from shared.safetensors_files import read_header
-from stages.ops.demo.training import has_bfloat16
 from tests.conftest import ROOT, ops
 from tests.engine.conftest import RECIPE, Demo
 

@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--hf_rows", type=int, default=24)
+    parser.add_argument("--hf_rows", type=int, default=48)
     parser.add_argument("--only", choices=("vllm", "hf"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)

@@ -83,7 +83,7 @@ def test_freed_memory_stays_so_that_no_page_is_asked_for_twice() -> None:
     script = """
 import resource, sys
 import torch
-from stages.train.cpu import keep_freed_memory
+from shared.processor import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from shared.processor import has_bfloat16
 from stages.ops.demo.dialogues import Dialogue
 from stages.ops.demo.model import END, opened
 from stages.ops.demo.muon import Muon
@@ -23,11 +24,6 @@ _LOG_EVERY_STEPS = 50
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and labels, both int64 [B, T]
 
 logger = logging.getLogger(__name__)
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor multiplies in bfloat16 (Zen 4 and later, Sapphire Rapids and later)."""
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 # Without bfloat16 a step takes three times as long; the target stays good enough to draft for.

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training on a CPU asks of its C libraries, once, before its first matrix product."""
+"""What this machine's processor can do, and what work on it asks of the C libraries."""
 
 import ctypes
 import os
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
+
+
+def has_bfloat16() -> bool:
+    """Whether it multiplies in bfloat16 (Zen 4 and later, Sapphire Rapids and later)."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def keep_freed_memory() -> bool:
