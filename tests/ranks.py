@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 from shared.head_config import HeadConfig
 from stages.train import distributed
 from stages.train.data import Batch, Sample, split_step
-from stages.train.loss import TargetOutput
 from stages.train.model import DraftHead
 from stages.train.optimizer import make_optimizer
 from stages.train.step import TrainingStep, train_step
+from stages.train.target_output import TargetOutput
 
 CONFIG = HeadConfig(
     hidden_size=16,

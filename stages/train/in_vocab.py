@@ -18,8 +18,8 @@ from shared.row_files import RowFile
 from shared.target import TargetTensors
 from shared.tensor_files import is_dense, load_tensors, save_tensors
 from stages.train.data import Dataset
-from stages.train.loss import target_argmax
 from stages.train.model import DraftHead
+from stages.train.target_output import target_argmax
 
 
 def in_vocab_flags(

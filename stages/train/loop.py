@@ -29,10 +29,11 @@ from stages.train.data import Dataset, Sample, pack, training_steps
 from stages.train.history import History, peak_memory_gib
 from stages.train.in_vocab import in_vocab_flags
 from stages.train.loader import micro_batches, prefetched
-from stages.train.loss import StepSums, TargetOutput, combine
+from stages.train.loss import StepSums, combine
 from stages.train.model import DraftHead
 from stages.train.optimizer import lr_factor, make_optimizer
 from stages.train.step import TrainingStep, train_step
+from stages.train.target_output import TargetOutput
 from stages.train.walk import Walk, walked_acceptance_length
 
 LOG_EVERY_STEPS = 10

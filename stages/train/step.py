@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from stages.train.data import Batch
-from stages.train.loss import StepSums, TargetOutput, combine, counted_rows, ttt_loss
+from stages.train.loss import StepSums, combine, counted_rows, ttt_loss
 from stages.train.model import DraftHead
+from stages.train.target_output import TargetOutput
 
 
 class TrainingStep(nn.Module):

@@ -6,10 +6,10 @@ from accelerate import Accelerator
 
 from shared.head_config import HeadConfig
 from stages.train.data import Batch
-from stages.train.loss import TargetOutput
 from stages.train.model import DraftHead
 from stages.train.optimizer import make_optimizer
 from stages.train.step import TrainingStep, train_step
+from stages.train.target_output import TargetOutput
 from tests.perf import problem, switches
 from tests.perf.problem import Shape
 

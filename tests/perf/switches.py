@@ -15,7 +15,8 @@ from stages.train import loss as loss_module
 from stages.train import model as model_module
 from stages.train.attention import Block
 from stages.train.data import Batch
-from stages.train.loss import CountedRows, TargetOutput
+from stages.train.loss import CountedRows
+from stages.train.target_output import TargetOutput
 
 
 def _every_slot() -> None:

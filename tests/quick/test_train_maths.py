@@ -19,21 +19,18 @@ from transformers.models.llama import modeling_llama
 
 from shared.errors import UserError
 from shared.head_config import HeadConfig
-from stages.train import loss as loss_module
+from stages.train import cross_entropy
+from stages.train.cross_entropy import SoftCrossEntropy, to_slots, to_targets
 from stages.train.data import Batch
 from stages.train.loss import (
-    SoftCrossEntropy,
-    TargetOutput,
     combine,
     counted_rows,
     counted_slots,
     step_weights,
-    target_argmax,
-    to_slots,
-    to_targets,
     ttt_loss,
 )
 from stages.train.model import DraftHead
+from stages.train.target_output import TargetOutput, target_argmax
 from tests import reference
 
 CONFIG = HeadConfig(
@@ -203,7 +200,7 @@ def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole.backward()
     expected = gradients(case.head)
     for rows in (1, 4):
-        monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows * CONFIG.draft_vocab_size * 4)
+        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * CONFIG.draft_vocab_size * 4)
         case.head.zero_grad()
         loss, sums = ttt_loss(case.head, case.batch, case.output, num_steps=4, decay=0.9)
         loss.backward()
@@ -357,7 +354,7 @@ def test_the_worked_example_of_step_weights() -> None:
 
 def test_loss_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 2 * 6 * 8)  # chunks of two rows
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2 * 6 * 8)  # chunks of two rows
     hidden = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
     lm_head = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(3, 5, dtype=torch.float64).tril(2)  # no target for row 4 beyond step 0
@@ -432,7 +429,7 @@ def test_the_gradient_of_lm_head_adds_up_in_float32(monkeypatch: pytest.MonkeyPa
     weights = torch.full((1, rows), 1 / rows)
 
     def gradient(states: Tensor, chunk_rows: int) -> Tensor:
-        monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_rows * vocabulary * 4)
+        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_rows * vocabulary * 4)
         lm_head = (target.lm_head / 2).requires_grad_()
         SoftCrossEntropy.apply(states, lm_head, weights, finals, target)[0].backward()
         assert lm_head.grad is not None
