@@ -16,6 +16,7 @@ _PACKAGES = (
     "numpy",
     "pyarrow",
     "safetensors",
+    "tensorrt_llm",
     "tokenizers",
     "torch",
     "transformers",

@@ -121,7 +121,11 @@ def choose(config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]
 def open_backend(
     name: str, config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]
 ) -> Iterator[Backend]:
-    """Backend `name` ("vllm", "hf" or "files"), loaded for the length of the block."""
+    """Backend `name` ("vllm", "hf", "trtllm" or "files"), loaded for the length of the block.
+
+    Raises:
+        UserError: it is "trtllm", and TensorRT-LLM is not here.
+    """
     if name == "files":
         from stages.dump.backend_files import StateFiles
 
@@ -134,15 +138,19 @@ def open_backend(
         with HfCapture(**settings) as hf:
             yield hf
         return
+    settings["tensor_parallel"] = config.tensor_parallel_size
+    settings["scratch"] = config.paths.root / "tmp"
+    if name == "trtllm":
+        _require_trtllm()
+        from stages.dump.backend_trtllm import TrtllmCapture
+
+        with TrtllmCapture(**settings, expert_parallel=config.expert_parallel_size) as trtllm:
+            yield trtllm
+        return
     _quieten_vllm()
     from stages.dump.backend_vllm import VllmCapture
 
-    with VllmCapture(
-        **settings,
-        tensor_parallel=config.tensor_parallel_size,
-        scratch=config.paths.root / "tmp",
-        seed=config.run.seed,
-    ) as vllm:
+    with VllmCapture(**settings, seed=config.run.seed) as vllm:
         yield vllm
 
 
@@ -159,6 +167,14 @@ def _settings(
         "trust_remote_code": config.run.trust_remote_code,
         "max_num_batched_tokens": config.batch_tokens,
     }
+
+
+def _require_trtllm() -> None:
+    if importlib.util.find_spec("tensorrt_llm") is None:
+        raise UserError(
+            "backend: trtllm needs TensorRT-LLM, which is not installed here. Build the dump image on "
+            "NVIDIA's (BASE_IMAGE, see stages/dump/README.md), or set backend: hf or vllm."
+        )
 
 
 def _quieten_vllm() -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section `dump` of a recipe."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
+
+import pydantic
 
 from shared.config import identity, operational
 from shared.sharding import ShardedConfig
@@ -36,8 +38,10 @@ class DumpConfig(ShardedConfig):
         "speculators' .pt, a file a conversation. They are checked and become this artifact.",
     )
     special_token_text: Policy = identity("skip", f"Of --conversations. {POLICY_DOC}")
-    backend: Literal["vllm", "hf", "auto"] = identity(
-        "vllm", "vllm; hf for targets whose vLLM model has no hooks; auto asks vLLM which."
+    backend: Literal["vllm", "hf", "trtllm", "auto"] = identity(
+        "vllm",
+        "vllm; hf for targets whose vLLM model has no hooks; trtllm where TensorRT-LLM is installed; "
+        "auto asks vLLM whether it shall be vllm or hf.",
     )
     layout: Literal["shards", "samples"] = identity(
         "shards", "shards: files of shard_bytes; samples: a file a sample, as speculators 0.3 has."
@@ -65,10 +69,26 @@ class DumpConfig(ShardedConfig):
     )
     batch_tokens: int = operational(8192, "Tokens that the engine takes at once.", ge=1)
     tensor_parallel_size: int = operational(1, "GPUs that share the target's layers.", ge=1)
+    expert_parallel_size: int = operational(
+        1, "How many of those the experts are dealt out to; backend: trtllm alone.", ge=1
+    )
     data_parallel: int = operational(1, "Engines on this node, each with its own shards.", ge=1)
     drain: bool = operational(
         False, "Finish each shard before the next is begun: repeatable batches, less speed."
     )
+
+    @pydantic.model_validator(mode="after")
+    def _experts_lie_where_the_layers_do(self) -> Self:
+        if self.expert_parallel_size > 1 and self.backend != "trtllm":
+            raise ValueError(
+                f"expert_parallel_size is for backend: trtllm alone, found backend: {self.backend}"
+            )
+        if self.tensor_parallel_size % self.expert_parallel_size:
+            raise ValueError(
+                f"expert_parallel_size must divide tensor_parallel_size, found "
+                f"{self.expert_parallel_size} and {self.tensor_parallel_size}"
+            )
+        return self
 
 
 class ParityConfig(DumpConfig):

