@@ -212,7 +212,7 @@ def test_version_never_read_is_refused(
     assert not engine.engines
 
 
-@pytest.mark.parametrize("found", ["1.2.0", "1.2.1", "1.3.0rc27"])
+@pytest.mark.parametrize("found", ["1.2.0rc2", "1.2.1", "1.3.0rc27"])
 def test_version_read_is_taken(backend: ModuleType, found: str) -> None:
     backend.check_version(found)
 
