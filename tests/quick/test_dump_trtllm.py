@@ -60,7 +60,8 @@ def capture(
 
 def by_transformers(target: Path, rows: list[list[int]], **given: Any) -> dict[int, torch.Tensor]:
     # A batch of one row at a time, as the stand-in computes them: the same to the bit.
-    with HfCapture(**{**settings(target), **given}, max_num_batched_tokens=1) as hf:
+    wanted = {**settings(target), **given, "dtype": "bfloat16"}
+    with HfCapture(**wanted, max_num_batched_tokens=1) as hf:
         return {c.row: c.states.clone() for c in hf.run(map(Row, rows))}
 
 
