@@ -193,11 +193,10 @@ class ShardWriter:
         files.write_json(sidecar(self.folder, shard.plan.index), facts)
         size, spent_s = sum(e["bytes"] for e in entries.values()), time.monotonic() - started_s
         logger.info(
-            "%s: %d samples, agreement %.4f, log-probability gap %.4f nats, %.2f GB/s checked and "
-            "written",
+            "%s: %d samples, agreement %.4f, log-probability gap %s, %.2f GB/s checked and written",
             name,
             shard.plan.samples,
             agreement.share,
-            gap,
+            "not told" if gap is None else f"{gap:.4f} nats",
             size / spent_s / 1e9,
         )

@@ -34,14 +34,14 @@ def require_right(
     *,
     min_agreement: float,
     max_logprob_gap: float,
-) -> float:
+) -> float | None:
     """Refuse a shard whose states are not those of the target that answered.
 
     Args:
         probes: row -> what the engine says are its log-probabilities, [T_row-1].
 
     Returns:
-        the largest mean gap of a probe row, in nats.
+        the largest mean gap of a probe row, in nats; None where the backend tells no probabilities.
 
     Raises:
         OutputError: with the fault that it looks like.
@@ -65,7 +65,7 @@ def require_right(
             "it looks like another target, another revision or sampling gave these answers; or, if "
             "other rows alone are wrong, like mixed-up requests. Nothing of this shard was kept."
         )
-    return gaps[worst] if worst is not None else 0.0
+    return None if worst is None else gaps[worst]
 
 
 def name_fault(checks: ShardChecks, row: int, told: torch.Tensor, tolerance: float) -> str:

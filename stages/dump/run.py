@@ -181,14 +181,15 @@ def _complete(
         }
         names += [sidecar(artifact.folder, shard.index).name for shard in plan.shards]
         asked = sum(facts["asked"] for facts in sidecars)
+        gaps = [facts["logprob_gap"] for facts in sidecars if facts["logprob_gap"] is not None]
         artifact.finish(
             [*checksums, *names, plans.REJECTS],
             counts=plan.counts,
             facts={
                 "tokens": plan.tokens,
                 "aux_layers": list(aux_layers),
-                "agreement": sum(f["hits"] for f in sidecars) / asked if asked else 1.0,
-                "logprob_gap": max(facts["logprob_gap"] for facts in sidecars),
+                "agreement": sum(f["hits"] for f in sidecars) / asked if asked else None,
+                "logprob_gap": max(gaps, default=None),
                 "target_hash": artifact.identity["input.target"],
                 "greedy": source.is_greedy,
                 "backend": plan.backend,

@@ -71,7 +71,7 @@ def checks(folder: Path, greedy: Greedy, states: torch.Tensor | None = None) -> 
     return ShardChecks(config, targets.read_tensors(config), greedy.rows, stored, greedy.starts)
 
 
-def require(asked: ShardChecks, logprobs: dict[int, torch.Tensor]) -> float:
+def require(asked: ShardChecks, logprobs: dict[int, torch.Tensor]) -> float | None:
     limits = {"min_agreement": 0.9, "max_logprob_gap": 0.1}
     return require_right("shard 0", asked, asked.agreement(), logprobs, **limits)
 
@@ -92,6 +92,7 @@ def test_right_states_pass(folder: Path, greedy: Greedy) -> None:
     assert asked.agreement().share > 0.95
     assert asked.agreement().asked == NUM_ROWS * 32
     assert require(asked, greedy.logprobs) < 0.05
+    assert require(asked, {}) is None, "nothing was told, so nothing was measured"
 
 
 def test_alignment_worked_example(folder: Path) -> None:

@@ -91,6 +91,7 @@ def test_states_of_modelopt_become_ours(workspace: Path, captured: Path, normed:
     one, other = (logits(shard.hidden_states[:, -1], config, tensors) for shard in (ours, theirs))
     assert (one - other).norm() / one.norm() < 0.02
     assert manifest(workspace)["facts"]["agreement"] > 0.95
+    assert manifest(workspace)["facts"]["logprob_gap"] is None, "files tell no probabilities"
     assert manifest(workspace)["counts"]["ok"] == NUM_ROWS
     assert run(workspace, "train", "--epochs", "1").returncode == 0
 

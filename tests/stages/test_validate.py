@@ -373,6 +373,16 @@ def ops(workspace: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+def test_a_check_that_was_not_asked_is_not_said_to_have_passed(folder: Path) -> None:
+    """Sampled answers have no agreement, and files tell no probabilities."""
+    edit(
+        folder / "dump" / "manifest.json",
+        lambda m: m["facts"].update(agreement=None, logprob_gap=None),
+    )
+    told = findings(folder, "PASS")["dump", "capture"]
+    assert told == "agreement not asked, log-probability gap in nats not asked"
+
+
 def test_the_command_tells_by_its_exit_code(folder: Path) -> None:
     workspace = folder.parent
     out = workspace / "findings.md"

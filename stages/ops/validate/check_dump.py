@@ -62,18 +62,24 @@ def ask_capture(run: RunView) -> str:
     """What the checks at capture found is within the limits that were set."""
     manifest = run.manifest("dump")
     facts, config = manifest["facts"], manifest["config"]
-    agreement, gap = float(facts["agreement"]), float(facts["logprob_gap"])
-    if facts["greedy"] and not agreement >= config["min_agreement"]:
+    # Null where nothing was asked: no greedy answers, or a backend that tells no probabilities.
+    agreement, gap = (
+        None if facts[name] is None else float(facts[name]) for name in ("agreement", "logprob_gap")
+    )
+    if facts["greedy"] and agreement is not None and not agreement >= config["min_agreement"]:
         raise OutputError(
             f"the states name {agreement:.1%} of the target's own greedy tokens, less than "
             f"dump.min_agreement {config['min_agreement']:.1%}."
         )
-    if not gap <= config["max_logprob_gap"]:
+    if gap is not None and not gap <= config["max_logprob_gap"]:
         raise OutputError(
             f"log-probabilities rebuilt from the states are {gap} nats off, more than "
             f"dump.max_logprob_gap {config['max_logprob_gap']}."
         )
-    return f"agreement {agreement:.4f}, log-probability gap {gap:.4f} nats"
+    told = {"agreement": agreement, "log-probability gap in nats": gap}
+    return ", ".join(
+        f"{name} {'not asked' if value is None else f'{value:.4f}'}" for name, value in told.items()
+    )
 
 
 @dataclasses.dataclass
