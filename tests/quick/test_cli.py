@@ -87,7 +87,7 @@ def test_fires_own_flags_are_out_of_reach() -> None:
         (("synth", "rum"), "Did you mean run?"),
         (("train", "--target", "t", "--epochs", "many"), "train.epochs"),
         (("train", "--target", "t", "stray"), "unexpected argument 'stray'"),
-        (("dump", "--target", "t", "--backend", "sglang"), "'vllm', 'hf' or 'auto'"),
+        (("dump", "--target", "t", "--backend", "sglang"), "'vllm', 'hf', 'trtllm' or 'auto'"),
         (("bench", "--recipe", "nowhere.yaml"), "nowhere.yaml"),
         (("synth", "--target", "nowhere", "--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
     ],
