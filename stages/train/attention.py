@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stages.train.slices import even_slices
+
 # A square is computed whole and masked, so half of it is waste; below this, calls cost more.
 SQUARE_SLOTS = 256
 
@@ -47,6 +49,7 @@ def attention_blocks(slots: Tensor, offsets: Tensor) -> list[Block]:
     blocks: list[Block] = []
     if not len(slots):
         return blocks
+    slots, offsets = slots.cpu(), offsets.cpu()  # once, not a wait for the device at each block
     documents = torch.bucketize(slots, offsets, right=True) - 1  # [R]
     numbers, counts = documents.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0).tolist()
@@ -66,9 +69,7 @@ def _runs(slots: Tensor, first_row: int) -> Iterator[slice]:
     breaks = (slots.diff() != 1).nonzero().flatten() + 1
     bounds = [0, *breaks.tolist(), len(slots)]
     for start, stop in itertools.pairwise(bounds):
-        pieces = -(-(stop - start) // SQUARE_SLOTS)
-        cuts = [first_row + start + i * (stop - start) // pieces for i in range(pieces + 1)]
-        yield from itertools.starmap(slice, itertools.pairwise(cuts))
+        yield from even_slices(first_row + start, first_row + stop, SQUARE_SLOTS)
 
 
 def _attend_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
@@ -183,7 +184,7 @@ class ChainAttention(torch.autograd.Function):
         for score, member in zip(scores, chain[1::2], strict=True):
             _merge(out, lse, _member(member), score)
         out = out.to(query.dtype).transpose(0, 1).flatten(1, 2)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.masks = blocks, masks
         ctx.save_for_backward(query, key, value, out, lse, *scores, *chain)
         return out
 
@@ -198,11 +199,10 @@ class ChainAttention(torch.autograd.Function):
             torch.zeros_like(x, dtype=lse.dtype) for x in (query, keys, values)
         )
         attend_backward = _attend_cpu_backward if query.is_cpu else _attend_anywhere_backward
-        masks = _Masks(ctx.blocks, query)
         for block in ctx.blocks:
             by_row = [x[:, block.rows].flatten(1, 2) for x in (grad, query, out, lse)]
             seen = keys[:, block.keys], values[:, block.keys]
-            parts = attend_backward(by_row, *seen, masks.of(block))
+            parts = attend_backward(by_row, *seen, ctx.masks.of(block))
             rows = grad_query[:, block.rows]
             rows += parts[0].view_as(rows)
             grad_key[:, block.keys] += parts[1]

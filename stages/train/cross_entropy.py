@@ -11,13 +11,13 @@ Shapes: R slots that count at step 0, K TTT steps, H hidden size, D draft vocabu
 chunk.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stages.train.slices import even_slices
 from stages.train.target_output import TargetOutput, at_least_float32
 
 # One [K, C, D] tensor of logits; two or three live at once. Smaller chunks write the gradient of
@@ -127,9 +127,7 @@ def _chunks(weights: Tensor, draft_vocab_size: int) -> Iterator[slice]:
     num_steps, num_rows = weights.shape
     chunk_bytes = CHUNK_BYTES if weights.is_cpu else ACCELERATOR_CHUNK_BYTES
     most = max(1, chunk_bytes // (num_steps * draft_vocab_size * weights.element_size()))
-    number = -(-num_rows // most)
-    cuts = [i * num_rows // number for i in range(number + 1)] if number else []
-    yield from itertools.starmap(slice, itertools.pairwise(cuts))
+    return even_slices(0, num_rows, most)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

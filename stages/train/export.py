@@ -22,7 +22,8 @@ from shared.errors import UserError
 from shared.exported_head import DTYPES, check_export, config_json
 from shared.files import atomic_folder, write_json, write_text
 from shared.head_config import HeadConfig
-from shared.manifest import IDENTITY, LOCK, MANIFEST
+from shared.manifest import MANIFEST
+from shared.unfinished import IDENTITY, LOCK
 from stages.train.model import DraftHead
 
 

@@ -14,6 +14,12 @@ from stages.train import attention as attention_module
 from stages.train.attention import ChainAttention, attention_blocks
 from stages.train.norm import RMSNormOnCPU
 from stages.train.rotary import Rotation
+from stages.train.slices import even_slices
+
+
+def test_the_worked_example_of_even_slices() -> None:
+    assert list(even_slices(2, 9, 3)) == [slice(2, 4), slice(4, 6), slice(6, 9)]
+    assert list(even_slices(2, 2, 3)) == []
 
 
 def test_the_worked_example_of_attention_blocks() -> None:
