@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import logging
 import pickle
-import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -33,7 +32,7 @@ from shared.errors import OutputError, RetryableError, UserError
 from shared.layers import resolve_aux_layers
 from shared.target import read_config
 from stages.dump.backends import Captured, Row, check_row
-from stages.dump.spool import SHM, open_spool
+from stages.dump.spool import open_spool
 from stages.dump.trtllm_setup import TrtllmSettings, check_version, engine_died, starting
 
 # A file is written before its row is answered: this long means a hung disk or engine.
@@ -47,15 +46,8 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(kw_only=True)
 class TrtllmCapture(TrtllmSettings):
-    """A TensorRT-LLM engine that answers rows of token ids with hidden states, one after the other.
+    """A TensorRT-LLM engine that answers rows of token ids with hidden states, one after the other."""
 
-    Attributes:
-        spool: folder to make the private spool folder in; None for /dev/shm where it has room,
-            else `scratch`, a folder on a disk (None for the system's).
-    """
-
-    spool: Path | None = None
-    scratch: Path | None = None
     streams = True
 
     def __enter__(self) -> Self:
@@ -68,17 +60,14 @@ class TrtllmCapture(TrtllmSettings):
         check_version(tensorrt_llm.__version__)
         self.aux_layers = resolve_aux_layers(self.aux_layers, self.num_layers)
         config = read_config(Path(self.target))
-        if config.num_layers != self.num_layers:
-            raise UserError(
-                f"{self.target}: expected {self.num_layers} layers, found {config.num_layers}. Set "
-                "run.target to the model the recipe was made for."
-            )
+        self.require_num_layers(config.num_layers)
         self._config = config
         # The aux layers, the final state, and the normed one that the engine adds.
         row_bytes = self.max_length_tokens * (len(self.aux_layers) + 2) * config.hidden_size * 2
-        folders = [self.spool] if self.spool else [SHM, self.scratch or Path(tempfile.gettempdir())]
         with contextlib.ExitStack() as stack:
-            self._spool = stack.enter_context(open_spool(folders, needed_bytes=2 * row_bytes))
+            self._spool = stack.enter_context(
+                open_spool(self.spool_parents(), needed_bytes=2 * row_bytes)
+            )
             arguments = self.arguments(self._spool)
             with starting(self.target):
                 self._engine = LLM(**arguments)

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ from shared.layers import resolve_aux_layers
 from stages.dump.backends import Captured, Row, check_row
 from stages.dump.connector import WRITE_TO
 from stages.dump.engine_start import starting
-from stages.dump.spool import FAILED_SUFFIX, SHM, STATES_SUFFIX, open_spool
+from stages.dump.spool import FAILED_SUFFIX, STATES_SUFFIX, open_spool
 from stages.dump.vllm_setup import VllmSettings, check_version
 
 # One batch computed, one queued behind it, one being written, one being read.
@@ -59,15 +58,8 @@ class _Asked:
 
 @dataclasses.dataclass(kw_only=True)
 class VllmCapture(VllmSettings):
-    """A vLLM engine that answers rows of token ids with hidden states.
+    """A vLLM engine that answers rows of token ids with hidden states."""
 
-    Attributes:
-        spool: folder to make the private spool folder in; None for /dev/shm where it has room,
-            else `scratch`, a folder on a disk (None for the system's).
-    """
-
-    spool: Path | None = None
-    scratch: Path | None = None
     streams = True
 
     def __enter__(self) -> Self:
@@ -85,10 +77,11 @@ class VllmCapture(VllmSettings):
         batch_tokens = max(self.max_num_batched_tokens, self.max_length_tokens)
         self._max_in_flight_tokens = BATCHES_IN_FLIGHT * batch_tokens
         token_bytes = (len(self.aux_layers) + 1) * hidden_size * torch.bfloat16.itemsize
-        folders = [self.spool] if self.spool else [SHM, self.scratch or Path(tempfile.gettempdir())]
         with contextlib.ExitStack() as stack:
             self._spool = stack.enter_context(
-                open_spool(folders, needed_bytes=self._max_in_flight_tokens * token_bytes)
+                open_spool(
+                    self.spool_parents(), needed_bytes=self._max_in_flight_tokens * token_bytes
+                )
             )
             with starting(self.target):
                 self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)

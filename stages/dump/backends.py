@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import tempfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,7 @@ import torch
 from shared.errors import UserError
 from shared.target import TargetConfig
 from stages.dump.config import DumpConfig
+from stages.dump.spool import SHM
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,39 @@ class CaptureSettings:
     dtype: str = "auto"
     trust_remote_code: bool = False
     max_num_batched_tokens: int = 8192
+
+
+@dataclasses.dataclass(kw_only=True)
+class EngineSettings(CaptureSettings):
+    """What a backend is made with whose engine hands states over through a spool.
+
+    Attributes:
+        tensor_parallel: GPUs that share the target.
+        spool: folder to make the private spool folder in; None for /dev/shm where it has room,
+            else `scratch`, a folder on a disk (None for the system's).
+    """
+
+    tensor_parallel: int = 1
+    spool: Path | None = None
+    scratch: Path | None = None
+
+    def spool_parents(self) -> list[Path]:
+        """Where the spool may lie, the first with room."""
+        if self.spool is not None:
+            return [self.spool]
+        return [SHM, self.scratch or Path(tempfile.gettempdir())]
+
+    def require_num_layers(self, found: int) -> None:
+        """Refuse another target than the recipe's.
+
+        Raises:
+            UserError: it has another number of layers.
+        """
+        if found != self.num_layers:
+            raise UserError(
+                f"{self.target}: expected {self.num_layers} layers, found {found}. Set run.target "
+                "to the model the recipe was made for."
+            )
 
 
 class Captured(NamedTuple):

@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import tensorrt_llm
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 from tensorrt_llm.llmapi import KvCacheConfig, SaveHiddenStatesDecodingConfig
 
 from shared.errors import RetryableError, UserError
 from shared.layers import to_output_ids
-from shared.versions import SUPPORTED_TENSORRT_LLM
-from stages.dump.backends import CaptureSettings
+from shared.versions import SUPPORTED_TENSORRT_LLM, is_within
+from stages.dump.backends import EngineSettings
 
 # The token that is sampled after a row, and the draft that the engine makes room for.
 HEADROOM_TOKENS = 2
@@ -38,15 +36,14 @@ _KILLED = "died during initialization"
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrtllmSettings(CaptureSettings):
+class TrtllmSettings(EngineSettings):
     """What an engine for capture is started with; `max_num_batched_tokens` means nothing to it.
 
     Attributes:
-        tensor_parallel: GPUs that share the target.
-        expert_parallel: how many of those the experts are dealt out to; it divides them.
+        expert_parallel: how many of the GPUs that share the target the experts are dealt out to; it divides
+            their number.
     """
 
-    tensor_parallel: int = 1
     expert_parallel: int = 1
 
     def arguments(self, spool: Path) -> dict[str, Any]:
@@ -84,7 +81,7 @@ def check_version(found: str) -> None:
     Raises:
         UserError: naming the version found and the versions supported.
     """
-    if Version(Version(found).base_version) not in SpecifierSet(SUPPORTED_TENSORRT_LLM):
+    if not is_within(found, SUPPORTED_TENSORRT_LLM):
         raise UserError(
             f"this stage captures with TensorRT-LLM {SUPPORTED_TENSORRT_LLM}, found TensorRT-LLM "
             f"{found}. Build the dump image on one of those (BASE_IMAGE), or set backend: hf."

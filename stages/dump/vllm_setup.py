@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import vllm
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 from vllm import EngineArgs
 from vllm.config import VllmConfig
 from vllm.model_executor.models import ModelRegistry
@@ -20,8 +18,8 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.platforms import current_platform
 
 from shared.errors import RetryableError, UserError
-from shared.versions import SUPPORTED_VLLM
-from stages.dump.backends import CaptureSettings
+from shared.versions import SUPPORTED_VLLM, is_within
+from stages.dump.backends import EngineSettings
 
 # vLLM takes no states at all from a step in which a row fills its limit: the limit is one higher.
 HEADROOM_TOKENS = 1
@@ -31,14 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(kw_only=True)
-class VllmSettings(CaptureSettings):
-    """What an engine for capture is started with; rows longer than a step are prefilled in chunks.
+class VllmSettings(EngineSettings):
+    """What an engine for capture is started with; rows longer than a step are prefilled in chunks."""
 
-    Attributes:
-        tensor_parallel: GPUs that share the target.
-    """
-
-    tensor_parallel: int = 1
     seed: int = 0
 
     def resolve(self) -> VllmConfig:
@@ -111,12 +104,7 @@ class VllmSettings(CaptureSettings):
 
     def _check_target(self, config: VllmConfig) -> None:
         model = config.model_config
-        found = model.get_total_num_hidden_layers()
-        if found != self.num_layers:
-            raise UserError(
-                f"{self.target}: expected {self.num_layers} layers, found {found}. Set run.target "
-                "to the model the recipe was made for."
-            )
+        self.require_num_layers(model.get_total_num_hidden_layers())
         model_class, architecture = ModelRegistry.resolve_model_cls(model.architectures, model)
         if model.use_mla:
             raise UserError(
@@ -138,8 +126,7 @@ def check_version(found: str) -> None:
     Raises:
         UserError: naming the version found and the versions supported.
     """
-    # A build for CPUs is 0.32.0+cpu; a specifier is about the release alone.
-    if Version(Version(found).base_version) not in SpecifierSet(SUPPORTED_VLLM):
+    if not is_within(found, SUPPORTED_VLLM):
         raise UserError(
             f"this stage captures with vLLM {SUPPORTED_VLLM}, found vLLM {found}. Build the dump "
             "image with DUMP_VLLM_VERSION set to one of those, or set backend: hf."

@@ -18,7 +18,7 @@ from shared import sources
 from shared.errors import UserError
 from shared.paths import RunPaths, find_input
 from shared.server import base_of, is_healthy
-from shared.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM
+from shared.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_within
 from stages.ops.chain import containers
 from stages.ops.chain.estimates import prompt_sources
 from stages.ops.chain.machine import SHARED_MEMORY, Machine
@@ -125,8 +125,6 @@ def _installed(python: str) -> dict[str, str]:
 
 
 def _versions(step: Step) -> Iterator[str]:
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import Version
 
     python = python_of(step.stage)
     try:
@@ -144,7 +142,7 @@ def _versions(step: Step) -> Iterator[str]:
             continue
         names = _NAMES.get(name, (name,))
         version = next((installed[each] for each in names if each in installed), None)
-        if version is None or Version(Version(version).base_version) not in SpecifierSet(floor):
+        if version is None or not is_within(version, floor):
             yield problem(
                 f"{step.stage}'s packages",
                 f"{name} {floor}",
