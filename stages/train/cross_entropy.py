@@ -63,24 +63,25 @@ class SoftCrossEntropy(torch.autograd.Function):
                 logits = target.logits(finals[rows])
                 best = logits.argmax(-1, keepdim=True)
                 probabilities = logits.softmax(-1)
-                chunk = states[:, rows]  # [K, C, H]
-                scores = at_least_float32(chunk @ work.t())  # [K, C, D]
+                # One matrix: a batch of K would have lm_head copied for each of them.
+                chunk = states[:, rows].flatten(0, 1)  # [K * C, H]
+                scores = at_least_float32(chunk @ work.t()).unflatten(0, (len(states), -1))
                 top = scores.amax(-1)
                 hits[:, rows] = (
-                    scores.gather(-1, best.expand(len(chunk), -1, -1)).squeeze(-1) >= top
+                    scores.gather(-1, best.expand(len(scores), -1, -1)).squeeze(-1) >= top
                 )
                 # [C, 1, D] @ [C, D, K]: a product a row, no [K, C, D] of addends.
                 expected = (probabilities[:, None] @ scores.permute(1, 2, 0)).squeeze(1).t()
                 torch.softmax(scores, -1, out=scores)
                 # The largest probability is exp(top - log-sum-exp).
                 entropy[:, rows] = top - scores.amax(-1).log() - expected
-                grad = scores.sub_(probabilities).to(hidden.dtype)
-                scale = scales[:, rows, None]
+                grad = scores.sub_(probabilities).flatten(0, 1).to(hidden.dtype)
+                scale = scales[:, rows].flatten()[:, None]
                 if grad_states is not None:
-                    grad_states[:, rows] = (grad @ work).mul_(scale)
+                    by_row = (grad @ work).mul_(scale)
+                    grad_states[:, rows] = by_row.unflatten(0, (len(states), -1))
                 if grad_head is not None:
-                    scaled = (chunk * scale).to(grad.dtype)
-                    _add_product(grad_head, grad.flatten(0, 1).t(), scaled.flatten(0, 1))
+                    _add_product(grad_head, grad.t(), (chunk * scale).to(grad.dtype))
         ctx.save_for_backward(None if grad_states is None else to_slots(grad_states), grad_head)
         ctx.head_dtype = lm_head.dtype
         entropy, hits = to_slots(entropy), to_slots(hits)

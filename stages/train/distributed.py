@@ -60,6 +60,11 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     return accelerator
 
 
+def product_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What autocast makes of matrix products."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
 def joined(accelerator: Accelerator, step: TrainingStep, how: str) -> nn.Module:
     """The step as one that exchanges its gradients with the other ranks'."""
     step.to(accelerator.device)

@@ -87,7 +87,10 @@ class Trainer:
         target = TargetOutput(
             norm_weight=tensors.norm_weight.to(self.device).float(),
             norm_eps=tensors.norm_eps,
-            lm_head=tensors.lm_head.to(self.device)[rows].float(),
+            # As served: in mixed precision its products are the target's own bf16 ones.
+            lm_head=tensors.lm_head.to(self.device)[rows].to(
+                distributed.product_dtype(accelerator)
+            ),
             logit_scale=target_config.logit_scale,
             softcap=target_config.logit_softcap,
         )

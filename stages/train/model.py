@@ -30,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from shared.errors import UserError
 from shared.files import read_json, require_file
 from shared.head_config import HeadConfig
-from stages.train.attention import ChainAttention, attention_blocks
+from stages.train.attention import ChainAttention
+from stages.train.blocks import attention_blocks
 from stages.train.norm import RMSNorm
 from stages.train.rotary import Rotary, Rotation
 
@@ -161,10 +162,9 @@ class DraftHead(nn.Module):
                 output is meaningless: the caller masks it.
         """
         layer = self.midlayer
-        blocks = attention_blocks(slots, offsets)
+        documents = attention_blocks(slots, offsets)
         rows = torch.arange(len(states), device=tokens.device)
-        documents = torch.bucketize(rows, offsets, right=True) - 1
-        positions = rows - offsets[documents]
+        positions = rows - offsets[torch.bucketize(rows, offsets, right=True) - 1]
         embedding_half, state_half = layer.self_attn.halves()
         embeddings = F.embedding(tokens, self.embed_tokens).to(self.fc.weight.dtype)
         by_token = F.linear(layer.input_layernorm(embeddings), embedding_half)
@@ -185,7 +185,7 @@ class DraftHead(nn.Module):
                 rows, positions = slots, positions[slots]
             else:
                 chain += [key, value]
-            attended = ChainAttention.apply(query, *step_0, blocks, *chain)
+            attended = ChainAttention.apply(query, *step_0, documents, *chain)
             residual = self._after_attention(residual, attended)
             outputs.append(residual)
         return outputs

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 
 from shared.head_config import HeadConfig
 from stages.train.data import Batch
+from stages.train.distributed import product_dtype
 from stages.train.model import DraftHead
 from stages.train.optimizer import make_optimizer
 from stages.train.step import TrainingStep, train_step
@@ -25,7 +26,8 @@ class Ours:
             head_config(shape), embed_tokens=target["target.embed_tokens"], d2t=tensors.pop("d2t")
         )
         head.load_state_dict(tensors, strict=False)
-        output = TargetOutput(target["target.norm"], problem.EPS, target["target.lm_head"])
+        rows = target["target.lm_head"].to(product_dtype(self.accelerator))
+        output = TargetOutput(target["target.norm"], problem.EPS, rows)
         if without:
             switches.switch_off(without)
         self.module = TrainingStep(head, output, num_steps=shape.ttt_steps, decay=problem.DECAY)

@@ -121,7 +121,7 @@ def necessary_flops(shape: Shape, loss_mask: Tensor) -> int:
     """Matrix products that no exact step can do without, forward and backward, in FLOP.
 
     A product of [n, a] with [a, b] costs 2nab, and each of its two gradients as much. The inputs
-    of `fc` and the target's states need no gradient. Attention's products are left out.
+    of `fc` and the target's states need no gradient. Attention's products: `attention_flops`.
     """
     gate = counted(loss_mask, shape.ttt_steps)
     slots = int(gate[0].sum())  # [R] run step 0; step k runs those that count at k
@@ -140,3 +140,13 @@ def necessary_flops(shape: Shape, loss_mask: Tensor) -> int:
     lm_head = 6 * runs * hidden * shape.draft_vocab
     target = 2 * scored * hidden * shape.draft_vocab
     return fc + keys_0 + queries_0 + embeddings + later + layer + lm_head + target
+
+
+def attention_flops(shape: Shape, loss_mask: Tensor) -> int:
+    """Attention's products, forward and backward, in FLOP: scores and sums over what a slot sees.
+
+    Both cost 2d a pair of query and key, and each has two gradients of as much: 12d. Slot t sees
+    t + 1 keys of step 0, and at step k its own chain's k.
+    """
+    steps, slots = counted(loss_mask, shape.ttt_steps).nonzero().unbind(1)
+    return 12 * shape.head_dim * shape.heads * int((slots + 1 + steps).sum())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.train import loss as loss_module
 from stages.train import model as model_module
-from stages.train.attention import Block
+from stages.train.blocks import Document
 from stages.train.data import Batch
 from stages.train.loss import CountedRows
 from stages.train.target_output import TargetOutput
@@ -60,13 +60,16 @@ class _DenseAttention:
 
     @staticmethod
     def apply(
-        query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], *chain: Tensor
+        query: Tensor, key: Tensor, value: Tensor, documents: list[Document], *chain: Tensor
     ) -> Tensor:
         slots = len(query)
         mask = torch.zeros(slots, len(key), dtype=torch.bool)
-        for rows, keys, causal in blocks:
-            block = torch.ones_like(mask[rows, keys])
-            mask[rows, keys] |= block.tril() if causal else block
+        for tokens, blocks in documents:
+            for rows, num_keys, later in blocks:
+                shown = mask[rows, tokens.start : min(tokens.start + num_keys, tokens.stop)]
+                shown[:] = True
+                masked = num_keys - later.shape[-1]
+                shown[:, masked:] = ~later[: len(shown), 0, : shown.shape[1] - masked]
         mask = torch.cat([mask, *[torch.eye(slots, dtype=torch.bool)] * (len(chain) // 2)], dim=1)
         keys, values = (torch.cat([first, *rest]) for first, rest in _joined(key, value, chain))
         heads_first = (x.transpose(0, 1)[None] for x in (query, keys, values))

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tests.perf.problem import SHAPES, necessary_flops, row
+from tests.perf.problem import SHAPES, attention_flops, necessary_flops, row
 
 ROOT = Path(__file__).resolve().parents[2]
 # Freed memory stays with the process, instead of being given back and zeroed again each step.
@@ -45,6 +45,7 @@ COLUMNS = (
     ("GEMM GFLOP/s", "gemm_gflops"),
     ("floor ms", "floor_ms"),
     ("share of floor", "floor_fraction"),
+    ("without attention's", "floor_fraction_without_attention"),
     ("allocators (theirs, ours)", "allocators"),
 )
 
@@ -143,8 +144,10 @@ def measure(options: argparse.Namespace, shape_name: str, dtype: str) -> list[di
         ours_ms, peer_ms = (statistics.median(times[side]) for side in sides)
         ours_mib, peer_mib = (worker.ask("memory", share=share)["mib"] for worker in kept)
         rate = statistics.median(rates)
-        flops = necessary_flops(SHAPES[shape_name], row(SHAPES[shape_name], share).loss_mask)
-        floor_ms = flops / rate / 1e6
+        shape = SHAPES[shape_name]
+        mask = row(shape, share).loss_mask
+        without_ms = necessary_flops(shape, mask) / rate / 1e6
+        floor_ms = without_ms + attention_flops(shape, mask) / rate / 1e6
         found.append(
             {
                 "shape": shape_name,
@@ -154,13 +157,14 @@ def measure(options: argparse.Namespace, shape_name: str, dtype: str) -> list[di
                 "ours_ms": round(ours_ms),
                 "peer_ms": round(peer_ms),
                 "ratio": round(peer_ms / ours_ms, 2),
-                "tokens_per_s": round(SHAPES[shape_name].tokens / ours_ms * 1e3),
+                "tokens_per_s": round(shape.tokens / ours_ms * 1e3),
                 "ours_mib": round(ours_mib),
                 "peer_mib": round(peer_mib),
                 "memory_ratio": round(ours_mib / peer_mib, 2),
                 "gemm_gflops": round(rate, 1),
                 "floor_ms": round(floor_ms),
                 "floor_fraction": round(floor_ms / ours_ms, 2),
+                "floor_fraction_without_attention": round(without_ms / ours_ms, 2),
                 "allocators": f"{kept[1].setting}, {kept[0].setting}",
                 "gradients_apart": apart,
             }

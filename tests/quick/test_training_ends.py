@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from shared import files, hidden_states
 from shared.config import build
@@ -61,7 +62,7 @@ def dataset(folder: Path, *, answer_tokens: int = 9, holdout: float = 0.0) -> Da
     )
 
 
-def trainer(workspace: Path, **sizes: int) -> Trainer:
+def trainer(workspace: Path, mixed_precision: str = "no", **sizes: int) -> Trainer:
     """Eight tokens a step at least, so a sample a step; every step is walked."""
     settings = {"batch_tokens": "8", "eval_every_steps": "1", "epochs": "1", "ttt_steps": "2"}
     flags = {"workspace": str(workspace), "target": "t", "walk_tokens": str(DRAFT_TOKENS)}
@@ -75,7 +76,7 @@ def trainer(workspace: Path, **sizes: int) -> Trainer:
         make_head(),
         dataset(dump, holdout=0.25, **sizes),
         workspace / "train",
-        Accelerator(cpu=True),
+        Accelerator(cpu=True, mixed_precision=mixed_precision),
     )
 
 
@@ -83,6 +84,20 @@ def best_step(training: Trainer) -> int:
     state = checkpoint.load(training.checkpoints.folder / checkpoint.BEST)
     assert state is not None
     return int(state["step"])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_target_s_own_products_are_in_the_run_s_precision(
+    tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    """In float32 they would cost more than the head's on a device that is made for bfloat16."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        training = trainer(tmp_path, mixed_precision=precision, answer_tokens=DRAFT_TOKENS + 1)
+        assert training.module.target.lm_head.dtype == dtype
+        assert training.run().steps == 6
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_where_nothing_can_be_drafted_the_last_head_is_the_best(tmp_path: Path) -> None:
