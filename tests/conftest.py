@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's target, made once for all tests that start an engine, in containers or not.
 
-With EYRIE_TEST_WORKSPACE set to a workspace that `make demo` filled, that one's is used.
+EYRIE_TEST_WORKSPACE names a workspace that outlives a run of pytest: what `make demo` or an earlier
+run made there is used, and what is missing is made there.
 """
 
 import dataclasses
@@ -34,12 +35,23 @@ def ops(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=1500)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two lanes for `--dist loadgroup`: what shares the demo, and all else.
+
+    A lane runs in one process, so that its engines and images are made once.
+    """
+    for item in items:
+        lane = "engine" if Path(__file__).with_name("engine") in item.path.parents else "rest"
+        item.add_marker(pytest.mark.xdist_group(lane))
+
+
 @pytest.fixture(scope="session")
 def demo_target(tmp_path_factory: pytest.TempPathFactory) -> MadeTarget:
-    if given := os.environ.get("EYRIE_TEST_WORKSPACE"):
-        return MadeTarget(Path(given).absolute(), None)
-    workspace = tmp_path_factory.mktemp("demo")
+    given = os.environ.get("EYRIE_TEST_WORKSPACE")
+    workspace = Path(given).absolute() if given else tmp_path_factory.mktemp("demo")
+    target = workspace / "targets" / "demo"
+    if target.exists():
+        return MadeTarget(workspace, None)
     started_s = time.monotonic()
-    made = ops(workspace, "make-target", str(workspace / "targets" / "demo"))
-    assert made.returncode == 0
+    assert ops(workspace, "make-target", str(target)).returncode == 0
     return MadeTarget(workspace, time.monotonic() - started_s)

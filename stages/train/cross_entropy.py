@@ -20,11 +20,11 @@ from torch import Tensor
 from stages.train.slices import even_slices
 from stages.train.target_output import TargetOutput, at_least_float32
 
-# One [K, C, D] tensor of logits; two or three live at once. Smaller chunks write the gradient of
-# lm_head to memory more often, larger ones push the logits themselves out of the cache.
-CHUNK_BYTES = 24 << 20
-# An accelerator has no cache for them: there the gradient of lm_head shall be touched seldom.
-ACCELERATOR_CHUNK_BYTES = 256 << 20
+# K * C, the rows of a chunk's logits, of which two or three live at once. Fewer rows read lm_head and
+# write its gradient more often, more push the logits themselves out of the cache.
+CHUNK_ROWS = 768
+# An accelerator has no cache for them, and wants larger products.
+ACCELERATOR_CHUNK_ROWS = 2048
 
 
 class SoftCrossEntropy(torch.autograd.Function):
@@ -59,7 +59,7 @@ class SoftCrossEntropy(torch.autograd.Function):
             # In float32 also where products are not: hundreds of chunks add up in it.
             grad_head = torch.zeros_like(work, dtype=weights.dtype) if by_head else None
             entropy, hits = torch.zeros_like(scales), torch.zeros_like(scales, dtype=torch.bool)
-            for rows in _chunks(weights, len(lm_head)):
+            for rows in _chunks(weights):
                 logits = target.logits(finals[rows])
                 best = logits.argmax(-1, keepdim=True)
                 probabilities = logits.softmax(-1)
@@ -123,12 +123,11 @@ def to_slots(by_target: Tensor) -> Tensor:
     return by_slot
 
 
-def _chunks(weights: Tensor, draft_vocab_size: int) -> Iterator[slice]:
-    """Even ranges of the R targets whose [K, C, D] logits keep within a chunk's bytes."""
+def _chunks(weights: Tensor) -> Iterator[slice]:
+    """Even ranges of the R targets, for logits of about as many rows as are wanted."""
     num_steps, num_rows = weights.shape
-    chunk_bytes = CHUNK_BYTES if weights.is_cpu else ACCELERATOR_CHUNK_BYTES
-    most = max(1, chunk_bytes // (num_steps * draft_vocab_size * weights.element_size()))
-    return even_slices(0, num_rows, most)
+    rows = CHUNK_ROWS if weights.is_cpu else ACCELERATOR_CHUNK_ROWS
+    return even_slices(0, num_rows, max(1, rows // num_steps))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo, run once for all engine tests: its states, its head.
-
-With EYRIE_TEST_WORKSPACE set to a workspace that `make demo` filled, that one is used.
-"""
+"""The demo, run once for all engine tests: its states, its head."""
 
 import dataclasses
 import time

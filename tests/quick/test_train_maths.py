@@ -199,8 +199,8 @@ def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, whole_sums = ttt_loss(case.head, case.batch, case.output, num_steps=4, decay=0.9)
     whole.backward()
     expected = gradients(case.head)
-    for rows in (1, 4):
-        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * CONFIG.draft_vocab_size * 4)
+    for rows in (4, 12):  # one target, then three
+        monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", rows)
         case.head.zero_grad()
         loss, sums = ttt_loss(case.head, case.batch, case.output, num_steps=4, decay=0.9)
         loss.backward()
@@ -354,7 +354,7 @@ def test_the_worked_example_of_step_weights() -> None:
 
 def test_loss_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2 * 6 * 8)  # chunks of two rows
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 6)  # two targets a chunk
     hidden = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
     lm_head = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(3, 5, dtype=torch.float64).tril(2)  # no target for row 4 beyond step 0
@@ -429,7 +429,7 @@ def test_the_gradient_of_lm_head_adds_up_in_float32(monkeypatch: pytest.MonkeyPa
     weights = torch.full((1, rows), 1 / rows)
 
     def gradient(states: Tensor, chunk_rows: int) -> Tensor:
-        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_rows * vocabulary * 4)
+        monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", chunk_rows)
         lm_head = (target.lm_head / 2).requires_grad_()
         SoftCrossEntropy.apply(states, lm_head, weights, finals, target)[0].backward()
         assert lm_head.grad is not None
