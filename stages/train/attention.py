@@ -122,7 +122,8 @@ def _weights(block: Block, query: Tensor, keys: Tensor, own_scores: Tensor) -> T
     seen = slice(own_scores.shape[-1] + block.num_keys)
     scores = _rows(query, block) @ keys[:, seen].mT
     scores[..., : own_scores.shape[-1]] = _rows(own_scores, block)
-    ends = scores.unflatten(1, (len(block.later), -1))[..., -block.later.shape[-1] :]
+    last = scores.shape[-1] - block.later.shape[-1]
+    ends = scores.unflatten(1, (len(block.later), -1))[..., last:]
     ends.masked_fill_(block.later, -torch.inf)
     return torch.softmax(scores, -1, out=scores)
 

@@ -118,7 +118,7 @@ PARTS: dict[str, tuple[str, Callable[[], None]]] = {
     "slots": ("only counted slots run and reach the loss", _every_slot),
     "loss": ("loss in chunks, gradients on the spot", _stored_logits),
     "projection": ("embedding half projected once", _project_each_step),
-    "attention": ("blocks and diagonals instead of a mask", _dense_mask),
+    "attention": ("blocks with columns for the chain, instead of a mask", _dense_mask),
     "optimizer": ("AdamW in one pass", lambda: None),  # the side makes its optimizer itself
 }
 

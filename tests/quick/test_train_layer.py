@@ -100,15 +100,18 @@ def torch_s_attention(query: Tensor, key: Tensor, value: Tensor, *chain: Tensor)
     return out[0].transpose(0, 1)
 
 
-@pytest.mark.parametrize("span", [2, 192])
+# A span of 2 and no counting up: slot 4 is a block of its own, in which no key comes later.
+@pytest.mark.parametrize(("span", "step"), [(2, 1), (2, 4), (192, 64)])
 @pytest.mark.parametrize("members", [0, 1, 8, 9])
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
 def test_attention_is_torch_s(
-    dtype: torch.dtype, apart: float, members: int, span: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, apart: float, members: int, span: int, step: int
 ) -> None:
-    monkeypatch.setattr(blocks_module, "SPAN_TOKENS", span)
+    sizes = {"SPAN_TOKENS": span, "ROUND_ROWS": step, "ROUND_KEYS": step}
+    with mock.patch.multiple(blocks_module, **sizes):
+        documents = attention_blocks(SLOTS, OFFSETS)
     main, chain = attention_inputs(dtype, members)
-    found = ChainAttention.apply(*main, attention_blocks(SLOTS, OFFSETS), *chain)
+    found = ChainAttention.apply(*main, documents, *chain)
     exact = [x.detach().double().requires_grad_() for x in (*main, *chain)]
     expected = torch_s_attention(*exact)
     by_output = torch.randn_like(expected)
