@@ -52,7 +52,7 @@ demo-compose: ## The demo in containers, on the processor; the workspace is a vo
 	$(COMPOSE_CPU) --profile stages build
 	$(COMPOSE_CPU) -f compose/pipeline.yaml -f compose/demo.yaml run --rm bench
 
-# The demo has both cores to itself, since its time is a promise; then two lanes share them.
+# The demo has both cores to itself, since its time is a promise; the other files take a core each.
 .PHONY: test
 test: export OMP_NUM_THREADS := 1
 test: export EYRIE_TEST_WORKSPACE := $(shell mktemp --dry-run --directory)
@@ -60,7 +60,7 @@ test: setup test-quick ## Everything we promise, tested: real engines and images
 	trap 'rm -rf "$$EYRIE_TEST_WORKSPACE"' EXIT; set -e; \
 	env --unset=OMP_NUM_THREADS $(PY) -m pytest tests/engine/test_demo.py; \
 	$(PY) -m pytest -n 2 --dist loadgroup -m "not soak" --deselect tests/engine/test_demo.py \
-	  tests/engine tests/stages tests/containers
+	  tests/containers tests/engine tests/stages
 
 .PHONY: soak
 soak: setup ## What takes longer than that.

@@ -35,14 +35,13 @@ def ops(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=1500)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two lanes for `--dist loadgroup`: what shares the demo, and all else.
-
-    A lane runs in one process, so that its engines and images are made once.
-    """
+    """For `--dist loadgroup`: a file's tests share a process, and so do all that build the images."""
+    containers = Path(__file__).with_name("containers")
     for item in items:
-        lane = "engine" if Path(__file__).with_name("engine") in item.path.parents else "rest"
-        item.add_marker(pytest.mark.xdist_group(lane))
+        together = containers if containers in item.path.parents else item.path
+        item.add_marker(pytest.mark.xdist_group(str(together.relative_to(ROOT))))
 
 
 @pytest.fixture(scope="session")
