@@ -35,15 +35,6 @@ def ops(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=1500)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: a file's tests share a process, and so do all that build the images."""
-    containers = Path(__file__).with_name("containers")
-    for item in items:
-        together = containers if containers in item.path.parents else item.path
-        item.add_marker(pytest.mark.xdist_group(str(together.relative_to(ROOT))))
-
-
 @pytest.fixture(scope="session")
 def demo_target(tmp_path_factory: pytest.TempPathFactory) -> MadeTarget:
     given = os.environ.get("EYRIE_TEST_WORKSPACE")
