@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.train.target_output import at_least_float32
+
 
 class RMSNorm(nn.RMSNorm):
     """torch's; on a CPU with fewer passes over memory, in mixed precision too."""
@@ -27,7 +29,7 @@ class RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        precise = at_least_float32(x)
         with torch.autocast("cpu", enabled=False):  # it would take the sum of squares in bfloat16
             squares = torch.linalg.vecdot(precise, precise)
         scale = (squares / x.shape[-1] + eps).rsqrt_()[..., None]
