@@ -40,7 +40,7 @@ $(STAMP): requirements.lock
 
 .PHONY: demo
 demo: setup ## All four stages on a small target made on the spot: ten minutes on two cores, more without bfloat16.
-	$(PY) -m stages.ops make-target $(WORKSPACE)/targets/demo
+	$(PY) -m stages.demo make-target $(WORKSPACE)/targets/demo
 	$(PY) -m stages.ops run --recipe compose/recipes/demo/recipe.yaml
 
 .PHONY: images

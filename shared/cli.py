@@ -22,10 +22,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from shared import config as configs
-from shared import errors, process
+from shared import errors
 from shared.config import CommandConfig, StageConfig
-from shared.log import logged_to, start_logging
-from shared.status import Status
+from shared.runtime import process
+from shared.runtime.log import logged_to, start_logging
+from shared.runtime.status import Status
 
 Commands = Mapping[str, tuple[type[CommandConfig], str]]
 

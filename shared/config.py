@@ -24,11 +24,11 @@ from typing import Any, ClassVar, TypeVar
 import pydantic
 from pydantic.fields import FieldInfo
 
-from shared import recipe_yaml
 from shared.errors import UserError
-from shared.files import read_text
+from shared.io import recipe_yaml
+from shared.io.files import read_text
 from shared.paths import STAGES, RunPaths
-from shared.process import Share
+from shared.runtime.process import Share
 
 SECTIONS = ("run", *STAGES)
 _LONGEST_NAME_BYTES = 200  # a file system takes 255, and what is in the making has a longer name

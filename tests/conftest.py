@@ -30,8 +30,17 @@ class MadeTarget:
 
 
 def ops(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One of the commands that `make demo` is made of."""
-    command = [sys.executable, "-m", "stages.ops", *arguments, "--workspace", str(workspace)]
+    """One of the operator's commands."""
+    return _module("stages.ops", workspace, *arguments)
+
+
+def make_target(workspace: Path, target: Path) -> subprocess.CompletedProcess[str]:
+    """The first command of `make demo`."""
+    return _module("stages.demo", workspace, "make-target", str(target))
+
+
+def _module(module: str, workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments, "--workspace", str(workspace)]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=1500)
 
 
@@ -43,5 +52,5 @@ def demo_target(tmp_path_factory: pytest.TempPathFactory) -> MadeTarget:
     if target.exists():
         return MadeTarget(workspace, None)
     started_s = time.monotonic()
-    assert ops(workspace, "make-target", str(target)).returncode == 0
+    assert make_target(workspace, target).returncode == 0
     return MadeTarget(workspace, time.monotonic() - started_s)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from shared.layers import resolve_aux_layers, to_output_ids
+from shared.contracts.layers import resolve_aux_layers, to_output_ids
 
 # Standard deviation of every matrix times sqrt(fan-in): each layer keeps its input's scale.
 GAIN = 1.0

@@ -8,7 +8,7 @@ Times are set, so that throughput and latencies are known too.
 from dataclasses import asdict
 from typing import Any
 
-from stages.bench.metrics import Counters, total
+from stages.bench.figures.metrics import Counters, total
 
 CATEGORIES = ("coding", "writing")
 

@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch.distributed.tensor import DTensor
 
-from shared.head_config import HeadConfig
-from stages.train import distributed
-from stages.train.data import Batch, Sample, split_step
+from shared.contracts.head_config import HeadConfig
+from stages.train.data.dataset import Batch, Sample, split_step
+from stages.train.loop import distributed
+from stages.train.loop.optimizer import make_optimizer
+from stages.train.loop.step import TrainingStep, train_step
 from stages.train.model import DraftHead
-from stages.train.optimizer import make_optimizer
-from stages.train.step import TrainingStep, train_step
-from stages.train.target_output import TargetOutput
+from stages.train.objective.target_output import TargetOutput
 
 CONFIG = HeadConfig(
     hidden_size=16,

@@ -12,11 +12,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from shared import conversations, files, target
+from shared.artifacts.manifest import Artifact, require_parent
 from shared.config import build
-from shared.conversations import Conversation
-from shared.manifest import Artifact, require_parent
-from shared.tokenizer import vocabulary_hash
+from shared.contracts import conversations
+from shared.contracts.conversations import Conversation
+from shared.io import files
+from shared.target import model as target
+from shared.target.tokenizer import vocabulary_hash
 from stages.synth.config import SynthConfig
 from tests.models import tiny_llama
 
@@ -84,8 +86,10 @@ def make_synth(workspace: Path, *, num_rows: int = 40, copies: int = 1) -> None:
 
 def make_bench(workspace: Path) -> None:
     """A finished bench artifact of the run's export, from measurements made up by hand."""
-    from stages.bench import gates, making, page, report
     from stages.bench.config import BenchConfig
+    from stages.bench.report import gates, report
+    from stages.bench.report import html as page
+    from stages.bench.report import lineage as making
     from tests.measurements import baseline_requests, cell, engine, head_requests, lossless
 
     flags = {"recipe": str(workspace / "recipe.yaml"), "workspace": str(workspace)}

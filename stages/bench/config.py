@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 
 from shared.config import CommandConfig, StageConfig, identity, operational
-from shared.sources import Source
+from shared.prompts.sources import Source
 
 Counts = tuple[Annotated[int, pydantic.Field(ge=1)], ...]
 Temperatures = tuple[Annotated[float, pydantic.Field(ge=0)], ...]

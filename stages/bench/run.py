@@ -13,19 +13,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared import files, sources, target
-from shared.bench_report import read_report
-from shared.checksums import require_unchanged
+from shared.artifacts.checksums import require_unchanged
+from shared.artifacts.manifest import Artifact, require_parent
+from shared.contracts.bench_report import read_report
 from shared.errors import OutputError, UserError
-from shared.manifest import Artifact, require_parent
+from shared.io import files
 from shared.paths import require_input
-from shared.prompts import BadRow
-from shared.sources import Source
-from shared.status import Accounting, Status
-from shared.tokenizer import require_chat_template, tokenizer_hash
-from stages.bench import gates, head, in_process, making, plans, report
-from stages.bench.cells import Conversation, cells
+from shared.prompts import sources
+from shared.prompts.rows import BadRow
+from shared.prompts.sources import Source
+from shared.runtime.status import Accounting, Status
+from shared.target import model as target
+from shared.target.tokenizer import require_chat_template, tokenizer_hash
+from stages.bench import head_check as head
 from stages.bench.config import BenchConfig, CompareConfig
+from stages.bench.measure import in_process, plans
+from stages.bench.measure.cells import Conversation, cells
+from stages.bench.report import gates, report
+from stages.bench.report import lineage as making
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 REPORT, PAGE = "report.json", "report.html"
@@ -196,7 +201,7 @@ def _measure(
         others = heads if name == "baseline" else {}
         if config.endpoint or config.mode == "served":
             # Here, not above: a benchmark that is done already must not wait for the client.
-            from stages.bench import served
+            from stages.bench.measure import served
 
             results[name] = served.measure(config, name, plan, folder, others=others)
             continue
@@ -207,7 +212,8 @@ def _measure(
 
 def _write(found: Mapping[str, Any], folder: Path) -> None:
     # Here, not above: a benchmark that is done already must not wait for matplotlib.
-    from stages.bench import page, show
+    from stages.bench.report import html as page
+    from stages.bench.report import terminal as show
 
     drawn = page.render(found)
     files.write_json(folder / REPORT, found)
@@ -221,7 +227,8 @@ def compare(config: CompareConfig) -> None:
     Raises:
         UserError: one of them is no bench report.
     """
-    from stages.bench import page, show
+    from stages.bench.report import html as page
+    from stages.bench.report import terminal as show
 
     first, second = (
         read_report(_report_path(name, config.workspace)) for name in (config.first, config.second)

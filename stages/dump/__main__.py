@@ -9,6 +9,6 @@ if __name__ == "__main__":
         "dump",
         {
             "run": (DumpConfig, "stages.dump.run:run"),
-            "parity": (ParityConfig, "stages.dump.parity:run"),
+            "parity": (ParityConfig, "stages.dump.checks.parity:run"),
         },
     )

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal, Self
 
 import pydantic
 
+from shared.artifacts.sharding import ShardedConfig
 from shared.config import identity, operational
-from shared.sharding import ShardedConfig
-from shared.special_tokens import POLICY_DOC, Policy
+from shared.target.special_tokens import POLICY_DOC, Policy
 
 
 class DumpConfig(ShardedConfig):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`data_parallel`: several engines on one node, each a process with its own GPUs and shards.
 
-Each child is this very command with a share of its own (see `shared/sharding.py`); this process
+Each child is this very command with a share of its own (see `shared/artifacts/sharding.py`); this process
 waits, and completes the artifact when all are done.
 """
 
@@ -21,7 +21,7 @@ from shared.errors import (
     RetryableError,
     UserError,
 )
-from shared.process import die_with_parent, stop_if_requested, stop_requested
+from shared.runtime.process import die_with_parent, stop_if_requested, stop_requested
 from stages.dump.config import DumpConfig
 
 DEVICES = "CUDA_VISIBLE_DEVICES"

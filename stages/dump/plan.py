@@ -15,15 +15,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from shared import files
-from shared.conversations import Conversation
+from shared.artifacts.manifest_shape import Count, Counts
+from shared.artifacts.unfinished import LOCK
+from shared.contracts.conversations import Conversation
 from shared.errors import RetryableError, UserError
-from shared.files import atomic_path
-from shared.manifest_shape import Count, Counts
-from shared.process import lock, stop_if_requested
-from shared.records import Shape, read_record
-from shared.status import Accounting
-from shared.unfinished import LOCK
+from shared.io import files
+from shared.io.files import atomic_path
+from shared.io.records import Shape, read_record
+from shared.runtime.process import lock, stop_if_requested
+from shared.runtime.status import Accounting
 from stages.dump.config import DumpConfig
 
 FOLDER = "plan"

@@ -11,11 +11,12 @@ import logging
 import shutil
 from pathlib import Path
 
-from shared import layers, target
+from shared.artifacts.manifest import Artifact
+from shared.contracts import layers
 from shared.errors import RetryableError, UserError
-from shared.manifest import Artifact
-from shared.status import Accounting, Status
-from shared.target import TargetConfig
+from shared.runtime.status import Accounting, Status
+from shared.target import model as target
+from shared.target.model import TargetConfig
 from stages.dump import plan as plans
 from stages.dump import sources
 from stages.dump.config import DumpConfig
@@ -81,7 +82,7 @@ def _settle(
     found = plans.read_plan(folder / plans.FOLDER, fingerprint)
     backend = found.backend if found else config.backend
     if backend == "auto" or config.states is not None:
-        from stages.dump.backends import choose
+        from stages.dump.backends.choose import choose
 
         backend = choose(config, target_config, aux_layers)
     accounting = Accounting()
@@ -120,8 +121,8 @@ def _capture(
     min_agreement: float,
 ) -> None:
     """Capture what is missing of this process's share."""
-    from stages.dump.backends import open_backend
-    from stages.dump.capture import ShardWriter, read_sidecar
+    from stages.dump.backends.choose import open_backend
+    from stages.dump.shards.writer import ShardWriter, read_sidecar
 
     own = [shard for shard in plan.shards if config.share.owns(shard.index)]
     missing = [shard for shard in own if read_sidecar(folder, shard) is None]
@@ -155,8 +156,8 @@ def _complete(
     plan: Plan,
 ) -> None:
     """Write the manifest, if this process is the one that sees every shard whole."""
-    from stages.dump.capture import read_sidecar, sidecar
-    from stages.dump.metadata import write_metadata
+    from stages.dump.shards.metadata import write_metadata
+    from stages.dump.shards.writer import read_sidecar, sidecar
 
     found = [read_sidecar(artifact.folder, shard) for shard in plan.shards]
     sidecars = [facts for facts in found if facts is not None]

@@ -2,7 +2,7 @@
 """Where the rows come from: synth's artifact of the same run, finished conversations, or states.
 
 Conversations that nobody regenerates get their token ids and answer spans from the target's own chat
-template (`shared/templates.py`); a row for which the template cannot tell them is left out, with its
+template (`shared/target/templates.py`); a row for which the template cannot tell them is left out, with its
 reason. The target did not say these answers, so they are no measure of its states. Hidden states
 that were made elsewhere bring ids and masks along.
 """
@@ -15,17 +15,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared import conversations, layers, sources, target
-from shared.checksums import require_unchanged
-from shared.conversations import Conversation, spans_of
+from shared.artifacts.checksums import require_unchanged
+from shared.artifacts.manifest import require_parent
+from shared.contracts import conversations, layers
+from shared.contracts.conversations import Conversation, spans_of
 from shared.errors import UserError
-from shared.manifest import require_parent
 from shared.paths import find_input
-from shared.prompts import BadRow, Prompt, is_name
-from shared.special_tokens import REASON, Policy, SpecialTokens
-from shared.status import Accounting
-from shared.templates import TemplateMismatch, tokenize_conversation
-from shared.tokenizer import load_tokenizer, require_chat_template, tokenizer_hash, vocabulary_hash
+from shared.prompts import sources
+from shared.prompts.rows import BadRow, Prompt, is_name
+from shared.runtime.status import Accounting
+from shared.target import model as target
+from shared.target.special_tokens import REASON, Policy, SpecialTokens
+from shared.target.templates import TemplateMismatch, tokenize_conversation
+from shared.target.tokenizer import (
+    load_tokenizer,
+    require_chat_template,
+    tokenizer_hash,
+    vocabulary_hash,
+)
 from stages.dump.config import DumpConfig
 
 _WHAT = "dump.conversations"
@@ -131,7 +138,7 @@ class PlainRows(RowSource):
 
 @dataclasses.dataclass(frozen=True)
 class StateRows(RowSource):
-    """Hidden states that were made elsewhere, a file a conversation (`shared/row_files.py`)."""
+    """Hidden states that were made elsewhere, a file a conversation (`shared/contracts/row_files.py`)."""
 
     folder: Path
     aux_layers: tuple[int, ...] | None
@@ -141,7 +148,7 @@ class StateRows(RowSource):
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
         # Here, not above: an artifact that is done already must not wait for torch.
-        from shared.row_files import RowFile
+        from shared.contracts.row_files import RowFile
 
         config = target.read_config(target_folder)
         num_states = len(layers.resolve_aux_layers(self.aux_layers, config.num_layers)) + 1

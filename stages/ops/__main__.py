@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m stages.ops`: run the chain, make the demo's target, tell what failed."""
+"""`python -m stages.ops`: run the chain, watch it, tell what failed."""
 
 from shared.cli import launch
 from stages.ops.config import (
-    MakeTargetConfig,
     PlanConfig,
     ReviewConfig,
     RunChainConfig,
@@ -17,13 +16,12 @@ if __name__ == "__main__":
     launch(
         "ops",
         {
-            "run": (RunChainConfig, "stages.ops.run:run"),
-            "make-target": (MakeTargetConfig, "stages.ops.demo.run:run"),
+            "run": (RunChainConfig, "stages.ops.chain.run:run"),
             "plan": (PlanConfig, "stages.ops.plan.run:run"),
-            "validate": (ValidateConfig, "stages.ops.validate.run:run"),
-            "status": (StatusConfig, "stages.ops.status:run"),
-            "watch": (WatchConfig, "stages.ops.status:watch"),
-            "triage": (TriageConfig, "stages.ops.triage.run:run"),
-            "review": (ReviewConfig, "stages.ops.triage.run:run_review"),
+            "validate": (ValidateConfig, "stages.ops.look.validate.run:run"),
+            "status": (StatusConfig, "stages.ops.look.status:run"),
+            "watch": (WatchConfig, "stages.ops.look.status:watch"),
+            "triage": (TriageConfig, "stages.ops.look.triage.run:run"),
+            "review": (ReviewConfig, "stages.ops.look.triage.run:run_review"),
         },
     )

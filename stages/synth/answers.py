@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 from shared.errors import RetryableError, UserError
-from shared.process import stop_requested
-from shared.prompts import Prompt
-from shared.special_tokens import SpecialTokens
-from shared.tokenizer import load_tokenizer
+from shared.prompts.rows import Prompt
+from shared.runtime.process import stop_requested
+from shared.target.special_tokens import SpecialTokens
+from shared.target.tokenizer import load_tokenizer
 from stages.synth.client import Client, Dispatcher, Endpoint, Outcome, ServerDiedError
 from stages.synth.config import SynthConfig
 

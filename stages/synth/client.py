@@ -17,11 +17,11 @@ from typing import Any
 import aiohttp
 import tenacity
 
-from shared.conversations import Conversation
+from shared.contracts.conversations import Conversation
 from shared.errors import OutputError
-from shared.process import stop_requested
-from shared.prompts import Message, Prompt
-from shared.special_tokens import REASON, SpecialTokens
+from shared.prompts.rows import Message, Prompt
+from shared.runtime.process import stop_requested
+from shared.target.special_tokens import REASON, SpecialTokens
 from stages.synth.config import SynthConfig
 from stages.synth.mixture import request_seed, sampling_of
 from stages.synth.play import Played, Refused, Reply, play, to_rows

@@ -5,10 +5,10 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
+from shared.artifacts.sharding import ShardedConfig
 from shared.config import Section, UntoldError, identity, is_plain_url, operational
-from shared.sharding import ShardedConfig
-from shared.sources import Source
-from shared.special_tokens import POLICY_DOC, Policy
+from shared.prompts.sources import Source
+from shared.target.special_tokens import POLICY_DOC, Policy
 
 # Server options that have a field of their own here, or that are ours alone to set.
 _OWN_OPTIONS = {

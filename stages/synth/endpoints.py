@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import RetryableError, UserError
-from shared.server import base_of, is_healthy
-from shared.tokenizer import load_tokenizer
+from shared.target.tokenizer import load_tokenizer
+from shared.vllm.server import base_of, is_healthy
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.server import MODEL_NAME, start_server
+from shared.vllm.server import MODEL_NAME, start_server
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.conversations import Conversation
-from shared.prompts import Message, Prompt
-from shared.special_tokens import REASON, SpecialTokens
-from shared.templates import TemplateMismatch, tokenize_conversation
-from shared.tokenizer import load_tokenizer
+from shared.contracts.conversations import Conversation
+from shared.prompts.rows import Message, Prompt
+from shared.target.special_tokens import REASON, SpecialTokens
+from shared.target.templates import TemplateMismatch, tokenize_conversation
+from shared.target.tokenizer import load_tokenizer
 from stages.synth.client import Outcome
 from stages.synth.config import SynthConfig
 from stages.synth.play import Refused, as_text

@@ -10,9 +10,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from shared.process import Share
-from shared.prompts import BadRow, Prompt, short_hash
-from shared.sources import digest, read_source, without_duplicates
+from shared.prompts.rows import BadRow, Prompt, short_hash
+from shared.prompts.sources import digest, read_source, without_duplicates
+from shared.runtime.process import Share
 from stages.synth.config import SynthConfig, SynthSource
 
 Row = Prompt | BadRow

@@ -10,8 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from shared import conversations
-from shared.conversations import Conversation
+from shared.contracts import conversations
+from shared.contracts.conversations import Conversation
 
 _COLUMNS = (
     "conversation_id",

@@ -17,8 +17,8 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from shared.conversations import Conversation
-from shared.prompts import Message, Prompt, Turn
+from shared.contracts.conversations import Conversation
+from shared.prompts.rows import Message, Prompt, Turn
 from stages.synth.config import SynthConfig
 
 Ids = tuple[int, ...]

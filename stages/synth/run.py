@@ -11,14 +11,15 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared import files, target
+from shared.artifacts.manifest import Artifact
 from shared.errors import RetryableError
-from shared.manifest import Artifact
-from shared.process import Share, stop_if_requested
-from shared.prompts import BadRow, Prompt
-from shared.special_tokens import REASON as SPECIAL_TOKEN
-from shared.status import Accounting, Status
-from shared.tokenizer import require_chat_template, tokenizer_hash, vocabulary_hash
+from shared.io import files
+from shared.prompts.rows import BadRow, Prompt
+from shared.runtime.process import Share, stop_if_requested
+from shared.runtime.status import Accounting, Status
+from shared.target import model as target
+from shared.target.special_tokens import REASON as SPECIAL_TOKEN
+from shared.target.tokenizer import require_chat_template, tokenizer_hash, vocabulary_hash
 from stages.synth import mixture, parts
 from stages.synth.config import SynthConfig
 

@@ -5,8 +5,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from shared.status import Accounting
-from shared.tables import cell
+from shared.runtime.status import Accounting
+from shared.runtime.tables import cell
 from stages.synth.parts import Totals
 
 _PERCENTILES = (10, 50, 90, 99, 100)

@@ -27,13 +27,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shared.contracts.head_config import HeadConfig
 from shared.errors import UserError
-from shared.files import read_json, require_file
-from shared.head_config import HeadConfig
-from stages.train.attention import ChainAttention
-from stages.train.blocks import attention_blocks
-from stages.train.norm import RMSNorm
-from stages.train.rotary import Rotary, Rotation
+from shared.io.files import read_json, require_file
+from stages.train.kernels.attention import ChainAttention
+from stages.train.kernels.blocks import attention_blocks
+from stages.train.kernels.norm import RMSNorm
+from stages.train.kernels.rotary import Rotary, Rotation
 
 INIT_STD = 0.02  # what transformers gives every linear layer of a Llama
 

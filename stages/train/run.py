@@ -11,17 +11,19 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared import files, hidden_states, layers, target
-from shared.checksums import require_unchanged
+from shared.artifacts.checksums import require_unchanged
+from shared.artifacts.manifest import MANIFEST, Artifact, require_parent
+from shared.contracts import hidden_states, layers
 from shared.errors import UserError
-from shared.manifest import MANIFEST, Artifact, require_parent
-from shared.target import TargetConfig
-from stages.train import warm_start
+from shared.io import files
+from shared.target import model as target
+from shared.target.model import TargetConfig
 from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
+from stages.train.export import warm_start
 
 if TYPE_CHECKING:
-    from shared.target import TargetTensors
-    from stages.train.loop import Outcome
+    from shared.target.model import TargetTensors
+    from stages.train.loop.trainer import Outcome
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ def run_vocab(config: VocabConfig) -> None:
         UserError: no finished dump, or another vocabulary is there already.
     """
     _, target_config = _inputs(config)
-    from stages.train import vocabulary
+    from stages.train.objective import vocabulary
 
     counts = hidden_states.read_token_freq(config.paths.stage("dump"), target_config.vocab_size)
     folder = config.paths.stage("train")
@@ -90,8 +92,8 @@ def run_export(config: ExportConfig) -> None:
         OutputError: the head does not have what engines load.
     """
     parent, target_config = _inputs(config)
-    from stages.train.export import export_head, require_replaceable
-    from stages.train.export_speculators import export_speculators
+    from stages.train.export.hf import export_head, require_replaceable
+    from stages.train.export.speculators import export_speculators
 
     folder = config.paths.stage("train")
     named = {"best": folder / "checkpoints" / "best.pt", "latest": folder / "checkpoints/latest.pt"}
@@ -114,7 +116,7 @@ def run_export(config: ExportConfig) -> None:
         export_speculators(head, out, target_architectures=architectures, **options)
     logger.info("exported step %d to %s", step, out)
     if config.push_to is not None:
-        from stages.train.hub import push
+        from stages.train.export.hub import push
 
         push(out, config.push_to)
 
@@ -123,7 +125,7 @@ def _head_of(
     config: TrainConfig, target_config: TargetConfig, folder: Path, path: Path
 ) -> tuple[Any, int]:
     """The head of a checkpoint, and the step it is from."""
-    from stages.train import checkpoint
+    from stages.train.loop import checkpoint
 
     state = checkpoint.load(path)
     if state is None:
@@ -163,10 +165,10 @@ def _build(
     config: TrainConfig, target_config: TargetConfig, tensors: "TargetTensors", folder: Path
 ) -> Any:
     """A fresh head, its vocabulary and lm_head rows from the target's."""
-    from shared import vocab
-    from shared.head_config import HeadConfig
-    from stages.train import vocabulary
+    from shared.contracts import vocab
+    from shared.contracts.head_config import HeadConfig
     from stages.train.model import DraftHead
+    from stages.train.objective import vocabulary
 
     counts = hidden_states.read_token_freq(config.paths.stage("dump"), target_config.vocab_size)
     warm = warm_start.load(config, tensors.embed_tokens) if config.init_from else None
@@ -201,10 +203,10 @@ def _train(
     # Here, not above: an artifact that is done already must not wait for torch.
     import torch
 
-    from stages.train import vocabulary
-    from stages.train.data import Dataset
-    from stages.train.distributed import make_accelerator, together
-    from stages.train.loop import Trainer
+    from stages.train.data.dataset import Dataset
+    from stages.train.loop.distributed import make_accelerator, together
+    from stages.train.loop.trainer import Trainer
+    from stages.train.objective import vocabulary
 
     accelerator = make_accelerator(config, folder)
     torch.manual_seed(config.run.seed)
@@ -245,7 +247,7 @@ def _export(
     trained: dict[str, Any],
     folder: Path,
 ) -> list[str]:
-    from stages.train.export import export_head
+    from stages.train.export.hf import export_head
 
     best = train_folder / "checkpoints" / "best.pt"
     head, _ = _head_of(config, target_config, train_folder, best)

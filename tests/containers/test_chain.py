@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared import conversations
+from shared.contracts import conversations
 from tests.conftest import MadeTarget
 from tests.containers.conftest import CHAIN, STAGES, Project, docker, wait_for
 

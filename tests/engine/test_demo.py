@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from shared import conversations, hidden_states
-from shared.processor import has_bfloat16
-from shared.safetensors_files import read_header
-from tests.conftest import ROOT, ops
+from shared.contracts import conversations, hidden_states
+from shared.io.safetensors_files import read_header
+from shared.runtime.processor import has_bfloat16
+from tests.conftest import ROOT, make_target, ops
 from tests.engine.conftest import RECIPE, Demo
 
 pytestmark = pytest.mark.engine
@@ -97,7 +97,7 @@ def test_a_planted_wrong_token_is_caught(demo: Demo, tmp_path: Path) -> None:
     plan["references"] = {"head": str(tmp_path / "head.json")}
     plan["conversations"] = [c for c in plan["conversations"] if c["id"] in kept]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    command = [sys.executable, "-m", "stages.bench.engine", "plan.json", "out.json"]
+    command = [sys.executable, "-m", "stages.bench.measure.engine", "plan.json", "out.json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
@@ -118,7 +118,7 @@ def test_again_is_done_within_seconds_and_redoes_nothing(demo: Demo) -> None:
     manifests = [path for path in before if path.name == "manifest.json"]
     assert len(manifests) == 5
     started_s = time.monotonic()
-    assert ops(demo.workspace, "make-target", str(demo.target)).returncode == 0
+    assert make_target(demo.workspace, demo.target).returncode == 0
     assert ops(demo.workspace, "run", "--recipe", str(RECIPE)).returncode == 0
     assert time.monotonic() - started_s < 30
     for path, written in before.items():

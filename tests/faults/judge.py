@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from shared import conversations
+from shared.contracts import conversations
 from shared.errors import EyrieError
 from tests.faults.bed import MAKES, Reference, World
 

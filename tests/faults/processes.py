@@ -46,7 +46,7 @@ class Stage:
     ) -> None:
         self.workspace, self.stage = workspace, stage
         ranks = "EYRIE_RANKS" in (more or {})
-        words = ["-m", "stages.train.ranks"] if ranks else ["-m", f"stages.{stage}", "run"]
+        words = ["-m", "stages.train.launch"] if ranks else ["-m", f"stages.{stage}", "run"]
         words += ["--recipe", str(workspace / "recipe.yaml"), "--workspace", str(workspace), *flags]
         self._console = (workspace / f"console-{time.monotonic_ns()}").open("w+b")
         self._process = subprocess.Popen(

@@ -24,15 +24,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared import target as targets
 from shared.config import build
-from shared.conversations import Conversation
-from shared.layers import default_aux_layers, state_bytes
-from shared.status import Accounting
-from stages.dump.backends import Row, open_backend
-from stages.dump.capture import ShardWriter
+from shared.contracts.conversations import Conversation
+from shared.contracts.layers import default_aux_layers, state_bytes
+from shared.runtime.status import Accounting
+from shared.target import model as targets
+from stages.dump.backends.base import Row
+from stages.dump.backends.choose import open_backend
 from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan, settle
+from stages.dump.shards.writer import ShardWriter
 from tests.models import tiny_llama
 
 LAYERS = 8

@@ -4,13 +4,13 @@
 import torch
 from accelerate import Accelerator
 
-from shared.head_config import HeadConfig
-from stages.train.data import Batch
-from stages.train.distributed import product_dtype
+from shared.contracts.head_config import HeadConfig
+from stages.train.data.dataset import Batch
+from stages.train.loop.distributed import product_dtype
+from stages.train.loop.optimizer import make_optimizer
+from stages.train.loop.step import TrainingStep, train_step
 from stages.train.model import DraftHead
-from stages.train.optimizer import make_optimizer
-from stages.train.step import TrainingStep, train_step
-from stages.train.target_output import TargetOutput
+from stages.train.objective.target_output import TargetOutput
 from tests.perf import problem, switches
 from tests.perf.problem import Shape
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from shared import hidden_states
+from shared.contracts import hidden_states
 
 HIDDEN_SIZE = 4096
 NUM_STATES = 4

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.train import loss as loss_module
 from stages.train import model as model_module
-from stages.train.blocks import Document
-from stages.train.data import Batch
-from stages.train.loss import CountedRows
-from stages.train.target_output import TargetOutput
+from stages.train.data.dataset import Batch
+from stages.train.kernels.blocks import Document
+from stages.train.objective import loss as loss_module
+from stages.train.objective.loss import CountedRows
+from stages.train.objective.target_output import TargetOutput
 
 
 def _every_slot() -> None:

@@ -9,13 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from shared import files
-from shared.provenance import package_versions
-from stages.ops.triage.diagnosis import diagnose
-from stages.ops.triage.failure_rules import read_rules
-from stages.ops.triage.fixtures import Places, as_fixture, last_attempt
-from stages.ops.triage.log_files import open_case
-from stages.ops.triage.log_scan import Scanner
+from shared.artifacts.provenance import package_versions
+from shared.io import files
+from stages.ops.look.triage.diagnosis import diagnose
+from stages.ops.look.triage.failure_rules import read_rules
+from stages.ops.look.triage.fixtures import Places, as_fixture, last_attempt
+from stages.ops.look.triage.log_files import open_case
+from stages.ops.look.triage.log_scan import Scanner
 from tests.provoke import engines, machine, recipes
 from tests.provoke.table import CASES, Case
 from tests.provoke.world import World

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared import files
+from shared.io import files
 from tests.models import tiny_llama
 from tests.provoke.table import ALL, case, conversations
 from tests.provoke.world import World, children, python

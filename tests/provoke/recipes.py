@@ -5,7 +5,7 @@ import fcntl
 import os
 import sys
 
-from shared import files
+from shared.io import files
 from tests.models import tiny_llama
 from tests.provoke.table import ALL, case, conversations
 from tests.provoke.world import World

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from shared import files
+from shared.io import files
 from tests import runs
 from tests.models import tiny_llama
 

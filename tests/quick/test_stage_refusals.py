@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import files
+from shared.io import files
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]

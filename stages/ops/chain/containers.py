@@ -13,8 +13,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from shared import files
 from shared.errors import EXIT_BUG, UserError
+from shared.io import files
 from shared.paths import RunPaths
 from stages.ops.chain.machine import look
 from stages.ops.chain.processes import SOURCE_ROOT

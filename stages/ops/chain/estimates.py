@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from shared import layers, sources, target
+from shared.artifacts.manifest import read_manifest
+from shared.contracts import layers
 from shared.errors import EyrieError, UserError
-from shared.manifest import read_manifest
 from shared.paths import RunPaths, find_input
-from shared.sources import Source
-from shared.status import read_status
-from shared.tables import cell
-from shared.target import TargetConfig
+from shared.prompts import sources
+from shared.prompts.sources import Source
+from shared.runtime.status import read_status
+from shared.runtime.tables import cell
+from shared.target import model as target
+from shared.target.model import TargetConfig
 from stages.ops.chain import sizes
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.processes import Step

@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shared import sources
 from shared.errors import UserError
 from shared.paths import RunPaths, find_input
-from shared.server import base_of, is_healthy
-from shared.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_within
+from shared.prompts import sources
+from shared.vllm.server import base_of, is_healthy
+from shared.vllm.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_within
 from stages.ops.chain import containers
 from stages.ops.chain.estimates import prompt_sources
 from stages.ops.chain.machine import SHARED_MEMORY, Machine

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared import layers, target
+from shared.contracts import layers
 from shared.errors import EyrieError, UserError
 from shared.paths import RunPaths, find_input
-from shared.target import TargetConfig
-from shared.tokenizer import require_chat_template
+from shared.target import model as target
+from shared.target.model import TargetConfig
+from shared.target.tokenizer import require_chat_template
 from stages.ops.chain import sizes
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.processes import Step

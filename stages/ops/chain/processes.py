@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.artifacts.manifest import MANIFEST
 from shared.cli import PRINT_CONFIG
 from shared.config import RunConfig, read_recipe
 from shared.errors import EXIT_DONE, UserError
-from shared.manifest import MANIFEST
 from shared.paths import RunPaths
 from stages.ops.config import RunChainConfig
 

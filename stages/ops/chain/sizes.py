@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared import layers
-from shared.head_config import HeadConfig
-from shared.manifest import read_manifest
+from shared.artifacts.manifest import read_manifest
+from shared.contracts import layers
+from shared.contracts.head_config import HeadConfig
 from shared.paths import RunPaths
-from shared.target import TargetConfig
+from shared.target.model import TargetConfig
 from stages.ops.chain.processes import Step
 
 # fp32 weights, gradients and AdamW's two moments; a checkpoint keeps all but the gradients.

@@ -3,8 +3,8 @@
 
 import dataclasses
 
-from shared import layers
-from shared.head_config import HeadConfig
+from shared.contracts import layers
+from shared.contracts.head_config import HeadConfig
 from stages.ops.chain import sizes
 from stages.ops.plan import parameters
 from stages.ops.plan.architecture import Architecture, read_data

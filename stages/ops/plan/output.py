@@ -8,8 +8,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from shared.log import printable
-from shared.tables import cell
+from shared.runtime.log import printable
+from shared.runtime.tables import cell
 from stages.ops.chain import sizes
 from stages.ops.config import PlanConfig
 from stages.ops.plan.architecture import read_data

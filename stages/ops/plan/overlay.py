@@ -14,9 +14,9 @@ from pathlib import Path
 
 import yaml
 
-from shared import files
 from shared.errors import UserError
-from shared.log import printable
+from shared.io import files
+from shared.runtime.log import printable
 from stages.ops.chain import sizes
 from stages.ops.chain.processes import SOURCE_ROOT
 from stages.ops.config import PlanConfig

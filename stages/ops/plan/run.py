@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from shared import files
 from shared.errors import RetryableError, UserError
+from shared.io import files
 from shared.paths import find_input
 from stages.ops.config import PlanConfig
 from stages.ops.plan import overlay

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`report.json`, which bench writes and others read: its version, and how it is opened."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from shared.errors import UserError
+from shared.io.records import Shape, read_record, require_shape
+
+SCHEMA_VERSION = 2
+_ABSENT: Any = None
+_AGAIN = "Measure again with this version of eyrie."
+
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)] | None
+
+
+class _Acceptance(Shape):
+    acceptance_length: float
+    acceptance_length_interval: Interval
+    acceptance_rate: float
+    per_position: list[float]
+    conditional: list[float | None]
+
+
+class _Times(Shape):
+    median: float
+    p99: float
+
+
+class _Measured(Shape):
+    requests: int
+    acceptance: _Acceptance | None = None
+    speedup: float | None = None
+    speedup_interval: Interval = None
+    ttft_s: _Times | None
+    tpot_s: _Times | None
+
+
+class _Engine(_Measured):
+    tokens_per_s: float
+    categories: dict[str, _Measured]
+
+
+class _Head(_Engine):
+    acceptance: _Acceptance
+
+
+class _Load(Shape):
+    concurrency: int
+    temperature: float
+    max_tokens: int
+
+
+class _Row(_Load):
+    drafter: str
+    num_speculative_tokens: int
+    acceptance_length: float | None
+    tokens_per_s: float
+    speedup: float | None
+    speedup_interval: Interval
+    tpot_s: _Times | None
+
+
+class _Best(_Load):
+    num_speculative_tokens: int
+
+
+class _Lossless(Shape):
+    identical: int
+    compared: int
+    ties: int
+    wrong: int
+    not_scored: int
+
+
+class _Report(_Load):
+    """What is shown and compared of a report."""
+
+    run: str
+    target: str
+    vllm_version: str
+    num_speculative_tokens: int
+    head: _Head
+    baseline: _Engine = Field(
+        default_factory=lambda: _ABSENT
+    )  # not measured: no such key, never a null
+    ngram: _Engine = Field(default_factory=lambda: _ABSENT)
+    sweep: list[_Row]
+    best: list[_Best]
+    lossless: _Lossless | None
+    warnings: list[str]
+    lineage: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A finished report of this schema.
+
+    Raises:
+        UserError: none, or one of another version.
+    """
+    report = read_record(path, Shape, then=_AGAIN)
+    version = report.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: expected a bench report of schema version {SCHEMA_VERSION}, found {version!r}. "
+            f"{_AGAIN}"
+        )
+    return require_shape(report, _Report, where=str(path), then=_AGAIN)

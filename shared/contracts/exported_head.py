@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies in `export/`: the exact config.json and tensors that engines load, and their check.
+
+Comes in: a head's shape, or the folder of an exported head. Goes out: what must be there, or the
+name of what is not as agreed. Cost: reading the head's weights once.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shared.contracts.head_config import HeadConfig
+from shared.contracts.layers import to_output_ids
+from shared.errors import OutputError, UserError
+from shared.io.files import read_json, require_file
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+
+
+def config_json(config: HeadConfig, *, dtype: str) -> dict[str, Any]:
+    """The whole config.json: an allow-list, no null.
+
+    Rotary parameters are written twice: `rope_theta` and `rope_scaling` for transformers 4,
+    `rope_parameters` for transformers 5.
+    """
+    scaling = dict(config.rope_scaling or {})
+    rope_type = scaling.pop("type", None) or "default"  # the older spelling
+    rope = {"rope_type": rope_type, **scaling}
+    fields: dict[str, Any] = {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "torch_dtype": dtype,
+        "num_hidden_layers": 1,
+        "hidden_size": config.hidden_size,
+        "target_hidden_size": config.target_hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size,
+        "tie_word_embeddings": False,
+        "norm_before_residual": False,
+        "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": to_output_ids(config.aux_layers),
+            "use_aux_hidden_state": True,
+        },
+    }
+    if scaling:
+        fields["rope_scaling"] = rope
+    return fields
+
+
+def expected_tensors(config: HeadConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of model.safetensors and its shape; d2t and t2d only where D < V."""
+    size, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (size, len(config.aux_layers) * config.target_hidden_size),
+        "midlayer.input_layernorm.weight": (size,),
+        "midlayer.hidden_norm.weight": (size,),
+        "midlayer.post_attention_layernorm.weight": (size,),
+        "midlayer.self_attn.q_proj.weight": (queries, 2 * size),
+        "midlayer.self_attn.k_proj.weight": (keys, 2 * size),
+        "midlayer.self_attn.v_proj.weight": (keys, 2 * size),
+        "midlayer.self_attn.o_proj.weight": (size, queries),
+        "midlayer.mlp.gate_proj.weight": (inner, size),
+        "midlayer.mlp.up_proj.weight": (inner, size),
+        "midlayer.mlp.down_proj.weight": (size, inner),
+        "norm.weight": (size,),
+        "lm_head.weight": (config.draft_vocab_size, size),
+    }
+    if config.draft_vocab_size < config.vocab_size:
+        shapes |= {"d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
+    return shapes
+
+
+def check_export(folder: Path) -> HeadConfig:
+    """Read an exported folder back; its config, if engines can serve it.
+
+    Raises:
+        OutputError: a key, a tensor, a shape, a dtype or a value is not as agreed.
+    """
+    raw = read_json(folder / "config.json")
+    try:
+        require_file(folder / "model.safetensors")
+        config = HeadConfig.from_json(
+            raw,
+            aux_layers=tuple(raw["eagle_aux_hidden_state_layer_ids"]),
+            draft_vocab_size=raw["draft_vocab_size"],
+            where=folder / "config.json",
+        )
+        expected, dtype = config_json(config, dtype=raw["torch_dtype"]), DTYPES[raw["torch_dtype"]]
+        weights = load_file(folder / "model.safetensors")
+    except (
+        UserError,
+        KeyError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        OSError,
+        SafetensorError,
+    ) as error:
+        raise OutputError(f"{folder}: expected an exported draft head, found: {error!r}") from error
+    for key in sorted(expected.keys() | raw.keys()):
+        # A null is not the same as no key: engines that read with a default take the null.
+        if raw.get(key, "no such key") != expected.get(key, "no such key"):
+            raise OutputError(
+                f"{folder / 'config.json'}: expected {key} = {expected.get(key, 'no such key')!r}, "
+                f"found {raw.get(key, 'no such key')!r}. Export again."
+            )
+    _check_tensors(folder, config, weights, dtype)
+    return config
+
+
+def _check_tensors(
+    folder: Path, config: HeadConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    dtypes = {"d2t": torch.int64, "t2d": torch.bool}
+    expected = {
+        name: (shape, dtypes.get(name, dtype)) for name, shape in expected_tensors(config).items()
+    }
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
+    wrong = [
+        f"{name}: expected {expected.get(name, 'no such tensor')}, found {found.get(name, 'none')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    wrong += [
+        f"{name}: holds NaN or infinity"
+        for name in sorted(found)
+        if not weights[name].isfinite().all()
+    ]
+    if not wrong and "d2t" in weights:
+        ids = weights["d2t"] + torch.arange(config.draft_vocab_size)
+        if not torch.equal(ids, weights["t2d"].nonzero().flatten()):
+            wrong.append("d2t: draft_id + d2t[draft_id] must be the ascending ids that t2d marks")
+    if wrong:
+        raise OutputError(
+            f"{folder / 'model.safetensors'}: " + "; ".join(wrong) + ". Export again."
+        )

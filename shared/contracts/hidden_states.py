@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dump -> train: the target's hidden states as `.pt` shards that map straight into memory.
+
+Legend: T tokens of a shard, N its samples, A aux layers, H the target's hidden size.
+
+    shard_00000.pt = {
+        "input_ids":     int32    [T]
+        "loss_mask":     uint8    [T]          1 where the target generated the token
+        "hidden_states": bfloat16 [T, A+1, H]  aux layers in order, then the final one (prenorm)
+        "offsets":       int64    [N+1]        sample n is the rows offsets[n]:offsets[n+1]
+        "sample_ids":    list[str]
+    }
+
+The other layout, `samples`, has a file a sample, as speculators 0.3 writes and reads; S its tokens:
+
+    samples/data_7.pt = {
+        "input_ids":     int64 [S]
+        "hidden_states": list of A+1 bfloat16 [S, H]   aux layers in order, then the final one
+        "loss_mask":     int64 [S]
+    }
+
+They lie in a folder of their own, since speculators reads every `.pt` below the one it is given.
+
+Tensors and plain lists only, loaded with weights_only=True and mmap=True: opening a shard reads
+nothing but its directory, and a file that holds anything else is refused unread.
+"""
+
+import ctypes
+import dataclasses
+import itertools
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from shared.errors import UserError
+from shared.io.records import Shape, read_record
+from shared.io.tensor_files import is_dense, load_tensors, save_tensors, wrong
+
+SCHEMA_VERSION = 1
+DATA_CONFIG = "data_config.json"
+TOKEN_FREQ = "token_freq.pt"
+SAMPLES = "samples"
+_AGAIN = "Restore the file, or delete it and run dump again."
+
+
+class _HiddenStates(Shape):
+    layer_ids: Annotated[list[int], Field(min_length=2)]
+    aux_layer_ids: list[int]
+
+
+class _Model(Shape):
+    hidden_size: Annotated[int, Field(gt=0)]
+    vocab_size: Annotated[int, Field(gt=0)]
+
+
+class _DataConfig(Shape):
+    hidden_states: _HiddenStates
+    model: _Model
+
+
+def read_data_config(dump_folder: Path) -> dict[str, Any]:
+    """What dump says of its states.
+
+    Raises:
+        UserError: the file is missing, or without what a reader of the states needs.
+    """
+    return read_record(dump_folder / DATA_CONFIG, _DataConfig, then=_AGAIN)
+
+
+def shard_name(index: int) -> str:
+    """File name of shard `index`."""
+    return f"shard_{index:05d}.pt"
+
+
+def sample_name(index: int) -> str:
+    """Name, in the artifact, of sample `index` in the layout `samples`."""
+    return f"{SAMPLES}/data_{index}.pt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard, its tensors mapped from the file."""
+
+    input_ids: torch.Tensor  # [T] int32
+    loss_mask: torch.Tensor  # [T] uint8
+    hidden_states: torch.Tensor  # [T, A+1, H] bfloat16
+    offsets: torch.Tensor  # [N+1] int64
+    sample_ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def rows(self, index: int) -> slice:
+        """The rows of sample `index`."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def states(self, rows: slice) -> torch.Tensor:
+        """The states [S, A+1, H] of a sample's rows, mapped, and on their way from the disk.
+
+        A reader that asks for a few samples before it copies the first keeps the disk busy.
+        """
+        states = self.hidden_states[rows]
+        _fetch(states)
+        return states
+
+
+def _fetch(tensor: torch.Tensor) -> None:
+    """Ask the kernel for all pages of a mapped, contiguous tensor at once.
+
+    Without it every fault reads some 128 KiB and waits; the disk would be idle in between. Advice:
+    where it is refused, reading is slower and just as right.
+    """
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
+    libc = ctypes.CDLL(None)
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_WILLNEED))
+
+
+def write_shard(
+    path: Path,
+    *,
+    input_ids: Sequence[Sequence[int]],
+    loss_masks: Sequence[Sequence[int]],
+    states: torch.Tensor | Sequence[torch.Tensor],
+    sample_ids: Sequence[str],
+) -> None:
+    """Write samples as one shard, whole or not at all; `states` is [T, A+1, H], or a list to join."""
+    if not isinstance(states, torch.Tensor):
+        states = torch.cat(list(states))
+    lengths = torch.tensor([0, *(len(ids) for ids in input_ids)], dtype=torch.int64)
+    flat_ids = [token for ids in input_ids for token in ids]
+    flat_mask = [bit for mask in loss_masks for bit in mask]
+    shard = {
+        "input_ids": torch.tensor(flat_ids, dtype=torch.int32),
+        "loss_mask": torch.tensor(flat_mask, dtype=torch.uint8),
+        "hidden_states": states.to(torch.bfloat16).contiguous(),
+        "offsets": lengths.cumsum(0),
+        "sample_ids": list(sample_ids),
+    }
+    save_tensors(path, shard)
+
+
+def _check(shard: Shard, num_states: int, hidden_size: int) -> None:
+    dtypes = (torch.int32, torch.uint8, torch.bfloat16, torch.int64)
+    tensors = (shard.input_ids, shard.loss_mask, shard.hidden_states, shard.offsets)
+    for name, tensor, dtype in zip(Shard.__annotations__, tensors, dtypes, strict=False):
+        if not is_dense(tensor, dtype):
+            raise ValueError(f"{name}: expected {dtype}, found {getattr(tensor, 'dtype', None)}")
+    if not isinstance(shard.sample_ids, list) or not all(
+        isinstance(sample_id, str) for sample_id in shard.sample_ids
+    ):
+        raise ValueError("sample_ids: expected a list of names")
+    num_tokens = shard.input_ids.numel()
+    expected = (num_tokens, num_states, hidden_size)
+    if tuple(shard.hidden_states.shape) != expected:
+        raise ValueError(f"hidden_states: expected {expected}, found {shard.hidden_states.shape}")
+    found = (shard.input_ids.shape, shard.loss_mask.shape, shard.offsets.shape)
+    if found != ((num_tokens,), (num_tokens,), (len(shard) + 1,)):
+        raise ValueError("loss_mask or offsets do not fit input_ids and sample_ids")
+    ends = shard.offsets.tolist()
+    if ends[0] != 0 or ends[-1] != num_tokens or any(a >= b for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"offsets: expected ascending from 0 to {num_tokens}")
+
+
+def read_shard(path: Path, *, num_states: int, hidden_size: int) -> Shard:
+    """Map a shard from its file and check its shapes.
+
+    Args:
+        num_states: A + 1.
+
+    Raises:
+        UserError: not such a file, or the tensors do not fit each other or the data_config.
+    """
+    what, then = "a shard of hidden states", _AGAIN
+    raw = load_tensors(path, what=what, then=then)
+    try:
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected a dict, found {type(raw).__name__}")
+        shard = Shard(**raw)
+        _check(shard, num_states, hidden_size)
+    except (ValueError, TypeError) as error:
+        raise wrong(path, error, what=what, then=then) from error
+    return shard
+
+
+def read_token_freq(dump_folder: Path, vocab_size: int) -> torch.Tensor:
+    """[V] int64: how often each token occurs in the answers.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another vocabulary.
+    """
+    path = dump_folder / TOKEN_FREQ
+    what, then = f"counts of {vocab_size} tokens", _AGAIN
+    counts = load_tensors(path, what=what, then=then, mmap=False)
+    if not is_dense(counts, torch.int64) or counts.shape != (vocab_size,) or counts.min() < 0:
+        raise UserError(f"{path}: expected {what}. {then}")
+    checked: torch.Tensor = counts
+    return checked

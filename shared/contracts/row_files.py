@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden states, one conversation a file: the layout `samples`, and NVIDIA ModelOpt's own.
+
+    samples:   {input_ids long [S], hidden_states list of A+1 [S, H], loss_mask long [S]}
+    ModelOpt:  {input_ids [S], hidden_states [S, H], aux_hidden_states [S, A*H], loss_mask [S]}
+
+Only ids and mask are held; the states are mapped from the file where a batch asks for them.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.io.tensor_files import is_dense, load_tensors, wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFile:
+    """One file, with the face of a shard that holds one sample."""
+
+    path: Path
+    num_states: int  # A + 1
+    hidden_size: int
+
+    @property
+    def sample_ids(self) -> list[str]:
+        return [self.path.stem]
+
+    @functools.cached_property
+    def _small(self) -> tuple[Tensor, Tensor]:
+        raw = self._load()
+        return raw["input_ids"].to(torch.int32), raw["loss_mask"].to(torch.uint8)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[S] int32."""
+        return self._small[0]
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[S] uint8."""
+        return self._small[1]
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """[S, A+1, H] bfloat16, read anew each time: aux layers in order, then the final one."""
+        raw = self._load()
+        parts = raw["hidden_states"]
+        if "aux_hidden_states" in raw:
+            aux = raw["aux_hidden_states"].unflatten(1, (self.num_states - 1, self.hidden_size))
+            parts = [*aux.unbind(1), parts]
+        return torch.stack([part.to(torch.bfloat16) for part in parts], dim=1)
+
+    def states(self, rows: slice) -> Tensor:
+        """The states of `rows`; a file holds one sample, so these are all."""
+        return self.hidden_states[rows]
+
+    def rows(self, index: int) -> slice:
+        return slice(0, len(self.input_ids))
+
+    def _load(self) -> dict[str, Any]:
+        what, then = "one conversation's states", "Restore the file, or make the states again."
+        raw = load_tensors(self.path, what=what, then=then)
+        try:
+            self._check(raw)
+        except ValueError as error:
+            raise wrong(self.path, error, what=what, then=then) from error
+        checked: dict[str, Any] = raw
+        return checked
+
+    def _check(self, raw: Any) -> None:
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected a dict, found {type(raw).__name__}")
+        for name in ("input_ids", "loss_mask"):
+            tensor = raw.get(name)
+            if not is_dense(tensor) or tensor.dim() != 1 or tensor.is_complex():
+                raise ValueError(f"{name}: expected a row of numbers")
+        tokens = len(raw["input_ids"])
+        if tokens == 0 or raw["loss_mask"].shape != (tokens,):
+            raise ValueError(f"loss_mask {list(raw['loss_mask'].shape)} for {tokens} input_ids")
+        mask = raw["loss_mask"]
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("loss_mask: expected 0 and 1 alone")
+        size = self.hidden_size
+        found = _shapes(raw.get("hidden_states"))
+        expected = [[tokens, size]] * self.num_states
+        if "aux_hidden_states" in raw:
+            found = [*_shapes(raw["aux_hidden_states"]), *found]
+            expected = [[tokens, (self.num_states - 1) * size], [tokens, size]]
+        if found != expected:
+            raise ValueError(f"states: expected the shapes {expected}, found {found}")
+
+
+def _shapes(tensors: Any) -> list[list[int]]:
+    listed = tensors if isinstance(tensors, list) else [tensors]
+    if not all(is_dense(tensor) and tensor.is_floating_point() for tensor in listed):
+        raise ValueError("states: expected tensors of real numbers")
+    return [list(tensor.shape) for tensor in listed]

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row accounting, and the status file that `ops` and a waiting person read.
+
+    in = ok + skipped{reason: n} + failed{reason: n}      to the last row
+
+*skipped* is a row that was left out on purpose (a duplicate, too long); *failed* is a row that
+could not be done (broken JSON, an engine error). Both are listed in `rejects.jsonl`.
+"""
+
+import collections
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.errors import EXIT_RETRY, EyrieError, OutputError, UserError
+from shared.io import files
+from shared.io.records import Shape, read_record
+from shared.runtime.log import Every
+from shared.runtime.process import is_alive
+
+BEAT_S = 10.0
+SILENT_AFTER_S = 45.0
+
+logger = logging.getLogger(__name__)
+
+
+class _Progress(Shape):
+    done: int | None = None
+    total: int | None = None
+    unit: str = ""
+    left_s: float | None = None
+
+
+class _Record(Shape):
+    state: str
+    pid: int
+    host: str
+    started_s: float
+    updated_s: float
+    exit_code: int | None = None
+    message: str = ""
+    progress: _Progress | None = None
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """What a status file says.
+
+    Raises:
+        UserError: it is missing, or not one.
+    """
+    return read_record(path, _Record, then="Delete it: the stage writes it anew.")
+
+
+class Accounting:
+    """Counts each row once, remembers why rows were rejected."""
+
+    def __init__(self) -> None:
+        self.ok = 0
+        self.skipped: collections.Counter[str] = collections.Counter()
+        self.failed: collections.Counter[str] = collections.Counter()
+        self._rejects: list[dict[str, str]] = []
+
+    @classmethod
+    def sum_of(cls, counts: Iterable[Mapping[str, Any]]) -> "Accounting":
+        """What several `as_dict` come to, without the rows' reasons."""
+        total = cls()
+        for each in counts:
+            total.ok += each["ok"]
+            total.skipped.update(each["skipped"])
+            total.failed.update(each["failed"])
+        return total
+
+    def skip(self, row: str, reason: str, detail: str = "") -> None:
+        self.skipped[reason] += 1
+        self._rejects.append({"row": row, "skipped": reason, "detail": detail})
+
+    def fail(self, row: str, reason: str, detail: str = "") -> None:
+        self.failed[reason] += 1
+        self._rejects.append({"row": row, "failed": reason, "detail": detail})
+
+    @property
+    def rows_in(self) -> int:
+        return self.ok + self.skipped.total() + self.failed.total()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "in": self.rows_in,
+            "ok": self.ok,
+            "skipped": dict(sorted(self.skipped.items())),
+            "failed": dict(sorted(self.failed.items())),
+        }
+
+    def write_rejects(self, path: Path) -> None:
+        """One JSON line a rejected row; the file exists even when it is empty."""
+        lines = [json.dumps(reject, ensure_ascii=True) for reject in self._rejects]
+        files.write_text(path, "".join(line + "\n" for line in lines))
+
+    def check(self, *, max_failed_fraction: float, what: str, rejects: Path) -> None:
+        """Refuse an outcome that must not be called done.
+
+        Raises:
+            UserError: there was nothing to do.
+            OutputError: no row came out, or too many failed.
+        """
+        self._check(self.ok, max_failed_fraction, what, rejects, OutputError)
+
+    def check_input(
+        self, *, usable: int, max_failed_fraction: float, what: str, rejects: Path
+    ) -> None:
+        """The same of rows that were only read so far: ask before an engine is started for them.
+
+        Raises:
+            UserError: no row is usable, or too many are not.
+        """
+        self._check(usable, max_failed_fraction, what, rejects, UserError)
+
+    def _check(
+        self, good: int, limit: float, what: str, rejects: Path, fault: type[EyrieError]
+    ) -> None:
+        rejected, failed = self.skipped.total() + self.failed.total(), self.failed.total()
+        rows = good + rejected
+        if rows == 0:
+            raise UserError(f"{what}: expected at least one row, found none.")
+        if good == 0:
+            raise fault(f"{what}: none of {rows} rows is usable ({self.summary()}). See {rejects}.")
+        if failed / rows > limit:
+            raise fault(
+                f"{what}: {failed} of {rows} rows failed ({failed / rows:.1%}), more than "
+                f"max_failed_fraction {limit:.1%} ({self.summary()}). See {rejects}."
+            )
+
+    def summary(self) -> str:
+        parts = [f"ok={self.ok}"]
+        parts += [f"skipped.{reason}={n}" for reason, n in sorted(self.skipped.items())]
+        parts += [f"failed.{reason}={n}" for reason, n in sorted(self.failed.items())]
+        return " ".join([f"in={self.rows_in}", *parts])
+
+
+class Status:
+    """`status/<stage>.json`: what the stage is doing, rewritten every few seconds.
+
+    While the process works, the file's time is set to now every `BEAT_S`, also where the work itself
+    says nothing for minutes (an engine starts): a file that is "running" and older than
+    `SILENT_AFTER_S` belongs to a process that died, or was stopped, without saying so.
+    """
+
+    def __init__(self, path: Path, *, period_s: float = 5.0) -> None:
+        self.path = path
+        self._due = Every(period_s)
+        self._started_s = time.time()
+        self._first: tuple[float, int] | None = None  # when progress began, and what was done
+        self._last: dict[str, Any] = {}
+        self._beats = False
+
+    def _beat(self) -> None:
+        """Keep the file young for as long as this process lives."""
+        while True:
+            time.sleep(BEAT_S)
+            with contextlib.suppress(OSError):  # it may be gone, with the whole run
+                os.utime(self.path)
+
+    def _write(self, state: str, **more: Any) -> None:
+        self._last |= more
+        record = {
+            "state": state,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started_s": round(self._started_s, 3),
+            "updated_s": round(time.time(), 3),
+            **self._last,
+        }
+        try:
+            files.write_json(self.path, record)
+        except UserError as error:  # a status that cannot be written must not end the work
+            logger.warning("%s", error)
+        if state == "running" and not self._beats:
+            self._beats = True
+            threading.Thread(target=self._beat, daemon=True, name="eyrie-beat").start()
+
+    def progress(self, done: int, total: int, unit: str, **facts: Any) -> None:
+        """Tell how far the work is; at most once a period it is logged and written."""
+        now = time.monotonic()
+        self._first = self._first or (now, done)
+        if not self._due():
+            return
+        began_s, began_with = self._first
+        made = done - began_with
+        left_s = round((now - began_s) * (total - done) / made) if made else None
+        shown = " ".join(f"{name}={value}" for name, value in facts.items())
+        told = "?" if left_s is None else left_s
+        logger.info("%s=%d/%d %s left_s=%s", unit, done, total, shown, told)
+        record = {"done": done, "total": total, "unit": unit, "left_s": left_s, **facts}
+        self._write("running", progress=record)
+
+    def rate(self, amount: float) -> int:
+        """`amount` a second since progress began; 0 in the first second, which tells nothing yet."""
+        began_s = self._first[0] if self._first else time.monotonic()
+        passed_s = time.monotonic() - began_s
+        return round(amount / passed_s) if passed_s >= 1 else 0
+
+    def opened(self) -> None:
+        """Say that the process is at work, before it knows on what; earlier progress stays told."""
+        if self._is_anothers():
+            return
+        with contextlib.suppress(OSError):  # a folder that cannot be written is told below
+            files.sweep_temporaries(self.path.parent, of=self.path.name)
+        self._write("running", **self._earlier("exit_code", "message"))
+        self._last = {}
+
+    def started(self) -> None:
+        self._write("running")
+
+    def ended(self, exit_code: int, message: str) -> None:
+        if exit_code == EXIT_RETRY and self._is_anothers():
+            return  # it works on, and this process was sent away
+        state = {0: "done", 143: "stopped"}.get(exit_code, "failed")
+        self._last = self._earlier() | self._last
+        self._write(state, exit_code=exit_code, message=message)
+
+    def _is_anothers(self) -> bool:
+        """Whether another process of this machine is at work and tells so here."""
+        if not self.path.exists():
+            return False
+        try:
+            found = read_status(self.path)
+        except UserError:
+            return False
+        at_work = found["state"] == "running" and found["host"] == socket.gethostname()
+        return at_work and found["pid"] != os.getpid() and is_alive(found["pid"])
+
+    def _earlier(self, *but: str) -> dict[str, Any]:
+        """What the file tells of the work, since when included; not of the process."""
+        if not self.path.exists():
+            return {}
+        try:
+            found = dict(read_status(self.path))
+        except UserError as error:
+            logger.warning("%s", error)
+            return {}
+        self._started_s = found.pop("started_s", self._started_s)
+        return {
+            key: value
+            for key, value in found.items()
+            if key not in ("state", "pid", "host", "updated_s", *but)
+        }

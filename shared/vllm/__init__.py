@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How vLLM is addressed and which versions are known; nothing here imports it."""

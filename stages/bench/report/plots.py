@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's figures as SVG texts: matplotlib draws, the page embeds.
+
+Text stays text (`svg.fonttype: none`), so that a browser's search and a test find it. Every figure
+has a title and named axes with units; what is not measured leaves a gap, never a zero.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from shared.runtime.log import printable
+
+Row = Mapping[str, Any]
+Series = Mapping[str, Mapping[str, Any]]  # a name in the legend -> an engine's figures
+
+INK, QUIET, GRID = "#24313d", "#7d8893", "#e4e8ec"
+COLOURS = ("#2b6c8f", "#d08a3e", "#6a9a58", "#8d6aa8", "#b5544d", "#5f6f7c")
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "eyrie",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # a category may hold a dollar sign
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+SIZE_INCHES = (5.6, 3.6)
+
+
+def _draw(draw: Any, *arguments: Any, size: tuple[float, float] = SIZE_INCHES) -> str:
+    """The SVG of what `draw(axes, ...)` draws."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(), *arguments)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]  # an inline picture has no XML head
+
+
+def _name(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+
+
+def by_position(series: Series) -> str:
+    """Share of drafts accepted up to each position; points: given that the one before was."""
+    return _draw(_by_position, series)
+
+
+def _by_position(axes: Axes, series: Series) -> None:
+    width = 0.8 / len(series)
+    depth = 0
+    for index, (name, entry) in enumerate(series.items()):
+        known = entry["acceptance"]
+        depth = max(depth, len(known["per_position"]))
+        at = [
+            i + 1 + (index - (len(series) - 1) / 2) * width
+            for i in range(len(known["per_position"]))
+        ]
+        colour = COLOURS[index % len(COLOURS)]
+        bars = axes.bar(at, known["per_position"], 0.92 * width, color=colour, label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, color=INK, padding=2)
+        points = [
+            (x, share)
+            for x, share in zip(at[1:], known["conditional"][1:], strict=True)
+            if share is not None
+        ]
+        axes.plot(
+            [x for x, _ in points],
+            [share for _, share in points],
+            linestyle="none",
+            marker="o",
+            markersize=5,
+            markerfacecolor="white",
+            markeredgecolor=INK,
+            label="given the one before" if index == len(series) - 1 else None,
+        )
+    axes.set_xticks(range(1, depth + 1))
+    axes.grid(visible=False, axis="x")
+    axes.set_ylim(0, 1.12)
+    axes.legend(loc="upper right", ncols=len(series) + 1, bbox_to_anchor=(1, 1.02))
+    _name(
+        axes, "Acceptance by position", "position in the draft (token)", "share of drafts (0 to 1)"
+    )
+
+
+def by_category(series: Series) -> str:
+    """Acceptance length of each category with its 95 % interval."""
+    categories = list(
+        dict.fromkeys(name for entry in series.values() for name in entry["categories"])
+    )
+    height = max(SIZE_INCHES[1], 1.4 + 0.3 * len(categories) * len(series))
+    return _draw(_by_category, series, categories, size=(SIZE_INCHES[0], height))
+
+
+def _by_category(axes: Axes, series: Series, categories: Sequence[str]) -> None:
+    width = 0.76 / len(series)
+    longest = 1.0
+    for index, (name, entry) in enumerate(series.items()):
+        for row, category in enumerate(categories):
+            known = entry["categories"].get(category, {}).get("acceptance")
+            if not known:
+                continue
+            length, bounds = known["acceptance_length"], known["acceptance_length_interval"]
+            low, high = bounds or (length, length)
+            longest = max(longest, high)
+            y = row + (index - (len(series) - 1) / 2) * width
+            axes.barh(
+                y,
+                length,
+                0.9 * width,
+                color=COLOURS[index % len(COLOURS)],
+                label=name if row == 0 else None,
+                xerr=[[max(length - low, 0)], [max(high - length, 0)]] if bounds else None,
+                error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
+            )
+            axes.text(0.06, y, f"{length:.2f}", va="center", fontsize=8, color="white")
+    axes.axvline(1.0, color=QUIET, linestyle="--", linewidth=1)  # what no draft at all would be
+    axes.set_yticks(range(len(categories)), [printable(category) for category in categories])
+    axes.set_ylim(-0.6, max(len(categories), 4) - 0.4)  # few categories are not drawn fat
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1.05 * longest)
+    if len(series) > 1:
+        axes.legend(loc="lower right")
+    _name(
+        axes,
+        "Acceptance length by category",
+        "acceptance length (tokens per target step)",
+        "category",
+    )
+
+
+def _lines(axes: Axes, lines: Mapping[str, list[tuple[float, float, Any]]]) -> None:
+    """One line for each name through (x, y, interval or None)."""
+    for index, (name, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda point: point[0])
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        colour = (
+            QUIET if name == "baseline" else COLOURS[(index - ("baseline" in lines)) % len(COLOURS)]
+        )
+        axes.plot(x, y, marker="o", color=colour, label=name, linewidth=1.8)
+        for at, value, bounds in points:
+            if bounds:
+                axes.vlines(at, bounds[0], bounds[1], color=colour, linewidth=1)
+            axes.annotate(
+                f"{value:.3g}" if value < 1000 else f"{value:.0f}",
+                (at, value),
+                textcoords="offset points",
+                xytext=(6, -12 if name == "baseline" else 5),  # what is near it stays readable
+                fontsize=8,
+                color=INK,
+            )
+    axes.margins(x=0.15, y=0.2)
+    axes.legend(loc="best")
+
+
+def _grouped(rows: Iterable[Row], x: str, y: str, bounds: str | None = None) -> dict[str, Any]:
+    lines: dict[str, list[tuple[float, float, Any]]] = {}
+    for row in rows:
+        if row[y] is not None:
+            interval = row[bounds] if bounds else None
+            lines.setdefault(row["line"], []).append((row[x], row[y], interval))
+    return lines
+
+
+def over_concurrency(rows: Iterable[Row]) -> str:
+    """Output tokens/s over the requests in flight, a line for each drafter and K."""
+    return _draw(_over_concurrency, _grouped(rows, "concurrency", "tokens_per_s"))
+
+
+def _over_concurrency(axes: Axes, lines: Mapping[str, Any]) -> None:
+    _lines(axes, lines)
+    ticks = sorted({point[0] for points in lines.values() for point in points})
+    if len(ticks) > 2:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    _name(
+        axes,
+        "Throughput over concurrency",
+        "concurrency (requests in flight)",
+        "output (tokens per second)",
+    )
+
+
+def over_depth(rows: Iterable[Row]) -> str:
+    """Speed-up over the draft length, a line for each concurrency."""
+    rows = [{**row, "line": f"{row['concurrency']} in flight"} for row in rows]
+    return _draw(
+        _over_depth, _grouped(rows, "num_speculative_tokens", "speedup", "speedup_interval")
+    )
+
+
+def _over_depth(axes: Axes, lines: Mapping[str, Any]) -> None:
+    _lines(axes, lines)
+    axes.axhline(1.0, color=QUIET, linestyle="--", linewidth=1)
+    axes.set_xticks(sorted({point[0] for points in lines.values() for point in points}))
+    _name(
+        axes,
+        "Speed-up over draft length",
+        "draft length K (tokens)",
+        "speed-up (times the baseline)",
+    )
+
+
+def over_steps(points: Sequence[Sequence[float]], title: str, y: str) -> str:
+    """A value of the training over its steps; points are (step, value)."""
+    return _draw(_over_steps, points, title, y)
+
+
+def _over_steps(axes: Axes, points: Sequence[Sequence[float]], title: str, y: str) -> None:
+    steps, values = [point[0] for point in points], [point[1] for point in points]
+    marker = "o" if len(points) < 30 else ""
+    axes.plot(steps, values, color=COLOURS[0], linewidth=1.8, marker=marker, markersize=4)
+    axes.annotate(
+        f"{values[-1]:.3g}",
+        (steps[-1], values[-1]),
+        textcoords="offset points",
+        xytext=(4, 5),
+        fontsize=8,
+    )
+    axes.margins(x=0.08, y=0.15)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _name(axes, title, "step of the training", y)

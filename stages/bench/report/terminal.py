@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person sees in the terminal: a report's tables, and two reports side by side."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shared.runtime.tables import cell
+
+WIDTH = 110
+
+logger = logging.getLogger(__name__)
+
+Report = Mapping[str, Any]
+
+
+def interval(bounds: list[float] | None) -> str:
+    """` [2.31, 2.58]`, or nothing."""
+    return f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
+
+
+def milliseconds(quantiles: Mapping[str, float] | None) -> str:
+    """`median / p99` in milliseconds."""
+    if quantiles is None:
+        return ""
+    return f"{1000 * quantiles['median']:.1f} / {1000 * quantiles['p99']:.1f}"
+
+
+def load(entry: Report) -> str:
+    """A load in words."""
+    return (
+        f"concurrency {entry['concurrency']}, temperature {entry['temperature']:g}, "
+        f"max_tokens {entry['max_tokens']}"
+    )
+
+
+def show(found: Report) -> None:
+    """Print the report, for the person who waited."""
+    console = Console(stderr=True, width=WIDTH)
+    console.print(_engines(found))
+    console.print(_categories(found))
+    if len(found["sweep"]) > sum(name in found for name in ("baseline", "head", "ngram")):
+        console.print(_sweep(found))
+    for sentence in sentences(found):
+        logger.info("%s", sentence)
+
+
+def sentences(found: Report) -> Iterator[str]:
+    """What the tables do not say."""
+    if lossless := found["lossless"]:
+        yield (
+            f"greedy answers: {lossless['identical']} of {lossless['compared']} identical to the "
+            f"baseline's, {lossless['ties']} part at a tie, {lossless['wrong']} are wrong"
+        )
+    if len(found["best"]) > 1 or len({row["num_speculative_tokens"] for row in found["sweep"]}) > 2:
+        for best in found["best"]:
+            yield f"best K at {load(best)}: {best['num_speculative_tokens']}"
+    yield from found["warnings"]
+
+
+def _engines(found: Report) -> Table:
+    title = f"{found['run']}: K = {found['num_speculative_tokens']}, {load(found)}"
+    table = Table(title=cell(title))
+    for column in ("engine", "acceptance length", "rate", "by position", "tokens/s", "speed-up"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for name in ("baseline", "ngram", "head"):
+        if name not in found:
+            continue
+        entry = found[name]
+        cells = ["1.00", "", ""]
+        if known := entry.get("acceptance"):
+            length = (
+                f"{known['acceptance_length']:.2f}{interval(known['acceptance_length_interval'])}"
+            )
+            positions = " ".join(f"{share:.2f}" for share in known["per_position"])
+            cells = [length, f"{known['acceptance_rate']:.2f}", positions]
+        table.add_row(name, *cells, f"{entry['tokens_per_s']:.1f}", _speedup(entry))
+    return table
+
+
+def _speedup(entry: Report) -> str:
+    if entry.get("speedup") is None:
+        return ""
+    return f"{entry['speedup']:.2f}{interval(entry.get('speedup_interval'))}"
+
+
+def _categories(found: Report) -> Table:
+    table = Table(title="the head by category")
+    for column in ("category", "requests", "acceptance length", "speed-up", "TTFT ms", "TPOT ms"):
+        table.add_column(column, justify="left" if column == "category" else "right")
+    for name, entry in found["head"]["categories"].items():
+        known = entry.get("acceptance")
+        bounds = interval(known["acceptance_length_interval"]) if known else ""
+        length = f"{known['acceptance_length']:.2f}{bounds}" if known else ""
+        times = (milliseconds(entry["ttft_s"]), milliseconds(entry["tpot_s"]))
+        table.add_row(cell(name), str(entry["requests"]), length, _speedup(entry), *times)
+    return table
+
+
+def _sweep(found: Report) -> Table:
+    table = Table(title="every load")
+    columns = (
+        "drafter",
+        "K",
+        "concurrency",
+        "temp.",
+        "max_tokens",
+        "acceptance length",
+        "tokens/s",
+    )
+    for column in (*columns, "speed-up", "TPOT ms"):
+        table.add_column(column, justify="left" if column == "drafter" else "right")
+    for row in found["sweep"]:
+        length = row["acceptance_length"]
+        table.add_row(
+            cell(row["drafter"]),
+            str(row["num_speculative_tokens"] or ""),
+            str(row["concurrency"]),
+            f"{row['temperature']:g}",
+            str(row["max_tokens"]),
+            f"{length:.2f}" if length else "",
+            f"{row['tokens_per_s']:.1f}",
+            _speedup(row),
+            milliseconds(row["tpot_s"]),
+        )
+    return table
+
+
+def side_by_side(first: Report, second: Report) -> Iterator[tuple[str, float | None, float | None]]:
+    """(figure, first's, second's) of everything that two reports have in common."""
+
+    def figures(report: Report) -> Iterator[tuple[str, float | None]]:
+        head = report["head"]
+        yield "acceptance length", head["acceptance"]["acceptance_length"]
+        yield "acceptance rate", head["acceptance"]["acceptance_rate"]
+        for position, share in enumerate(head["acceptance"]["per_position"], start=1):
+            yield f"accepted at position {position}", share
+        yield "tokens/s", head["tokens_per_s"]
+        yield "speed-up", head.get("speedup")
+        for name in ("ttft_s", "tpot_s"):
+            for which, value in (head[name] or {}).items():
+                yield f"{name.removesuffix('_s').upper()} {which} (s)", value
+        for category, entry in head["categories"].items():
+            if known := entry.get("acceptance"):
+                yield f"acceptance length, {category}", known["acceptance_length"]
+
+    left, right = dict(figures(first)), dict(figures(second))
+    for name in [*left, *(name for name in right if name not in left)]:
+        yield name, left.get(name), right.get(name)
+
+
+def compare(first: Report, second: Report) -> None:
+    """Print two reports side by side."""
+    table = Table(title=cell(f"{first['run']} and {second['run']}"))
+    for column in ("figure", first["run"], second["run"], "change"):
+        table.add_column(cell(column), justify="left" if column == "figure" else "right")
+    for name, left, right in side_by_side(first, second):
+        table.add_row(cell(name), _number(left), _number(right), change(left, right))
+    Console(width=WIDTH).print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def change(left: float | None, right: float | None) -> str:
+    """`+4.2 %`, or nothing where one is missing."""
+    return f"{100 * (right / left - 1):+.1f} %" if left and right is not None else ""

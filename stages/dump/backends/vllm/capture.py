@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capture with vLLM: rows of token ids in, hidden states out, at nearly the speed of plain prefill.
+
+In: rows of token ids. Out: per row the states entering the aux layers and the final state before the
+norm, [T, A+1, H] bf16. Costs one prefill of the target, cache memory for the states in flight, and a
+spool: a private folder through which the engine's process hands them over, never fuller than a few
+batches. The surprise: a request is answered one engine step before its pages are read (see
+`connector`), so its file appears after its answer, and the two are counted apart.
+
+The final state is vLLM's layer id L: before the final norm, unlike HF's `hidden_states[L]`.
+
+Shapes: T tokens of a row, A aux layers, H hidden, L layers of the target.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import vllm
+from safetensors.torch import load_file
+from vllm import LLMEngine, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from shared.contracts.layers import resolve_aux_layers
+from shared.errors import OutputError, RetryableError, UserError
+from stages.dump.backends.base import Captured, Row, check_row
+from stages.dump.backends.spool import FAILED_SUFFIX, STATES_SUFFIX, open_spool
+from stages.dump.backends.vllm.connector import WRITE_TO
+from stages.dump.backends.vllm.setup import VllmSettings, check_version
+from stages.dump.backends.vllm.start import starting
+
+# One batch computed, one queued behind it, one being written, one being read.
+BATCHES_IN_FLIGHT = 4
+# A file follows its answer within a step or two: this long means a hung disk or engine.
+FILE_TIMEOUT_S = 300.0
+# Each look lists the spool; a step of the engine takes longer than this.
+POLL_S = 0.004
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class _Asked:
+    """A row in the engine: its file is to come, and its answer."""
+
+    index: int
+    ids: list[int]
+    is_probe: bool
+    is_answered: bool = False
+    logprobs: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class VllmCapture(VllmSettings):
+    """A vLLM engine that answers rows of token ids with hidden states."""
+
+    streams = True
+
+    def __enter__(self) -> Self:
+        """Start the engine and send one short row through it.
+
+        Raises:
+            UserError: this vLLM, this target or this machine cannot do it.
+            RetryableError: the target could not be fetched, or the engine was killed.
+        """
+        check_version(vllm.__version__)
+        self.aux_layers = resolve_aux_layers(self.aux_layers, self.num_layers)
+        config = self.resolve()
+        hidden_size = config.model_config.get_hidden_size()
+        self._serial = 0
+        batch_tokens = max(self.max_num_batched_tokens, self.max_length_tokens)
+        self._max_in_flight_tokens = BATCHES_IN_FLIGHT * batch_tokens
+        token_bytes = (len(self.aux_layers) + 1) * hidden_size * torch.bfloat16.itemsize
+        with contextlib.ExitStack() as stack:
+            self._spool = stack.enter_context(
+                open_spool(
+                    self.spool_parents(), needed_bytes=self._max_in_flight_tokens * token_bytes
+                )
+            )
+            with starting(self.target):
+                self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+                stack.callback(self._engine.engine_core.shutdown)
+                # Not every model that says it has hooks has one for id L: find out now.
+                list(self.run([Row([0] * min(8, self.max_length_tokens))]))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, rows: Iterable[Row]) -> Generator[Captured, None, None]:
+        """Yield each row's states, mapped from the spool, as they become ready.
+
+        `rows` is drawn from only as fast as results are taken: at most BATCHES_IN_FLIGHT batches
+        of tokens are in the engine and the spool together.
+
+        Raises:
+            UserError: a row is empty or too long, or the spool is full.
+            OutputError: a file holds another row's states, or pages that were never written.
+            RetryableError: the engine died.
+        """
+        numbered = self._checked(rows)
+        upcoming = next(numbered, None)
+        asked: dict[str, _Asked] = {}  # by the name of the file to come
+        num_tokens = 0
+        last_progress = time.monotonic()
+        try:
+            while upcoming or asked:
+                while upcoming and num_tokens + len(upcoming.ids) <= self._max_in_flight_tokens:
+                    asked[self._submit(upcoming)] = upcoming
+                    num_tokens += len(upcoming.ids)
+                    upcoming = next(numbered, None)
+                    last_progress = time.monotonic()
+                self._step(asked)
+                for path in self._ready_files():
+                    row = asked.get(path.name)
+                    if row is not None and row.is_probe and not row.is_answered:
+                        continue
+                    # A file that nobody waits for is left of a run that was broken off.
+                    if row is not None:
+                        num_tokens -= len(row.ids)
+                        del asked[path.name]
+                        yield Captured(row.index, self._read(path, row), row.logprobs)
+                        last_progress = time.monotonic()
+                    path.unlink(missing_ok=True)
+                if time.monotonic() - last_progress > FILE_TIMEOUT_S:
+                    raise RetryableError(
+                        f"vLLM gave no hidden states for {FILE_TIMEOUT_S:.0f} s, with "
+                        f"{len(asked)} rows asked for. Its log is above; run again to continue."
+                    )
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise RetryableError(
+                f"the vLLM engine died with {len(asked)} rows in flight{self._exit_codes()}; its "
+                "log is above. Run the same command again to continue."
+            ) from error
+        finally:
+            # Some are left only where the run is broken off: nobody waits for them any more.
+            with contextlib.suppress(EngineDeadError):
+                self._engine.abort_request([n for n, row in asked.items() if not row.is_answered])
+
+    def _checked(self, rows: Iterable[Row]) -> Iterator[_Asked]:
+        for index, row in enumerate(rows):
+            check_row(index, row.ids, self.max_length_tokens)
+            # One token has no successor to say anything of.
+            yield _Asked(index, [int(token) for token in row.ids], row.is_probe)
+
+    def _submit(self, row: _Asked) -> str:
+        """Ask for one row. Returns the name of the file its states will have."""
+        # Our own count, not the row's index: an index comes again in the next run.
+        name = f"{self._serial:08d}{STATES_SUFFIX}"
+        self._serial += 1
+        wanted = {WRITE_TO: str(self._spool / name)}
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            prompt_logprobs=0 if row.is_probe else None,
+            extra_args={"kv_transfer_params": wanted},
+        )
+        self._engine.add_request(name, {"prompt_token_ids": row.ids}, params)
+        return name
+
+    def _step(self, asked: dict[str, _Asked]) -> None:
+        """Let the engine work, and note what it has answered.
+
+        An engine in this process moves only when stepped, also to hand over files. One in a process
+        of its own moves by itself; stepping only takes its answers. That would wait forever for an
+        engine that was killed, so look first whether there is one.
+        """
+        client = self._engine.engine_core
+        if hasattr(client, "outputs_queue") and client.outputs_queue.empty():
+            if client.resources.engine_dead:
+                raise EngineDeadError
+            time.sleep(POLL_S)
+            return
+        for output in self._engine.step():
+            row = asked.get(output.request_id)
+            if output.finished and row is not None:
+                row.is_answered = True
+                if row.is_probe:
+                    row.logprobs = _token_logprobs(row.ids, output.prompt_logprobs)
+
+    def _exit_codes(self) -> str:
+        """How the engine's processes ended, in the form in which vLLM tells it at start-up."""
+        manager = getattr(getattr(self._engine.engine_core, "resources", None), "engine_manager", 0)
+        codes = {p.name: p.exitcode for p in getattr(manager, "processes", ()) if p.exitcode}
+        return f" {codes}" if codes else ""
+
+    def _ready_files(self) -> list[Path]:
+        """The whole files in the spool, oldest request first.
+
+        Raises:
+            UserError: the engine's side could not write one.
+        """
+        paths = sorted(self._spool.iterdir())
+        if any(path.suffix == FAILED_SUFFIX for path in paths):
+            free_mib = shutil.disk_usage(self._spool).free >> 20
+            raise UserError(
+                f"vLLM could not write hidden states to {self._spool} ({free_mib} MiB free); the "
+                "cause stands above in the log. Give the spool a folder with more room."
+            )
+        return [path for path in paths if path.suffix == STATES_SUFFIX]
+
+    def _read(self, path: Path, row: _Asked) -> torch.Tensor:
+        """The states [T, A+1, H] of `row`, checked to be its own, mapped from the file.
+
+        Raises:
+            OutputError: another row's states, or pages that were never written.
+        """
+        tensors = load_file(path)
+        if tensors["token_ids"].tolist() != row.ids:
+            raise OutputError(
+                f"row {row.index}: vLLM returned the hidden states of other tokens than were sent. "
+                "This is a fault of the engine; report it with the versions in the manifest."
+            )
+        states = tensors["hidden_states"]
+        missing = len(row.ids) - int(states[:, -1].any(dim=-1).sum())
+        if missing:
+            raise OutputError(
+                f"row {row.index}: {missing} of {len(row.ids)} tokens have no final hidden state. "
+                f"vLLM {vllm.__version__} did not capture them; use backend: hf for this target."
+            )
+        return states
+
+
+def _token_logprobs(ids: list[int], told: Any) -> torch.Tensor:
+    """[T-1] from vLLM's list of T: at t, token -> what is known of it after ids[:t]; at 0 None.
+
+    Worked example, ids [7, 8, 9]: the list is [None, {8: -1.5}, {9: -0.3}], the result [-1.5, -0.3].
+    """
+    pairs = zip(ids[1:], list(told)[1:], strict=True)
+    return torch.tensor([known[token].logprob for token, known in pairs])

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chain on this machine: each stage a process of its own, or a container by docker compose.
+
+Comes in: a recipe. Goes out: what the stages make, and one last line that a script can read. The
+chain stops at the first stage that fails and leaves with that stage's exit code.
+"""
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from shared.errors import EXIT_DONE, UserError
+from shared.io import files
+from shared.paths import RunPaths
+from shared.runtime.process import stop_if_requested, stop_requested
+from stages.ops.chain import containers, processes
+from stages.ops.config import RunChainConfig
+
+# What a stage that was asked to stop gets to save; as compose.yaml's stop_grace_period.
+_GRACE_S = 300.0
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunChainConfig) -> int:
+    """Run the chosen stages; returns the exit code of the first that failed, or 0.
+
+    Raises:
+        UserError: a stage refuses the recipe, or something that can be seen now stands in the way.
+    """
+    paths = processes.run_paths(config)
+    if config.dry_run or config.preflight:
+        _look_ahead(config, paths)
+    if config.dry_run:
+        return EXIT_DONE
+    if config.by == "compose":
+        containers.prepare(paths)
+    _keep_recipe(config.recipe, paths)
+    seconds: dict[str, float] = {}
+    for stage in config.stages:
+        stop_if_requested(f"{stage} was not begun")
+        started_s = time.monotonic()
+        code = _run_stage(stage, config, paths)
+        seconds[stage] = time.monotonic() - started_s
+        if code != EXIT_DONE:
+            logger.error(
+                "%s ended with exit code %d after %.0f s; its log: %s",
+                stage,
+                code,
+                seconds[stage],
+                paths.log(stage),
+            )
+            return code
+    times = " ".join(f"{stage}_s={spent:.0f}" for stage, spent in seconds.items())
+    logger.info("%s: all stages done: %s", paths.run_name, times)
+    if "bench" in config.stages:
+        sys.stdout.write(closing_line(paths) + "\n")
+    return EXIT_DONE
+
+
+def _look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
+    """Ask the stages and the machine whether this can work; a dry run shows the plan too.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    undone = [stage for stage in config.stages if not processes.is_done(stage, paths)]
+    if not (config.dry_run or undone):  # a finished chain takes seconds, and needs nothing
+        return
+    # Here, not above: a chain that is done must not wait for them.
+    from stages.ops.chain import estimates, preflight
+    from stages.ops.chain.machine import look
+
+    steps = processes.steps(config, config.stages, paths)
+    machine = look()
+    look_for = preflight.problems if config.by == "processes" else preflight.problems_of_containers
+    found = list(look_for(steps, paths, machine)) if config.preflight else []
+    if config.dry_run:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        estimates.show(
+            paths.run_name, estimates.Estimates(steps, paths, machine).rows(), machine, console
+        )
+    if found:
+        raise UserError("\n".join(["the chain would fail:", *found]))
+
+
+def _keep_recipe(recipe: Path, paths: RunPaths) -> None:
+    if recipe.absolute() != paths.recipe.absolute():
+        files.write_text(paths.recipe, recipe.read_text(encoding="utf-8"))
+
+
+def _run_stage(stage: str, config: RunChainConfig, paths: RunPaths) -> int:
+    """Run one stage to its end, passing on a signal that reaches this process."""
+    logger.info("stage %s", stage)
+    started_s = time.time()
+    if config.by == "compose":
+        process = containers.start(stage, config, paths)
+    else:
+        process = processes.start(processes.command_of(stage, config), stage)
+    while True:
+        try:
+            code = process.wait(timeout=0.5)
+            break
+        except subprocess.TimeoutExpired:
+            if stop_requested():
+                return _told_by_a_shell(_stop(process))
+    if config.by == "compose":
+        containers.check_begun(stage, code, paths, started_s)
+    return _told_by_a_shell(code)
+
+
+def _told_by_a_shell(code: int) -> int:
+    """An exit code; 128 + n of a process that signal n ended, where Python says -n."""
+    return code if code >= 0 else 128 - code
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> int:
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(timeout=_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def closing_line(paths: RunPaths) -> str:
+    """`<run>: acceptance_length=3.12 head=... report=...`, from bench's report.
+
+    Raises:
+        UserError: there is no readable report.
+    """
+    report = files.read_json(paths.report)
+    try:
+        length = report["head"]["acceptance"]["acceptance_length"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{paths.report}: expected head.acceptance.acceptance_length.") from error
+    return f"{paths.run_name}: acceptance_length={length:.2f} head={paths.export} report={paths.report}"

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at a run: status, validate, triage."""

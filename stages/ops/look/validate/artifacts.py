@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every artifact of a run must have: a manifest that is true of its files and of its parents.
+
+In: the folder of a run. Out: answers to the questions that are the same for each artifact, and the
+look at a run that all questions share. Cost: reading every file once, for its checksum.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from shared.artifacts.manifest import MANIFEST, fingerprint, read_manifest
+from shared.artifacts.unfinished import IDENTITY
+from shared.errors import OutputError, UserError
+from shared.io import files
+from shared.paths import RunPaths, find_input
+from shared.target.model import TargetConfig, read_config
+
+ARTIFACTS = ("synth", "dump", "train", "export", "bench")
+# Which stage makes an artifact, and in which folder each parent that a manifest names lies.
+MAKER = {"export": "train"}
+_PARENT_FOLDERS = {
+    "synth": {},
+    "dump": {"synth": "synth"},
+    "train": {"dump": "dump"},
+    "export": {"train": "train"},
+    "bench": {"train": "export"},
+}
+# Files that a later stage would read, or an engine load, though no manifest names them.
+_READ_UNASKED = {
+    "synth": ("part-*.parquet",),
+    "dump": ("shard_*.pt", "samples/*.pt"),
+    "export": ("*.safetensors", "*.bin"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunView:
+    """A run as its validation looks at it; everything is read once."""
+
+    paths: RunPaths
+    checksums: bool = True
+
+    @functools.cached_property
+    def _manifests(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def folder(self, artifact: str) -> Path:
+        return self.paths.root / artifact
+
+    def manifest(self, artifact: str) -> dict[str, Any]:
+        """The artifact's manifest.
+
+        Raises:
+            UserError: there is none, or it cannot be understood.
+        """
+        if artifact not in self._manifests:
+            found = read_manifest(self.folder(artifact))
+            if found is None:
+                raise UserError(
+                    f"expected {self.folder(artifact) / MANIFEST}, found none: the artifact is not "
+                    f"finished. Run python -m stages.{MAKER.get(artifact, artifact)}."
+                )
+            self._manifests[artifact] = found
+        return self._manifests[artifact]
+
+    @functools.cached_property
+    def data_config(self) -> dict[str, Any]:
+        return dict(files.read_json(self.folder("dump") / "data_config.json"))
+
+    def target(self, artifact: str) -> TargetConfig | None:
+        """The config of the target that this artifact was made with, where it lies on this disk."""
+        run = self.manifest(artifact)["config"]["run"]
+        original = run["target_train"] if artifact in ("dump", "train", "export") else None
+        found = find_input(original or run["target"], self.paths.workspace)
+        return read_config(found) if found is not None and found.is_dir() else None
+
+
+def ask_manifest(run: RunView, artifact: str) -> str:
+    """There is one, of this version and stage, and it says who it is."""
+    manifest, maker = run.manifest(artifact), MAKER.get(artifact, artifact)
+    path = run.folder(artifact) / MANIFEST
+    if manifest["stage"] != maker:
+        raise OutputError(f"{path}: expected an artifact of {maker}, found {manifest['stage']}.")
+    if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
+        raise OutputError(
+            f"{path}: its fingerprint is not that of its identity: one of them was changed by hand. "
+            f"Run {maker} again with --overwrite."
+        )
+    started = files.read_json(run.folder(artifact) / IDENTITY)
+    if started != manifest["identity"]:
+        raise OutputError(f"{path}: {IDENTITY} beside it is of another configuration.")
+    return f"made {manifest['provenance']['finished']}, fingerprint {manifest['fingerprint'][:12]}"
+
+
+def ask_settings(run: RunView, artifact: str) -> str:
+    """The identity is what the kept configuration says."""
+    manifest = run.manifest(artifact)
+    keys = [key for key in manifest["identity"] if not key.startswith(("input.", "parent."))]
+    for key in keys:
+        section, *names = key.split(".", 2)
+        value = manifest["config"]["run"] if section == "run" else manifest["config"]
+        for name in names:
+            value = value[name]
+        if value != manifest["identity"][key]:
+            raise OutputError(
+                f"{run.folder(artifact) / MANIFEST}: identity says {key} = "
+                f"{manifest['identity'][key]!r}, its config {value!r}."
+            )
+    return f"{len(keys)} settings agree"
+
+
+def ask_files(run: RunView, artifact: str) -> str:
+    """Every file is there, whole and unchanged, and no other is in the way."""
+    folder, entries = run.folder(artifact), run.manifest(artifact)["files"]
+    for name, entry in entries.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            raise OutputError(
+                f"{path}: expected {entry['bytes']} bytes as the manifest says, found "
+                f"{'no file' if size is None else size}."
+            )
+        if run.checksums and files.sha256(path) != entry["sha256"]:
+            raise OutputError(f"{path}: its checksum is not the manifest's: its bytes changed.")
+    for pattern in _READ_UNASKED.get(artifact, ()):
+        for path in sorted(folder.glob(pattern)):
+            if str(path.relative_to(folder)) not in entries:
+                raise OutputError(f"{path} is not in the manifest, and would be read. Remove it.")
+    size = sum(entry["bytes"] for entry in entries.values())
+    how = "checksums agree" if run.checksums else "sizes agree"
+    return f"{len(entries)} files, {size / 1e6:.1f} MB, {how}"
+
+
+def ask_counts(run: RunView, artifact: str) -> str:
+    """In = ok + skipped + failed, and each rejected row is listed."""
+    manifest = run.manifest(artifact)
+    counts = manifest["counts"]
+    rejected = sum(counts["skipped"].values()) + sum(counts["failed"].values())
+    where = run.folder(artifact)
+    if counts["in"] != counts["ok"] + rejected:
+        raise OutputError(
+            f"{where / MANIFEST}: in = {counts['in']} is not ok + skipped + failed = "
+            f"{counts['ok']} + {rejected}."
+        )
+    if counts["ok"] <= 0:
+        raise OutputError(f"{where / MANIFEST}: no row came out.")
+    lists = [name for name in manifest["files"] if name.startswith("rejects")]
+    if lists:
+        listed = sum(len((where / name).read_bytes().splitlines()) for name in lists)
+        if listed != rejected:
+            raise OutputError(
+                f"{where / lists[0]}: expected {rejected} rejected rows as the counts say, found "
+                f"{listed} lines."
+            )
+    return f"in={counts['in']} ok={counts['ok']} rejected={rejected}"
+
+
+def ask_lineage(run: RunView, artifact: str) -> str:
+    """Each parent is the very artifact that lies there now, made with the same run settings."""
+    manifest = run.manifest(artifact)
+    known = _PARENT_FOLDERS[artifact]
+    for name, digest in manifest["parents"].items():
+        folder = known[name]
+        parent = run.manifest(folder)
+        if not digest == parent["fingerprint"] == manifest["identity"][f"parent.{name}"]:
+            raise OutputError(
+                f"{run.folder(artifact)} was made from another {folder} ({digest[:12]}) than lies "
+                f"there now ({parent['fingerprint'][:12]}). Run "
+                f"{MAKER.get(artifact, artifact)} again with --overwrite."
+            )
+        for key, value in parent["identity"].items():
+            if key.startswith("run.") and manifest["identity"].get(key, value) != value:
+                raise OutputError(
+                    f"{run.folder(artifact)}: {key} is {manifest['identity'][key]!r}, in its "
+                    f"parent {folder} {value!r}."
+                )
+    if artifact in ("train", "export") and not manifest["parents"]:
+        raise OutputError(f"{run.folder(artifact) / MANIFEST} names no parent.")
+    made_from = ", ".join(f"{known[name]} {d[:12]}" for name, d in manifest["parents"].items())
+    return f"made from {made_from}" if made_from else "no parent artifact"

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a validation found: one line a question, and the ways to show them.
+
+A question is a function that returns what it saw, raises an `EyrieError` that names what is wrong,
+`NotAsked` where it cannot be asked here, or `Unknown` where nothing answers it. Whatever a damaged
+file makes it trip over counts against the file: a validation fails closed and goes on to the next
+question.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shared.errors import EyrieError, OutputError
+from shared.runtime.tables import cell
+
+PASS, FAIL, SKIP, UNKNOWN = "PASS", "FAIL", "SKIP", "UNKNOWN"
+_COLOURS = {PASS: "green", FAIL: "bold red", SKIP: "yellow", UNKNOWN: "yellow"}
+# Fewer losses than this tell nothing about a trend.
+_LOSSES_FOR_A_TREND = 4
+# What reading a damaged or a foreign file ends in, when its reader has no better word for it.
+_DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, ArithmeticError)
+
+
+class NotAsked(Exception):
+    """The question cannot be asked here; the message says why."""
+
+
+class Unknown(Exception):
+    """What there is to read does not say; the message says what is missing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """The answer to one question about one artifact."""
+
+    artifact: str
+    question: str
+    verdict: str
+    detail: str
+
+
+class Findings:
+    """All answers of one validation, in the order that they were asked."""
+
+    def __init__(self) -> None:
+        self.rows: list[Finding] = []
+
+    def ask(self, artifact: str, question: str, answer: Callable[[], str]) -> bool:
+        """Ask, keep what came out, and tell whether the next questions make sense."""
+        try:
+            verdict, detail = PASS, answer()
+        except NotAsked as reason:
+            verdict, detail = SKIP, str(reason)
+        except Unknown as reason:
+            verdict, detail = UNKNOWN, str(reason)
+        except EyrieError as error:
+            verdict, detail = FAIL, str(error)
+        except _DAMAGE as error:
+            verdict, detail = FAIL, f"could not be read: {type(error).__name__}: {error}"
+        self.rows.append(Finding(artifact, question, verdict, _one_line(detail)))
+        return verdict != FAIL
+
+    def count(self, verdict: str) -> int:
+        return sum(row.verdict == verdict for row in self.rows)
+
+    @property
+    def verdict(self) -> str:
+        return next((worst for worst in (FAIL, UNKNOWN) if self.count(worst)), PASS)
+
+    def summary(self) -> str:
+        parts = [f"{self.count(PASS)} passed", f"{self.count(FAIL)} failed"]
+        if self.count(SKIP):
+            parts.append(f"{self.count(SKIP)} not asked")
+        if self.count(UNKNOWN):
+            parts.append(f"{self.count(UNKNOWN)} unknown")
+        return f"{self.verdict}: {', '.join(parts)}"
+
+    def as_json(self, run: str) -> dict[str, Any]:
+        return {
+            "run": run,
+            "verdict": self.verdict,
+            "passed": self.count(PASS),
+            "failed": self.count(FAIL),
+            "skipped": self.count(SKIP),
+            "unknown": self.count(UNKNOWN),
+            "findings": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+    def as_markdown(self, run: str) -> str:
+        lines = [f"# Validation of {run}", "", self.summary(), ""]
+        lines += ["| artifact | question | verdict | detail |", "|---|---|---|---|"]
+        for row in self.rows:
+            detail = row.detail.replace("|", "\\|")
+            lines.append(f"| {row.artifact} | {row.question} | {row.verdict} | {detail} |")
+        return "\n".join(lines) + "\n"
+
+    def show(self, run: str, console: Console) -> None:
+        table = Table(title=cell(f"{run}: validation"))
+        for name in ("artifact", "question", "verdict", "detail"):
+            table.add_column(name, overflow="fold")
+        for row in self.rows:
+            verdict = Text(row.verdict, style=_COLOURS[row.verdict])
+            table.add_row(row.artifact, row.question, verdict, cell(row.detail))
+        console.print(table)
+        console.print(Text(self.summary()))
+
+
+def _one_line(text: str) -> str:
+    """Without line ends and control characters: a detail may quote a file that a stranger wrote."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(printable.split())
+
+
+@contextlib.contextmanager
+def needs(module: str) -> Any:
+    """Turn the lack of a package into `NotAsked`: the ops image carries no torch."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise NotAsked(f"{module} is not installed here; ask where train's packages are") from error
+
+
+def ask_falling(losses: Sequence[float]) -> str:
+    """The last quarter of a training's losses is below the first.
+
+    Raises:
+        OutputError: it is not.
+        NotAsked: they are too few to tell.
+    """
+    if len(losses) < _LOSSES_FOR_A_TREND:
+        raise NotAsked(f"{len(losses)} records are too few to tell whether the loss falls")
+    part = max(1, len(losses) // 4)
+    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+    if last >= first:
+        raise OutputError(
+            f"the loss does not fall: {first:.4f} in the first quarter of the records, {last:.4f} in "
+            "the last. Look at the learning rate and at the states."
+        )
+    return f"{first:.4f} in the first quarter, {last:.4f} in the last"

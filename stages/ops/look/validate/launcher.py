@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Did a ModelOpt launcher's experiment go well, as far as its logs tell?
+
+In: an experiment folder (`task_0` to `task_3`, in them `sbatch_*.out` or `*.log`). Out: PASS, FAIL or
+UNKNOWN a question. The artifacts lie on the cluster's /scratchspace and are out of sight, so what no
+line of a log says is UNKNOWN and never PASS. Costs reading the logs twice.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shared.errors import OutputError
+from shared.paths import STAGES
+from stages.ops.look.triage.diagnosis import Outcome, diagnose
+from stages.ops.look.triage.failure_rules import read_rules
+from stages.ops.look.triage.log_files import open_case
+from stages.ops.look.triage.log_lines import chunks
+from stages.ops.look.triage.log_scan import Scanner
+from stages.ops.look.triage.text import shown
+from stages.ops.look.validate.findings import Findings, Unknown, ask_falling
+
+# What the pipeline's scripts print: common/vllm/query.sh and query.py, compute_hidden_states_*.py, the
+# Hugging Face trainer, export_hf_checkpoint.py, specdec_bench; and the markers that NVIDIA's own
+# validation page names. `srun --label` puts the rank before a line.
+_TOLD = {
+    name: re.compile(pattern)
+    for name, pattern in {
+        "exit": rb"[Ee]xit code: ?(\d+)",
+        "report": rb"<REPORT>(PASS|FAIL)\b",
+        "main_exit": rb"(Main process exit)",
+        "saved": rb"Saved (\d+) samples",
+        "no_server": rb"(Terminate earlier due to server connection error)",
+        "dumped": rb"Successfully processed (?:all )?(\d+)(?: out of \d+)? conversations",
+        "kept": rb"Removed (\d+) conversations due to existing",
+        "no_prompts": rb"(No prompts to process)",
+        "loss": rb"'loss': '?(nan|-?inf|[-+.\de]+)",
+        "exported": rb"(Exported checkpoint to|export complete)",
+        "ratio": rb"Average Acceptance Length \{[^}\n]*'ratio': ?([.\d]+)",
+        # From the line's begin: what a shard or a category tells ends in the same words.
+        "shard": rb"(?m)^(?:\d+: ?)?(\d+) \S+/train-\d+-\d+\.jsonl\s*$",
+        "average": rb"(?m)^(?:\d+: ?)?Average AL: ([.\d]+)",
+    }.items()
+}
+_ENDS = {
+    "synth": ("main_exit", "saved"),
+    "dump": ("dumped", "no_prompts"),
+    "train": ("exported",),
+    "bench": ("average", "ratio"),
+}
+
+Told = dict[str, list[str]]
+
+
+def is_experiment(folder: Path) -> bool:
+    """Whether a folder is a launcher's, rather than a run's."""
+    return any(folder.glob("task_[0-3]*"))
+
+
+def validate_experiment(folder: Path, stages: Sequence[str], least_length: float) -> Findings:
+    """All questions about the tasks of these stages.
+
+    Args:
+        least_length: the acceptance length that the benchmark must have reached.
+
+    Raises:
+        UserError: there is no log in the folder.
+    """
+    case = open_case([folder], recipe=None, workspace=folder.parent, exit_codes={})
+    outcome = diagnose(case, Scanner(read_rules()))
+    findings = Findings()
+    for stage in stages:
+        logs = [log.path for log in case.logs if log.stage == stage]
+        told = _read(logs)
+        questions: dict[str, Callable[[], str]] = {
+            "outcome": functools.partial(_ask_outcome, stage, told, outcome, logs),
+            **_of_stage(stage, told, least_length),
+        }
+        for question, answer in questions.items():
+            findings.ask(f"task_{STAGES.index(stage)} ({stage})", question, answer)
+    return findings
+
+
+def _of_stage(stage: str, told: Told, least_length: float) -> dict[str, Callable[[], str]]:
+    if stage == "synth":
+        return {"rows": functools.partial(_ask_rows, told)}
+    if stage == "dump":
+        return {"states": functools.partial(_ask_states, told)}
+    if stage == "train":
+        return {
+            "loss": functools.partial(_ask_loss, told),
+            "export": functools.partial(_ask_export, told),
+        }
+    return {"acceptance length": functools.partial(_ask_length, told, least_length)}
+
+
+def _read(logs: Sequence[Path]) -> Told:
+    """What each of the patterns caught, in the logs' order."""
+    told: Told = {name: [] for name in _TOLD}
+    for path in logs:
+        with path.open("rb", buffering=0) as log:
+            for _, _, lines in chunks(log):
+                # A progress bar rewrites its line.
+                text = lines.replace(b"\r", b"\n")
+                for name, pattern in _TOLD.items():
+                    told[name] += [found[1].decode() for found in pattern.finditer(text)]
+    return told
+
+
+def _ask_outcome(stage: str, told: Told, outcome: Outcome, logs: Sequence[Path]) -> str:
+    """No failure in the log, and a line that stands at a task's end alone."""
+    if found := outcome.of(stage):
+        where = f" ({shown(found[0].evidence)})" if found[0].evidence else ""
+        raise OutputError(f"{found[0].cause}{where}")
+    if "FAIL" in told["report"]:
+        raise OutputError("the task reports FAIL")
+    code = told["exit"][-1] if told["exit"] else ""
+    if code not in ("", "0", "143"):  # 143: a server that was stopped when its work was done
+        raise OutputError(f"the task tells exit code {code}")
+    if not logs:
+        raise Unknown("no log of this task")
+    if code == "0" or "PASS" in told["report"] or any(told[name] for name in _ENDS[stage]):
+        return f"ended, no failure in {len(logs)} logs"
+    raise Unknown("no failure in its log, and nothing that says that it ended")
+
+
+def _ask_rows(told: Told) -> str:
+    """Prompts that were answered."""
+    if told["no_server"]:
+        raise OutputError("the server went away before all prompts were answered")
+    saved, begun = _sum(told["saved"]), _sum(told["shard"])
+    if told["saved"] and saved == 0:
+        raise OutputError("no sample was saved")
+    if saved:
+        return f"{saved} samples saved"
+    if begun and told["main_exit"]:
+        return f"{begun} prompts in {len(told['shard'])} shards, each answered before the next"
+    raise Unknown("its log tells no number of samples")
+
+
+def _ask_states(told: Told) -> str:
+    """Conversations whose hidden states were written."""
+    dumped, kept = _sum(told["dumped"]), _sum(told["kept"])
+    if dumped:
+        return f"{dumped} conversations" + (f", {kept} were there already" if kept else "")
+    if kept:
+        raise Unknown(f"none written now; {kept} conversations were there already")
+    if told["dumped"] or told["no_prompts"]:
+        raise OutputError("no conversation was written: all too long, too short or not valid")
+    raise Unknown("its log tells no number of conversations")
+
+
+def _ask_loss(told: Told) -> str:
+    """Every loss is a number, and the last ones are below the first ones."""
+    losses = [float(text) for text in told["loss"]]
+    if not losses:
+        raise Unknown("its log tells no loss")
+    if not all(map(math.isfinite, losses)):
+        raise OutputError(f"the loss is {next(x for x in losses if not math.isfinite(x))}")
+    return ask_falling(losses)
+
+
+def _ask_export(told: Told) -> str:
+    """The head was exported."""
+    if not told["exported"]:
+        raise Unknown("its log tells of no export")
+    return "exported"
+
+
+def _ask_length(told: Told, least: float) -> str:
+    """The acceptance length that the benchmark's log tells last, over all prompts."""
+    lengths = [float(text) for text in (*told["ratio"], *told["average"])]
+    if not lengths:
+        raise Unknown("its log tells no acceptance length")
+    if lengths[-1] < least:
+        raise OutputError(f"acceptance length {lengths[-1]:.3f}, expected at least {least:g}")
+    return f"{lengths[-1]:.3f}, at least {least:g} was asked for"
+
+
+def _sum(texts: Sequence[str]) -> int:
+    return sum(map(int, texts))

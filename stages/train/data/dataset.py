@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dump's files -> packed batches.
+
+Legend: T tokens of a batch, N its documents, A aux layers, H hidden size.
+
+The order is a pure function of seed and epoch, so a step number alone says where the data stands.
+"""
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.artifacts.checksums import require_unchanged
+from shared.contracts import hidden_states
+from shared.contracts.hidden_states import Shard
+from shared.contracts.row_files import RowFile
+
+BUFFER_SHARDS = 8  # their samples are mixed; each is about a GiB that the page cache should hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Documents one after another, without padding."""
+
+    input_ids: torch.Tensor  # [T] int64
+    loss_mask: torch.Tensor  # [T] bool
+    aux_states: torch.Tensor  # [T, A*H] bfloat16
+    final_states: torch.Tensor  # [T, H] bfloat16, before the target's final norm
+    offsets: torch.Tensor  # [N+1] int64
+    in_vocab: torch.Tensor  # [T] bool: the target's argmax at t is in the draft vocabulary
+    sample_ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device`, copied behind the work that runs there."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies by itself."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def silent(self) -> "Batch":
+        """The same batch with nothing in it that counts."""
+        return dataclasses.replace(self, loss_mask=torch.zeros_like(self.loss_mask))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        tensors: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if name != "sample_ids"
+        }
+        return dataclasses.replace(self, **tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Where one document lies."""
+
+    sample_id: str
+    shard: int
+    rows: slice
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+class Dataset:
+    """All samples of a dump, split into training and held-out ones by a hash of their ids.
+
+    Worked example: hashes order five samples as [c, a, e, b, d]. With one held out and
+    `max_samples` 2, c is held out and [a, e] train; with 3, [a, e, b] do, and c still waits.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        data_config: dict[str, Any],
+        names: Sequence[str],
+        *,
+        holdout_fraction: float,
+        max_holdout_samples: int,
+        max_samples: int | None = None,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._folder, self._manifest, self._names = folder, manifest, sorted(names)
+        num_states = len(data_config["hidden_states"]["layer_ids"])
+        hidden_size = data_config["model"]["hidden_size"]
+        self.shards: list[Shard | RowFile] = [
+            hidden_states.read_shard(folder / name, num_states=num_states, hidden_size=hidden_size)
+            if Path(name).name.startswith("shard_")
+            else RowFile(folder / name, num_states, hidden_size)
+            for name in self._names
+        ]
+        self.in_vocab: list[torch.Tensor] = []  # per shard [T] bool, set by `set_in_vocab`
+        samples = [
+            Sample(sample_id, index, shard.rows(row))
+            for index, shard in enumerate(self.shards)
+            for row, sample_id in enumerate(shard.sample_ids)
+        ]
+        by_hash = sorted(samples, key=lambda sample: _hash(sample.sample_id))
+        held = min(round(len(samples) * holdout_fraction), max_holdout_samples, len(samples) - 1)
+        if holdout_fraction > 0 and len(samples) > 1:
+            held = max(held, 1)
+        place = {sample.sample_id: index for index, sample in enumerate(by_hash)}
+        end = len(samples) if max_samples is None else held + max_samples
+        self.held_out = [sample for sample in samples if place[sample.sample_id] < held]
+        self.training = [sample for sample in samples if held <= place[sample.sample_id] < end]
+
+    def require_unchanged(self, shard: int) -> None:
+        """Refuse a shard whose bytes are not those that dump wrote, where its manifest is known.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if self._manifest is not None:
+            require_unchanged(self._folder, self._manifest, [self._names[shard]])
+
+    def set_in_vocab(self, flags: Sequence[torch.Tensor]) -> None:
+        """Take, for each shard, [T] bool: the target's argmax there is in the draft vocabulary."""
+        self.in_vocab = list(flags)
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """The samples as one packed batch.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        parts = [(self.shards[sample.shard], sample) for sample in samples]
+        states = torch.cat([shard.states(sample.rows) for shard, sample in parts])
+        lengths = torch.tensor([0, *(sample.num_tokens for sample in samples)])
+        return Batch(
+            input_ids=torch.cat([shard.input_ids[sample.rows] for shard, sample in parts]).long(),
+            loss_mask=torch.cat([shard.loss_mask[sample.rows] for shard, sample in parts]).bool(),
+            aux_states=states[:, :-1].flatten(1),
+            final_states=states[:, -1],
+            offsets=lengths.cumsum(0),
+            in_vocab=torch.cat([self.in_vocab[s.shard][s.rows] for s in samples]),
+            sample_ids=tuple(sample.sample_id for sample in samples),
+        )
+
+
+def _hash(sample_id: str) -> str:
+    return hashlib.sha256(sample_id.encode()).hexdigest()
+
+
+def pack(samples: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
+    """Fill batches in order; a batch holds at most `batch_tokens`, or one longer sample alone.
+
+    Worked example, lengths [5, 3, 4, 9], 8 tokens: [[5, 3], [4], [9]].
+    """
+    batches: list[list[Sample]] = []
+    room = 0
+    for sample in samples:
+        if not batches or sample.num_tokens > room:
+            batches.append([])
+            room = batch_tokens
+        batches[-1].append(sample)
+        room -= sample.num_tokens
+    return batches
+
+
+def shuffled(samples: Sequence[Sample], *, seed: int, epoch: int) -> list[Sample]:
+    """One epoch's order, by seed and epoch alone: shards in random order, drawn through a buffer.
+
+    Samples of at most `BUFFER_SHARDS` shards are mixed at a time, so that a network volume reads
+    whole shards one after another. With no more shards than that, it is a plain shuffle.
+    """
+    source = random.Random(f"{seed}/{epoch}")
+    by_shard: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_shard.setdefault(sample.shard, []).append(sample)
+    waiting = [by_shard[shard] for shard in sorted(by_shard)]
+    source.shuffle(waiting)
+    size = sum(len(shard) for shard in waiting[:BUFFER_SHARDS])
+    buffer: list[Sample] = []
+    order: list[Sample] = []
+    while waiting or buffer:
+        while waiting and len(buffer) < size:
+            buffer += waiting.pop(0)
+        drawn = source.randrange(len(buffer))
+        buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
+        order.append(buffer.pop())
+    return order
+
+
+def training_steps(
+    samples: Sequence[Sample], *, batch_tokens: int, seed: int, epochs: int
+) -> Iterator[list[Sample]]:
+    """The samples of every optimizer step, epoch after epoch."""
+    for epoch in range(epochs):
+        yield from pack(shuffled(samples, seed=seed, epoch=epoch), batch_tokens)
+
+
+def split_step(
+    samples: Sequence[Sample], *, num_ranks: int, micro_tokens: int
+) -> list[list[list[Sample]]]:
+    """One step's samples as [rank][micro-batch]: even in tokens, every rank with as many.
+
+    A rank with less to do gets empty micro-batches, since ranks that share weights meet in each.
+
+    Worked example, lengths [5, 3, 4, 9], 2 ranks, 9 tokens a micro-batch: longest first to the
+    emptier rank, [9, 3] and [5, 4], so rank 0 has [[9], [3]] and rank 1 has [[5, 4], []].
+    """
+    ranks: list[list[Sample]] = [[] for _ in range(num_ranks)]
+    if num_ranks == 1:
+        ranks[0] = list(samples)
+    else:
+        loads = [0] * num_ranks
+        for sample in sorted(samples, key=lambda s: (-s.num_tokens, s.sample_id)):
+            rank = loads.index(min(loads))
+            ranks[rank].append(sample)
+            loads[rank] += sample.num_tokens
+    packed = [pack(part, micro_tokens) for part in ranks]
+    most = max(len(micros) for micros in packed)
+    return [[*micros, *[[] for _ in range(most - len(micros))]] for micros in packed]

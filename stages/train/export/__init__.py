@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained head written, read back and pushed."""

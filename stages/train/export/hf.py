@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained draft head as the folder that vLLM, SGLang and TensorRT-LLM serve.
+
+In: a head. Out: `config.json`, `model.safetensors` and a model card, as one folder that appears
+whole, after it was read back and checked. Cost: the head's weights once, in memory and on disk.
+The surprise: the aux layers stand in it twice, in two numberings. vLLM reads the top-level list as
+it is (id i enters layer i); SGLang reads the nested one and adds 1, so there each id is one less.
+
+Nothing is copied from the target's config: engines stumble over keys and nulls they do not expect.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shared.artifacts.manifest import MANIFEST
+from shared.artifacts.unfinished import IDENTITY, LOCK
+from shared.contracts.exported_head import DTYPES, check_export, config_json
+from shared.contracts.head_config import HeadConfig
+from shared.errors import UserError
+from shared.io.files import atomic_folder, write_json, write_text
+from stages.train.model import DraftHead
+
+
+def export_head(
+    head: DraftHead,
+    out: Path,
+    *,
+    target: str,
+    provenance: Mapping[str, Any],
+    dtype: str = "bfloat16",
+    num_draft_tokens: int = 3,
+    name: str | None = None,
+) -> None:
+    """Write the head to the folder `out`, replacing what stood there only once all is checked.
+
+    Args:
+        target: name or path of the target, for the model card's command.
+        provenance: what the card tells of the head's making, JSON values.
+        dtype: of the weights, `bfloat16` or `float32`.
+        num_draft_tokens: K of the model card's command.
+        name: what that command calls the folder, where it will be moved; default `out.name`.
+
+    Raises:
+        OutputError: the head does not have the exact tensors that engines load.
+    """
+    weights = {
+        name: tensor.detach()
+        .to("cpu", DTYPES[dtype] if tensor.is_floating_point() else None)
+        .contiguous()
+        for name, tensor in head.state_dict().items()
+    }
+    with atomic_folder(out) as folder:
+        write_json(folder / "config.json", config_json(head.config, dtype=dtype))
+        write_weights(weights, folder / "model.safetensors")
+        card = model_card(
+            head.config,
+            target=target,
+            provenance=provenance,
+            name=name or out.name,
+            num_draft_tokens=num_draft_tokens,
+        )
+        write_text(folder / "README.md", card)
+        check_export(folder)
+
+
+def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that others may read.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what its writer makes of a full disk
+        raise OSError(str(error)) from error
+    # safetensors leaves 0600: another user's container, or another node, could not serve it.
+    path.chmod(0o644)
+
+
+def require_replaceable(out: Path) -> None:
+    """Refuse to put a head where anything but an earlier one would be lost.
+
+    Raises:
+        UserError: naming what lies there.
+    """
+    own = {"config.json", "model.safetensors", "README.md", MANIFEST, IDENTITY, LOCK}
+    is_folder = out.is_dir() and not out.is_symlink()
+    names = sorted(path.name for path in out.iterdir()) if is_folder else []
+    found = [name for name in names if name not in own or "model.safetensors" not in names]
+    if found or (out.exists() and not is_folder) or not out.absolute().name:
+        raise UserError(
+            f"train.output: expected a new folder, or one that holds an earlier export, at {out}, "
+            f"found {found[0] if found else 'something else'} there. Name another one."
+        )
+
+
+def model_card(
+    config: HeadConfig,
+    *,
+    target: str,
+    provenance: Mapping[str, Any],
+    name: str,
+    num_draft_tokens: int,
+) -> str:
+    """README.md of the exported folder: what it is, the command that serves it, how it was made."""
+    speculative = json.dumps(
+        {"method": "eagle3", "model": name, "num_speculative_tokens": num_draft_tokens}
+    )
+    history = json.dumps(dict(provenance), indent=2, ensure_ascii=False, default=str)
+    return f"""---
+base_model: {json.dumps(target)}
+tags: [eagle3, speculative-decoding]
+---
+
+# EAGLE-3 draft head for {target}
+
+It proposes tokens that the target verifies: equal output, fewer target steps. It serves this
+target alone, and knows {config.draft_vocab_size} of its {config.vocab_size} tokens.
+
+    vllm serve {target} --speculative-config '{speculative}'
+
+`{name}` is the path of this folder. SGLang takes it with `--speculative-algorithm EAGLE3`.
+Aux layers (id i is the state that enters layer i): {list(config.aux_layers)}.
+
+## How it was made
+
+```json
+{history}
+```
+"""

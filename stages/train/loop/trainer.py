@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: steps, walks, checkpoints.
+
+Everything that decides the weights is in the checkpoint or follows from the config and the step
+number, so that a killed run, started again, ends with the same weights. Every rank runs this; what
+they decide on (the loss, a stop, the best walk) is summed over them first, so they decide alike.
+"""
+
+import dataclasses
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from shared.errors import OutputError, UserError
+from shared.runtime.process import stop_requested, stopped
+from shared.runtime.status import Status
+from shared.target.model import TargetConfig, TargetTensors
+from stages.train.config import TrainConfig
+from stages.train.data.dataset import Dataset, Sample, pack, training_steps
+from stages.train.data.loader import micro_batches, prefetched
+from stages.train.loop import checkpoint, distributed
+from stages.train.loop.checkpoint import Checkpoints
+from stages.train.loop.history import History, peak_memory_gib
+from stages.train.loop.optimizer import lr_factor, make_optimizer
+from stages.train.loop.step import TrainingStep, train_step
+from stages.train.model import DraftHead
+from stages.train.objective.in_vocab import in_vocab_flags
+from stages.train.objective.loss import StepSums, combine
+from stages.train.objective.target_output import TargetOutput
+from stages.train.objective.walk import Walk, walked_acceptance_length
+
+LOG_EVERY_STEPS = 10
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a finished training says of itself."""
+
+    samples: int
+    held_out: int
+    tokens: int
+    steps: int
+    best_step: int
+    walked_acceptance_length: float | None
+    final_loss: float
+    seconds: float
+
+    def facts(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Trainer:
+    """One training run in `folder`, on this rank."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        target_config: TargetConfig,
+        tensors: TargetTensors,
+        head: DraftHead,
+        dataset: Dataset,
+        folder: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        if not dataset.training:
+            raise UserError("dump holds too few samples to train on: expected at least two.")
+        self.config = config
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        head.to(self.device)
+        head.recompute_activations = config.recompute_activations
+        head.lm_head.requires_grad_(config.train_lm_head)
+        dataset.set_in_vocab(
+            in_vocab_flags(dataset, head, tensors, folder / "in_vocab", accelerator)
+        )
+        rows = head.to_target_ids(torch.arange(head.config.draft_vocab_size, device=self.device))
+        target = TargetOutput(
+            norm_weight=tensors.norm_weight.to(self.device).float(),
+            norm_eps=tensors.norm_eps,
+            # As served: in mixed precision its products are the target's own bf16 ones.
+            lm_head=tensors.lm_head.to(self.device)[rows].to(
+                distributed.product_dtype(accelerator)
+            ),
+            logit_scale=target_config.logit_scale,
+            softcap=target_config.logit_softcap,
+        )
+        step = TrainingStep(head, target, num_steps=config.ttt_steps, decay=config.loss_decay)
+        self.module = distributed.joined(accelerator, step, config.distributed)
+        self.optimizer = make_optimizer(
+            self.module,
+            learning_rate=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.total_steps = sum(1 for _ in self._steps())
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
+        self.history = History(folder / "history.jsonl", accelerator)
+        self.step = 0
+        self.best: dict[str, float] = {"value": -math.inf, "step": 0, "is_walked": False}
+        self.loss = math.nan
+        self.accuracy: list[float] = []
+        self.walked = math.nan
+        # Since the last look: each step's loss and sample ids. Looking costs a wait for the device,
+        # and for the other ranks, so it is done every few steps only.
+        self.unseen: list[tuple[torch.Tensor, list[str]]] = []
+        self.sums: list[StepSums] = []  # since the last record
+
+    def _lr_factor(self, step: int) -> float:
+        return lr_factor(
+            self.config.schedule,
+            step,
+            total=self.total_steps,
+            warmup=round(self.config.warmup_fraction * self.total_steps),
+            minimum=self.config.min_lr_fraction,
+        )
+
+    def _steps(self) -> Iterator[list[Sample]]:
+        return training_steps(
+            self.dataset.training,
+            batch_tokens=self.config.batch_tokens,
+            seed=self.config.run.seed,
+            epochs=self.config.epochs,
+        )
+
+    def run(self) -> Outcome:
+        """Train to the end, from the last checkpoint where there is one.
+
+        Raises:
+            Stopped: after a save, when asked to.
+            OutputError: the loss is no number any more.
+        """
+        self._resume()
+        status = Status(self.config.paths.status(self.config.process_name))
+        status.started()
+        started_s, started_step, tokens = time.monotonic(), self.step, 0
+        batches = micro_batches(
+            self.dataset,
+            itertools.islice(self._steps(), self.step, None),
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            micro_tokens=self.config.micro_batch_tokens or self.config.batch_tokens,
+            pin=self.device.type == "cuda",
+        )
+        for samples, micros in prefetched(batches):
+            loss, sums = train_step(
+                self.accelerator,
+                self.module,
+                self.optimizer,
+                [batch.to(self.device) for batch in micros],
+                num_steps=self.config.ttt_steps,
+                max_grad_norm=self.config.max_grad_norm,
+                profile=self.config.profile_ranges,
+            )
+            self.scheduler.step()
+            self.step += 1
+            self.unseen.append((loss, [sample.sample_id for sample in samples]))
+            self.sums.append(sums)
+            tokens += sum(sample.num_tokens for sample in samples)
+            self._after_step()
+            status.progress(
+                self.step,
+                self.total_steps,
+                "steps",
+                loss=f"{self.loss:.4f}",
+                accuracy="/".join(f"{share:.2f}" for share in self.accuracy),
+                walked_al=f"{self.walked:.3f}",
+                tokens_per_s=f"{tokens / (time.monotonic() - started_s):.0f}",
+                memory_gib=f"{peak_memory_gib(self.device):.1f}",
+            )
+        self._save()
+        self.checkpoints.wait()
+        self.accelerator.end_training()
+        return Outcome(
+            samples=len(self.dataset.training) + len(self.dataset.held_out),
+            held_out=len(self.dataset.held_out),
+            tokens=sum(sample.num_tokens for samples in self._steps() for sample in samples),
+            steps=self.step,
+            best_step=int(self.best["step"]),
+            walked_acceptance_length=self.best["value"] if self.best["is_walked"] else None,
+            final_loss=self.loss,
+            seconds=round(time.monotonic() - started_s, 1) if self.step > started_step else 0.0,
+        )
+
+    def _after_step(self) -> None:
+        """Record, walk, save and stop where it is time to."""
+        last = self.step == self.total_steps
+        if last or self.step % LOG_EVERY_STEPS == 0:
+            self._record()
+        if last or self.step % self.config.eval_every_steps == 0:
+            self._look()
+            self._evaluate()
+        stops = self._all_agree_to_stop()
+        if stops or self.step % self.config.checkpoint_every_steps == 0:
+            self._look()
+            self._save()
+        if stops:
+            self.checkpoints.wait()
+            # Also where another rank alone was asked to: nobody waits for one that is gone.
+            raise stopped(f"step {self.step} is saved")
+
+    def _all_agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop; ranks ask each other every few steps only."""
+        if self.accelerator.num_processes == 1:
+            return stop_requested()
+        if self.step % LOG_EVERY_STEPS:
+            return False
+        asked = torch.tensor(float(stop_requested()), device=self.device)
+        return bool(self.accelerator.reduce(asked) > 0)
+
+    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        summed: torch.Tensor = self.accelerator.reduce(tensor)
+        return summed
+
+    def _look(self) -> None:
+        """Is every loss since the last look a number?
+
+        Raises:
+            OutputError: one is not.
+        """
+        if not self.unseen:
+            return
+        losses = self._summed(torch.stack([loss.double() for loss, _ in self.unseen]))
+        for index, loss in enumerate(losses.tolist()):
+            if not math.isfinite(loss):
+                step = self.step - len(self.unseen) + 1 + index
+                raise OutputError(
+                    f"step {step}: the loss is {loss}. The step holds the samples "
+                    f"{self.unseen[index][1]}. Lower train.learning_rate, or look at their states; "
+                    "the last checkpoint is from before."
+                )
+        self.unseen = []
+
+    def _record(self) -> None:
+        """Tell how good the steps since the last record were."""
+        self._look()
+        total = StepSums(*self._summed(torch.stack(list(combine(self.sums)))))
+        self.loss = total.mean_loss(self.config.loss_decay)
+        self.accuracy = [round(value, 4) for value in total.accuracy().tolist()]
+        self.history.append(self.step, {"loss": self.loss, "accuracy": self.accuracy})
+        self.sums = []
+
+    def _evaluate(self) -> None:
+        """Walk the held-out answers; the best walk so far is kept for the export."""
+        value = float(self.step)
+        walked = self._walk() if self.dataset.held_out else None
+        if walked and not walked.drafts:
+            logger.warning(
+                "the held-out answers are too short to draft from: the last head is kept"
+            )
+            walked = None
+        if walked:
+            value = self.walked = walked.acceptance_length
+            shares = [round(share, 4) for share in walked.acceptance_by_position()]
+            record = {"walked_acceptance_length": value, "per_position": shares}
+            self.history.append(self.step, {**record, "drafts": walked.drafts})
+            logger.info("step %d: walked acceptance length %.3f", self.step, value)
+        if value > self.best["value"]:
+            self.best = {"value": value, "step": self.step, "is_walked": walked is not None}
+            self._save(best=True)
+
+    def _walk(self) -> Walk:
+        """The walk over all held-out samples, shared out over the ranks."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        batches = pack(self.dataset.held_out[rank::ranks], self.config.batch_tokens)
+        with distributed.whole(self.module) as head:
+            own = walked_acceptance_length(
+                head,
+                (self.dataset.batch(batch).to(self.device) for batch in batches),
+                self.config.walk_tokens,
+            )
+        if ranks == 1:
+            return own
+        counts = torch.tensor([own.drafts, *own.accepted_by_position], device=self.device)
+        drafts, *by_position = self.accelerator.reduce(counts).tolist()
+        return Walk(sum(by_position), drafts, tuple(by_position))
+
+    def _save(self, *, best: bool = False) -> None:
+        unrecorded = torch.stack(list(combine(self.sums))) if self.sums else None
+        state = {
+            "step": self.step,
+            **distributed.gather_state(self.module, self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "best": self.best,
+            "sums": None if unrecorded is None else self._summed(unrecorded).cpu(),
+            "loss": self.loss,  # what is told in the end, where no step is left
+        }
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(state, best=best)
+
+    def _resume(self) -> None:
+        self.accelerator.wait_for_everyone()
+        state = checkpoint.load(self.checkpoints.folder / checkpoint.LATEST)
+        self.history.keep(state["step"] if state else 0)
+        if state is None:
+            return
+        if self.accelerator.is_main_process:
+            checkpoint.restore_best(self.checkpoints.folder, state)
+        self.step = state["step"]
+        self.best = {"is_walked": bool(self.dataset.held_out), **state["best"]}
+        self.loss = state.get("loss", math.nan)
+        distributed.restore_state(self.module, self.optimizer, state)
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"])
+        if state["sums"] is not None and self.accelerator.is_main_process:
+            self.sums = [StepSums(*state["sums"].to(self.device))]
+        logger.info("continuing from step %d of %d", self.step, self.total_steps)

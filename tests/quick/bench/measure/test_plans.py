@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts of the benchmarks that everybody knows, and what an engine is told to do with them."""
+
+import collections
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import build
+from shared.errors import UserError
+from shared.prompts.rows import Prompt, parse_row
+from shared.prompts.sources import Source, read_source
+from stages.bench.config import BenchConfig
+from stages.bench.measure import plans
+from stages.bench.measure.cells import Cell, Conversation, cells
+from stages.bench.run import OWN_PROMPTS
+from tests.models import tiny_llama
+
+MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write a post.", "Rewrite it."]}
+SPEC_BENCH = {"question_id": 7, "category": "summarization", "turns": ["Sum this up: ..."]}
+SPEED_BENCH = {
+    "question_id": "a3",
+    "category": "qa",
+    "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("row", "steps"),
+    [
+        (MT_BENCH, ((user("Write a post."),), (user("Rewrite it."),))),
+        (SPEC_BENCH, ((user("Sum this up: ..."),),)),
+        (SPEED_BENCH, (({"role": "system", "content": "Be brief."}, user("Why?")),)),
+        ({"prompt": "Why?"}, ((user("Why?"),),)),
+    ],
+)
+def test_the_steps_of_known_shapes(row: dict[str, Any], steps: Any) -> None:
+    made = plans.conversation_of(parse_row(row))
+    assert made.steps == steps
+    assert made.category == row.get("category", "uncategorised")
+    assert Conversation.from_json(json.loads(json.dumps(made.__dict__))) == made
+
+
+def test_a_rows_own_answers_are_history_and_its_last_turn_is_asked() -> None:
+    said = {"role": "assistant", "content": "a1"}
+    row = {"messages": [user("q1"), said, user("q2")]}
+    assert plans.conversation_of(parse_row(row)).steps == ((user("q1"), said, user("q2")),)
+    answered = {"messages": [*row["messages"], {"role": "assistant", "content": "a2"}]}
+    assert plans.conversation_of(parse_row(answered)).steps == ((user("q1"), said, user("q2")),)
+
+
+def test_our_own_prompts_cover_eight_categories_and_both_turns(tmp_path: Path) -> None:
+    rows = list(read_source(Source(path=str(OWN_PROMPTS)), tmp_path))
+    found = [plans.conversation_of(row) for row in rows if isinstance(row, Prompt)]
+    assert len(found) == len(rows) == 40
+    assert set(collections.Counter(c.category for c in found).values()) == {5}
+    assert len({c.category for c in found}) == 8
+    assert len({c.id for c in found}) == 40
+    assert sum(len(c.steps) == 2 for c in found) >= 8
+    plans.check_warmup(found)
+
+
+def test_a_measured_prompt_that_warms_up_is_refused() -> None:
+    warm = plans.conversation_of(parse_row({"id": "x", "prompt": plans.WARMUP_TEXTS[1]}))
+    with pytest.raises(UserError, match=r"found them in \['x'\]"):
+        plans.check_warmup([warm])
+
+
+def test_every_combination_is_a_cell_and_the_first_is_the_gates() -> None:
+    flags = {"concurrency": "[1,8]", "temperature": "[0,0.7]", "max_tokens": "64"}
+    config = build(BenchConfig, {"target": "x", **flags})
+    assert cells(config) == [Cell(1, 0.0, 64), Cell(8, 0.0, 64), Cell(1, 0.7, 64), Cell(8, 0.7, 64)]
+
+
+def test_the_engines_of_a_sweep() -> None:
+    flags = {"num_speculative_tokens": "[3,5]", "compare_ngram": "true"}
+    config = build(BenchConfig, {"target": "x", "speculative_args": "{a: 1}", **flags})
+    drafters = plans.speculative_configs(config, Path("/head"))
+    assert list(drafters) == ["head", "head-k5", "ngram", "ngram-k5", "baseline"]
+    assert [plans.depth_of(speculative) for speculative in drafters.values()] == [3, 5, 3, 5, 0]
+    assert drafters["head-k5"] == {
+        "method": "eagle3",
+        "model": "/head",
+        "num_speculative_tokens": 5,
+        "a": 1,
+    }
+    assert "a" not in (drafters["ngram"] or {})
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plans")
+    tiny_llama(folder / "tiny", max_length_tokens=256)
+    return folder
+
+
+def plan(workspace: Path, rows: list[dict[str, Any]], **flags: str) -> dict[str, Any]:
+    config = build(BenchConfig, {"target": "tiny", "workspace": str(workspace), **flags})
+    conversations = [plans.conversation_of(parse_row(row)) for row in rows]
+    return plans.plan_for_all(config, workspace / "tiny", conversations)
+
+
+def test_the_longest_row_is_planned(workspace: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "tiny")
+    text = "Why does the moon have phases, and who first wrote down the right reason?"
+    asked = len(plans.prompt_ids(tokenizer, [user(text)], ()))
+    short = plan(workspace, [{"prompt": text}], max_tokens="[8,32]", num_speculative_tokens="[3,5]")
+    assert short["max_model_len"] == asked + 32 + 3 * 5
+    both = plan(workspace, [{"prompt": text}, {"turns": [text, text]}], max_tokens="32")
+    assert both["max_model_len"] > 2 * asked + 2 * 32 + 9  # the first answer is history then
+    # A warm-up that is longer than every measured prompt needs its room too.
+    warm = max(len(plans.prompt_ids(tokenizer, c.steps[0], ())) for c in plans.warmup())
+    tiny = plan(workspace, [{"prompt": "Hi"}], max_tokens="32", num_speculative_tokens="3")
+    assert tiny["max_model_len"] == warm + 32 + 3 * 3
+
+
+def test_a_row_that_the_target_cannot_hold_is_refused(workspace: Path) -> None:
+    with pytest.raises(UserError, match="max_position_embeddings 256"):
+        plan(workspace, [{"prompt": "Why?"}], max_tokens="16", num_speculative_tokens="100")
+
+
+def test_room_for_the_drafts_at_the_end() -> None:
+    plans.check_room("x", 33, 31, 3, 73)
+    with pytest.raises(UserError, match="max_model_len >= 73"):
+        plans.check_room("x", 33, 31, 3, 72)
+
+
+def test_groups() -> None:
+    rows = [{"prompt": str(n), "category": "ab"[n % 2]} for n in range(4)]
+    made = [plans.conversation_of(parse_row(row)) for row in rows]
+    assert plans.groups(made, one_loop=True) == [(None, made)]
+    assert plans.groups(made, one_loop=False) == [("a", made[::2]), ("b", made[1::2])]

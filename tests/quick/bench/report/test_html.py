@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's page in a real browser: what it shows, and that it says what the report says."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import build
+from shared.io import files
+from stages.bench import run
+from stages.bench.config import BenchConfig, CompareConfig
+from stages.bench.report import gates, report
+from stages.bench.report import html as page
+from tests.measurements import baseline_requests, cell, engine, head_requests, lossless, request
+
+CHROMIUM = shutil.which("chromium")
+IN_CI = bool(os.environ.get("CI") or os.environ.get("EYRIE_CI"))
+OFFLINE = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+# Continuous integration must have a browser; elsewhere its absence is no fault of ours.
+needs_browser = pytest.mark.skipif(CHROMIUM is None and not IN_CI, reason="no chromium here")
+
+MAKING = {
+    "stages": [
+        {
+            "stage": "train",
+            "rows": 40,
+            "left_out": 2,
+            "reasons": {"too_long": 2},
+            "bytes": 1_234_567,
+            "seconds": 61.5,
+            "facts": {"steps": 30, "final_loss": 0.125},
+            "finished": "2026-01-02T03:04:05+00:00",
+            "settings": {"run.seed": 0, "learning_rate": 0.0001, "optimizer": "<adamw>"},
+            "fingerprint": "f" * 64,
+            "made_by": "torch 2.13.0 in eyrie/train:0.1.0",
+            "accelerator": "cpu",
+            "revision": "abc",
+        }
+    ],
+    "seconds": 61.5,
+    "loss": [[10, 3.0], [20, 2.0], [30, 0.125]],
+    "walks": [[15, 1.5], [30, 2.75]],
+}
+
+
+def deeper() -> list[dict[str, Any]]:
+    """Drafts of K = 5 for the second head of the sweep."""
+    return [
+        request(f"{category}-{n}", category, [2, 1, 3, 2, 1, 1], tokens=30, latency_s=1.1 + n)
+        for category in ("coding", "writing")
+        for n in range(2)
+    ]
+
+
+def made(name: str = "demo", *, scale: float = 1.0) -> dict[str, Any]:
+    """A report with everything that a page can show: a sweep, ngram, a tie, a wrong answer."""
+    flags = {"target": "targets/demo", "name": name, "compare_ngram": "true"}
+    flags |= {"num_speculative_tokens": "[3,5]", "concurrency": "[1,8]", "max_wrong_answers": "0"}
+    config = build(BenchConfig, flags)
+
+    def cells(rows: list[dict[str, Any]], *seconds: float, depth: int = 3) -> list[dict[str, Any]]:
+        pairs = zip((1, 8), seconds, strict=True)
+        return [cell(rows, wall_s=scale * s, concurrency=c, depth=depth) for c, s in pairs]
+
+    divergence = {"engine": "head", "concurrency": 8, "max_tokens": 256, "id": "<b>&", "turn": 0}
+    divergence |= {"position": 17, "baseline_token": 5, "head_token": 6}
+    parted = [
+        {**divergence, "verdict": "tie", "gap": 0.0123},
+        {**divergence, "verdict": "wrong", "gap": None},
+    ]
+    of_baseline = lossless(
+        identical=2, ties=1, wrong=1, noise_logits=0.03125, contexts_scored=17, divergences=parted
+    )
+    results = {
+        "head": engine(*cells(head_requests(), 6.0, 2.5)),
+        "head-k5": engine(*cells(deeper(), 5.5, 3.1, depth=5)),
+        "ngram": engine(*cells(head_requests(scale=1.5), 9.0, 4.0)),
+        "ngram-k5": engine(*cells(deeper(), 9.5, 4.4, depth=5)),
+        "baseline": engine(*cells(baseline_requests(), 12.0, 4.0), lossless=of_baseline),
+    }
+    found = report.build(
+        config, results, lineage={"prompts": "abc"}, warnings=["norm_output is true"]
+    )
+    found["making"], found["seconds"] = MAKING, 33.25
+    found["gates"] = gates.judge(config, found, None)
+    return dict(json.loads(json.dumps(found)))  # as a reader of report.json gets it
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The page in headless Chromium, without a network; a console error fails the test."""
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM is not None, "continuous integration must have chromium"
+    said: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(OFFLINE))
+        view = browser.new_page(viewport={"width": 1180, "height": 900})
+        view.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+        view.on("pageerror", lambda error: said.append(str(error)))
+        asked: list[str] = []
+        view.on("request", lambda request: asked.append(request.url))
+        view.goto(path.as_uri())
+        yield view
+        browser.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def resolve(found: Any, path: str) -> Any:
+    """RFC 6901, by hand."""
+    for part in path.split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        found = found[int(part)] if isinstance(found, list) else found[part]
+    return found
+
+
+@needs_browser
+def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
+    found = made()
+    (tmp_path / "report.html").write_text(page.render(found))
+    with opened(tmp_path / "report.html") as view:
+        shown = view.eval_on_selector_all(
+            "[data-path]",
+            "all => all.map(e => [e.dataset.path, e.dataset.digits, e.dataset.scale, e.innerText,"
+            " e.getClientRects().length])",
+        )
+        headings = view.locator("h2").all_inner_texts()
+        tables = {name: view.locator(f"#{name} tr").count() for name in ("sweep", "divergences")}
+        outcomes = view.locator("#gates td:last-child").all_inner_texts()
+        text = view.locator("body").inner_text()
+        settings = view.locator("details").first.text_content()
+        wide = view.evaluate("document.documentElement.scrollWidth")
+    assert len(shown) > 100
+    for path, digits, scale, cell_text, visible in shown:
+        assert cell_text == f"{resolve(found, path) * float(scale):.{int(digits)}f}", path
+        assert visible, path
+    paths = {path for path, *_ in shown}
+    for needed in (
+        "/head/acceptance/acceptance_length",
+        "/head/speedup",
+        "/baseline/tokens_per_s",
+        "/ngram/acceptance/acceptance_rate",
+        "/head/categories/coding/ttft_s/p99",
+        "/lossless/wrong",
+        "/gates/0/value",
+        "/making/stages/0/seconds",
+        "/making/stages/0/facts/final_loss",
+        "/making/stages/0/reasons/too_long",
+        "/making/seconds",
+        "/seconds",
+    ):
+        assert needed in paths
+    assert tables == {"sweep": 11, "divergences": 3}
+    assert outcomes == ["met", "missed"]
+    assert "Greedy answers against the baseline's" in headings
+    assert "norm_output is true" in text
+    assert "<b>&" in text  # a prompt's id is text, never markup
+    assert found["provenance"]["revision"] in text
+    assert "torch 2.13.0 in eyrie/train:0.1.0" in text
+    assert "learning_rate0.0001optimizer<adamw>" in "".join(settings.split())
+    assert wide <= 1180
+
+
+TITLES = {
+    "Acceptance by position": ("position in the draft (token)", "share of drafts (0 to 1)"),
+    "Acceptance length by category": ("acceptance length (tokens per target step)", "category"),
+    "Throughput over concurrency": (
+        "concurrency (requests in flight)",
+        "output (tokens per second)",
+    ),
+    "Speed-up over draft length": ("draft length K (tokens)", "speed-up (times the baseline)"),
+    "Training loss": ("step of the training", "soft cross-entropy (nats)"),
+    "Walked acceptance length": (
+        "step of the training",
+        "acceptance length (tokens per target step)",
+    ),
+}
+
+
+@needs_browser
+def test_every_figure_has_a_title_axes_with_units_and_its_values(tmp_path: Path) -> None:
+    found = made()
+    (tmp_path / "report.html").write_text(page.render(found))
+    with opened(tmp_path / "report.html") as view:
+        figures = view.eval_on_selector_all(
+            "figure",
+            "all => all.map(f => ({texts: [...f.querySelectorAll('svg text')].map(t => t.textContent),"
+            " caption: f.querySelector('figcaption').innerText, width: f.querySelector('svg')"
+            ".getBoundingClientRect().width}))",
+        )
+    by_title = {title: f for title in TITLES for f in figures if title in f["texts"]}
+    assert len(figures) == len(by_title) == len(TITLES)
+    for title, (x, y) in TITLES.items():
+        texts = by_title[title]["texts"]
+        assert x in texts
+        assert y in texts
+        assert by_title[title]["caption"]
+        assert by_title[title]["width"] > 300
+    acceptance = found["head"]["acceptance"]
+    for share in acceptance["per_position"]:
+        assert f"{share:.2f}" in by_title["Acceptance by position"]["texts"]
+    for entry in found["head"]["categories"].values():
+        length = entry["acceptance"]["acceptance_length"]
+        assert f"{length:.2f}" in by_title["Acceptance length by category"]["texts"]
+    for row in found["sweep"]:
+        assert f"{row['tokens_per_s']:.3g}" in by_title["Throughput over concurrency"]["texts"]
+        if row["drafter"] == "head":
+            assert f"{row['speedup']:.3g}" in by_title["Speed-up over draft length"]["texts"]
+    assert "0.125" in by_title["Training loss"]["texts"]
+    assert "2.75" in by_title["Walked acceptance length"]["texts"]
+    lines = {"baseline", "head, K = 3", "head, K = 5", "ngram, K = 3"}
+    assert lines <= set(by_title["Throughput over concurrency"]["texts"])
+
+
+@needs_browser
+def test_two_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = made("one"), made("two", scale=0.8)
+    for found in (first, second):
+        files.write_json(tmp_path / found["run"] / "bench" / "report.json", found)
+    flags = {"first": "one", "second": "two", "out": str(tmp_path / "compare.html")}
+    run.compare(build(CompareConfig, {**flags, "workspace": str(tmp_path)}))
+    printed = capsys.readouterr().out
+    with opened(tmp_path / "compare.html") as view:
+        rows = view.eval_on_selector_all(
+            "#numbers tr", "all => all.map(r => [...r.children].map(c => c.innerText))"
+        )
+        texts = view.locator("figure svg text").all_text_contents()
+    numbers = {row[0]: row[1:] for row in rows}
+    assert numbers["figure"] == ["one", "two", "change"]
+    left, right = first["head"]["tokens_per_s"], second["head"]["tokens_per_s"]
+    assert numbers["tokens/s"] == [f"{left:.4g}", f"{right:.4g}", "+25.0 %"]
+    assert numbers["acceptance length, coding"][0] == "2.9"
+    assert {"one", "two", "Acceptance by position"} <= set(texts)
+    assert "+25.0 %" in printed
+    assert "acceptance length, writing" in printed
+
+
+def test_a_page_without_a_baseline_draws_no_speedup() -> None:
+    config = build(BenchConfig, {"target": "x", "endpoint": "http://localhost:1"})
+    results = {"head": engine(cell(head_requests(), wall_s=6.0))}
+    found = report.build(config, results, lineage={})
+    found["gates"] = gates.judge(config, found, None)
+    text = page.render(found)
+    assert "Speed-up over draft length" not in text
+    assert "nothing was compared" in text
+    assert "How the head was made" not in text
+
+
+def test_what_is_no_report_cannot_be_compared(tmp_path: Path) -> None:
+    from shared.errors import UserError
+
+    settings = {"first": "one", "second": "two", "workspace": str(tmp_path)}
+    with pytest.raises(UserError, match="found nothing for 'one'"):
+        run.compare(build(CompareConfig, settings))
+    files.write_json(tmp_path / "one" / "bench" / "report.json", {"schema_version": 1})
+    with pytest.raises(UserError, match="expected a bench report of schema version 2, found 1"):
+        run.compare(build(CompareConfig, settings))

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From raw measurements made up by hand to the report and its gates."""
+
+from typing import Any
+
+import pytest
+
+from shared.config import build
+from shared.errors import OutputError, UserError
+from stages.bench.config import BenchConfig
+from stages.bench.report import gates, report
+from tests.measurements import (
+    baseline_requests,
+    cell,
+    engine,
+    head_requests,
+    lossless,
+    request,
+)
+
+
+def config(**flags: str) -> BenchConfig:
+    return build(BenchConfig, {"target": "tiny", **flags})
+
+
+def results(**more: Any) -> dict[str, Any]:
+    return {
+        "head": engine(cell(head_requests(), wall_s=6.0)),
+        "baseline": engine(cell(baseline_requests(), wall_s=12.0), lossless=lossless()),
+        **more,
+    }
+
+
+def made(settings: BenchConfig | None = None, **more: Any) -> dict[str, Any]:
+    found = report.build(settings or config(), results(**more), lineage={"prompts": "abc"})
+    found["gates"] = gates.judge(settings or config(), found, None)
+    return found
+
+
+def test_figures_worked_by_hand() -> None:
+    found = made()
+    head = found["head"]
+    # 40 drafts; 2 x 19 + 2 x 10 = 58 accepted; by position 2 x (8 + 6), 2 x (7 + 3), 2 x (4 + 1).
+    assert head["counters"]["num_accepted_tokens_per_pos"] == (28, 20, 10)
+    assert head["acceptance"]["acceptance_length"] == pytest.approx(1 + 58 / 40)
+    assert head["acceptance"]["acceptance_rate"] == pytest.approx(58 / 120)
+    assert head["acceptance"]["per_position"] == pytest.approx((28 / 40, 20 / 40, 10 / 40))
+    assert head["acceptance"]["conditional"] == pytest.approx((28 / 40, 20 / 28, 10 / 20))
+    assert head["tokens_per_s"] == pytest.approx(120 / 6)
+    assert found["baseline"]["tokens_per_s"] == pytest.approx(120 / 12)
+    assert head["speedup"] == pytest.approx(2.0)
+    assert head["speedup_interval"] == pytest.approx([2.0, 2.0])
+    assert head["ttft_s"] == pytest.approx({"median": 0.1, "p99": 0.1})
+
+
+def test_categories_add_up_to_the_whole() -> None:
+    head = made()["head"]
+    coding, writing = head["categories"]["coding"], head["categories"]["writing"]
+    assert coding["acceptance"]["acceptance_length"] == pytest.approx(2.9)
+    assert writing["acceptance"]["acceptance_length"] == pytest.approx(2.0)
+    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        assert coding["counters"][name] + writing["counters"][name] == head["counters"][name]
+    assert coding["requests"] + writing["requests"] == head["requests"] == 4
+    assert coding["speedup"] == pytest.approx(2.0)
+    low, high = head["acceptance"]["acceptance_length_interval"]
+    assert 2.0 <= low < head["acceptance"]["acceptance_length"] < high <= 2.9
+
+
+def test_requests_that_do_not_add_up_are_refused() -> None:
+    rows = head_requests()
+    stranger = request("stranger", "coding", [1, 0, 0, 0], tokens=2, latency_s=1.0)
+    counted = cell([*rows, stranger], wall_s=6.0)
+    counted["segments"][0]["requests"] = rows  # the engine counted one request more
+    with pytest.raises(OutputError, match="Something else ran on it"):
+        made(head=engine(counted))
+
+
+def test_an_engine_without_counts_by_request_is_read_by_category() -> None:
+    segments = []
+    for category in ("coding", "writing"):
+        rows = [row for row in head_requests() if row["category"] == category]
+        (segment,) = cell(rows, wall_s=3.0)["segments"]
+        blind = [{**row, "counters": None} for row in rows]
+        segments.append({**segment, "category": category, "requests": blind})
+    by_category = {**cell(head_requests(), wall_s=6.0), "segments": segments}
+    head = made(head=engine(by_category))["head"]
+    whole = made()["head"]
+    assert head["counters"] == whole["counters"]
+    assert head["tokens_per_s"] == whole["tokens_per_s"]
+    for name in ("coding", "writing"):
+        length = head["categories"][name]["acceptance"]["acceptance_length"]
+        assert length == whole["categories"][name]["acceptance"]["acceptance_length"]
+    assert head["acceptance"]["acceptance_length_interval"] is None
+
+
+def test_a_sweep_names_the_best_k_of_each_load() -> None:
+    settings = config(num_speculative_tokens="[3,5]", concurrency="[1,8]")
+
+    def cells(*seconds: float, rows: Any = head_requests, depth: int = 3) -> dict[str, Any]:
+        made_cells = [
+            cell(rows(), wall_s=wall_s, concurrency=concurrency, depth=depth)
+            for wall_s, concurrency in zip(seconds, (1, 8), strict=True)
+        ]
+        return engine(*made_cells, lossless=lossless())
+
+    def deeper() -> list[dict[str, Any]]:
+        return [
+            request(f"{n}", "coding", [2, 1, 3, 4, 0, 0], tokens=30, latency_s=1.0)
+            for n in range(4)
+        ]
+
+    found = report.build(
+        settings,
+        {
+            "head": cells(6.0, 3.0),
+            "head-k5": cells(5.0, 4.0, rows=deeper, depth=5),
+            "baseline": cells(12.0, 4.0, rows=baseline_requests),
+        },
+        lineage={},
+    )
+    rows = {(r["drafter"], r["num_speculative_tokens"], r["concurrency"]) for r in found["sweep"]}
+    assert rows == {
+        (drafter, depth, load)
+        for drafter, depth in (("baseline", 0), ("head", 3), ("head", 5))
+        for load in (1, 8)
+    }
+    best = {row["concurrency"]: row for row in found["best"]}
+    assert best[1]["num_speculative_tokens"] == 5
+    assert best[1]["speedup"] == pytest.approx(12 / 5)
+    assert best[8]["num_speculative_tokens"] == 3
+    assert best[8]["speedup"] == pytest.approx(4 / 3)
+    assert found["num_speculative_tokens"] == 3
+    assert found["concurrency"] == 1
+
+
+def test_a_slow_head_and_a_missing_baseline_are_said() -> None:
+    slow = made(head=engine(cell(head_requests(scale=4.0), wall_s=24.0)))
+    assert any(
+        "Drafting costs more than it saves here (speed-up 0.50)" in w for w in slow["warnings"]
+    )
+    alone = report.build(config(), {"head": results()["head"]}, lineage={})
+    assert any("No baseline was measured" in warning for warning in alone["warnings"])
+    assert "speedup" not in alone["head"]
+
+
+def test_met_gates_say_nothing() -> None:
+    assert gates.shortfalls(made()["gates"]) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"min_acceptance_length": "2.5"}, "acceptance length 2.450 is 0.050 under the gate 2.5"),
+        ({"min_speedup": "2.25"}, "speed-up 2.000 is 0.250 under the gate 2.25"),
+    ],
+)
+def test_a_missed_gate_is_named_with_its_shortfall(flags: dict[str, str], told: str) -> None:
+    assert gates.shortfalls(made(config(**flags))["gates"]) == [told]
+
+
+def test_a_wrong_answer_misses_a_gate_unless_nobody_asks() -> None:
+    wrong = engine(cell(baseline_requests(), wall_s=12.0), lossless=lossless(wrong=1, identical=3))
+    told = gates.shortfalls(made(baseline=wrong)["gates"])
+    assert told == ["answers that differ without a tie 1.000 is 1.000 over the gate 0"]
+    lenient = config(max_wrong_answers="null")
+    assert gates.shortfalls(made(lenient, baseline=wrong)["gates"]) == []
+
+
+def test_no_answer_compared_is_no_answer_right() -> None:
+    none = engine(
+        cell(baseline_requests(), wall_s=12.0),
+        lossless=lossless(compared=0, identical=0, prompts_differ=4),
+    )
+    told = "answers that differ without a tie was not measured, and the gate asks for 0"
+    assert gates.shortfalls(made(baseline=none)["gates"]) == [told]
+    lenient = config(max_wrong_answers="null")
+    assert gates.shortfalls(made(lenient, baseline=none)["gates"]) == []
+
+
+def test_a_regression_against_an_earlier_report() -> None:
+    earlier = made()
+    slower = {"head": engine(cell(head_requests(), wall_s=6.6))}  # speed-up 1.82 of 2.0
+    settings = config(max_regression="0.1")
+    found = made(settings, **slower)
+    assert gates.shortfalls(gates.judge(settings, found, earlier)) == []
+    strict = config(max_regression="0.05")
+    told = gates.shortfalls(gates.judge(strict, found, earlier))
+    assert told == ["speed-up against the earlier report 1.818 is 0.082 under the gate 1.9"]
+
+
+def test_an_earlier_report_of_another_load_is_refused(tmp_path: Any) -> None:
+    earlier = made()
+    gates.check_comparable(config(), "abc", earlier, tmp_path)
+    with pytest.raises(UserError, match="concurrency: 1 then, 8 now"):
+        gates.check_comparable(config(concurrency="8"), "abc", earlier, tmp_path)
+    with pytest.raises(UserError, match="prompts: abc then, other now"):
+        gates.check_comparable(config(), "other", earlier, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"target": "other"}, "target: tiny then, other now"),
+        ({"mode": "served"}, "mode: in_process then, served now"),
+        ({"endpoint": "http://x"}, "mode: in_process then, endpoint now"),
+        ({"max_prompts": "3"}, "max_prompts: 2 then, 3 now"),
+    ],
+)
+def test_an_earlier_report_of_something_else_is_refused(
+    flags: dict[str, str], told: str, tmp_path: Any
+) -> None:
+    few = {"max_prompts": "2"}
+    earlier = made(config(**few))
+    assert (earlier["mode"], earlier["max_prompts"]) == ("in_process", 2)
+    gates.check_comparable(config(**few), "abc", earlier, tmp_path)
+    with pytest.raises(UserError, match=rf"measured otherwise \({told}\)"):
+        gates.check_comparable(config(**{**few, **flags}), "abc", earlier, tmp_path)
+
+
+def test_a_gate_on_what_was_not_measured_is_not_met() -> None:
+    gate = {"name": "speed-up", "value": None, "bound": "least", "limit": 1.0, "met": False}
+    assert gates.shortfalls([gate]) == ["speed-up was not measured, and the gate asks for 1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"concurrency": "[4,4]"}, "must differ"),
+        ({"num_speculative_tokens": "0"}, "greater than or equal to 1"),
+        ({"baseline_endpoint": "http://x"}, "baseline_endpoint is for an endpoint"),
+        ({"endpoint": "http://x", "head": "y"}, "an endpoint serves its own head"),
+        ({"endpoint": "http://x", "min_speedup": "1.1"}, "needs a baseline"),
+        ({"endpoint": "http://x", "num_speculative_tokens": "[2,3]"}, "one draft length"),
+        ({"min_gain_over_ngram": "1"}, "needs compare_ngram"),
+    ],
+)
+def test_settings_that_contradict_each_other(flags: dict[str, str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        config(**flags)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads from anywhere: what vLLM would misread in silence is refused or said, before it starts."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared.errors import UserError
+from shared.target.model import TargetConfig, read_config
+from stages.bench import head_check as head
+from tests.heads import write_random_head
+from tests.models import tiny_llama
+
+Config = dict[str, Any]
+Weights = dict[str, torch.Tensor]
+DRAFT = 128
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heads")
+    target = tiny_llama(folder / "tiny", max_length_tokens=256)
+    write_random_head(folder / "whole", target=target, draft_vocab_size=DRAFT)
+    write_random_head(folder / "full", target=target)
+    return folder
+
+
+@pytest.fixture
+def target(made: Path) -> TargetConfig:
+    return read_config(made / "tiny")
+
+
+Change = Callable[[Config, Weights], None]
+
+
+def changed(made: Path, folder: Path, change: Change, *, of: str = "whole") -> Path:
+    shutil.copytree(made / of, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    change(config, weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_our_own_heads_raise_no_word(made: Path, target: TargetConfig) -> None:
+    assert head.check(made / "whole", target) == []
+    assert head.check(made / "full", target) == []  # D = V, no d2t
+
+
+def set_config(**values: Any) -> Change:
+    return lambda config, weights: config.update(values)
+
+
+def drop(*names: str) -> Change:
+    def change(config: Config, weights: Weights) -> None:
+        for name in names:
+            config.pop(name, None)
+            weights.pop(name, None)
+
+    return change
+
+
+def nested_only(ids: list[int]) -> Change:
+    def change(config: Config, weights: Weights) -> None:
+        del config["eagle_aux_hidden_state_layer_ids"]
+        config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = ids
+
+    return change
+
+
+def absolute_ids(config: Config, weights: Weights) -> None:
+    weights["d2t"] = weights["d2t"] + torch.arange(DRAFT)
+
+
+def twice(config: Config, weights: Weights) -> None:
+    weights["d2t"][1] = weights["d2t"][0] - 1
+
+
+def norm_without_flag(config: Config, weights: Weights) -> None:
+    weights["input_norm.weight"] = torch.ones(3 * 128)
+
+
+def fc_norm_without_flag(config: Config, weights: Weights) -> None:
+    weights["fc_norm.0.weight"] = torch.ones(128)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (set_config(vocab_size=1024), "for another target"),
+        (set_config(target_hidden_size=None), "for another target"),
+        (set_config(target_hidden_size=64), "for another target"),
+        (drop("vocab_size"), "expected an EAGLE-3 head's config"),
+        (drop("norm.weight"), "'norm.weight': None"),
+        (drop("d2t"), "'d2t': None"),
+        (drop("lm_head.weight"), "'lm_head.weight': None"),
+        (drop("fc.weight"), "fc.weight"),
+        (drop("midlayer.mlp.up_proj.weight"), "layers.0.mlp.up_proj.weight"),
+        (set_config(num_hidden_layers=2), "layers.1.input_layernorm.weight"),
+        (set_config(draft_vocab_size=None), "Set draft_vocab_size"),
+        (absolute_ids, "Absolute ids are not offsets"),
+        (twice, "1 twice"),
+        (nested_only([1, 3, 4]), r"add \[2, 4, 5\] at the top, else \[1, 3, 4\]"),
+        (set_config(eagle_aux_hidden_state_layer_ids=[2, 5, 4]), "expected ascending"),
+        (set_config(eagle_aux_hidden_state_layer_ids=[2, 4, 9]), "within the target's 8 layers"),
+        (set_config(eagle_aux_hidden_state_layer_ids=[2, 4]), "for the 2 aux layers"),
+        (set_config(norm_before_fc=True), "norm_before_fc=true and no such tensors"),
+        (set_config(eagle_config={"norm_before_fc": True}), "norm_before_fc=true and no such"),
+        (norm_without_flag, "norm_before_fc=false and such tensors"),
+        (set_config(fc_norm=True), "fc_norm=true and no such tensors"),
+        (fc_norm_without_flag, "fc_norm=false and such tensors"),
+        (set_config(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
+        (set_config(speculators_model_type="dflash"), "bench measures EAGLE-3 heads"),
+    ],
+)
+def test_a_certain_misreading_is_refused(
+    made: Path, target: TargetConfig, tmp_path: Path, change: Change, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        head.check(changed(made, tmp_path / "head", change), target)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (drop("eagle_aux_hidden_state_layer_ids", "eagle_config"), r"vLLM takes \[2, 4, 5\]"),
+        (set_config(tie_word_embeddings=True), "tie_word_embeddings is true"),
+        (set_config(norm_output=True), "norm_output is true"),
+        (
+            set_config(eagle_config={"eagle_aux_hidden_state_layer_ids": [3, 5, 6]}),
+            r"are not the top-level \[2, 4, 5\]",
+        ),
+    ],
+)
+def test_what_may_be_meant_is_said(
+    made: Path, target: TargetConfig, tmp_path: Path, change: Change, told: str
+) -> None:
+    import re
+
+    (warning,) = head.check(changed(made, tmp_path / "head", change), target)
+    assert re.search(told, warning)
+
+
+def test_nested_ids_that_are_vllms_own_default_pass(
+    made: Path, target: TargetConfig, tmp_path: Path
+) -> None:
+    assert head.check(changed(made, tmp_path / "head", nested_only([2, 4, 5])), target) == []
+
+
+def test_a_head_without_its_own_lm_head_gets_the_targets(
+    made: Path, target: TargetConfig, tmp_path: Path
+) -> None:
+    (warning,) = head.check(
+        changed(made, tmp_path / "head", drop("lm_head.weight"), of="full"), target
+    )
+    assert "vLLM gives it the target's" in warning
+
+
+def as_speculators(folder: Path, **top: Any) -> None:
+    """The layout that the speculators library writes."""
+    config = json.loads((folder / "config.json").read_text())
+    kept = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids")
+    layer = {k: v for k, v in config.items() if k not in (*kept, "architectures", "eagle_config")}
+    layer.pop("norm_before_residual")
+    own = {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+            "verifier": {"name_or_path": "tiny", "architectures": ["LlamaForCausalLM"]},
+        },
+        "transformer_layer_config": layer,
+        "norm_before_residual": False,
+        **{name: config[name] for name in kept},
+        **top,
+    }
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in own.items() if v is not None}))
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_the_speculators_layout(made: Path, target: TargetConfig, tmp_path: Path) -> None:
+    folder = changed(made, tmp_path / "head", set_config())
+    as_speculators(folder)
+    assert head.read(folder).layout == "speculators"
+    assert head.check(folder, target) == []
+    as_speculators(changed(made, folder, set_config()), norm_before_residual=None)
+    assert head.check(folder, target) == [
+        "norm_before_residual is not given: in this layout vLLM takes true."
+    ]
+    as_speculators(changed(made, folder, set_config()), eagle_aux_hidden_state_layer_ids=None)
+    (warning,) = head.check(folder, target)
+    assert "vLLM takes [2, 4, 5]" in warning
+
+
+def test_weights_as_pytorch_saves_them(made: Path, target: TargetConfig, tmp_path: Path) -> None:
+    folder = changed(made, tmp_path / "head", set_config())
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert head.check(folder, target) == []
+    weights["d2t"] = weights["d2t"] + torch.arange(DRAFT)
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="Absolute ids"):
+        head.check(folder, target)
+
+
+def test_damaged_folders(made: Path, target: TargetConfig, tmp_path: Path) -> None:
+    folder = changed(made, tmp_path / "head", set_config())
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="expected a safetensors file"):
+        head.check(folder, target)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="expected the head's weights"):
+        head.check(folder, target)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="expected a head's config"):
+        head.check(folder, target)

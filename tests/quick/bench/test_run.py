@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes another benchmark of one that is done: the whole stage, but for engines and figures."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import build
+from shared.errors import UserError
+from stages.bench.config import BenchConfig
+from stages.bench.measure import in_process
+from stages.bench.report import html as page
+from stages.bench.run import run
+from tests.heads import write_random_head
+from tests.measurements import baseline_requests, cell, engine, head_requests, lossless
+from tests.models import tiny_llama
+
+MEASURED = {
+    "head": engine(cell(head_requests(), wall_s=6.0)),
+    "baseline": engine(cell(baseline_requests(), wall_s=12.0), lossless=lossless()),
+}
+
+
+def config(workspace: Path, **flags: str) -> BenchConfig:
+    needed = {"target": "tiny", "head": "head", "prompts": "prompts.jsonl"}
+    return build(BenchConfig, {**needed, "workspace": str(workspace), **flags})
+
+
+def held_against(workspace: Path, **flags: str) -> BenchConfig:
+    return config(workspace, earlier_report="before/bench/report.json", **flags)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with two benches that are done, the second held against the first."""
+    workspace = tmp_path_factory.mktemp("measured")
+    target = tiny_llama(workspace / "tiny", max_length_tokens=512)
+    write_random_head(workspace / "head", target=target, draft_vocab_size=128)
+    (workspace / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_process, "measure", lambda name, *_, **__: MEASURED[name])
+        patch.setattr(page, "render", lambda _: "drawn elsewhere")
+        run(config(workspace, name="before"))
+        run(held_against(workspace))
+    return workspace
+
+
+@pytest.fixture
+def workspace(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to change, where nothing may be measured."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(in_process, "measure", never)
+    return Path(shutil.copytree(measured, tmp_path / "workspace"))
+
+
+def refused(config: BenchConfig, key: str) -> None:
+    with pytest.raises(UserError, match=rf"a finished artifact of another .* \({key}: was .* now"):
+        run(config)
+
+
+def test_the_same_is_measured_once(workspace: Path) -> None:
+    run(held_against(workspace))
+    run(held_against(workspace, startup_timeout_s="9", engine_timeout_s="9"))
+
+
+def test_what_an_engine_is_made_of_is_measured(workspace: Path) -> None:
+    refused(held_against(workspace, tensor_parallel_size="2"), "bench.tensor_parallel_size")
+    refused(held_against(workspace, engine_args="{enforce_eager: true}"), "bench.engine_args")
+
+
+def test_another_report_at_the_same_path_is_another_gate(workspace: Path) -> None:
+    path = workspace / "before" / "bench" / "report.json"
+    report = json.loads(path.read_text())
+    report["head"]["acceptance"]["acceptance_length"] = 9.0
+    path.write_text(json.dumps(report))
+    refused(held_against(workspace), "input.earlier_report")
+
+
+def test_another_chat_template_makes_other_prompts(workspace: Path) -> None:
+    path = workspace / "tiny" / "chat_template.jinja"
+    path.write_text("Be brief. " + path.read_text())
+    refused(held_against(workspace), "input.tokenizer")

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compose files against the specification's schema, and as compose itself resolves them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+TOOLS = Path(sys.executable).parent
+BASE = ROOT / "compose.yaml"
+OVERLAYS = sorted((ROOT / "compose").glob("*.yaml"))
+STAGES = ("synth", "dump", "train", "bench")
+
+needs_compose = pytest.mark.skipif(
+    shutil.which("docker") is None
+    or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode != 0,
+    reason="no docker compose to resolve the files with",
+)
+needs_bake = pytest.mark.skipif(
+    shutil.which("docker") is None
+    or subprocess.run(["docker", "buildx", "version"], capture_output=True).returncode != 0,
+    reason="no docker buildx to resolve the file with",
+)
+
+
+def run(*command: str | Path, **variables: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("EYRIE_")}
+    done = subprocess.run(
+        command, cwd=ROOT, env={**kept, **variables}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def services(*overlays: str, profile: str = "*", **variables: str) -> dict[str, Any]:
+    """What compose makes of the files: service -> its settings."""
+    files = [word for name in overlays for word in ("--file", f"compose/{name}.yaml")]
+    profiles = ["--profile", profile] if profile else []
+    command = ["docker", "compose", "--file", "compose.yaml", *files, *profiles]
+    resolved = json.loads(run(*command, "config", "--format", "json", **variables))
+    return dict(resolved.get("services") or {})
+
+
+def test_files_follow_the_specification(tmp_path: Path) -> None:
+    """`!reset` is compose's own tag, which the schema's reader does not know."""
+    copies = []
+    for path in (BASE, *OVERLAYS):
+        copy = tmp_path / path.name
+        copy.write_text(re.sub(r"!reset (null|\[\])", r"\1", path.read_text()))
+        copies.append(copy)
+    run(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", *copies)
+
+
+def test_yaml_and_shell_are_clean() -> None:
+    files = [BASE, *(ROOT / "compose").rglob("*.yaml")]
+    run(TOOLS / "yamllint", "--strict", *files)
+    run(TOOLS / "shellcheck", ROOT / ".ci" / "run")
+
+
+@needs_compose
+def test_a_bare_up_starts_nothing() -> None:
+    assert services(profile="") == {}
+    assert services("cpu", profile="") == {}
+
+
+@needs_compose
+@pytest.mark.parametrize("overlays", [(), ("cpu",), ("cpu", "pipeline", "demo")])
+def test_no_service_may_do_what_it_need_not(overlays: tuple[str, ...]) -> None:
+    for name, service in services(*overlays).items():
+        assert service["user"] == "2000:0", name
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["init"] is True
+        assert service["restart"] == "no"
+        if name in STAGES:
+            assert service["stop_grace_period"] == "5m0s"
+            assert int(service["shm_size"]) >= 1 << 31
+
+
+@needs_compose
+def test_gpus_are_reserved_by_variable_and_not_on_the_processor() -> None:
+    def reserved(service: dict[str, Any]) -> list[int]:
+        resources = service.get("deploy", {}).get("resources", {})
+        return [each["count"] for each in resources.get("reservations", {}).get("devices", ())]
+
+    with_gpus = services(EYRIE_GPUS="2")
+    assert {name: reserved(each) for name, each in with_gpus.items() if name != "ops"} == {
+        stage: [2] for stage in STAGES
+    }
+    assert not any(reserved(each) for each in [with_gpus["ops"], *services("cpu").values()])
+
+
+@needs_compose
+def test_the_chain_is_a_chain() -> None:
+    chain = services("cpu", "pipeline", "demo", profile="")
+    awaited = {name: set(chain[name].get("depends_on", ())) for name in ("target", *STAGES)}
+    assert awaited == {
+        "target": set(),
+        "synth": {"target"},
+        "dump": {"synth"},
+        "train": {"dump"},
+        "bench": {"train"},
+    }
+    for service in chain.values():
+        for condition in service.get("depends_on", {}).values():
+            assert condition["condition"] == "service_completed_successfully"
+
+
+@needs_compose
+@pytest.mark.parametrize("overlays", [(), ("cpu",)])
+def test_a_swap_changes_tag_argument_and_name_together(overlays: tuple[str, ...]) -> None:
+    before = services(*overlays)
+    after = services(*overlays, DUMP_VLLM_VERSION="0.30.0")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"dump"}
+    arguments = after["dump"]["build"]["args"]
+    assert "vllm-0.30.0" in after["dump"]["image"] == arguments["IMAGE"]
+    assert arguments["VLLM_VERSION"] == "0.30.0"
+
+
+@needs_compose
+@pytest.mark.parametrize("overlays", [(), ("cpu",)])
+def test_a_servers_key_reaches_those_that_ask_servers(overlays: tuple[str, ...]) -> None:
+    found = services(*overlays, EYRIE_ENDPOINT_KEY="ek-1")
+    keys = {name: each["environment"].get("EYRIE_ENDPOINT_KEY") for name, each in found.items()}
+    assert {name for name, key in keys.items() if key == "ek-1"} == {"synth", "bench"}
+
+
+@needs_compose
+def test_variables_are_explained() -> None:
+    used = set()
+    for path in (BASE, *OVERLAYS):
+        text = path.read_text()
+        used |= set(re.findall(r"\$\{([A-Z_]+)", text))
+        used |= set(re.findall(r"^ +([A-Z][A-Z_]+):$", text, re.MULTILINE))
+    explained = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert used == explained - {"COMPOSE_FILE"}
+
+
+@needs_compose
+@needs_bake
+@pytest.mark.parametrize("flavour", ["gpu", "cpu"])
+def test_bake_and_compose_name_and_build_alike(flavour: str) -> None:
+    swap = {"BENCH_VLLM_VERSION": "0.31.0", "VLLM_VERSION": "0.30.0", "EYRIE_REGISTRY": "a/b"}
+    overlays = ("cpu",) if flavour == "cpu" else ()
+    composed = services(*overlays, **swap)
+    bake = ["docker", "buildx", "bake", "--file", "docker/docker-bake.hcl", "--print"]
+    baked = json.loads(run(*bake, FLAVOUR=flavour, **swap))["target"]
+    assert baked.keys() == composed.keys()
+    defaults = {"FLAVOUR": "gpu", "CPU_BASE_IMAGE": "debian:bookworm-slim"}
+    for name, target in baked.items():
+        build = composed[name]["build"]
+        assert target["tags"] == [composed[name]["image"]]
+        assert target["dockerfile"] == build["dockerfile"]
+        arguments = {**defaults, **target["args"]}
+        assert arguments == {**defaults, **build["args"]}

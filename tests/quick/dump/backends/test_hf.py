@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hf backend on a processor: what it computes in, and that padding reaches no real token."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stages.dump.backends import hf as backend_hf
+from stages.dump.backends.base import Row
+from stages.dump.backends.hf import HfCapture, compute_dtype
+from tests.models import tiny_llama, tiny_moe, tiny_sliding
+
+AUX_LAYERS = (2, 4, 5)
+LENGTHS = (1, 40, 7, 64, 33, 2)
+
+
+def test_no_processor_is_made_to_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, found in ((True, "auto"), (False, torch.float32)):
+        monkeypatch.setattr(backend_hf, "has_bfloat16", lambda has=has: has)
+        assert compute_dtype("auto", "cpu") == found
+        assert compute_dtype("bfloat16", "cpu") == "bfloat16", "the recipe's own word stands"
+        assert compute_dtype("auto", "cuda") == "auto"
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_sliding, tiny_moe])
+@torch.inference_mode()
+def test_a_padded_batch_gives_each_row_s_own_states(
+    make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, against transformers one row at a time: rounding to bfloat16 is all that differs."""
+    monkeypatch.setattr(backend_hf, "has_bfloat16", lambda: False)
+    target = make(tmp_path, max_length_tokens=64)
+    torch.manual_seed(0)
+    rows = [torch.randint(3, 500, (length,)) for length in LENGTHS]
+    settings = {"target": target, "aux_layers": AUX_LAYERS, "num_layers": 8}
+    with HfCapture(**settings, max_length_tokens=64, max_num_batched_tokens=200) as capture:
+        found = {one.row: one.states for one in capture.run([Row(ids.tolist()) for ids in rows])}
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    for index, ids in enumerate(rows):
+        told = model(ids[None], output_hidden_states=True).hidden_states
+        expected = torch.stack([told[layer][0] for layer in AUX_LAYERS], dim=1)
+        gap = (found[index][:, :-1].float() - expected).norm() / expected.norm()
+        assert gap < 2**-8, f"row {index} of {len(ids)} tokens: {gap:.4f}"
+        normed = model.model.norm(found[index][:, -1].float())
+        assert (normed - told[-1][0]).norm() / told[-1].norm() < 2**-8

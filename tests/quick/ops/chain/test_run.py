@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chain before it starts: which stages, what they will take, what stands in the way; its end."""
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shared.config import build
+from shared.errors import EXIT_STOPPED, UserError
+from shared.paths import RunPaths
+from stages.bench.config import BenchConfig
+from stages.dump.config import DumpConfig
+from stages.ops.chain import estimates, preflight, processes
+from stages.ops.chain.machine import Machine, look
+from stages.ops.chain.run import run
+from stages.ops.config import RunChainConfig
+from stages.synth.config import SynthConfig
+from stages.train.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[4]
+GIB = 1 << 30
+CPU = Machine((), 64 * GIB, GIB)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+RECIPE: dict[str, dict[str, Any]] = {
+    "run": {"target": "model", "max_length_tokens": 64, "draft_vocab_size": 128},
+    "synth": {"prompts": "prompts.jsonl"},
+    "dump": {"backend": "hf"},
+    "train": {},
+    "bench": {"prompts": "prompts.jsonl", "max_prompts": 2},
+}
+
+CONFIGS = {"synth": SynthConfig, "dump": DumpConfig, "train": TrainConfig, "bench": BenchConfig}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A target's folder as far as anything looks before it is loaded, prompts, and a recipe."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    prompts = [json.dumps({"prompt": f"say {n}"}) for n in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    write(tmp_path, {})
+    return tmp_path
+
+
+def write(workspace: Path, changes: Mapping[str, dict[str, Any]]) -> Path:
+    """The recipe with these settings on top."""
+    path = workspace / "recipe.yaml"
+    sections = {name: section | changes.get(name, {}) for name, section in RECIPE.items()}
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def config(workspace: Path, **flags: str) -> RunChainConfig:
+    needed = {"recipe": str(workspace / "recipe.yaml"), "workspace": str(workspace)}
+    return build(RunChainConfig, {**needed, **flags})
+
+
+def steps(
+    workspace: Path, changes: Mapping[str, dict[str, Any]] | None = None
+) -> list[processes.Step]:
+    """The chain as the stages read the recipe, asked here instead of in processes of their own."""
+    path, paths = write(workspace, changes or {}), RunPaths(workspace, "run")
+    flags = {"recipe": str(path), "workspace": str(workspace)}
+    return [
+        processes.Step(
+            stage, build(model, flags).model_dump(mode="json"), processes.is_done(stage, paths)
+        )
+        for stage, model in CONFIGS.items()
+    ]
+
+
+def problems(found: list[processes.Step], workspace: Path, machine: Machine = CPU) -> list[str]:
+    return preflight.problems(found, RunPaths(workspace, "run"), machine)
+
+
+@pytest.mark.parametrize(
+    ("flags", "stages"),
+    [
+        ({}, ("synth", "dump", "train", "bench")),
+        ({"from": "train"}, ("train", "bench")),
+        ({"skip": "synth,dump"}, ("train", "bench")),
+        ({"only": "bench,dump", "skip": "bench"}, ("dump",)),
+        ({"only": "dump,train", "from": "train"}, ("train",)),
+    ],
+)
+def test_which_stages_are_meant(
+    workspace: Path, flags: dict[str, str], stages: tuple[str, ...]
+) -> None:
+    assert config(workspace, **flags).stages == stages
+
+
+def test_each_stage_is_asked_what_it_makes_of_the_recipe(workspace: Path) -> None:
+    """The other tests ask the same configs in this process."""
+    chosen = config(workspace, skip="synth")
+    asked = processes.steps(chosen, chosen.stages, processes.run_paths(chosen))
+    assert asked == steps(workspace)[1:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"from": "tarin"}, "stages are synth, dump, train, bench"),
+        ({"skip": "synth,dumb"}, "stages are synth"),
+        ({"only": "synth", "from": "dump"}, "leave no stage to run"),
+        ({"form": "dump"}, "Did you mean from"),
+    ],
+)
+def test_a_chain_of_nothing_is_refused(
+    workspace: Path, flags: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        config(workspace, **flags)
+
+
+def test_what_can_be_seen_is_named(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = steps(workspace)
+    assert problems(whole, workspace) == []
+    little = Machine((), 64 * GIB, 64 << 20)
+    (shm,) = problems(whole, workspace, little)
+    assert shm.startswith("/dev/shm: expected 160 MiB free for vLLM, found 64 MiB. Give")
+    (memory,) = {line.split(": ", 1)[1] for line in problems(whole, workspace, Machine((), 9, GIB))}
+    assert "GiB for the target's weights, found CPU" in memory
+
+    small = Machine((("Toy", 500),) * 2, 64 * GIB, GIB)
+    found = problems(whole, workspace, small)
+    assert len(found) == 3  # synth, dump and bench load the target; train does not
+    assert all("a GPU for the target's weights" in line for line in found)
+    halves = steps(workspace, {name: {"tensor_parallel_size": 4} for name in ("synth", "bench")})
+    found = problems(halves, workspace, Machine((("Toy", 5000),) * 2, 64 * GIB, GIB))
+    assert ["expected 4 GPUs" in line for line in found] == [True, True]
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    (disk,) = problems(whole, workspace)
+    assert "for hidden states and checkpoints, found 0.0 GB" in disk
+
+
+def test_a_target_that_hf_spreads_over_the_gpus_is_shared_by_them_all(workspace: Path) -> None:
+    pair = Machine((("Toy", 600),) * 2, 64 * GIB, GIB)  # a half fits one, the whole none
+    assert [line.split("'")[0] for line in problems(steps(workspace), workspace, pair)] == [
+        "synth",
+        "bench",
+    ]
+    alone = Machine((("Toy", 600),), 64 * GIB, GIB)
+    (told,) = [x for x in problems(steps(workspace), workspace, alone) if x.startswith("dump's")]
+    assert "Take a machine with more" in told
+    roomy = Machine((("Toy", GIB),) * 2, 64 * GIB, GIB)
+    two = steps(workspace, {"dump": {"data_parallel": 2}})  # of which each takes one GPU
+    assert problems(two, workspace, roomy) == []
+
+
+@pytest.mark.parametrize("machine", [Machine((), 9, GIB), Machine((("Toy", 9),), 64 * GIB, GIB)])
+def test_answers_that_are_kept_need_no_memory_for_the_target(
+    workspace: Path, machine: Machine
+) -> None:
+    kept = steps(workspace, {"synth": {"mode": "keep"}})
+    found = problems(kept, workspace, machine)
+    assert [line.split("'")[0] for line in found] == ["dump", "bench"]
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Of a server that has /health, and no /v1/health."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "health").touch()
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "site")
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/"])
+def test_an_endpoint_is_asked_for_its_health_as_its_stage_takes_it(
+    workspace: Path, address: str, path: str
+) -> None:
+    url = address + path
+    changes: dict[str, Any] = {"synth": {"endpoints": [url]}, "bench": {"endpoint": url}}
+    assert problems(steps(workspace, changes), workspace) == []
+    changes["bench"]["baseline_endpoint"] = "http://127.0.0.1:9"
+    (found,) = problems(steps(workspace, changes), workspace)
+    assert "a server at http://127.0.0.1:9, found" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": {"draft_vocab_size": 600}}, "at most the target's 512 tokens, found 600"),
+        ({"run": {"max_length_tokens": 999}}, "at most the target's 256 positions, found 999"),
+        ({"run": {"aux_layers": [2, 4, 8]}}, r"each 0 <= id < 8 .*found \[2, 4, 8\]"),
+        ({"run": {"target": "modle"}}, "run.target: expected a model's folder .*found modle"),
+        ({"synth": {"prompts": "none.jsonl"}}, "synth.prompts: expected a file"),
+        ({"bench": {"prompts": "none.jsonl"}}, "bench.prompts: expected a file"),
+        ({"dump": {"states": "nowhere"}}, "dump.states: expected a folder at .*/nowhere"),
+        ({"synth": {"endpoints": ["http://127.0.0.1:9"]}}, "a server at http://127.0.0.1:9, found"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_named(
+    workspace: Path, changes: dict[str, dict[str, Any]], message: str
+) -> None:
+    import re
+
+    (found,) = problems(steps(workspace, changes), workspace)
+    assert re.search(message, found)
+
+
+def test_a_target_without_what_it_needs_is_named(workspace: Path) -> None:
+    whole = steps(workspace)
+    (workspace / "model" / "tokenizer_config.json").write_text("{}")
+    (found,) = problems(whole, workspace)
+    assert "expected a chat template" in found
+    (workspace / "model" / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    custom = CONFIG | {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
+    (workspace / "model" / "config.json").write_text(json.dumps(custom))
+    assert problems(whole, workspace) == []  # transformers has code of its own for it
+    (workspace / "model" / "config.json").write_text(json.dumps({**custom, "model_type": "mine"}))
+    (found,) = problems(whole, workspace)
+    assert "run.trust_remote_code: expected true" in found
+    assert problems(steps(workspace, {"run": {"trust_remote_code": True}}), workspace) == []
+
+
+def test_scaled_positions_reach_further_than_the_config_says(workspace: Path) -> None:
+    long = steps(workspace, {"run": {"max_length_tokens": 999}})
+    assert len(problems(long, workspace)) == 1
+    scaled = CONFIG | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    (workspace / "model" / "config.json").write_text(json.dumps(scaled))
+    assert problems(long, workspace) == []
+
+
+def test_the_hub_is_asked_only_where_it_must_be(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    found = steps(workspace, {"run": {"target": "nobody/nothing"}})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (offline,) = problems(found, workspace)
+    assert "nobody/nothing in the hub's cache, found none, offline" in offline
+
+
+def test_other_packages_than_a_stage_needs_are_named(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = steps(workspace)
+    monkeypatch.setitem(preflight._FLOORS, "train", {"torch": ">=99", "no-such-package": ">=1"})
+    monkeypatch.setenv("EYRIE_BENCH_PYTHON", "/nowhere/python")
+    torch, missing, python = problems(whole, workspace)
+    assert "train's packages: expected torch >=99, found 2." in torch
+    assert "expected no-such-package >=1, found none" in missing
+    assert "bench: expected a Python interpreter at /nowhere/python" in python
+
+
+def test_gpus_are_those_that_nvidia_smi_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA L4, 23034'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    machine = look()
+    assert machine.gpus == (("NVIDIA H100 80GB HBM3", 81559 << 20), ("NVIDIA L4", 23034 << 20))
+    assert machine.least_gpu_bytes == 23034 << 20
+    assert machine.memory_bytes > 0
+    tool.unlink()
+    assert look().gpus == () or shutil.which("nvidia-smi")
+
+
+def test_estimates_worked_by_hand(workspace: Path) -> None:
+    found = estimates.Estimates(steps(workspace), RunPaths(workspace, "run"), CPU).rows()
+    by_stage = {row.stage: row for row in found}
+    assert by_stage["synth"].work == "5 rows, at most 320 tokens"
+    assert by_stage["dump"].disk == "at most 163.8 kB"  # 5 x 64 tokens x 4 states x 64 x 2 bytes
+    assert by_stage["train"].work == "5 rows, at most 640 tokens"  # two epochs
+    assert by_stage["bench"].work == "2 rows, at most 512 tokens"
+    # fc 64 x 192; q 64 x 128, k and v 32 x 128 each, o 64 x 64; MLP 3 x 64 x 128; 4 norms; lm_head
+    weights = 64 * 192 + 128 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128 + 4 * 64 + 128 * 64
+    size = 16 * weights + 4 * (512 + 128) * 64
+    assert by_stage["train"].memory == f"{size / 1e6:.1f} MB and activations"
+    assert {row.time for row in found} == {"unknown"}
+
+
+def ops(workspace: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stages.ops", "run", *words, "--workspace", str(workspace)]
+    command += ["--recipe", str(workspace / "recipe.yaml")]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_dry_run_shows_the_plan_and_makes_nothing(workspace: Path) -> None:
+    before = sorted(workspace.rglob("*"))
+    done = ops(workspace, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "at most 163.8 kB" in done.stdout
+    write(workspace, {"run": {"draft_vocab_size": 600}})
+    refused = ops(workspace, "--dry_run")
+    assert refused.returncode == 2
+    assert "at most 163.8 kB" in refused.stdout
+    assert "run.draft_vocab_size: expected at most the target's 512 tokens" in refused.stderr
+    write(workspace, {"train": {"epoch": 1}})
+    refused = ops(workspace, "--skip", "synth,dump")
+    assert refused.returncode == 2
+    assert "train refuses" in refused.stderr
+    assert "Did you mean epochs?" in refused.stderr
+    assert sorted(workspace.rglob("*")) == before
+
+
+def play(monkeypatch: pytest.MonkeyPatch, workspace: Path, stage: str, script: str) -> None:
+    """Let a stage be this script of a shell."""
+    python = workspace / f"python-{stage}"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setenv(f"EYRIE_{stage.upper()}_PYTHON", str(python))
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("kill -KILL $$", 137), ("kill -SEGV $$", 139), ("exit 75", 75)]
+)
+def test_what_ended_a_stage_is_told_as_a_shell_tells_it(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, script: str, code: int
+) -> None:
+    play(monkeypatch, workspace, "synth", script)
+    assert run(config(workspace, preflight="false", only="synth")) == code
+
+
+def test_a_stage_that_outlives_its_grace_was_killed(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.ops.chain.run._GRACE_S", 0.1)
+    deaf = workspace / "deaf"
+    monkeypatch.setattr("stages.ops.chain.run.stop_requested", deaf.exists)
+    play(monkeypatch, workspace, "synth", f"trap '' TERM; touch {deaf}; exec sleep 60")
+    assert run(config(workspace, preflight="false", only="synth")) == 137
+
+
+def test_a_stop_between_two_stages_begins_no_other(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal arrives while a stage ends by itself, with 0."""
+    play(monkeypatch, workspace, "synth", "kill -TERM $PPID")
+    play(monkeypatch, workspace, "dump", f"touch {workspace}/begun")
+    done = ops(workspace, "--preflight", "false", "--only", "synth,dump")
+    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert "dump was not begun. Run the same command again" in done.stderr
+    assert not (workspace / "begun").exists()

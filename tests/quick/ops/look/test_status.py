@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""status and watch on real status files, of processes that work, end and are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import build
+from shared.paths import RunPaths
+from shared.runtime.status import Status
+from stages.ops.config import StatusConfig, WatchConfig
+from stages.ops.look.status import StageState, _looks, read_states, run, watch
+
+ROOT = Path(__file__).resolve().parents[4]
+# A stage as far as its status goes: it says how far it is, and then nothing for a long time.
+WORKER = """
+import sys, time
+from pathlib import Path
+from shared.runtime import status
+status.BEAT_S = 0.05
+told = status.Status(Path(sys.argv[1]), period_s=0.0)
+told.started()
+for done in (10, 20, 30):
+    time.sleep(0.02)
+    told.progress(done, 120, "rows", answer_tokens_per_s=700)
+print("working", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Any:
+    command = [sys.executable, "-c", WORKER, str(RunPaths(tmp_path, "r").status("synth"))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+
+
+def state_of(workspace: Path, stage: str) -> StageState:
+    (found,) = [state for state in read_states(RunPaths(workspace, "r")) if state.name == stage]
+    return found
+
+
+def write(workspace: Path, stage: str, **record: Any) -> Path:
+    path = RunPaths(workspace, "r").status(stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now = time.time()
+    known = {"state": "running", "pid": 1, "host": "elsewhere", "started_s": now, "updated_s": now}
+    path.write_text(json.dumps({**known, **record}))
+    return path
+
+
+def test_a_working_stage_runs_and_a_killed_one_died(
+    worker: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    running = state_of(tmp_path, "synth")
+    assert (running.state, running.done, running.total) == ("running", 30, 120)
+    assert running.facts == {"answer_tokens_per_s": 700}
+    assert running.left_s is not None
+    worker.send_signal(signal.SIGKILL)
+    time.sleep(0.1)  # not waited for: a zombie works no more than a process that is gone
+    died = state_of(tmp_path, "synth")
+    assert died.state == "died"
+    assert f"its process {worker.pid} is gone" in died.message
+    worker.wait()
+    assert state_of(tmp_path, "synth").state == "died"
+
+
+def test_a_process_that_lives_keeps_its_file_young(
+    worker: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    path = RunPaths(tmp_path, "r").status("synth")
+    os.utime(path, (1, 1))
+    time.sleep(0.3)
+    assert time.time() - path.stat().st_mtime < 5
+    assert worker.poll() is None
+
+
+def test_a_silent_process_of_another_host_died(tmp_path: Path) -> None:
+    path = write(tmp_path, "dump")
+    assert state_of(tmp_path, "dump").state == "running"
+    minutes_ago = time.time() - 120
+    os.utime(path, (minutes_ago, minutes_ago))
+    died = state_of(tmp_path, "dump")
+    assert died.state == "died"
+    assert "silent for 120 s: its process on elsewhere" in died.message
+
+
+def test_a_stage_that_is_tried_again_runs_and_keeps_its_progress(tmp_path: Path) -> None:
+    """What the process's start and end write, around what the stage itself writes."""
+    path = write(tmp_path, "synth", state="failed", message="no room", exit_code=2)
+    whole, stage = Status(path), Status(path, period_s=0.0)
+    whole.opened()
+    again = state_of(tmp_path, "synth")
+    assert (again.state, again.message) == ("running", "")
+    time.sleep(0.01)
+    stage.progress(3, 4, "rows")
+    whole.ended(75, "the engine died")
+    ended = state_of(tmp_path, "synth")
+    assert (ended.state, ended.done, ended.message) == ("failed", 3, "the engine died")
+    Status(path).opened()
+    assert state_of(tmp_path, "synth").done == 3
+
+
+def test_states_of_a_whole_run(tmp_path: Path) -> None:
+    write(tmp_path, "synth", state="done", updated_s=time.time() + 60)
+    write(tmp_path, "dump-0", progress={"done": 1, "total": 4, "unit": "tokens", "left_s": 9})
+    write(tmp_path, "dump-1", state="failed", message="no room")
+    RunPaths(tmp_path, "r").status("train").write_text("{")
+    states = read_states(RunPaths(tmp_path, "r"))
+    assert [(state.name, state.state) for state in states] == [
+        ("synth", "done"),
+        ("dump-0", "running"),
+        ("dump-1", "failed"),
+        ("train", "unreadable"),
+        ("bench", "to do"),
+    ]
+    assert states[1].left_s is not None
+    assert 8 < states[1].left_s <= 9
+
+
+def test_a_watch_goes_on_while_another_process_works(tmp_path: Path) -> None:
+    write(tmp_path, "synth-0")
+    write(tmp_path, "synth-1", state="failed")
+    looks = _looks(RunPaths(tmp_path, "r"), 0.01)
+    assert next(looks)
+    assert next(looks)
+    write(tmp_path, "synth-0", state="stopped")
+    assert next(looks)[0].state == "stopped"
+    with pytest.raises(StopIteration):
+        next(looks)
+
+
+def test_what_is_shown_and_when_a_watch_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, "synth", progress={"done": 1, "total": 4, "unit": "rows", "loss": "0.5"})
+    flags = {"name": "r", "workspace": str(tmp_path)}
+    run(build(StatusConfig, flags))
+    shown = capsys.readouterr().out
+    assert "1 / 4 rows (25%)" in shown
+    assert "loss 0.5" in shown
+    run(build(StatusConfig, {**flags, "json": "True"}))
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)["stages"]] == [
+        "running",
+        *["to do"] * 3,
+    ]
+    command = [sys.executable, "-m", "stages.ops", "watch", "r", "--json", "--period_s", "0.05"]
+    watcher = subprocess.Popen(
+        [*command, "--workspace", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert watcher.stdout is not None
+    assert json.loads(watcher.stdout.readline())["stages"][0]["state"] == "running"
+    write(tmp_path, "synth", state="failed", message="no room", exit_code=2)
+    told = watcher.communicate(timeout=20)[0].splitlines()
+    assert json.loads(told[-1])["stages"][0]["message"] == "no room"
+    assert watcher.returncode == 0
+    for stage in ("synth", "dump", "train", "bench"):
+        write(tmp_path, stage, state="done")
+    watch(build(WatchConfig, flags))  # nothing can change any more: it returns at once
+
+
+def test_who_is_sent_away_leaves_the_others_status(worker: Any, tmp_path: Path) -> None:
+    """A second process on the same folder is refused with 75; the first one works on."""
+    told = Status(RunPaths(tmp_path, "r").status("synth"))
+    told.opened()
+    assert state_of(tmp_path, "synth").state == "running"
+    told.ended(75, "another process holds the folder")
+    record = json.loads(told.path.read_text())
+    assert (record["state"], record["pid"]) == ("running", worker.pid)
+    worker.kill()
+    worker.wait()
+    told.ended(75, "the server died")
+    assert json.loads(told.path.read_text())["state"] == "failed"

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""plan on the configs of well-known targets: what they are, how large, and recipes that stages take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shared.config import build
+from shared.contracts.head_config import HeadConfig
+from shared.errors import UserError
+from shared.target.model import read_config
+from stages.bench.config import BenchConfig
+from stages.dump.config import DumpConfig
+from stages.ops.config import PlanConfig
+from stages.ops.plan.architecture import read_data, understand
+from stages.ops.plan.model import Plan, make_plan, warnings
+from stages.ops.plan.output import recipe
+from stages.ops.plan.parameters import Parameters
+from stages.ops.plan.run import read_model
+from stages.synth.config import SynthConfig
+from stages.train.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[4]
+CONFIGS = ROOT / "tests" / "fixtures" / "configs"
+# Parameters as the models' publishers count them (without multi-token prediction); kind; backend;
+# width of the draft head's MLP.
+KNOWN: dict[str, tuple[int, list[str], str, int]] = {
+    "llama-3.1-8b-instruct": (8_030_261_248, ["dense"], "vllm", 14336),
+    "llama-3.2-1b-instruct": (1_235_814_400, ["dense"], "vllm", 8192),
+    "mistral-7b-instruct-v0.1": (7_241_732_096, ["dense", "sliding window"], "vllm", 14336),
+    "mixtral-8x7b-instruct-v0.1": (46_702_792_704, ["MoE"], "hf", 14336),
+    "qwen3-30b-a3b": (30_532_122_624, ["MoE"], "vllm", 6144),
+    "gpt-oss-20b": (20_914_757_184, ["MoE", "sliding window"], "vllm", 11520),
+    "gemma-3-27b-it": (27_432_406_640, ["dense", "VLM", "sliding window"], "hf", 21504),
+    "qwen2.5-vl-7b-instruct": (8_292_166_656, ["dense", "VLM"], "hf", 18944),
+    "deepseek-v3": (671_026_419_200, ["MoE", "MLA", "custom code"], "hf", 18432),
+    "kimi-k2-instruct": (1_026_408_232_448, ["MoE", "MLA", "custom code"], "hf", 18432),
+    "qwen3-next-80b-a3b-instruct": (79_674_391_296, ["MoE", "hybrid"], "hf", 5120),
+}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+def plan_of(name: str) -> Plan:
+    return make_plan(name, understand(config_of(name), name))
+
+
+def settings(**flags: str) -> PlanConfig:
+    return build(PlanConfig, {"model": "m", **flags})
+
+
+def test_every_config_is_known() -> None:
+    assert sorted(KNOWN) == sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_a_target_is(name: str) -> None:
+    plan = plan_of(name)
+    total, kinds, backend, width = KNOWN[name]
+    assert plan.counted.total == total
+    assert plan.target.kinds == kinds
+    assert plan.backend[0] == backend
+    assert plan.head.intermediate_size == width
+
+
+def test_sizes_that_a_config_leaves_out_are_told(tmp_path: Path) -> None:
+    """Without them every stage refuses the target; with them it is read."""
+    plan = plan_of("gemma-3-27b-it")
+    (told,) = (text for text in warnings(plan) if "lacks sizes" in text)
+    assert told.endswith(
+        'add to text_config: "vocab_size": 262208, "max_position_embeddings": 131072'
+    )
+    raw = config_of("gemma-3-27b-it")
+    raw["text_config"] |= {"vocab_size": 262208, "max_position_embeddings": 131072}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = read_config(tmp_path)
+    assert config.vocab_size == 262208
+    HeadConfig.from_json(config.raw, aux_layers=(2, 31, 59), draft_vocab_size=32000)
+    assert not understand(raw, "config.json").left_out
+    assert not any("lacks sizes" in text for text in warnings(plan_of("qwen3-30b-a3b")))
+
+
+def test_bytes_follow_the_quantisation() -> None:
+    # bf16, but the experts' matrices take 4.25 bits a value; as the published checkpoint does.
+    assert plan_of("gpt-oss-20b").weights == pytest.approx(13.76e9, rel=0.01)
+    # One byte a value of each matrix, and a scale for 128 x 128 of them.
+    assert plan_of("deepseek-v3").weights == pytest.approx(673e9, rel=0.01)
+    assert plan_of("llama-3.1-8b-instruct").weights == 2 * 8_030_261_248
+
+
+def test_the_parts_worked_by_hand() -> None:
+    raw = {
+        "model_type": "llama",
+        "hidden_size": 4,
+        "intermediate_size": 8,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 1,
+        "vocab_size": 10,
+    }
+    plan = make_plan("toy", understand(raw, "toy"))
+    assert plan.counted == Parameters(embeddings=80, layers=7 * (4 * 16 + 3 * 32), small=7 * 8 + 4)
+    assert plan.disk_bytes(3, 5) == 3 * 5 * 4 * 4 * 2  # samples, tokens, states, H, bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "stages"),
+    [
+        ("llama-3.1-8b-instruct", "H100", (1, 1, 8)),
+        ("llama-3.1-8b-instruct", "L4", (1, 1, 8)),
+        ("mixtral-8x7b-instruct-v0.1", "H100", (2, 1, 4)),
+        ("deepseek-v3", "H200", (8, 1, 1)),
+        ("deepseek-v3", "H100", (8, 2, 0)),
+        ("kimi-k2-instruct", "H100", (8, 3, 0)),
+        ("gemma-3-27b-it", "L40S", (2, 1, 4)),
+    ],
+)
+def test_how_many_gpus_hold_it(name: str, gpu: str, stages: tuple[int, int, int]) -> None:
+    """(tensor parallel, pipeline parallel, copies a node): weights fill at most three quarters."""
+    plan = plan_of(name)
+    found = plan.placements[gpu]
+    assert (found.tensor_parallel, found.pipeline_parallel, found.copies) == stages
+    share = plan.weights / (found.tensor_parallel * found.pipeline_parallel)
+    assert share <= 0.75 * read_data("gpus.yaml")[gpu]["memory_gib"] * 2**30
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("gpu", ["H100", "GB200"])
+def test_every_stage_takes_the_recipe(name: str, gpu: str, tmp_path: Path) -> None:
+    plan = plan_of(name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe(plan, settings(gpu=gpu, target="org/model")))
+    flags = {"recipe": str(path), "workspace": str(tmp_path)}
+    synth, dump, train, _ = (
+        build(stage, flags) for stage in (SynthConfig, DumpConfig, TrainConfig, BenchConfig)
+    )
+    assert synth.run.target == "org/model"
+    assert synth.tensor_parallel_size == plan.placements[gpu].tensor_parallel
+    assert dump.backend == KNOWN[name][2]
+    width = train.intermediate_size or config_of(name).get("intermediate_size")
+    assert (width or plan.target.text["intermediate_size"]) == KNOWN[name][3]
+
+
+def test_a_shallow_target_gets_aux_layers_that_fit() -> None:
+    raw = {**config_of("llama-3.2-1b-instruct"), "num_hidden_layers": 5}
+    plan = make_plan("toy", understand(raw, "toy"))
+    assert plan.head.aux_layers == (1, 2, 4)
+    assert yaml.safe_load(recipe(plan, settings()))["run"]["aux_layers"] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ([], "found list"),
+        ({"model_type": "bert"}, "found no hidden_size, num_hidden_layers"),
+        ({"text_config": {"hidden_size": "x"}}, "found no hidden_size"),
+    ],
+)
+def test_what_is_no_decoder_is_refused(raw: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        understand(raw, "config.json")
+
+
+def test_a_model_is_a_folder_a_file_or_a_hub_id(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    assert read_model("m", tmp_path)[0] == tmp_path / "m" / "config.json"
+    assert read_model("m/config.json", tmp_path)[0] == tmp_path / "m" / "config.json"
+    with pytest.raises(UserError, match="nothing of that name"):
+        read_model("n", tmp_path)
+
+
+def test_published_figures_name_their_source() -> None:
+    for row in read_data("published.yaml"):
+        assert row["source"]
+        assert 1 <= row["acceptance_length"] <= row.get("k", 7) + 1
+
+
+def test_the_command_shows_everything_and_writes_a_recipe(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stages.ops", "plan", str(CONFIGS / "gpt-oss-20b.json")]
+    command += ["--out", str(tmp_path / "r.yaml"), "--gpu", "H200"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    for part in ("20,914,757,184", "TIKTOKEN_RS_CACHE_DIR", "SpecForge", "GB200", "2.4 TB"):
+        assert part in shown.stdout
+    assert yaml.safe_load((tmp_path / "r.yaml").read_text())["train"]["intermediate_size"] == 11520
+    told = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, timeout=60)
+    assert json.loads(told.stdout)["weight_bytes"] == plan_of("gpt-oss-20b").weights
+    wrong = subprocess.run([*command, "--gpu", "H1"], cwd=ROOT, capture_output=True, timeout=60)
+    assert wrong.returncode == 2
+    assert b"expected one of H100, H200" in wrong.stderr

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: flags, recipes, refusals, exit codes, and how fast --help answers."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared import config as configs
+from shared.cli import _outcome, collect_flags
+from shared.errors import EXIT_BUG, EXIT_USER, UserError
+from stages.dump.config import DumpConfig
+from stages.synth.config import SynthConfig
+from stages.train.config import TrainConfig
+
+STAGES = ("synth", "dump", "train", "bench", "ops")
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run_stage(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"stages.{arguments[0]}", *arguments[1:]]
+    return subprocess.run(
+        command, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_is_instant_and_without_torch(stage: str) -> None:
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['stages.{stage}', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('stages.{stage}', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    heavy = {'torch', 'vllm', 'transformers', 'pyarrow'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}' if heavy else stop.code)\n"
+    )
+    best_s = 9.0
+    for _ in range(3):
+        started_s = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        best_s = min(best_s, time.monotonic() - started_s)
+        assert done.returncode == 0, done.stderr
+    assert "Exit codes" in done.stdout
+    assert best_s < 1.0  # torch alone takes longer
+
+
+def test_fire_leaves_texts_as_they_are() -> None:
+    """Each of these is changed or misread by fire's own parsing."""
+    words, flags = collect_flags(
+        [
+            "demo",
+            "--model",
+            "0.10",
+            "--resume=false",
+            "--ids=2,4,5",
+            "--max-tokens",
+            "7",
+            "--seed=-1",
+        ]
+    )
+    assert words == ["demo"]
+    assert flags == {
+        "model": "0.10",
+        "resume": "false",
+        "ids": "2,4,5",
+        "max_tokens": "7",
+        "seed": "-1",
+    }
+
+
+def test_fires_own_flags_are_out_of_reach() -> None:
+    with pytest.raises(UserError, match="--"):
+        collect_flags(["--", "--interactive"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("synth", "--promts", "x"), "Did you mean prompts?"),
+        (("synth", "rum"), "Did you mean run?"),
+        (("train", "--target", "t", "--epochs", "many"), "train.epochs"),
+        (("train", "--target", "t", "stray"), "unexpected argument 'stray'"),
+        (("dump", "--target", "t", "--backend", "sglang"), "'vllm', 'hf', 'trtllm' or 'auto'"),
+        (("bench", "--recipe", "nowhere.yaml"), "nowhere.yaml"),
+        (("synth", "--target", "nowhere", "--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_a_mistake_is_exit_2_one_message_and_no_traceback(
+    arguments: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    done = run_stage(*arguments, "--workspace", str(tmp_path / "w"))
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("ERROR") == 1
+
+
+def write_recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flag_over_recipe_over_default(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        "run: {target: t, seed: 3, aux_layers: [1, 2, 3]}\n"
+        "train: {epochs: 5, learning_rate: 1e-3}\n",
+    )
+    built = configs.build(
+        TrainConfig, {"recipe": str(recipe), "epochs": "7", "aux_layers": "2,4,5"}
+    )
+    assert (built.epochs, built.learning_rate, built.ttt_steps) == (7, 1e-3, 4)
+    assert (built.run.seed, built.run.aux_layers) == (3, (2, 4, 5))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("run: {target: t}\ntrain: {ttt_step: 3}\n", "Did you mean ttt_steps?"),
+        ("run: {target: t}\ntrian: {}\n", "Did you mean train?"),
+        ("run: {target: t, nam: x}\n", "Did you mean name?"),
+        ("run: [1]\n", "section run"),
+        ("- a\n", "expected sections"),
+        ("run: {target: t\n", "not valid YAML"),
+        ("run: {target: t, name: ../x}\n", "one folder name"),
+        ("run: {name: x}\n", "run.target: needed"),
+        ("run: {target: t, max_length_tokens: 1e99}\n", "max_length_tokens"),
+    ],
+)
+def test_a_bad_recipe_names_the_key(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r".") as refused:
+        configs.build(TrainConfig, {"recipe": str(write_recipe(tmp_path, text))})
+    assert told in str(refused.value)
+
+
+def test_identity_is_what_changes_the_result() -> None:
+    first = configs.build(DumpConfig, {"target": "t"}).identity()
+    parallel = configs.build(DumpConfig, {"target": "t", "batch_tokens": "99", "name": "other"})
+    other_vocab = configs.build(DumpConfig, {"target": "t", "draft_vocab_size": "99"})
+    other_layers = configs.build(DumpConfig, {"target": "t", "aux_layers": "[1,2,3]"})
+    assert parallel.identity() == first
+    assert other_vocab.identity() == first  # a new draft vocabulary does not void the states
+    assert other_layers.identity() != first
+
+
+def test_workspace_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EYRIE_WORKSPACE", "/somewhere")
+    flags = {"target": "t", "prompts": "p"}
+    assert configs.build(SynthConfig, flags).workspace == Path("/somewhere")
+    assert configs.build(SynthConfig, {**flags, "workspace": "x"}).workspace == Path("x")
+
+
+def test_every_field_has_a_doc_and_is_marked() -> None:
+    for stage in ("synth", "dump", "train", "bench"):
+        module = __import__(f"stages.{stage}.config", fromlist=["config"])
+        config = getattr(module, f"{stage.capitalize()}Config")
+        own = set(config.model_fields) - set(configs.StageConfig.model_fields)
+        assert not own & set(configs.RunConfig.model_fields), "a flag would be ambiguous"
+        for name in own:
+            field = config.model_fields[name]
+            assert field.description, name
+            assert configs.kind_of(field) in ("identity", "operational"), name
+
+
+def test_print_config_tells_what_recipe_and_flags_come_to(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run: {target: t}\ntrain: {epochs: 5}\n")
+    asked = ("train", "--recipe", str(recipe), "--ttt_steps", "2", "--print_config")
+    told = run_stage(*asked, "--workspace", str(tmp_path))
+    assert told.returncode == 0, told.stderr
+    settings = json.loads(told.stdout)
+    assert (settings["epochs"], settings["ttt_steps"], settings["beta2"]) == (5, 2, 0.95)
+    assert settings["run"]["target"] == "t"
+    assert list(tmp_path.iterdir()) == [recipe]  # no folder, no log: nothing was run
+    assert run_stage(*asked, "--epoch", "1").returncode == 2
+
+
+def test_torch_without_memory_is_no_bug_of_ours() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    code, told = _outcome(raised.value)
+    assert code == EXIT_USER
+    assert told.startswith("out of memory (")
+    assert _outcome(RuntimeError("shape mismatch"))[0] == EXIT_BUG

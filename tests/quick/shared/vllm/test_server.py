@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server of ours is started with, seen from a process that is started in its place."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.vllm import server
+
+PROBE = """
+import json, os, pathlib, sys
+found = {"flags": sys.argv[1:], "environment": dict(os.environ)}
+pathlib.Path(os.environ["PROBE_OUT"]).write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the process says what it found."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PROBE_OUT", str(tmp_path / "found.json"))
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setattr(server, "_MODULE", "probe")
+    return tmp_path / "found.json"
+
+
+def started(probed: Path, options: Mapping[str, Any], **environment: str) -> dict[str, Any]:
+    with server.start_server(options, environment) as child:
+        deadline = time.monotonic() + 60
+        while child.exit_code() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert child.exit_code() == 0
+    return dict(json.loads(probed.read_text()))
+
+
+def test_a_cache_of_one_gib_is_what_a_cpu_gets_unasked(probed: Path) -> None:
+    assert started(probed, {})["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    found = started(probed, {}, VLLM_CPU_KVCACHE_SPACE="4")
+    assert found["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "4"
+
+
+def test_a_cache_that_was_asked_for_is_not_overruled(probed: Path) -> None:
+    """vLLM on a CPU takes the variable where both are there, and says nothing."""
+    found = started(probed, {"kv-cache-memory-bytes": 400_000})
+    assert "VLLM_CPU_KVCACHE_SPACE" not in found["environment"]
+    place = found["flags"].index("--kv-cache-memory-bytes")
+    assert found["flags"][place + 1] == "400000"
+
+
+def test_the_key_is_in_no_process_list(probed: Path) -> None:
+    found = started(probed, {"enable-log-requests": True, "max-model-len": None})
+    key = found["environment"]["VLLM_API_KEY"]
+    assert len(key) >= 32
+    assert key not in " ".join(found["flags"])
+    assert found["flags"][found["flags"].index("--host") + 1] == "127.0.0.1"
+    assert "--enable-log-requests" in found["flags"]
+    assert "--max-model-len" not in found["flags"]

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training in this process, on random states: what it ends with, and what it refuses to go on from.
+
+Shapes: 30 target tokens, 12 draft tokens where not all, hidden size 16, aux layers 2, 4 and 5.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from shared.config import build
+from shared.contracts import hidden_states
+from shared.contracts.head_config import HeadConfig
+from shared.errors import RetryableError, Stopped, UserError
+from shared.io import files
+from shared.runtime.process import stop_requested
+from shared.target.model import TargetConfig, TargetTensors
+from stages.train.config import TrainConfig
+from stages.train.data.dataset import Dataset
+from stages.train.loop import checkpoint
+from stages.train.loop.trainer import Trainer
+from stages.train.objective.in_vocab import in_vocab_flags
+from tests.quick.train.export.test_export import CONFIG, make_head
+
+WHOLE = dataclasses.replace(CONFIG, draft_vocab_size=CONFIG.vocab_size)
+PROMPT_TOKENS = 3
+DRAFT_TOKENS = 3  # walk_tokens, K
+DATA_CONFIG = {"hidden_states": {"layer_ids": [2, 4, 5, 8]}, "model": {"hidden_size": 16}}
+
+
+def random_tensors() -> TargetTensors:
+    return TargetTensors(torch.randn(30, 16), torch.ones(16), torch.randn(30, 16), 1e-5)
+
+
+def dataset(folder: Path, *, answer_tokens: int = 9, holdout: float = 0.0) -> Dataset:
+    """Two shards of four samples each, with their checksums."""
+    torch.manual_seed(0)
+    tokens = PROMPT_TOKENS + answer_tokens
+    names = [hidden_states.shard_name(index) for index in range(2)]
+    for index, name in enumerate(names):
+        hidden_states.write_shard(
+            folder / name,
+            input_ids=torch.randint(0, 30, (4, tokens)).tolist(),
+            loss_masks=[[0] * PROMPT_TOKENS + [1] * answer_tokens] * 4,
+            states=list(torch.randn(4, tokens, 4, 16)),
+            sample_ids=[f"row-{index}-{row}" for row in range(4)],
+        )
+    entries = {name: {"sha256": files.sha256(folder / name)} for name in names}
+    return Dataset(
+        folder,
+        DATA_CONFIG,
+        names,
+        holdout_fraction=holdout,
+        max_holdout_samples=2,
+        manifest={"stage": "dump", "files": entries},
+    )
+
+
+def trainer(workspace: Path, mixed_precision: str = "no", **sizes: int) -> Trainer:
+    """Eight tokens a step at least, so a sample a step; every step is walked."""
+    settings = {"batch_tokens": "8", "eval_every_steps": "1", "epochs": "1", "ttt_steps": "2"}
+    flags = {"workspace": str(workspace), "target": "t", "walk_tokens": str(DRAFT_TOKENS)}
+    config = build(TrainConfig, {**flags, **settings})
+    dump = workspace / "dump"
+    dump.mkdir(exist_ok=True)
+    return Trainer(
+        config,
+        TargetConfig(workspace, {}, "llama", 8, 16, 30),
+        random_tensors(),
+        make_head(),
+        dataset(dump, holdout=0.25, **sizes),
+        workspace / "train",
+        Accelerator(cpu=True, mixed_precision=mixed_precision),
+    )
+
+
+def best_step(training: Trainer) -> int:
+    state = checkpoint.load(training.checkpoints.folder / checkpoint.BEST)
+    assert state is not None
+    return int(state["step"])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_target_s_own_products_are_in_the_run_s_precision(
+    tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    """In float32 they would cost more than the head's on a device that is made for bfloat16."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        training = trainer(tmp_path, mixed_precision=precision, answer_tokens=DRAFT_TOKENS + 1)
+        assert training.module.target.lm_head.dtype == dtype
+        assert training.run().steps == 6
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_where_nothing_can_be_drafted_the_last_head_is_the_best(tmp_path: Path) -> None:
+    """The prompt's own pass gives an answer's first token, and a walk must know K tokens ahead."""
+    training = trainer(tmp_path, answer_tokens=DRAFT_TOKENS)
+    outcome = training.run()
+    assert (outcome.held_out, outcome.steps) == (2, 6)
+    assert outcome.walked_acceptance_length is None
+    assert outcome.best_step == best_step(training) == 6
+    assert "walked_acceptance_length" not in training.history.path.read_text()
+
+
+def test_one_token_more_is_walked(tmp_path: Path) -> None:
+    training = trainer(tmp_path, answer_tokens=DRAFT_TOKENS + 1)
+    outcome = training.run()
+    assert outcome.walked_acceptance_length == training.best["value"] >= 1.0
+    assert outcome.best_step == best_step(training)
+    assert training.history.path.read_text().count("walked_acceptance_length") == 6
+
+
+def test_what_another_rank_was_asked_stops_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = trainer(tmp_path)
+    monkeypatch.setattr(training, "_all_agree_to_stop", lambda: training.step == 2)
+    with pytest.raises(Stopped, match="step 2 is saved"):
+        training.run()
+    assert not stop_requested()
+    state = checkpoint.load(training.checkpoints.folder / checkpoint.LATEST)
+    assert state is not None and state["step"] == 2
+
+
+def test_a_training_goes_on_with_the_best_that_its_state_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two links, a later state is the best one, which was not the latest yet."""
+    first = trainer(tmp_path)
+    monkeypatch.setattr(first, "_all_agree_to_stop", lambda: first.step == 2)
+    with pytest.raises(Stopped):
+        first.run()
+    expected, folder = best_step(first), first.checkpoints.folder
+    shutil.copy(folder / "step_00000002.pt", folder / "step_00000003.pt")
+    files.write_link(folder / checkpoint.BEST, "step_00000003.pt")
+    again = trainer(tmp_path)
+    again._resume()
+    assert again.step == 2
+    assert (folder / checkpoint.BEST).resolve().name == f"step_{expected:08d}.pt"
+
+
+def rank_of(count: int) -> Any:
+    """The first of `count` ranks, to which the others never tell anything."""
+    return SimpleNamespace(
+        process_index=0,
+        num_processes=count,
+        device=torch.device("cpu"),
+        wait_for_everyone=lambda: None,
+    )
+
+
+@pytest.mark.parametrize("config", [CONFIG, WHOLE], ids=["partial", "whole"])
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_every_shard_is_held_to_its_checksum(
+    tmp_path: Path, damaged: int, config: HeadConfig
+) -> None:
+    found, head, tensors = dataset(tmp_path), make_head(config), random_tensors()
+    flags = in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(1))
+    assert [len(part) for part in flags] == [len(shard.input_ids) for shard in found.shards]
+    shutil.rmtree(tmp_path / "flags", ignore_errors=True)
+    path = tmp_path / hidden_states.shard_name(damaged)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{path.name}: expected the SHA-256"):
+        in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(1))
+
+
+def test_flags_that_another_rank_wrote_elsewhere_may_be_there_later(tmp_path: Path) -> None:
+    found, head, tensors = dataset(tmp_path), make_head(), random_tensors()
+    with pytest.raises(RetryableError, match=r"00001\.pt: expected the flags .* another rank"):
+        in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(2))
+    in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(1))
+    flags = in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(2))
+    assert len(flags) == len(found.shards)

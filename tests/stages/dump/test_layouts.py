@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dump with transformers: the same states in both layouts, by one process or by several.
+
+The layout `samples` is read by speculators 0.3.0 itself where $EYRIE_SPECULATORS_PYTHON names an
+interpreter that has it: `pip install speculators==0.3.0` into an environment of its own.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.artifacts.manifest import MANIFEST
+from shared.config import build
+from shared.contracts import hidden_states
+from shared.contracts.conversations import Conversation
+from shared.errors import OutputError, RetryableError, UserError
+from shared.runtime.status import Accounting
+from stages.dump import parallel
+from stages.dump.config import DumpConfig
+from stages.dump.plan import REJECTS, read_plan, settle
+from stages.dump.run import run as dump
+from stages.dump.shards.writer import FillingShard, ShardWriter
+from tests.runs import ROOT, command, make_synth, run
+
+NUM_ROWS = 40
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = tmp_path_factory.mktemp("answered")
+    make_synth(workspace, num_rows=NUM_ROWS)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def whole(answered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dump folder of one process, undisturbed."""
+    workspace = tmp_path_factory.mktemp("whole") / "workspace"
+    shutil.copytree(answered, workspace)
+    dump(config(workspace))
+    return workspace / "run" / "dump"
+
+
+@pytest.fixture
+def workspace(answered: Path, tmp_path: Path) -> Path:
+    shutil.copytree(answered, tmp_path / "workspace")
+    return tmp_path / "workspace"
+
+
+def config(workspace: Path, **flags: Any) -> DumpConfig:
+    texts = {name: str(value) for name, value in flags.items()}
+    recipe = str(workspace / "recipe.yaml")
+    return build(DumpConfig, {"recipe": recipe, "workspace": str(workspace), **texts})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard_*.pt"))}
+
+
+def test_several_processes_make_the_bytes_that_one_makes(workspace: Path, whole: Path) -> None:
+    folder = workspace / "run" / "dump"
+    for index in (2, 0, 1):
+        assert not (folder / MANIFEST).exists()
+        dump(config(workspace, shard_index=index, num_shards=3))
+    assert contents(folder) == contents(whole)
+    manifests = [json.loads((f / MANIFEST).read_text()) for f in (folder, whole)]
+    assert manifests[0]["counts"] == manifests[1]["counts"]
+    assert manifests[0]["counts"]["ok"] == NUM_ROWS
+    assert manifests[0]["files"].keys() == manifests[1]["files"].keys()
+    assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"]
+
+
+def test_data_parallel_makes_the_same_bytes(workspace: Path, whole: Path) -> None:
+    done = run(workspace, "dump", "--data_parallel", "2")
+    assert done.returncode == 0, done.stderr
+    folder = workspace / "run" / "dump"
+    assert contents(folder) == contents(whole)
+    assert (folder / MANIFEST).exists()
+    for engine in range(2):
+        assert (workspace / "run" / "status" / f"dump-{engine}.json").exists()
+
+
+def test_an_engine_of_several_that_fails_gives_its_exit_code(workspace: Path) -> None:
+    done = run(workspace, "dump", "--data_parallel", "2", "--max_logprob_gap", "1e-9")
+    assert done.returncode == 3, done.stderr
+    assert "ended with exit code 3" in done.stderr
+    assert not (workspace / "run" / "dump" / MANIFEST).exists()
+
+
+def test_engines_share_the_gpus() -> None:
+    assert parallel.share_devices(["4", "5", "6", "7"], 2, 2) == ["4,5", "6,7"]
+    assert parallel.share_devices([], 2, 1) == [None, None]
+    with pytest.raises(UserError, match="needs 4 GPUs, found 3"):
+        parallel.share_devices(["0", "1", "2"], 2, 2)
+
+
+def test_engines_of_a_share_worked_example(workspace: Path) -> None:
+    """Process 1 of 3 with two engines: the parts 1 and 4 of 6, which are its own shards."""
+    own = config(workspace, shard_index=1, num_shards=3, data_parallel=2)
+    words = [parallel.child_command(own, engine, ["--x"]) for engine in range(2)]
+    indices = [int(w.split("=")[1]) for word in words for w in word if "shard_index" in w]
+    assert indices == [1, 4]
+    assert all("--num_shards=6" in word for word in words)
+    owned = {item for item in range(24) if item % 6 in indices}
+    assert owned == {item for item in range(24) if own.share.owns(item)}
+
+
+def samples_dump(workspace: Path) -> Path:
+    dump(config(workspace, layout="samples"))
+    return workspace / "run" / "dump"
+
+
+def test_samples_hold_what_the_shards_hold(workspace: Path, whole: Path) -> None:
+    folder = samples_dump(workspace)
+    described = json.loads((folder / hidden_states.DATA_CONFIG).read_text())["format"]
+    assert (described["layout"], described["file_pattern"]) == ("samples", "samples/data_{idx}.pt")
+    index = 0
+    for path in sorted(whole.glob("shard_*.pt")):
+        shard = hidden_states.read_shard(path, num_states=4, hidden_size=128)
+        for row in range(len(shard)):
+            name = hidden_states.sample_name(index)
+            sample = torch.load(folder / name, weights_only=True, mmap=True)
+            place = shard.rows(row)
+            assert sample["input_ids"].dtype == sample["loss_mask"].dtype == torch.int64
+            assert torch.equal(sample["input_ids"], shard.input_ids[place].long())
+            assert torch.equal(sample["loss_mask"], shard.loss_mask[place].long())
+            assert len(sample["hidden_states"]) == 4
+            for slot, states in enumerate(sample["hidden_states"]):
+                assert states.dtype == torch.bfloat16
+                assert torch.equal(states, shard.hidden_states[place, slot])
+            # No sample may drag its shard along: ids and mask are 8 bytes, states 4 * 128 * 2.
+            assert (folder / name).stat().st_size < 32 * (2 * 8 + 1024) + 8192
+            index += 1
+    assert index == NUM_ROWS
+
+
+@pytest.mark.skipif(
+    "EYRIE_SPECULATORS_PYTHON" not in os.environ, reason="no interpreter with speculators 0.3.0"
+)
+def test_samples_are_read_by_speculators(workspace: Path) -> None:
+    folder = samples_dump(workspace)
+    program = (
+        "import sys, torch\n"
+        "from speculators.train.data import Eagle3SampleFileDataset, list_files\n"
+        "data = Eagle3SampleFileDataset(64, datapath=sys.argv[1], hidden_states_dtype=torch.bfloat16)\n"
+        "assert len(data) == 40, len(data)\n"
+        "for path, batch in zip(data.data, data):\n"
+        "    raw = torch.load(path, weights_only=True)\n"
+        "    assert torch.equal(batch['input_ids'], raw['input_ids'][1:])\n"
+        "    aux = torch.cat(raw['hidden_states'][:3], -1)[:-1]\n"
+        "    assert torch.equal(batch['hidden_states'], aux) and aux.shape == (31, 384)\n"
+        "    last = raw['hidden_states'][3][1:]\n"
+        "    assert torch.equal(batch['verifier_last_hidden_states'], last)\n"
+        "    assert torch.equal(batch['loss_mask'], raw['loss_mask'][1:])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    python = os.environ["EYRIE_SPECULATORS_PYTHON"]
+    words = [python, "-c", program, str(folder / hidden_states.SAMPLES)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("layout", ["shards", "samples"])
+def test_killed_at_three_random_moments_every_sample_is_there_once(
+    workspace: Path, whole: Path, layout: str, tmp_path: Path
+) -> None:
+    """kill -9 while shards are written, three times; then the run ends with the same bytes."""
+    rng = random.Random(layout)
+    folder = workspace / "run" / "dump"
+    words = command(workspace, "dump", "--layout", layout)
+    for _ in range(3):
+        before = len(list(folder.glob("shard_*.json")))
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 100
+        # From the first shard on, which takes the longest: the model is loaded by then.
+        while len(list(folder.glob("shard_*.json"))) == before and time.monotonic() < deadline:
+            if process.poll() is not None:
+                break
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.rglob(".*.tmp-*"))
+    if layout == "shards":
+        assert contents(folder) == contents(whole)
+        return
+    shutil.copytree(folder.parents[1], tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "run" / "dump")
+    undisturbed = samples_dump(tmp_path / "again")
+    names = [hidden_states.sample_name(index) for index in range(NUM_ROWS)]
+    assert sorted(folder.rglob("data_*.pt")) == sorted(folder / name for name in names)
+    for name in names:
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+@pytest.mark.parametrize("gone", ["shard_00002.pt", "shard_00003.json", "data_config.json"])
+def test_what_is_gone_from_a_finished_dump_is_made_again(
+    workspace: Path, whole: Path, gone: str
+) -> None:
+    folder = workspace / "run" / "dump"
+    shutil.copytree(whole, folder)
+    (folder / gone).unlink()
+    dump(config(workspace))
+    assert contents(folder) == contents(whole)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_answers_that_changed_since_are_refused(workspace: Path) -> None:
+    (part,) = (workspace / "run" / "synth").glob("part-*.parquet")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{part.name}: expected the SHA-256"):
+        dump(config(workspace))
+
+
+@pytest.mark.parametrize("gone", ["shard_00002.pt", "plan/shard_00004.parquet"])
+def test_what_is_removed_while_a_dump_runs_is_made_by_the_next(
+    workspace: Path, whole: Path, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = workspace / "run" / "dump"
+
+    def removing(self: ShardWriter, shard: FillingShard) -> None:
+        write(self, shard)
+        if shard.plan.index == 2:
+            (folder / gone).unlink()
+
+    write = ShardWriter._write
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_write", removing)
+        with pytest.raises(RetryableError, match=f"{Path(gone).stem}.*somebody removed"):
+            dump(config(workspace))
+    assert not (folder / MANIFEST).exists()
+    dump(config(workspace))
+    assert contents(folder) == contents(whole)
+
+
+def test_a_plan_that_a_kill_left_behind_is_forgotten(workspace: Path, whole: Path) -> None:
+    folder = workspace / "run" / "dump"
+    shutil.copytree(whole, folder)
+    (folder / "plan").mkdir()
+    dump(config(workspace))
+    assert not (folder / "plan").exists()
+
+
+def test_states_that_fail_leave_nothing_of_their_shard(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = FillingShard.put
+
+    def stale(self: FillingShard, row: int, captured: Any) -> None:
+        """The states of the row before: what a mix-up of requests gives."""
+        put(self, (row + 1) % self.plan.samples, captured)
+
+    monkeypatch.setattr(FillingShard, "put", stale)
+    with pytest.raises(OutputError, match="looks like mixed-up requests"):
+        dump(config(workspace))
+    assert not list((workspace / "run" / "dump").glob("shard_*"))
+
+
+def test_before_anything_is_captured_the_recipe_may_change(
+    workspace: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the engine refuses the target, and its message names another setting to try."""
+
+    def refuse(*_: Any) -> None:
+        raise UserError("no hooks")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.dump.backends.choose.open_backend", refuse)
+        with pytest.raises(UserError, match="no hooks"):
+            dump(config(workspace, shard_bytes=300_000))
+    dump(config(workspace))
+    assert contents(workspace / "run" / "dump") == contents(whole)
+
+
+def row(name: str, length: int, start: int, *, token: int = 5) -> Conversation:
+    """A row of `length` tokens, answered from `start` on."""
+    return Conversation(
+        name, name, "code", "", (), (token,) * length, ((start, length),), "stop", start, 0
+    )
+
+
+@pytest.mark.parametrize("over_long", ["truncate", "skip"])
+def test_every_row_is_accounted_for(workspace: Path, tmp_path: Path, over_long: str) -> None:
+    """At most 64 tokens: truncating keeps a long row whose answer begins before that."""
+    rows = [
+        row("short", 10, 4),
+        row("cut", 80, 60),
+        row("cut-before-its-answer", 80, 70),
+        row("foreign", 10, 4, token=600),
+        row("long-enough", 64, 60),
+    ]
+    accounting = Accounting()
+    settings = config(workspace, over_long=over_long, max_failed_fraction=1)
+    plan = settle(
+        tmp_path / "dump",
+        rows,
+        settings,
+        fingerprint="one",
+        accounting=accounting,
+        token_bytes=4 * 128 * 2,
+        vocab_size=512,
+        backend="hf",
+    )
+    kept = [name for shard in plan.shards for name in shard.read().sample_ids]
+    lengths = [len(ids) for shard in plan.shards for ids in shard.read().input_ids]
+    foreign = {"token_outside_vocabulary": 1}
+    if over_long == "truncate":
+        assert (kept, lengths) == (["short", "cut", "long-enough"], [10, 64, 64])
+        skipped = {"no_trained_token": 1}
+    else:
+        assert (kept, lengths) == (["short", "long-enough"], [10, 64])
+        skipped = {"too_long": 2}
+    assert plan.counts == {"in": 5, "ok": len(kept), "skipped": skipped, "failed": foreign}
+    rejects = [json.loads(line) for line in (tmp_path / "dump" / REJECTS).read_text().splitlines()]
+    assert len(rejects) == 5 - len(kept)
+    again = settle(
+        tmp_path / "dump",
+        [],
+        settings,
+        fingerprint="one",
+        accounting=Accounting(),
+        token_bytes=1,
+        vocab_size=1,
+        backend="vllm",
+    )
+    assert again == plan
+    assert read_plan(tmp_path / "dump" / "plan", "another") is None
+    (tmp_path / "dump" / REJECTS).unlink()
+    settle(
+        tmp_path / "dump",
+        rows,
+        settings,
+        fingerprint="one",
+        accounting=Accounting(),
+        token_bytes=4 * 128 * 2,
+        vocab_size=512,
+        backend="hf",
+    )
+    assert len((tmp_path / "dump" / REJECTS).read_text().splitlines()) == 5 - len(kept)
+    # A changed file would give states to the wrong tokens.
+    with plan.shards[0].path.open("r+b") as handle:
+        handle.truncate(40)
+    with pytest.raises(UserError, match="expected the rows of a planned shard"):
+        plan.shards[0].read()

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dump (transformers' engine) and train as processes: kills, stops, refusals, a tied target."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.contracts import hidden_states, vocab
+from tests.ranks import free_port
+from tests.runs import ROOT, command, make_synth, run, write_recipe
+
+TRAIN = {"epochs": 12, "eval_every_steps": 20, "checkpoint_every_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def dumped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = tmp_path_factory.mktemp("dumped")
+    make_synth(workspace)
+    done = run(workspace, "dump")
+    assert done.returncode == 0, done.stderr
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def trained(dumped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = tmp_path_factory.mktemp("trained") / "workspace"
+    shutil.copytree(dumped, workspace)
+    write_recipe(workspace, **TRAIN)
+    done = run(workspace, "train")
+    assert done.returncode == 0, done.stderr
+    return workspace
+
+
+@pytest.fixture
+def workspace(dumped: Path, tmp_path: Path) -> Path:
+    shutil.copytree(dumped, tmp_path / "workspace")
+    write_recipe(tmp_path / "workspace", **TRAIN)
+    return tmp_path / "workspace"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As many threads in every run: they decide the order of a sum."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def weights(workspace: Path) -> dict[str, torch.Tensor]:
+    return load_file(workspace / "run" / "export" / "model.safetensors")
+
+
+def losses(workspace: Path) -> dict[int, float]:
+    """Every recorded loss by its step."""
+    lines = (workspace / "run" / "train" / "history.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def furthest(workspace: Path, other: Path) -> float:
+    """The largest difference between two trainings' weights, after the last step or as exported."""
+    latest = Path("run", "train", "checkpoints", "latest.pt")
+    last, others = (
+        torch.load(w / latest, weights_only=True)["weights"] for w in (workspace, other)
+    )
+    assert last.keys() == others.keys()
+    pairs = [(last[name], others[name]) for name in last]
+    exported, theirs = weights(workspace), weights(other)
+    assert exported.keys() == theirs.keys()
+    pairs += [(exported[name], theirs[name]) for name in exported]
+    return max((ours.double() - its.double()).abs().max().item() for ours, its in pairs)
+
+
+def interrupt_after_a_checkpoint(workspace: Path, how: signal.Signals) -> int:
+    latest = workspace / "run" / "train" / "checkpoints" / "latest.pt"
+    process = subprocess.Popen(command(workspace, "train"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not latest.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    return process.wait(timeout=60)
+
+
+def test_dump_writes_what_it_says(dumped: Path) -> None:
+    folder = dumped / "run" / "dump"
+    facts = json.loads((folder / "manifest.json").read_text())
+    assert facts["counts"] == {"in": 40, "ok": 40, "skipped": {}, "failed": {}}
+    assert facts["facts"]["agreement"] > 0.95
+    shards = sorted(folder.glob("shard_*.pt"))
+    assert len(shards) > 3
+    read = [hidden_states.read_shard(path, num_states=4, hidden_size=128) for path in shards]
+    assert [name for shard in read for name in shard.sample_ids] == [
+        f"row-{i:03d}" for i in range(40)
+    ]
+    counts = torch.load(folder / hidden_states.TOKEN_FREQ, weights_only=True)
+    assert int(counts.sum()) == 40 * 24  # answers alone
+
+
+def test_a_killed_dump_continues_to_the_same_bytes(workspace: Path) -> None:
+    folder = workspace / "run" / "dump"
+    shards = sorted(folder.glob("shard_*.pt"))
+    before = {path: path.read_bytes() for path in shards}
+    kept = shards[0].stat().st_mtime_ns
+    # What kill -9 leaves: no manifest, a shard without its sidecar, and half a file.
+    (folder / "manifest.json").unlink()
+    shards[2].with_suffix(".json").unlink()
+    shards[3].unlink()
+    (folder / ".shard_00003.pt.tmp-1").write_bytes(b"half")
+    done = run(workspace, "dump")
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in shards} == before
+    assert shards[0].stat().st_mtime_ns == kept
+    assert not list(folder.glob(".*.tmp-*"))
+
+
+def test_training_learns_and_says_so(trained: Path) -> None:
+    folder = trained / "run" / "train"
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    curve = list(losses(trained).values())
+    walks = [r["walked_acceptance_length"] for r in history if "walked_acceptance_length" in r]
+    facts = json.loads((folder / "manifest.json").read_text())["facts"]
+    assert curve[-1] < 0.8 * curve[0]
+    assert facts["walked_acceptance_length"] == max(walks)
+    assert facts["steps"] == history[-1]["step"]
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_an_interrupted_training_ends_with_the_same_weights(
+    workspace: Path, trained: Path, how: signal.Signals, code: int
+) -> None:
+    export = workspace / "run" / "export"
+    shutil.copytree(trained / "run" / "export", export)  # of an earlier training, that is gone
+    assert interrupt_after_a_checkpoint(workspace, how) == code
+    assert not (workspace / "run" / "train" / "manifest.json").exists()
+    assert not (export / "manifest.json").exists(), "its weights are not those to come"
+    again = run(workspace, "train")
+    assert again.returncode == 0, again.stderr
+    assert "continuing from step" in again.stderr
+    assert furthest(trained, workspace) == 0.0
+    histories = [w / "run" / "train" / "history.jsonl" for w in (workspace, trained)]
+    assert histories[0].read_text() == histories[1].read_text()
+    tokens = [
+        json.loads((w / "run" / "train" / "manifest.json").read_text())["facts"]["tokens"]
+        for w in (workspace, trained)
+    ]
+    assert tokens[0] == tokens[1], "of all steps, those before the interruption too"
+
+
+@pytest.mark.soak
+def test_several_threads_end_with_the_same_weights_too(
+    workspace: Path, dumped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    whole = tmp_path / "whole"
+    shutil.copytree(dumped, whole)
+    write_recipe(whole, **TRAIN)
+    assert run(whole, "train").returncode == 0
+    interrupt_after_a_checkpoint(workspace, signal.SIGKILL)
+    assert run(workspace, "train").returncode == 0
+    assert furthest(whole, workspace) == 0.0
+
+
+def test_a_training_that_was_killed_before_its_manifest_is_finished_by_the_next(
+    workspace: Path, trained: Path
+) -> None:
+    shutil.rmtree(workspace / "run")
+    shutil.copytree(trained / "run", workspace / "run", symlinks=True)
+    (workspace / "run" / "train" / "manifest.json").unlink()
+    again = run(workspace, "train")
+    assert again.returncode == 0, again.stderr
+    facts = [
+        json.loads((w / "run" / "train" / "manifest.json").read_text())["facts"]
+        for w in (workspace, trained)
+    ]
+    assert {**facts[0], "seconds": 0} == {**facts[1], "seconds": 0}
+
+
+def start_ranks(workspace: Path, num_ranks: int) -> list[subprocess.Popen[bytes]]:
+    """The stage as torchrun starts it."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(num_ranks),
+    }
+    return [
+        subprocess.Popen(
+            command(workspace, "train"),
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def kill_once_there(processes: list[subprocess.Popen[bytes]], path: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.exists()
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_another_number_of_threads_goes_on_with_the_same_curve(
+    workspace: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after_a_checkpoint(workspace, signal.SIGKILL)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert run(workspace, "train").returncode == 0
+    assert losses(workspace) == pytest.approx(losses(trained), rel=1e-3)
+
+
+def test_other_numbers_of_ranks_go_on_with_the_same_curve(workspace: Path, trained: Path) -> None:
+    """Two ranks, killed; one, killed; two to the end."""
+    states = workspace / "run" / "train" / "checkpoints"
+    for num_ranks, step in ((2, 12), (1, 40)):
+        kill_once_there(start_ranks(workspace, num_ranks), states / f"step_{step:08d}.pt")
+    assert [process.wait(timeout=120) for process in start_ranks(workspace, 2)] == [0, 0]
+    assert len(losses(trained)) > 5
+    assert losses(workspace) == pytest.approx(losses(trained), rel=1e-3)
+
+
+def test_a_warm_start_takes_weights_and_vocabulary_over(trained: Path, workspace: Path) -> None:
+    shutil.copytree(trained / "run" / "export", workspace / "head")
+    warm = ("--init_from", "head", "--epochs", "1", "--learning_rate", "1e-12")
+    done = run(workspace, "train", *warm, "--export_dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    before, after = weights(trained), weights(workspace)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    manifest = json.loads((workspace / "run" / "train" / "manifest.json").read_text())
+    assert "input.init_from" in manifest["identity"]
+    refused = run(workspace, "train", *warm, "--draft_vocab_size", "64", "--name", "run")
+    assert refused.returncode == 2
+    assert "draft_vocab_size" in refused.stderr
+
+
+def test_any_checkpoint_is_exported_in_either_layout(trained: Path) -> None:
+    for layout, extra in (("hf", []), ("speculators", ["--output", str(trained / "theirs")])):
+        done = run(trained, "train", "export", "--format", layout, *extra)
+        assert done.returncode == 0, done.stderr
+    ours = load_file(trained / "run" / "export-hf" / "model.safetensors")
+    assert all(torch.equal(weights(trained)[name], ours[name]) for name in ours)
+    theirs = load_file(trained / "theirs" / "model.safetensors")
+    assert {name.replace("layers.0.", "midlayer.") for name in theirs} == ours.keys()
+    missing = run(trained, "train", "export", "--checkpoint", str(trained / "none.pt"))
+    assert missing.returncode == 2
+    assert "expected a checkpoint at" in missing.stderr
+
+
+def test_an_export_does_not_replace_what_is_none(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    refused = run(trained, "train", "export", "--output", str(tmp_path))
+    assert refused.returncode == 2, refused.stderr
+    assert f"at {tmp_path}, found notes.txt there" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("notes.txt", "mine")]
+
+
+def test_trackers_get_losses_and_walks(workspace: Path) -> None:
+    done = run(workspace, "train", "--epochs", "1", "--trackers", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (workspace / "run" / "train" / "trackers").rglob("events.out.tfevents.*")
+    tracked = EventAccumulator(str(events)).Reload()
+    names = {"loss", "accuracy_0", "walked_acceptance_length"}
+    assert names <= set(tracked.Tags()["scalars"])
+    history = (workspace / "run" / "train" / "history.jsonl").read_text().splitlines()
+    first = json.loads(history[0])
+    assert tracked.Scalars("loss")[0].step == first["step"]
+    assert tracked.Scalars("loss")[0].value == pytest.approx(first["loss"])
+
+
+def test_more_layers_than_one_are_refused_with_the_reason(workspace: Path) -> None:
+    done = run(workspace, "train", "--num_layers", "2")
+    assert done.returncode == 2
+    assert "a draft head has one layer" in done.stderr
+
+
+def test_a_tied_target_gives_a_head_of_its_own(trained: Path) -> None:
+    """The shrunk lm_head of a tied target is no alias of the embedding, and is saved."""
+    config = json.loads((trained / "run" / "export" / "config.json").read_text())
+    target = json.loads((trained / "tiny" / "config.json").read_text())
+    assert target["tie_word_embeddings"] is True
+    assert config["tie_word_embeddings"] is False
+    assert weights(trained)["lm_head.weight"].shape == (128, 128)
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+
+
+def test_vocab_is_made_of_this_dump_and_used_by_train(workspace: Path) -> None:
+    folder = workspace / "run" / "train"
+    others = vocab.from_token_ids(torch.arange(128), 512)  # as of an earlier dump
+    vocab.write(folder, others)
+    assert run(workspace, "train", "vocab").returncode == 0
+    before = (folder / "d2t.npy").read_bytes()
+    assert not torch.equal(vocab.read(folder).d2t, others.d2t)
+    vocab.write(folder, others)
+    done = run(workspace, "train", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "d2t.npy").read_bytes() == before
+    ids = weights(workspace)["d2t"] + torch.arange(128)
+    assert torch.equal(ids, weights(workspace)["t2d"].nonzero().flatten())
+
+
+def test_a_changed_setting_over_finished_work_is_refused(trained: Path) -> None:
+    before = weights(trained)
+    done = run(trained, "train", "--learning_rate", "5e-4")
+    assert done.returncode == 2
+    assert "train.learning_rate: was 0.001, now 0.0005" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(trained).items())
+
+
+def test_a_target_that_changed_since_is_refused(workspace: Path) -> None:
+    weights_file = workspace / "tiny" / "model.safetensors"
+    data = bytearray(weights_file.read_bytes())
+    data[-1] ^= 0xFF
+    weights_file.write_bytes(data)
+    for stage in ("dump", "train"):
+        done = run(workspace, stage)
+        assert done.returncode == 2
+        assert "its weights changed since" in done.stderr
+
+
+def test_other_aux_layers_than_dumped_are_refused(workspace: Path) -> None:
+    done = run(workspace, "train", "--aux_layers", "1,2,3")
+    assert done.returncode == 2
+    assert "run.aux_layers" in done.stderr
+
+
+def test_a_loss_that_is_no_number_stops_with_exit_3_and_names_the_samples(workspace: Path) -> None:
+    done = run(workspace, "train", "--learning_rate", "1e30")
+    assert done.returncode == 3, done.stderr
+    assert "the loss is" in done.stderr
+    assert "row-0" in done.stderr

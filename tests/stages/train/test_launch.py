@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All ranks of a node from one command, and the codes that it leaves with."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.train import launch as ranks
+from tests.runs import ROOT, make_synth, run
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = tmp_path_factory.mktemp("launch")
+    make_synth(workspace)
+    assert run(workspace, "dump").returncode == 0
+    return workspace
+
+
+def start(workspace: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Two ranks on this node."""
+    command = [sys.executable, "-m", "stages.train.launch", *arguments]
+    command += ["--recipe", str(workspace / "recipe.yaml"), "--workspace", str(workspace)]
+    environment = {**os.environ, "EYRIE_RANKS": "2", "OMP_NUM_THREADS": "1"}
+    environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_ranks_are_numbered_over_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "node-0")
+    second = ranks.environments(4, 2, 1)
+    assert [each["RANK"] for each in second] == ["4", "5", "6", "7"]
+    assert [each["LOCAL_RANK"] for each in second] == ["0", "1", "2", "3"]
+    assert {each["WORLD_SIZE"] for each in second} == {"8"}
+    assert {(each["MASTER_ADDR"], each["MASTER_PORT"]) for each in second} == {("node-0", "29500")}
+
+
+def test_several_nodes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(SystemExit) as left:
+        ranks.environments(4, 2, 0)
+    assert left.value.code == 2
+
+
+def test_a_refusal_is_2_and_not_torchruns_1(workspace: Path) -> None:
+    refused = start(workspace, "--num_layers", "2")
+    out, _ = refused.communicate(timeout=120)
+    assert refused.returncode == 2, out
+    assert "Traceback" not in out
+
+
+def test_a_port_that_is_taken_may_be_free_on_the_next_start(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        refused = run(workspace, "train")
+    assert refused.returncode == 75, refused.stderr
+    assert f"did not meet at 127.0.0.1:{place['MASTER_PORT']}" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_stop_reaches_every_rank_and_the_next_start_continues(workspace: Path) -> None:
+    settings = ("--epochs", "60", "--checkpoint_every_steps", "5")
+    training = start(workspace, *settings)
+    latest = workspace / "run" / "train" / "checkpoints" / "latest.pt"
+    deadline = time.monotonic() + 120
+    while not latest.exists() and training.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    training.send_signal(signal.SIGTERM)
+    out, _ = training.communicate(timeout=120)
+    assert training.returncode == 143, out
+    again = start(workspace, *settings)
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, out
+    assert "continuing from step" in out
+    manifest = json.loads((workspace / "run" / "train" / "manifest.json").read_text())
+    assert manifest["config"]["epochs"] == 60
