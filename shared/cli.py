@@ -25,7 +25,7 @@ from shared import config as configs
 from shared import errors
 from shared.config import CommandConfig, StageConfig
 from shared.runtime import process
-from shared.runtime.log import logged_to, start_logging
+from shared.runtime.log import format_error, logged_to, start_logging
 from shared.runtime.status import Status
 
 Commands = Mapping[str, tuple[type[CommandConfig], str]]
@@ -111,16 +111,31 @@ def _resolve(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _outcome(error: BaseException) -> tuple[int, str]:
-    """(exit code, one message) for whatever ended the stage."""
+def _outcome(error: BaseException) -> errors.EyrieError:
+    """Whatever ended the stage, as one of our own errors."""
     if isinstance(error, errors.EyrieError):
-        return error.exit_code, str(error)
+        return error
     if isinstance(error, KeyboardInterrupt):
-        return errors.EXIT_STOPPED, "interrupted"
+        return errors.Stopped("interrupted", code="interrupted")
     is_torchs = type(error).__name__ == "OutOfMemoryError" or _TORCHS_WORDS in str(error)
     if isinstance(error, MemoryError) or is_torchs:
-        return errors.EXIT_USER, f"out of memory ({error}). Lower the batch or the length."
-    return errors.EXIT_BUG, f"a bug in eyrie: {type(error).__name__}: {error}"
+        return errors.UserError(
+            f"out of memory ({error}).",
+            code="out-of-memory",
+            remedy="Lower the batch or the length.",
+        )
+    return errors.EyrieError(
+        f"a bug in eyrie: {type(error).__name__}: {error}",
+        code="bug",
+        remedy="Report it with this log; the traceback above this line names the place.",
+        facts={"exception": type(error).__name__},
+    )
+
+
+def _log(error: errors.EyrieError) -> None:
+    """One record: the problem, and below it the remedy and the facts (read back by `ops triage`)."""
+    level = logging.INFO if error.exit_code == errors.EXIT_STOPPED else logging.ERROR
+    logger.log(level, "%s", format_error(error))
 
 
 def _run(config: CommandConfig, function: str, status: Status | None) -> int:
@@ -130,15 +145,15 @@ def _run(config: CommandConfig, function: str, status: Status | None) -> int:
             status.opened()
         result = _resolve(function)(config)
     except BaseException as error:  # the one broad handler: outcomes become exit codes here
-        code, message = _outcome(error)
-        if code == errors.EXIT_BUG:
+        outcome = _outcome(error)
+        if outcome.exit_code == errors.EXIT_BUG:
             traceback.print_exc()
-        logger.log(logging.INFO if code == errors.EXIT_STOPPED else logging.ERROR, "%s", message)
+        _log(outcome)
         if status:
-            status.ended(code, message)
-        return code
+            status.failed(outcome)
+        return outcome.exit_code
     if status:
-        status.ended(errors.EXIT_DONE, "")
+        status.done()
     return int(result or errors.EXIT_DONE)
 
 
@@ -148,7 +163,7 @@ def launch(stage: str, commands: Commands, argv: Sequence[str] | None = None) ->
     try:
         command, config = _parse(stage, commands, sys.argv[1:] if argv is None else argv)
     except errors.EyrieError as error:
-        logger.error("%s", error)
+        _log(error)
         sys.exit(error.exit_code)
     if isinstance(config, str):
         sys.stdout.write(config + "\n")

@@ -8,9 +8,21 @@
     75   try again: network, engine died
     143  stopped by SIGTERM after a clean save
 
-Compose, Kubernetes' podFailurePolicy, ops and the tests all read these. A message says what was
-expected, what was found, in which file, and what to do next.
+Compose, Kubernetes' podFailurePolicy, ops and the tests all read these.
+
+An error has four parts. Programs read `code` and `facts`; people read `problem` and `remedy`, whose
+words may change at any time:
+
+    raise UserError(
+        f"{target}: expected {wanted} layers, found {found}.",
+        code="target-layers",
+        remedy="Set run.target to the model that the recipe was made for.",
+        facts={"target": str(target), "expected": wanted, "found": found},
+    )
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_BUG = 1
@@ -21,10 +33,40 @@ EXIT_STOPPED = 143
 
 
 class EyrieError(Exception):
-    """An expected failure: it ends the process with `exit_code` and one message, no traceback."""
+    """An expected failure: it ends the process with `exit_code` and one message, no traceback.
+
+    Attributes:
+        problem: what was expected, what was found, and where.
+        code: stable name of this kind of failure, in kebab case; unique among all kinds.
+        remedy: what to do next; empty where the problem says it all.
+        facts: JSON values that the problem is about (paths, counts, names); never a secret.
+    """
 
     exit_code = EXIT_BUG
     kind = "bug"
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        code: str = "",
+        remedy: str = "",
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(f"{problem} {remedy}".rstrip())
+        self.problem = problem
+        self.code = code
+        self.remedy = remedy
+        self.facts = dict(facts or {})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The four parts, as the status file holds them."""
+        return {
+            "code": self.code,
+            "problem": self.problem,
+            "remedy": self.remedy,
+            "facts": self.facts,
+        }
 
 
 class UserError(EyrieError):

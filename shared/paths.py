@@ -62,7 +62,7 @@ def find_input(value: str, workspace: Path) -> Path | None:
     return None
 
 
-def require_input(value: str, workspace: Path, *, what: str) -> Path:
+def require_input(value: str, workspace: Path, *, label: str) -> Path:
     """As `find_input`, for what must exist.
 
     Raises:
@@ -71,7 +71,7 @@ def require_input(value: str, workspace: Path, *, what: str) -> Path:
     found = find_input(value, workspace)
     if found is None:
         raise UserError(
-            f"{what}: expected a file or folder at {workspace / value} or {Path(value).absolute()}, "
+            f"{label}: expected a file or folder at {workspace / value} or {Path(value).absolute()}, "
             "found neither. Relative paths are taken from the workspace, then from the current "
             "folder."
         )

@@ -58,13 +58,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = read_record(path, Shape, then=_AGAIN)
+    manifest = read_record(path, Shape, remedy=_AGAIN)
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}. {_AGAIN}"
         )
-    return require_shape(manifest, Manifest, where=str(path), then=_AGAIN)
+    return require_shape(manifest, Manifest, where=str(path), remedy=_AGAIN)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -95,7 +95,7 @@ def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str
         )
     require_sizes(folder, manifest)
     facts = f"{folder / MANIFEST}: facts"
-    require_shape(manifest["facts"], FACTS.get(stage, Shape), where=facts, then=_AGAIN)
+    require_shape(manifest["facts"], FACTS.get(stage, Shape), where=facts, remedy=_AGAIN)
     own = config.identity()
     theirs = {key: value for key, value in manifest["identity"].items() if key in own}
     shared_keys = {key: own[key] for key in theirs if key.startswith("run.")}

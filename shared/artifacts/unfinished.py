@@ -29,7 +29,7 @@ def started_identity(folder: Path) -> dict[str, Any] | None:
     path = folder / IDENTITY
     if not path.exists():
         return None
-    return read_record(path, Shape, then=f"Delete {folder} to start anew.")
+    return read_record(path, Shape, remedy=f"Delete {folder} to start anew.")
 
 
 def holds_work(folder: Path) -> bool:

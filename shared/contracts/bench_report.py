@@ -101,11 +101,11 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         UserError: none, or one of another version.
     """
-    report = read_record(path, Shape, then=_AGAIN)
+    report = read_record(path, Shape, remedy=_AGAIN)
     version = report.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: expected a bench report of schema version {SCHEMA_VERSION}, found {version!r}. "
             f"{_AGAIN}"
         )
-    return require_shape(report, _Report, where=str(path), then=_AGAIN)
+    return require_shape(report, _Report, where=str(path), remedy=_AGAIN)

@@ -68,7 +68,7 @@ def read_data_config(dump_folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, or without what a reader of the states needs.
     """
-    return read_record(dump_folder / DATA_CONFIG, _DataConfig, then=_AGAIN)
+    return read_record(dump_folder / DATA_CONFIG, _DataConfig, remedy=_AGAIN)
 
 
 def shard_name(index: int) -> str:
@@ -175,15 +175,15 @@ def read_shard(path: Path, *, num_states: int, hidden_size: int) -> Shard:
     Raises:
         UserError: not such a file, or the tensors do not fit each other or the data_config.
     """
-    what, then = "a shard of hidden states", _AGAIN
-    raw = load_tensors(path, what=what, then=then)
+    label, remedy = "a shard of hidden states", _AGAIN
+    raw = load_tensors(path, label=label, remedy=remedy)
     try:
         if not isinstance(raw, dict):
             raise ValueError(f"expected a dict, found {type(raw).__name__}")
         shard = Shard(**raw)
         _check(shard, num_states, hidden_size)
     except (ValueError, TypeError) as error:
-        raise wrong(path, error, what=what, then=then) from error
+        raise wrong(path, error, label=label, remedy=remedy) from error
     return shard
 
 
@@ -194,9 +194,9 @@ def read_token_freq(dump_folder: Path, vocab_size: int) -> torch.Tensor:
         UserError: the file is missing, damaged, or of another vocabulary.
     """
     path = dump_folder / TOKEN_FREQ
-    what, then = f"counts of {vocab_size} tokens", _AGAIN
-    counts = load_tensors(path, what=what, then=then, mmap=False)
+    label, remedy = f"counts of {vocab_size} tokens", _AGAIN
+    counts = load_tensors(path, label=label, remedy=remedy, mmap=False)
     if not is_dense(counts, torch.int64) or counts.shape != (vocab_size,) or counts.min() < 0:
-        raise UserError(f"{path}: expected {what}. {then}")
+        raise UserError(f"{path}: expected {label}. {remedy}")
     checked: torch.Tensor = counts
     return checked

@@ -63,12 +63,12 @@ class RowFile:
         return slice(0, len(self.input_ids))
 
     def _load(self) -> dict[str, Any]:
-        what, then = "one conversation's states", "Restore the file, or make the states again."
-        raw = load_tensors(self.path, what=what, then=then)
+        label, remedy = "one conversation's states", "Restore the file, or make the states again."
+        raw = load_tensors(self.path, label=label, remedy=remedy)
         try:
             self._check(raw)
         except ValueError as error:
-            raise wrong(self.path, error, what=what, then=then) from error
+            raise wrong(self.path, error, label=label, remedy=remedy) from error
         checked: dict[str, Any] = raw
         return checked
 

@@ -24,19 +24,19 @@ class Shape(pydantic.BaseModel):
     )
 
 
-def read_record(path: Path, shape: type[Shape], *, then: str) -> dict[str, Any]:
+def read_record(path: Path, shape: type[Shape], *, remedy: str) -> dict[str, Any]:
     """The object in `path`, as it stands there.
 
     Args:
-        then: what to do where it is something else.
+        remedy: what to do where it is something else.
 
     Raises:
         UserError: no such file, not JSON, or a key that holds something else; it is named.
     """
-    return require_shape(files.read_json(path), shape, where=str(path), then=then)
+    return require_shape(files.read_json(path), shape, where=str(path), remedy=remedy)
 
 
-def require_shape(raw: Any, shape: type[Shape], *, where: str, then: str) -> dict[str, Any]:
+def require_shape(raw: Any, shape: type[Shape], *, where: str, remedy: str) -> dict[str, Any]:
     """`raw` itself, if it is such an object.
 
     Raises:
@@ -48,8 +48,8 @@ def require_shape(raw: Any, shape: type[Shape], *, where: str, then: str) -> dic
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "the whole"
         found = "no such key" if first["type"] == "missing" else reprlib.repr(first["input"])
-        raise UserError(f"{where}: {key}: {first['msg']}; found {found}. {then}") from error
+        raise UserError(f"{where}: {key}: {first['msg']}; found {found}. {remedy}") from error
     except RecursionError as error:
-        raise UserError(f"{where}: nested too deeply. {then}") from error
+        raise UserError(f"{where}: nested too deeply. {remedy}") from error
     checked: dict[str, Any] = raw
     return checked

@@ -49,11 +49,11 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: expected a safetensors file, found: {error}. {_RESTORE}"
         ) from error
-    tensors = require_shape(header, Shape, where=str(path), then=_RESTORE)
+    tensors = require_shape(header, Shape, where=str(path), remedy=_RESTORE)
     for name, facts in tensors.items():
         if name != "__metadata__":
             where = f"{path}: {name!r}"
-            start, end = require_shape(facts, _Tensor, where=where, then=_RESTORE)["data_offsets"]
+            start, end = require_shape(facts, _Tensor, where=where, remedy=_RESTORE)["data_offsets"]
             if start > end or end > room:
                 raise UserError(
                     f"{where}: expected its data within {room} bytes, found {start} to {end}. "
@@ -66,7 +66,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file name."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        found: dict[str, str] = read_record(index, _Index, then=_RESTORE)["weight_map"]
+        found: dict[str, str] = read_record(index, _Index, remedy=_RESTORE)["weight_map"]
         for name in found.values():
             if Path(name).name != name or not name.isprintable():
                 raise UserError(f"{index}: expected names of files beside it, found {name!r:.99}.")

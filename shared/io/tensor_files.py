@@ -18,12 +18,12 @@ _WRITER = "inline_container"
 _ZIP = b"PK\x03\x04"
 
 
-def load_tensors(path: Path, *, what: str, then: str, mmap: bool = True) -> Any:
+def load_tensors(path: Path, *, label: str, remedy: str, mmap: bool = True) -> Any:
     """What `torch.save` put into `path`, on the CPU.
 
     Args:
-        what: what was expected there.
-        then: what to do where it is something else.
+        label: what was expected there.
+        remedy: what to do where it is something else.
         mmap: whether tensors stay in the file until they are used.
 
     Raises:
@@ -36,7 +36,7 @@ def load_tensors(path: Path, *, what: str, then: str, mmap: bool = True) -> Any:
                 raise ValueError("no zip, as torch.save writes it since version 1.6")
         return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
     except Exception as error:  # the file's own program decides what goes wrong
-        raise wrong(path, error, what=what, then=then) from error
+        raise wrong(path, error, label=label, remedy=remedy) from error
 
 
 def save_tensors(path: Path, value: Any) -> None:
@@ -66,7 +66,7 @@ def is_dense(value: Any, dtype: torch.dtype | None = None) -> TypeGuard[torch.Te
     return there and dtype in (None, value.dtype)
 
 
-def wrong(path: Path, error: Exception, *, what: str, then: str) -> UserError:
+def wrong(path: Path, error: Exception, *, label: str, remedy: str) -> UserError:
     """The refusal of a file that opened, or did not, and is not what was expected."""
     said = (str(error) or type(error).__name__).splitlines()[0]
-    return UserError(f"{path}: expected {what}, found: {said[:500]}. {then}")
+    return UserError(f"{path}: expected {label}, found: {said[:500]}. {remedy}")

@@ -139,24 +139,24 @@ def _text(content: Any) -> str:
     return _encodable(content)
 
 
-def _json(value: Any, what: str) -> Any:
+def _json(value: Any, label: str) -> Any:
     """`value` itself, or what its text holds: Parquet columns carry nested things as JSON."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise Unusable(f"broken_{what}", error) from error
+        raise Unusable(f"broken_{label}", error) from error
 
 
-def _dumped(value: Any, what: str) -> str:
+def _dumped(value: Any, label: str) -> str:
     """`value` as JSON text that a file can hold."""
     try:
         return _encodable(json.dumps(value, ensure_ascii=False))
     except (TypeError, ValueError, RecursionError) as error:
         if isinstance(error, Unusable):
             raise
-        raise Unusable(f"broken_{what}", str(error)) from error
+        raise Unusable(f"broken_{label}", str(error)) from error
 
 
 def _tool_calls(raw: Any) -> list[dict[str, Any]]:
@@ -267,12 +267,12 @@ def is_name(text: str) -> bool:
     return len(text) <= _LONGEST_NAME and text.isprintable()
 
 
-def _name(value: str | int, what: str) -> str:
+def _name(value: str | int, label: str) -> str:
     """A row's own id or category, if it is fit to be shown."""
     if isinstance(value, int):  # one of thousands of digits would not even become text
         value = str(value) if abs(value) < 10**_LONGEST_NAME else "\n"
     if not is_name(_encodable(value)):
-        raise Unusable(f"bad_{what}", f"expected at most {_LONGEST_NAME} printable characters")
+        raise Unusable(f"bad_{label}", f"expected at most {_LONGEST_NAME} printable characters")
     return value
 
 

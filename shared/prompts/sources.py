@@ -71,7 +71,7 @@ def is_on_hub(source: Source, workspace: Path) -> bool:
     return _hub_source(source, workspace) is not None
 
 
-def find_files(source: Source, workspace: Path, *, what: str) -> list[Path]:
+def find_files(source: Source, workspace: Path, *, label: str) -> list[Path]:
     """The files of a source, sorted.
 
     Raises:
@@ -92,26 +92,26 @@ def find_files(source: Source, workspace: Path, *, what: str) -> list[Path]:
             paths = []
     if not paths:
         raise UserError(
-            f"{what}: expected a file, a folder with {', '.join(SUFFIXES)} files or a glob at "
+            f"{label}: expected a file, a folder with {', '.join(SUFFIXES)} files or a glob at "
             f"{workspace / source.path} or {Path(source.path).absolute()}, or a hub data set "
             "(owner/name), found none."
         )
     return sorted(paths)
 
 
-def digest(source: Source, workspace: Path, *, what: str) -> str:
+def digest(source: Source, workspace: Path, *, label: str) -> str:
     """What a fingerprint needs to know: the files' content, or the hub's id and revision."""
     hub = _hub_source(source, workspace)
     if hub is not None:
         return f"{hub.path}@{hub.revision or 'latest'}/{hub.subset or ''}/{hub.split}"
-    hashes = [files.sha256(path) for path in find_files(source, workspace, what=what)]
+    hashes = [files.sha256(path) for path in find_files(source, workspace, label=label)]
     if len(hashes) == 1:
         return hashes[0]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def read_source(
-    source: Source, workspace: Path, *, what: str = "prompts"
+    source: Source, workspace: Path, *, label: str = "prompts"
 ) -> Iterator[Prompt | BadRow]:
     """Every row of a source, in order; what is no prompt comes as a `BadRow`.
 
@@ -121,9 +121,9 @@ def read_source(
     """
     hub = _hub_source(source, workspace)
     if hub is not None:
-        yield from _parsed(_hub_rows(hub, what), hub, hub.path)
+        yield from _parsed(_hub_rows(hub, label), hub, hub.path)
         return
-    for path in find_files(source, workspace, what=what):
+    for path in find_files(source, workspace, label=label):
         if path.suffix == ".parquet":
             yield from _parsed(_parquet_rows(path), source, path.name)
         elif path.suffix == ".json" and _is_list(path):
@@ -175,7 +175,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: expected a Parquet file, found {error}.") from error
 
 
-def _hub_rows(source: Source, what: str) -> Iterable[Any]:
+def _hub_rows(source: Source, label: str) -> Iterable[Any]:
     import datasets
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -184,12 +184,12 @@ def _hub_rows(source: Source, what: str) -> Iterable[Any]:
             source.path, name=source.subset, split=source.split, revision=source.revision
         )
     except (datasets.exceptions.DatasetNotFoundError, RepositoryNotFoundError) as error:
-        raise UserError(f"{what}: the hub has no data set {source.path}: {error}") from error
+        raise UserError(f"{label}: the hub has no data set {source.path}: {error}") from error
     except (RevisionNotFoundError, ValueError) as error:
-        raise UserError(f"{what}: {source.path} on the hub: {error}") from error
+        raise UserError(f"{label}: {source.path} on the hub: {error}") from error
     except (ConnectionError, OSError) as error:
         raise RetryableError(
-            f"{what}: could not read {source.path} from the hub: {error}. Where there is no way "
+            f"{label}: could not read {source.path} from the hub: {error}. Where there is no way "
             "out, download it elsewhere and give its files, or set HF_HUB_OFFLINE=1 with a cache."
         ) from error
 

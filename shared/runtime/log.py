@@ -6,6 +6,7 @@ themselves are led through a pipe, and a thread copies it to the terminal and to
 """
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -13,6 +14,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from shared.errors import EyrieError
 
 FORMAT = "%(asctime)s %(levelname)s {stage} %(message)s"
 
@@ -28,6 +31,22 @@ def printable(text: str) -> str:
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
         for letter in text
     )
+
+
+def format_error(error: EyrieError) -> str:
+    """An error as a log record's message: three lines at most, each part on its own.
+
+    Worked example:
+        [target-layers] /models/x: expected 36 layers, found 32.
+        remedy: Set run.target to the model that the recipe was made for.
+        facts: {"expected": 36, "found": 32}
+    """
+    lines = [" ".join(f"[{error.code}] {error.problem}".splitlines())]
+    if error.remedy:
+        lines.append(" ".join(f"remedy: {error.remedy}".splitlines()))
+    if error.facts:
+        lines.append(f"facts: {json.dumps(error.facts, default=str)}")
+    return "\n".join(lines)
 
 
 class _Formatter(logging.Formatter):

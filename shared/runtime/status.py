@@ -19,7 +19,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.errors import EXIT_RETRY, EyrieError, OutputError, UserError
+import pydantic
+
+from shared.errors import EXIT_DONE, EXIT_RETRY, EXIT_STOPPED, EyrieError, OutputError, UserError
 from shared.io import files
 from shared.io.records import Shape, read_record
 from shared.runtime.log import Every
@@ -38,6 +40,13 @@ class _Progress(Shape):
     left_s: float | None = None
 
 
+class _Error(Shape):
+    code: str
+    problem: str
+    remedy: str = ""
+    facts: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+
 class _Record(Shape):
     state: str
     pid: int
@@ -46,6 +55,7 @@ class _Record(Shape):
     updated_s: float
     exit_code: int | None = None
     message: str = ""
+    error: _Error | None = None
     progress: _Progress | None = None
 
 
@@ -55,7 +65,7 @@ def read_status(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, or not one.
     """
-    return read_record(path, _Record, then="Delete it: the stage writes it anew.")
+    return read_record(path, _Record, remedy="Delete it: the stage writes it anew.")
 
 
 class Accounting:
@@ -102,37 +112,39 @@ class Accounting:
         lines = [json.dumps(reject, ensure_ascii=True) for reject in self._rejects]
         files.write_text(path, "".join(line + "\n" for line in lines))
 
-    def check(self, *, max_failed_fraction: float, what: str, rejects: Path) -> None:
+    def check(self, *, max_failed_fraction: float, label: str, rejects: Path) -> None:
         """Refuse an outcome that must not be called done.
 
         Raises:
             UserError: there was nothing to do.
             OutputError: no row came out, or too many failed.
         """
-        self._check(self.ok, max_failed_fraction, what, rejects, OutputError)
+        self._check(self.ok, max_failed_fraction, label, rejects, OutputError)
 
     def check_input(
-        self, *, usable: int, max_failed_fraction: float, what: str, rejects: Path
+        self, *, usable: int, max_failed_fraction: float, label: str, rejects: Path
     ) -> None:
         """The same of rows that were only read so far: ask before an engine is started for them.
 
         Raises:
             UserError: no row is usable, or too many are not.
         """
-        self._check(usable, max_failed_fraction, what, rejects, UserError)
+        self._check(usable, max_failed_fraction, label, rejects, UserError)
 
     def _check(
-        self, good: int, limit: float, what: str, rejects: Path, fault: type[EyrieError]
+        self, good: int, limit: float, label: str, rejects: Path, fault: type[EyrieError]
     ) -> None:
         rejected, failed = self.skipped.total() + self.failed.total(), self.failed.total()
         rows = good + rejected
         if rows == 0:
-            raise UserError(f"{what}: expected at least one row, found none.")
+            raise UserError(f"{label}: expected at least one row, found none.")
         if good == 0:
-            raise fault(f"{what}: none of {rows} rows is usable ({self.summary()}). See {rejects}.")
+            raise fault(
+                f"{label}: none of {rows} rows is usable ({self.summary()}). See {rejects}."
+            )
         if failed / rows > limit:
             raise fault(
-                f"{what}: {failed} of {rows} rows failed ({failed / rows:.1%}), more than "
+                f"{label}: {failed} of {rows} rows failed ({failed / rows:.1%}), more than "
                 f"max_failed_fraction {limit:.1%} ({self.summary()}). See {rejects}."
             )
 
@@ -211,18 +223,24 @@ class Status:
             return
         with contextlib.suppress(OSError):  # a folder that cannot be written is told below
             files.sweep_temporaries(self.path.parent, of=self.path.name)
-        self._write("running", **self._earlier("exit_code", "message"))
+        self._write("running", **self._earlier("exit_code", "message", "error"))
         self._last = {}
 
     def started(self) -> None:
         self._write("running")
 
-    def ended(self, exit_code: int, message: str) -> None:
-        if exit_code == EXIT_RETRY and self._is_anothers():
+    def done(self) -> None:
+        """Say that the stage ended well."""
+        self._last = self._earlier("error") | self._last
+        self._write("done", exit_code=EXIT_DONE, message="")
+
+    def failed(self, error: EyrieError) -> None:
+        """Say how the stage ended, with the error's parts for `ops triage`."""
+        if error.exit_code == EXIT_RETRY and self._is_anothers():
             return  # it works on, and this process was sent away
-        state = {0: "done", 143: "stopped"}.get(exit_code, "failed")
+        state = "stopped" if error.exit_code == EXIT_STOPPED else "failed"
         self._last = self._earlier() | self._last
-        self._write(state, exit_code=exit_code, message=message)
+        self._write(state, exit_code=error.exit_code, message=str(error), error=error.as_dict())
 
     def _is_anothers(self) -> bool:
         """Whether another process of this machine is at work and tells so here."""

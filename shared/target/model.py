@@ -51,7 +51,9 @@ class TargetConfig:
         return float(value) if value else None
 
 
-def locate(target: str, workspace: Path, *, revision: str | None, what: str = "run.target") -> Path:
+def locate(
+    target: str, workspace: Path, *, revision: str | None, label: str = "run.target"
+) -> Path:
     """A model's folder: in the workspace, here, or in the hub's cache (downloaded if need be).
 
     Raises:
@@ -61,11 +63,11 @@ def locate(target: str, workspace: Path, *, revision: str | None, what: str = "r
     found = find_input(target, workspace)
     if found is not None:
         if not found.is_dir():
-            raise UserError(f"{what}: expected a model's folder, found the file {found}.")
+            raise UserError(f"{label}: expected a model's folder, found the file {found}.")
         return found
     if target.count("/") != 1 or target.startswith((".", "/")):
         raise UserError(
-            f"{what}: expected a model's folder at {workspace / target} or "
+            f"{label}: expected a model's folder at {workspace / target} or "
             f"{Path(target).absolute()}, or a hub id (organisation/name); found neither."
         )
     import huggingface_hub
@@ -74,10 +76,10 @@ def locate(target: str, workspace: Path, *, revision: str | None, what: str = "r
     try:
         return Path(huggingface_hub.snapshot_download(target, revision=revision))
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
-        raise UserError(f"{what}: {target} is no folder, and the hub says: {error}") from error
+        raise UserError(f"{label}: {target} is no folder, and the hub says: {error}") from error
     except (hub.LocalEntryNotFoundError, OSError) as error:
         raise RetryableError(
-            f"{what}: {target} is no folder here, and the hub could not be reached ({error}). "
+            f"{label}: {target} is no folder here, and the hub could not be reached ({error}). "
             "Check the name, the network, or HF_HOME for a filled cache."
         ) from error
 
@@ -89,7 +91,7 @@ def locate_trained(run: RunConfig, workspace: Path) -> Path:
         UserError, RetryableError: as `locate`.
     """
     if run.target_train is not None:
-        return locate(run.target_train, workspace, revision=None, what="run.target_train")
+        return locate(run.target_train, workspace, revision=None, label="run.target_train")
     return locate(run.target, workspace, revision=run.target_revision)
 
 

@@ -80,9 +80,9 @@ class Head:
         return found if isinstance(found, dict) else {}
 
     def refuse(
-        self, expected: str, found: object, then: str = "Export the head again."
+        self, expected: str, found: object, remedy: str = "Export the head again."
     ) -> UserError:
-        return UserError(f"{self.folder}: expected {expected}, found {found}. {then}")
+        return UserError(f"{self.folder}: expected {expected}, found {found}. {remedy}")
 
 
 def check(folder: Path, target: TargetConfig) -> list[str]:
@@ -124,7 +124,7 @@ def read(folder: Path) -> Head:
         raise UserError(
             f"{folder}/config.json: expected an EAGLE-3 head's config, found none of {sorted(missing)}."
         )
-    require_shape(raw, _Config, where=f"{folder}/config.json", then="Export the head again.")
+    require_shape(raw, _Config, where=f"{folder}/config.json", remedy="Export the head again.")
     shapes = {
         name.removeprefix("model.").replace("midlayer.", "layers.0."): shape
         for name, shape in _shapes(folder).items()
@@ -251,10 +251,10 @@ def _pickled(path: Path) -> dict[str, Any]:
     """The tensors of a `.bin`, by name."""
     from shared.io.tensor_files import is_dense, load_tensors
 
-    what, then = "a head's tensors", "Give it as safetensors."
-    tensors = load_tensors(path, what=what, then=then)
+    label, remedy = "a head's tensors", "Give it as safetensors."
+    tensors = load_tensors(path, label=label, remedy=remedy)
     if not isinstance(tensors, dict) or not all(map(is_dense, tensors.values())):
-        raise UserError(f"{path}: expected {what}, found something else. {then}")
+        raise UserError(f"{path}: expected {label}, found something else. {remedy}")
     return {str(name): tensor for name, tensor in tensors.items()}
 
 

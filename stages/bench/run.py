@@ -76,7 +76,7 @@ def run(config: BenchConfig) -> None:
     """
     subject = find_subject(config)
     prompts = config.prompts or Source(path=str(OWN_PROMPTS))
-    subject.inputs["prompts"] = sources.digest(prompts, config.workspace, what="bench.prompts")
+    subject.inputs["prompts"] = sources.digest(prompts, config.workspace, label="bench.prompts")
     earlier = _earlier_report(config, subject.inputs)
     artifact = Artifact(
         config.paths.stage("bench"), config, parents=subject.parents, inputs=subject.inputs
@@ -128,7 +128,7 @@ def find_subject(config: BenchConfig) -> Subject:
         subject.head = export
     else:
         subject.head = target.locate(
-            config.head, config.workspace, revision=config.head_revision, what="bench.head"
+            config.head, config.workspace, revision=config.head_revision, label="bench.head"
         )
         subject.inputs["head"] = target.weights_hash(subject.head)
     folder = target.locate(config.run.target, config.workspace, revision=config.run.target_revision)
@@ -151,7 +151,7 @@ def _earlier_report(config: BenchConfig, inputs: dict[str, str]) -> dict[str, An
     """The report to hold this run against, which becomes one of its inputs."""
     if config.earlier_report is None:
         return None
-    path = require_input(config.earlier_report, config.workspace, what="bench.earlier_report")
+    path = require_input(config.earlier_report, config.workspace, label="bench.earlier_report")
     earlier = read_report(path)
     gates.check_comparable(config, inputs["prompts"], earlier, path)
     inputs["earlier_report"] = files.sha256(path)
@@ -162,7 +162,7 @@ def _conversations(
     config: BenchConfig, prompts: Source, accounting: Accounting, folder: Path
 ) -> list[Conversation]:
     rows = sources.without_duplicates(
-        sources.read_source(prompts, config.workspace, what="bench.prompts")
+        sources.read_source(prompts, config.workspace, label="bench.prompts")
     )
     found: list[Conversation] = []
     for row in rows:
@@ -176,7 +176,7 @@ def _conversations(
     rejects = folder / "rejects.jsonl"
     accounting.write_rejects(rejects)
     accounting.check_input(
-        usable=len(found), max_failed_fraction=0.0, what=prompts.path, rejects=rejects
+        usable=len(found), max_failed_fraction=0.0, label=prompts.path, rejects=rejects
     )
     plans.check_warmup(found)
     return found

@@ -201,7 +201,7 @@ def _cooking(rng: random.Random) -> tuple[str, str]:
         "[Begin|Start cooking] at {begin} on {day}: {method}. "
         "[{name} should set {count} plates.|That is enough for {count} hungry friends.]"
     )
-    amounts = " and ".join(f"{amount * guests}{unit} {what}" for amount, unit, what in parts)
+    amounts = " and ".join(f"{amount * guests}{unit} {label}" for amount, unit, label in parts)
     found = {"amounts": amounts, "begin": hour - 1, "method": method}
     return _say(rng, prompt, **asked, **facts), _say(rng, answer, **found, **facts)
 

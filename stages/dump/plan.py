@@ -140,7 +140,7 @@ def read_plan(folder: Path, fingerprint: str) -> Plan | None:
     path = folder / PLAN
     if not path.exists():
         return None
-    raw = read_record(path, _PlanFile, then=f"Delete the folder {folder} and run dump again.")
+    raw = read_record(path, _PlanFile, remedy=f"Delete the folder {folder} and run dump again.")
     if raw["fingerprint"] != fingerprint:
         return None
     names = ("index", "first", "samples", "tokens", "digest")
@@ -184,7 +184,7 @@ def settle(
         accounting.write_rejects(folder / REJECTS)
         accounting.check(
             max_failed_fraction=config.max_failed_fraction,
-            what="the rows",
+            label="the rows",
             rejects=folder / REJECTS,
         )
         plan = Plan(shards, accounting.as_dict(), backend)

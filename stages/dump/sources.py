@@ -118,7 +118,7 @@ class PlainRows(RowSource):
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
         tokenizer = load_tokenizer(target_folder, trust_remote_code=self.trust_remote_code)
         special = SpecialTokens(tokenizer) if self.special_token_text == "skip" else None
-        read = sources.read_source(self.source, self.workspace, what=_WHAT)
+        read = sources.read_source(self.source, self.workspace, label=_WHAT)
         for prompt in sources.without_duplicates(read):
             if isinstance(prompt, BadRow):
                 account = accounting.skip if prompt.is_duplicate else accounting.fail
@@ -226,7 +226,7 @@ def open_source(config: DumpConfig) -> RowSource:
         return _open_states(config, config.states)
     if config.conversations is not None:
         source = sources.Source(path=config.conversations)
-        digest = sources.digest(source, config.workspace, what=_WHAT)
+        digest = sources.digest(source, config.workspace, label=_WHAT)
         target_folder = target.locate_trained(config.run, config.workspace)
         return PlainRows(
             source,

@@ -21,7 +21,7 @@ Row = Prompt | BadRow
 def input_hashes(config: SynthConfig) -> dict[str, str]:
     """A hash of each source's content, for the fingerprint."""
     return {
-        source.name: digest(source, config.workspace, what="synth.prompts")
+        source.name: digest(source, config.workspace, label="synth.prompts")
         for source in config.all_sources
     }
 
@@ -43,7 +43,7 @@ def prompts(config: SynthConfig) -> Iterator[Row]:
 
 
 def _stream(source: SynthSource, config: SynthConfig) -> Iterator[Row]:
-    rows = read_source(source, config.workspace, what="synth.prompts")
+    rows = read_source(source, config.workspace, label="synth.prompts")
     if len(config.sources) > 1:  # two data sets may both count from 0
         rows = (_named_after(row, source.name) for row in rows)
     if config.shuffle:

@@ -58,7 +58,7 @@ def run(config: SynthConfig) -> None:
         logger.info("%s", accounting.summary())
         if total or config.share.count == 1:  # a share may be empty, the whole may not
             accounting.check(
-                max_failed_fraction=config.max_failed_fraction, what="synth", rejects=rejects
+                max_failed_fraction=config.max_failed_fraction, label="synth", rejects=rejects
             )
         files.write_json(artifact.folder / _record(config.share), accounting.as_dict())
         _finish(config, artifact, target_folder)
@@ -87,7 +87,7 @@ def _survey(config: SynthConfig, folder: Path, rejects: Path) -> int:
         accounting.check_input(
             usable=usable,
             max_failed_fraction=config.max_failed_fraction,
-            what=", ".join(source.path for source in config.all_sources),
+            label=", ".join(source.path for source in config.all_sources),
             rejects=rejects,
         )
     return usable + accounting.rows_in

@@ -101,10 +101,10 @@ def _exit_code(failed: Sequence[int | None], codes: Sequence[int]) -> int:
     return (told or failed)[0] or EXIT_RETRY
 
 
-def _signal(processes: Ranks, what: signal.Signals) -> None:
+def _signal(processes: Ranks, label: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(what)
+            process.send_signal(label)
 
 
 def _end(processes: Ranks) -> None:

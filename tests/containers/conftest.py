@@ -33,10 +33,10 @@ def docker(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess
     return done
 
 
-def wait_for(what: str, found: Callable[[], object], timeout_s: float = 300) -> None:
+def wait_for(label: str, found: Callable[[], object], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not found():
-        assert time.monotonic() < deadline, f"no {what} after {timeout_s} s"
+        assert time.monotonic() < deadline, f"no {label} after {timeout_s} s"
         time.sleep(0.1)
 
 

@@ -42,7 +42,7 @@ class StateFiles:
     streams = False
 
     def __init__(self, config: DumpConfig, target: TargetConfig, num_states: int) -> None:
-        self.folder = require_input(str(config.states), config.workspace, what="dump.states")
+        self.folder = require_input(str(config.states), config.workspace, label="dump.states")
         self._num_states = num_states
         self._hidden_size = target.hidden_size
         self._norm_weight = targets.read_tensors(target).norm_weight.float()  # [H]

@@ -50,7 +50,7 @@ def read_sidecar(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
     path = sidecar(folder, plan.index)
     if not path.exists():
         return None
-    facts = read_record(path, _Sidecar, then="Delete it: its shard is then captured anew.")
+    facts = read_record(path, _Sidecar, remedy="Delete it: its shard is then captured anew.")
     if facts.get("rows") != plan.digest:
         return None
     for name, entry in facts["files"].items():

@@ -153,12 +153,12 @@ def _versions(step: Step) -> Iterator[str]:
 
 
 def _inputs(step: Step, workspace: Path) -> Iterator[str]:
-    what = f"{step.stage}.{'conversations' if step.stage == 'dump' else 'prompts'}"
+    label = f"{step.stage}.{'conversations' if step.stage == 'dump' else 'prompts'}"
     for source in prompt_sources(step):
         if sources.is_on_hub(source, workspace):
             continue
         try:
-            sources.find_files(source, workspace, what=what)
+            sources.find_files(source, workspace, label=label)
         except UserError as error:
             yield str(error)
     if (made := step.settings.get("states")) and find_input(made, workspace) is None:

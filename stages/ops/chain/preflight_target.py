@@ -21,9 +21,9 @@ _GPU_SHARE = 0.9
 _HUB_TIMEOUT_S = 10.0
 
 
-def problem(what: str, expected: str, found: str, then: str) -> str:
+def problem(label: str, expected: str, found: str, remedy: str) -> str:
     """One line: what was expected, what was found, what to do."""
-    return f"{what}: expected {expected}, found {found}. {then}"
+    return f"{label}: expected {expected}, found {found}. {remedy}"
 
 
 def existing_place(paths: RunPaths) -> Path:
@@ -82,16 +82,16 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path | None, str]:
     except hub.HFValidationError as error:
         return None, problem("run.target", "a folder or a hub id", name, str(error))
     if constants.HF_HUB_OFFLINE:
-        then = "Fill the cache (HF_HOME) beforehand, or unset HF_HUB_OFFLINE."
-        return None, problem("run.target", f"{name} in the hub's cache", "none, offline", then)
+        remedy = "Fill the cache (HF_HOME) beforehand, or unset HF_HUB_OFFLINE."
+        return None, problem("run.target", f"{name} in the hub's cache", "none, offline", remedy)
     try:
         huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
-        then = "Correct the name, or give HF_TOKEN where it is private."
-        return None, problem("run.target", f"{name} on the hub", str(error).split("\n")[0], then)
+        remedy = "Correct the name, or give HF_TOKEN where it is private."
+        return None, problem("run.target", f"{name} on the hub", str(error).split("\n")[0], remedy)
     except (hub.HfHubHTTPError, OSError) as error:
-        then = "Check the network, or fill the cache (HF_HOME) beforehand."
-        return None, problem("run.target", f"the hub, for {name}", type(error).__name__, then)
+        remedy = "Check the network, or fill the cache (HF_HOME) beforehand."
+        return None, problem("run.target", f"the hub, for {name}", type(error).__name__, remedy)
     return None, ""
 
 
@@ -147,11 +147,11 @@ def _memory(folder: Path, users: Sequence[Step], machine: Machine) -> Iterator[s
         # One engine of transformers' spreads over all GPUs that it finds.
         spreads = step.settings.get("backend") == "hf" and copies == 1
         shared_by = len(machine.gpus) if spreads and machine.gpus else sizes.gpus_a_copy(step)
-        what = f"{step.stage}'s memory"
+        label = f"{step.stage}'s memory"
         if not machine.gpus:
             if weights > machine.memory_bytes:
                 yield problem(
-                    what,
+                    label,
                     f"{weights / 2**30:.1f} GiB for the target's weights",
                     str(machine),
                     "Take a machine with GPUs, or a smaller target.",
@@ -159,7 +159,7 @@ def _memory(folder: Path, users: Sequence[Step], machine: Machine) -> Iterator[s
             continue
         if shared_by * copies > len(machine.gpus):
             yield problem(
-                what,
+                label,
                 f"{shared_by * copies} GPUs, as the recipe says",
                 str(machine),
                 f"Lower {step.stage}.tensor_parallel_size (or data_parallel).",
@@ -167,7 +167,7 @@ def _memory(folder: Path, users: Sequence[Step], machine: Machine) -> Iterator[s
         room = int(machine.least_gpu_bytes * _GPU_SHARE)
         if weights // shared_by > room:
             yield problem(
-                what,
+                label,
                 f"{weights / shared_by / 2**30:.1f} GiB a GPU for the target's weights",
                 f"{room / 2**30:.1f} GiB of {machine}",
                 "Take a machine with more."

@@ -151,12 +151,12 @@ def _read(path: Path, finished: float | None) -> StageState:
 
 def _death(record: dict[str, Any], age_s: float) -> str:
     """How a process that says "running" is known to be gone; "" where it may well run."""
-    then = "Run the same command again: it continues."
+    remedy = "Run the same command again: it continues."
     if record.get("host") == socket.gethostname() and not is_alive(int(record["pid"])):
-        return f"its process {record['pid']} is gone, and it did not say why. {then}"
+        return f"its process {record['pid']} is gone, and it did not say why. {remedy}"
     if age_s > SILENT_AFTER_S:
         host = record.get("host", "an unknown host")
-        return f"silent for {age_s:.0f} s: its process on {host} was killed, or hangs. {then}"
+        return f"silent for {age_s:.0f} s: its process on {host} was killed, or hangs. {remedy}"
     return ""
 
 

@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 
 
 def _folder(config: TrainConfig) -> Path:
-    return require_input(str(config.init_from), config.workspace, what="train.init_from")
+    return require_input(str(config.init_from), config.workspace, label="train.init_from")
 
 
 def fingerprint(config: TrainConfig) -> dict[str, str]:

@@ -88,19 +88,19 @@ def load(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    then = (
+    remedy = (
         f"Link it to an older one beside it ({_names(path.parent)}), or delete it to train from "
         "the start."
     )
-    state = load_tensors(path, what="a checkpoint", then=then, mmap=False)
+    state = load_tensors(path, label="a checkpoint", remedy=remedy, mmap=False)
     kinds = {"step": int, "weights": dict, "optimizer": dict, "scheduler": dict}
     if not isinstance(state, dict) or not state.keys() >= _KEYS:
-        raise UserError(f"{path}: expected a checkpoint with {sorted(_KEYS)}. {then}")
+        raise UserError(f"{path}: expected a checkpoint with {sorted(_KEYS)}. {remedy}")
     for name, kind in kinds.items():
         if not isinstance(state[name], kind):
             raise UserError(
                 f"{path}: expected {name} to be of type {kind.__name__}, found "
-                f"{type(state[name]).__name__}. {then}"
+                f"{type(state[name]).__name__}. {remedy}"
             )
     return state
 

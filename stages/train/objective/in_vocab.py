@@ -63,7 +63,7 @@ def _path(folder: Path, index: int) -> Path:
 def _read(path: Path, key: str, shard: Shard | RowFile) -> Tensor | None:
     """The cached flags, or None where they are missing, damaged, or of another vocabulary."""
     try:
-        cached = load_tensors(path, what="cached flags", then="", mmap=False)
+        cached = load_tensors(path, label="cached flags", remedy="", mmap=False)
     except UserError:
         return None
     if not isinstance(cached, dict) or cached.get("vocabulary") != key:

@@ -9,6 +9,7 @@ import yaml
 from shared.artifacts.manifest import Artifact, require_parent
 from shared.config import build
 from shared.contracts.bench_report import read_report
+from shared.errors import OutputError
 from shared.io import files
 from shared.paths import RunPaths
 from shared.runtime.status import Status
@@ -93,7 +94,7 @@ def _make_status(folder: Path) -> Path:
     status._beats = True  # no thread
     status.started()
     status.progress(1, 10, "rows", failed=0)
-    status.ended(3, "it failed")
+    status.failed(OutputError("it failed", code="x"))
     return status.path
 
 

@@ -13,6 +13,7 @@ import torch
 from shared import config as configs
 from shared.cli import _outcome, collect_flags
 from shared.errors import EXIT_BUG, EXIT_USER, UserError
+from shared.runtime.log import format_error
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
@@ -186,7 +187,22 @@ def test_print_config_tells_what_recipe_and_flags_come_to(tmp_path: Path) -> Non
 def test_torch_without_memory_is_no_bug_of_ours() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 50, dtype=torch.uint8)
-    code, told = _outcome(raised.value)
-    assert code == EXIT_USER
-    assert told.startswith("out of memory (")
-    assert _outcome(RuntimeError("shape mismatch"))[0] == EXIT_BUG
+    outcome = _outcome(raised.value)
+    assert (outcome.exit_code, outcome.code) == (EXIT_USER, "out-of-memory")
+    assert outcome.remedy
+    assert _outcome(RuntimeError("shape mismatch")).exit_code == EXIT_BUG
+
+
+def test_an_error_is_logged_in_its_parts() -> None:
+    error = UserError(
+        "/m: expected 36 layers,\nfound 32.",
+        code="target-layers",
+        remedy="Set run.target.",
+        facts={"expected": 36, "found": 32},
+    )
+    assert format_error(error).split("\n") == [
+        "[target-layers] /m: expected 36 layers, found 32.",
+        "remedy: Set run.target.",
+        'facts: {"expected": 36, "found": 32}',
+    ]
+    assert str(error) == "/m: expected 36 layers,\nfound 32. Set run.target."

@@ -81,11 +81,11 @@ def _best_weights(run: RunView) -> dict[str, Any]:
     from shared.io.tensor_files import is_dense, load_tensors
 
     path = run.folder("train") / "checkpoints" / "best.pt"
-    what, then = "a checkpoint", "Run train again with --overwrite."
-    state = load_tensors(path, what=what, then=then)
+    label, remedy = "a checkpoint", "Run train again with --overwrite."
+    state = load_tensors(path, label=label, remedy=remedy)
     weights = state.get("weights") if isinstance(state, dict) else None
     if not isinstance(weights, dict) or not all(map(is_dense, weights.values())):
-        raise OutputError(f"{path}: expected {what}, found no weights. {then}")
+        raise OutputError(f"{path}: expected {label}, found no weights. {remedy}")
     return {"step": state.get("step"), **weights}
 
 

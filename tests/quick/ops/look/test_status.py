@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from shared.config import build
+from shared.errors import RetryableError
 from shared.paths import RunPaths
 from shared.runtime.status import Status
 from stages.ops.config import StatusConfig, WatchConfig
@@ -105,7 +106,7 @@ def test_a_stage_that_is_tried_again_runs_and_keeps_its_progress(tmp_path: Path)
     assert (again.state, again.message) == ("running", "")
     time.sleep(0.01)
     stage.progress(3, 4, "rows")
-    whole.ended(75, "the engine died")
+    whole.failed(RetryableError("the engine died", code="x"))
     ended = state_of(tmp_path, "synth")
     assert (ended.state, ended.done, ended.message) == ("failed", 3, "the engine died")
     Status(path).opened()
@@ -175,10 +176,10 @@ def test_who_is_sent_away_leaves_the_others_status(worker: Any, tmp_path: Path) 
     told = Status(RunPaths(tmp_path, "r").status("synth"))
     told.opened()
     assert state_of(tmp_path, "synth").state == "running"
-    told.ended(75, "another process holds the folder")
+    told.failed(RetryableError("another process holds the folder", code="x"))
     record = json.loads(told.path.read_text())
     assert (record["state"], record["pid"]) == ("running", worker.pid)
     worker.kill()
     worker.wait()
-    told.ended(75, "the server died")
+    told.failed(RetryableError("the server died", code="x"))
     assert json.loads(told.path.read_text())["state"] == "failed"

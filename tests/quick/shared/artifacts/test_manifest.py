@@ -277,15 +277,15 @@ def test_accounting_adds_up_and_refuses_bad_outcomes(tmp_path: Path) -> None:
     accounting = Accounting()
     rejects = tmp_path / "rejects.jsonl"
     with pytest.raises(UserError, match="at least one row"):
-        accounting.check(max_failed_fraction=1, what="w", rejects=rejects)
+        accounting.check(max_failed_fraction=1, label="w", rejects=rejects)
     accounting.skip("a", "too_long")
     with pytest.raises(OutputError, match="none of 1 rows is usable"):
-        accounting.check(max_failed_fraction=1, what="w", rejects=rejects)
+        accounting.check(max_failed_fraction=1, label="w", rejects=rejects)
     accounting.ok += 8
     accounting.fail("b", "broken_json", "line\x1b[31m")
-    accounting.check(max_failed_fraction=0.1, what="w", rejects=rejects)
+    accounting.check(max_failed_fraction=0.1, label="w", rejects=rejects)
     with pytest.raises(OutputError, match="1 of 10 rows failed"):
-        accounting.check(max_failed_fraction=0.09, what="w", rejects=rejects)
+        accounting.check(max_failed_fraction=0.09, label="w", rejects=rejects)
     counts = accounting.as_dict()
     assert counts["in"] == counts["ok"] + 1 + 1 == 10
     accounting.write_rejects(rejects)

@@ -318,7 +318,7 @@ PT_READERS: dict[str, Callable[[Path], object]] = {
     "row": lambda path: RowFile(path, 2, 4).input_ids,
     "checkpoint": checkpoint.load,
     "head": _head,
-    "any": lambda path: tensor_files.load_tensors(path, what="x", then=""),
+    "any": lambda path: tensor_files.load_tensors(path, label="x", remedy=""),
 }
 
 

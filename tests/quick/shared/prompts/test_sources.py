@@ -84,7 +84,7 @@ def test_a_hubs_data_set_is_read_by_id(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert ids("ultrachat", tmp_path) == ids("owner/name", tmp_path) == [row["id"] for row in ROWS]
     assert asked == [("HuggingFaceH4/ultrachat_200k", "train_sft"), ("owner/name", "train")]
-    assert digest(Source(path="ultrachat"), tmp_path, what="x").startswith("HuggingFaceH4/")
+    assert digest(Source(path="ultrachat"), tmp_path, label="x").startswith("HuggingFaceH4/")
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_a_digest_changes_with_any_file(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     write_lines(tmp_path / "data" / "a.jsonl", ROWS[:2])
     write_lines(tmp_path / "data" / "b.jsonl", ROWS[2:])
-    before = digest(Source(path="data"), tmp_path, what="x")
+    before = digest(Source(path="data"), tmp_path, label="x")
     write_lines(tmp_path / "data" / "b.jsonl", ROWS[3:])
-    assert digest(Source(path="data"), tmp_path, what="x") != before
+    assert digest(Source(path="data"), tmp_path, label="x") != before
 
 
 def test_weights_and_limits_of_several_sources(tmp_path: Path) -> None:
