@@ -19,7 +19,7 @@ import typing
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 from pydantic.fields import FieldInfo
@@ -77,6 +77,19 @@ class RunConfig(Section):
     )
     max_length_tokens: int = identity(2048, "Longest row, prompt and answer together.", ge=8)
     draft_vocab_size: int = identity(32000, "Tokens that the draft head can propose.", ge=1)
+    reasoning: Literal["keep", "drop", "disable"] = identity(
+        "keep",
+        "keep: train on the reasoning; drop: mask it out of the loss; disable: pass "
+        "enable_thinking=false to the chat template, in every stage.",
+    )
+    chat_template: str | None = identity(
+        None,
+        "Chat template to use instead of the target's default: a file (workspace first), or the "
+        "name of one of the target's named templates.",
+    )
+    chat_template_kwargs: dict[str, Any] = identity(
+        {}, "Variables for the chat template, the same wherever a stage renders it."
+    )
     seed: int = identity(0, "Seed of everything random.")
     trust_remote_code: bool = identity(
         False, "Run the target's own Python code in every stage; only for a target you trust."
@@ -90,6 +103,12 @@ class RunConfig(Section):
         if len(name.encode()) > _LONGEST_NAME_BYTES:
             raise ValueError(f"a run's name has at most {_LONGEST_NAME_BYTES} bytes")
         return name
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """What every rendering of the chat template gets: `chat_template_kwargs` over `reasoning`."""
+        disabled = {"enable_thinking": False, "thinking": False}
+        return {**(disabled if self.reasoning == "disable" else {}), **self.chat_template_kwargs}
 
 
 class CommandConfig(Section):
@@ -218,6 +237,11 @@ def _refuse(
         where = prefix + ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             name = str(problem["loc"][-1])
+            if len(problem["loc"]) == 1 and name in RunConfig.model_fields:
+                lines.append(
+                    f"{where}: all stages share it; move it to the section `run` of {source}."
+                )
+                continue
             lines.append(f"{where}: unknown key in {source}. {nearest(name, valid)}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: needed, but neither {source} nor a flag gives it.")

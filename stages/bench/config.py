@@ -27,6 +27,9 @@ class BenchConfig(StageConfig):
         "target",
         "target_revision",
         "max_length_tokens",
+        "reasoning",
+        "chat_template",
+        "chat_template_kwargs",
         "seed",
         "trust_remote_code",
     )

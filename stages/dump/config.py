@@ -24,6 +24,9 @@ class DumpConfig(ShardedConfig):
         "target_train",
         "aux_layers",
         "max_length_tokens",
+        "reasoning",
+        "chat_template",
+        "chat_template_kwargs",
         "trust_remote_code",
     )
 

@@ -91,7 +91,7 @@ def _of_tokenizer(
     config: SynthConfig, target: Path
 ) -> tuple[tuple[int, ...], SpecialTokens | None]:
     """The ids that end a reasoning that is not trained on; the control tokens to look out for."""
-    drops, skips = config.reasoning == "drop", config.special_token_text == "skip"
+    drops, skips = config.run.reasoning == "drop", config.special_token_text == "skip"
     if not drops and not skips:
         return (), None
     tokenizer = load_tokenizer(target, trust_remote_code=config.run.trust_remote_code)

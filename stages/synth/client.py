@@ -120,9 +120,6 @@ class Client:
     def _options(self, prompt: Prompt, turn: int) -> dict[str, Any]:
         config = self.config
         temperature, top_p = sampling_of(config, prompt.sample_id)
-        switches = dict(config.chat_template_kwargs)
-        if config.reasoning == "disable":
-            switches = {"enable_thinking": False, "thinking": False, **switches}
         options: dict[str, Any] = {
             # vLLM refuses more than the model's whole length, and clips what is left of it.
             "max_tokens": min(config.max_tokens, config.run.max_length_tokens),
@@ -131,8 +128,8 @@ class Client:
             "seed": request_seed(config, prompt.sample_id, turn),
             "return_token_ids": True,
         }
-        if switches:
-            options["chat_template_kwargs"] = switches
+        if config.run.template_kwargs:
+            options["chat_template_kwargs"] = config.run.template_kwargs
         if prompt.tools:
             options["tools"] = list(prompt.tools)
             # Without a parser the calls stay in the answer's text; the template shows the tools.

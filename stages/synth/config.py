@@ -68,6 +68,9 @@ class SynthConfig(ShardedConfig):
         "target",
         "target_revision",
         "max_length_tokens",
+        "reasoning",
+        "chat_template",
+        "chat_template_kwargs",
         "seed",
         "trust_remote_code",
     )
@@ -80,10 +83,6 @@ class SynthConfig(ShardedConfig):
         "regenerate",
         "regenerate: every answer anew, turn by turn; complete: only the last; keep: none, the "
         "rows' own answers.",
-    )
-    reasoning: Literal["keep", "drop", "disable"] = identity(
-        "keep",
-        "keep: reasoning is answer; drop: it is not trained on; disable: the template is told.",
     )
     reasoning_end: str = identity("</think>", "What ends the reasoning in the target's answers.")
     max_samples: int | None = identity(None, "At most so many prompts in all.", ge=1)
@@ -98,7 +97,6 @@ class SynthConfig(ShardedConfig):
     )
     special_token_text: Policy = identity("skip", POLICY_DOC)
     dtype: str = identity("auto", "The server's dtype.")
-    chat_template_kwargs: dict[str, Any] = identity({}, "Switches for the target's chat template.")
     reasoning_parser: str | None = identity(None, "vLLM's parser of this target's reasoning.")
     tool_call_parser: str | None = identity(None, "vLLM's parser of this target's tool calls.")
 

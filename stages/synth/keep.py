@@ -47,7 +47,7 @@ class Keeper:
         return Outcome(prompt, tuple(rows))
 
     def _shown(self, message: Message) -> Message:
-        if self.config.reasoning == "keep" or "reasoning_content" not in message:
+        if self.config.run.reasoning == "keep" or "reasoning_content" not in message:
             return message
         return {key: value for key, value in message.items() if key != "reasoning_content"}
 

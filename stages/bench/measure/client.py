@@ -37,10 +37,18 @@ _PLAIN_SAMPLING = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 class Server:
     """Somebody's vLLM server: where it is, what it serves, and how to ask it."""
 
-    def __init__(self, base_url: str, api_key: str, *, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str,
+        *,
+        request_timeout_s: float,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         self.base_url = base_of(base_url)
         self._key = api_key
         self._timeout_s = request_timeout_s
+        self._template_kwargs = chat_template_kwargs or {}
         self.model, self.max_model_len = "", 0
 
     @contextlib.asynccontextmanager
@@ -203,6 +211,8 @@ class Server:
     ) -> tuple[dict[str, Any], str]:
         """One streamed answer as a row, and its text."""
         extra: dict[str, Any] = {"return_token_ids": True, **_PLAIN_SAMPLING}
+        if self._template_kwargs:
+            extra["chat_template_kwargs"] = self._template_kwargs
         if conversation.tools:
             extra |= {"tools": list(conversation.tools), "tool_choice": "none"}
         sent_s = time.perf_counter()

@@ -163,7 +163,9 @@ class Engine:
         messages: list[Any] = []
         for turn, step in enumerate(conversation.steps):
             messages += step
-            ids = plans.prompt_ids(self.tokenizer, messages, conversation.tools)
+            ids = plans.prompt_ids(
+                self.tokenizer, messages, conversation.tools, self.plan["chat_template_kwargs"]
+            )
             self._check_room(conversation, len(ids), sampling.max_tokens or 0)
             output = yield ids, sampling
             rows.append(describe(conversation, turn, ids, output))

@@ -77,13 +77,19 @@ def groups(
     return [(None, conversations)] if one_loop else list(by_category(conversations).items())
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any]) -> list[int]:
+def prompt_ids(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    tools: Sequence[Any],
+    template_kwargs: Mapping[str, Any],
+) -> list[int]:
     """A chat as the engine gets it, up to where the target speaks."""
     encoded = tokenizer.apply_chat_template(
         [for_template(message) for message in messages],
         tools=list(tools) or None,
         add_generation_prompt=True,
         return_dict=True,
+        **template_kwargs,
     )
     return list(encoded["input_ids"])
 
@@ -116,7 +122,7 @@ def _row_lengths(
     needed, roomy = 0, 0
     for conversation in [*conversations, *warmup()]:
         asked = [message for step in conversation.steps for message in step]
-        tokens = len(prompt_ids(tokenizer, asked, conversation.tools))
+        tokens = len(prompt_ids(tokenizer, asked, conversation.tools, config.run.template_kwargs))
         own = needed_model_len(tokens, max_tokens=answer, num_speculative_tokens=depth)
         history = (len(conversation.steps) - 1) * (answer + _TURN_SLACK_TOKENS)
         needed, roomy = max(needed, own + history), max(roomy, own + _HISTORY_ROOM * history)
@@ -144,6 +150,7 @@ def plan_for_endpoint(config: BenchConfig, conversations: list[Conversation]) ->
         "cells": [asdict(cell) for cell in cells(config)],
         "conversations": [asdict(conversation) for conversation in conversations],
         "warmup": [asdict(conversation) for conversation in warmup()],
+        "chat_template_kwargs": config.run.template_kwargs,
     }
 
 
@@ -179,6 +186,7 @@ def plan_for_all(
         "max_model_len": min(roomy, limit),
         "max_num_seqs": max(*config.concurrency, _LEAST_BATCH),
         "seed": config.run.seed,
+        "chat_template_kwargs": config.run.template_kwargs,
         "cells": [asdict(cell) for cell in cells(config)],
         "conversations": [asdict(conversation) for conversation in conversations],
         "warmup": [asdict(conversation) for conversation in warmup()],

@@ -49,7 +49,12 @@ def _server(config: BenchConfig, name: str, plan: Plan) -> Iterator[Server]:
             yield server
         return
     which = "baseline_endpoint" if name == "baseline" else "endpoint"
-    yield Server(str(url), endpoint_key(which), request_timeout_s=config.request_timeout_s)
+    yield Server(
+        str(url),
+        endpoint_key(which),
+        request_timeout_s=config.request_timeout_s,
+        chat_template_kwargs=plan["chat_template_kwargs"],
+    )
 
 
 @dataclass

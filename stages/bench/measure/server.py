@@ -46,7 +46,12 @@ def serve(
     with start_server(options(plan)) as child:
         child.wait_until_ready(stage="bench", timeout_s=startup_timeout_s)
         try:
-            yield Server(child.base_url, child.api_key, request_timeout_s=request_timeout_s)
+            yield Server(
+                child.base_url,
+                child.api_key,
+                request_timeout_s=request_timeout_s,
+                chat_template_kwargs=plan["chat_template_kwargs"],
+            )
         except RetryableError as error:
             if (code := child.exit_code()) is not None:
                 raise RetryableError(
