@@ -12,7 +12,7 @@ The function is named by text so that `--help` never imports it, nor torch.
 """
 
 import importlib
-import inspect
+import itertools
 import json
 import logging
 import os
@@ -27,16 +27,25 @@ from shared.config import CommandConfig, StageConfig
 from shared.runtime import process
 from shared.runtime.log import format_error, logged_to, start_logging
 from shared.runtime.status import Status
+from shared.usage import help_text
 
 Commands = Mapping[str, tuple[type[CommandConfig], str]]
 
-# Shows what recipe and flags come to, and does nothing; ops asks each stage so before a run.
+# Prints the resolved configuration and runs nothing; ops asks each stage so before a run.
 PRINT_CONFIG = "--print_config"
 
 logger = logging.getLogger(__name__)
 
-# What torch says, in a plain RuntimeError, where the machine has no memory left.
-_TORCHS_WORDS = "DefaultCPUAllocator: can't allocate memory"
+# torch's message, in a plain RuntimeError, when the CPU has no memory left.
+_TORCH_MESSAGE = "DefaultCPUAllocator: can't allocate memory"
+
+
+def _unexpected(word: str) -> errors.UserError:
+    return errors.UserError(
+        f"unexpected argument {word!r}.",
+        code="argument-unexpected",
+        remedy="Every flag is --name value; --help lists them.",
+    )
 
 
 def collect_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -49,7 +58,7 @@ def collect_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     from fire import decorators
 
     if "--" in argv:
-        raise errors.UserError("unexpected argument '--'.")
+        raise _unexpected("--")
     words: list[str] = []
     flags: dict[str, str] = {}
 
@@ -61,25 +70,20 @@ def collect_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return words, {name.replace("-", "_"): text for name, text in flags.items()}
 
 
-def help_text(stage: str, commands: Commands, command: str) -> str:
-    """What --help prints: the config's own field docs."""
-    config = commands[command][0]
-    words = [f"<{name}>" for name in config.positional]
-    usage = " ".join([*words, *([f"[<{config.variadic}> ...]"] if config.variadic else [])])
-    lines = [f"python -m stages.{stage} {command} {usage}".rstrip() + " [--flag value ...]", ""]
-    lines += [inspect.cleandoc(config.__doc__ or ""), ""]
-    others = [name for name in commands if name != command]
-    if others:
-        lines += [f"Other commands: {', '.join(others)} (each has its own --help).", ""]
-    lines.append("Flags (flag over recipe over default; * changes the result):")
-    for name, field in configs.flag_fields(config).items():
-        star = "*" if configs.kind_of(field) == "identity" else " "
-        default = field.get_default(call_default_factory=True, validated_data={})
-        shown = "needed" if field.is_required() else f"default {default}"
-        lines.append(f"  {star} --{name:<24} {field.description or ''} [{shown}]")
-    codes = "0 done, 1 bug, 2 your input, 3 output failed its checks, 75 try again, 143 stopped"
-    lines += ["", f"{PRINT_CONFIG} shows, as JSON, what the flags and the recipe come to."]
-    return "\n".join([*lines, f"Exit codes: {codes}."])
+def _spell_out(argv: Sequence[str], config: type[CommandConfig]) -> list[str]:
+    """`--json` alone becomes `--json=true`, so that fire does not take the next word as its value."""
+    switches = {
+        f"--{name}"
+        for name, field in configs.flag_fields(config).items()
+        if field.annotation is bool
+    }
+    return [
+        f"{word}=true"
+        if word.replace("-", "_").replace("__", "--", 1) in switches
+        and after.lower() not in ("true", "false")
+        else word
+        for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
+    ]
 
 
 def _parse(
@@ -91,14 +95,18 @@ def _parse(
     default = next(iter(commands))
     command = argv.pop(0) if argv and not argv[0].startswith("-") else default
     if command not in commands:
-        raise errors.UserError(f"unknown command {command!r}. {configs.nearest(command, commands)}")
+        raise errors.UserError(
+            f"unknown command {command!r}.",
+            code="command-unknown",
+            remedy=configs.nearest(command, commands),
+        )
     if "--help" in argv or "-h" in argv:
         return command, help_text(stage, commands, command)
-    words, flags = collect_flags(argv)
     config = commands[command][0]
+    words, flags = collect_flags(_spell_out(argv, config))
     rest = words[len(config.positional) :]
     if rest and not config.variadic:
-        raise errors.UserError(f"unexpected argument {rest[0]!r}.")
+        raise _unexpected(rest[0])
     flags |= dict(zip(config.positional, words, strict=False))
     if rest:
         flags[config.variadic] = json.dumps(rest, ensure_ascii=False)
@@ -117,8 +125,8 @@ def _outcome(error: BaseException) -> errors.EyrieError:
         return error
     if isinstance(error, KeyboardInterrupt):
         return errors.Stopped("interrupted", code="interrupted")
-    is_torchs = type(error).__name__ == "OutOfMemoryError" or _TORCHS_WORDS in str(error)
-    if isinstance(error, MemoryError) or is_torchs:
+    is_torch = type(error).__name__ == "OutOfMemoryError" or _TORCH_MESSAGE in str(error)
+    if isinstance(error, MemoryError) or is_torch:
         return errors.UserError(
             f"out of memory ({error}).",
             code="out-of-memory",

@@ -31,7 +31,8 @@ from shared.paths import STAGES, RunPaths
 from shared.runtime.process import Share
 
 SECTIONS = ("run", *STAGES)
-_LONGEST_NAME_BYTES = 200  # a file system takes 255, and what is in the making has a longer name
+_MAX_NAME_BYTES = 200  # file systems take 255 bytes; a temporary name is longer than the final one
+_RECIPE_REMEDY = "Give its path as this process sees it; in a container that is below /workspace."
 
 S = TypeVar("S", bound="Section")
 C = TypeVar("C", bound="CommandConfig")
@@ -70,12 +71,13 @@ class RunConfig(Section):
     target: str = identity(..., "Target model: a folder (workspace first) or a hub id.")
     target_revision: str | None = identity(None, "Hub revision of the target.")
     target_train: str | None = identity(
-        None, "Where run.target is quantised: its original, whose states are dumped and trained on."
+        None,
+        "The original of a quantised run.target: dump and train use it, synth and bench do not.",
     )
     aux_layers: tuple[int, ...] | None = identity(
-        None, "Ids of the states that feed the draft head, vLLM's numbering; default 2, L//2, L-3."
+        None, "Layers whose states feed the draft head, in vLLM's numbering. Default: 2, L//2, L-3."
     )
-    max_length_tokens: int = identity(2048, "Longest row, prompt and answer together.", ge=8)
+    max_length_tokens: int = identity(2048, "Longest row: prompt and answer together.", ge=8)
     draft_vocab_size: int = identity(32000, "Tokens that the draft head can propose.", ge=1)
     reasoning: Literal["keep", "drop", "disable"] = identity(
         "keep",
@@ -92,7 +94,7 @@ class RunConfig(Section):
     )
     seed: int = identity(0, "Seed of everything random.")
     trust_remote_code: bool = identity(
-        False, "Run the target's own Python code in every stage; only for a target you trust."
+        False, "Run the target's own Python code in every stage. Only for a target that you trust."
     )
 
     @pydantic.field_validator("name")
@@ -100,8 +102,8 @@ class RunConfig(Section):
     def _name_is_one_folder(cls, name: str) -> str:
         if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
             raise ValueError("a run's name is one folder name, printable, without separators")
-        if len(name.encode()) > _LONGEST_NAME_BYTES:
-            raise ValueError(f"a run's name has at most {_LONGEST_NAME_BYTES} bytes")
+        if len(name.encode()) > _MAX_NAME_BYTES:
+            raise ValueError(f"a run's name has at most {_MAX_NAME_BYTES} bytes")
         return name
 
     @property
@@ -112,19 +114,26 @@ class RunConfig(Section):
 
 
 class CommandConfig(Section):
-    """What every command takes, whatever it does."""
+    """The settings of every command.
+
+    Attributes:
+        positional: fields that may be given without their flags, in this order.
+        variadic: the field that takes all further words.
+        groups: headings of --help, each with the names of its flags separated by spaces.
+    """
 
     positional: ClassVar[tuple[str, ...]] = ()
-    variadic: ClassVar[str] = ""  # the field that takes all further words
+    variadic: ClassVar[str] = ""
+    groups: ClassVar[Mapping[str, str]] = {}
 
     workspace: Path = pydantic.Field(
         default_factory=lambda: Path(os.environ.get("EYRIE_WORKSPACE", "workspace")),
-        description="The folder that stages share; from $EYRIE_WORKSPACE where no flag is given.",
+        description="The folder that the stages share; the default is $EYRIE_WORKSPACE.",
     )
 
 
 class StageConfig(CommandConfig):
-    """What every stage takes."""
+    """The settings of every stage."""
 
     section: ClassVar[str] = ""
     consumes: ClassVar[tuple[str, ...]] = ()
@@ -132,8 +141,8 @@ class StageConfig(CommandConfig):
     recipe: Path | None = pydantic.Field(None, description="The recipe, a YAML file.")
     overwrite: bool = pydantic.Field(
         False,
-        description="Replace what is finished here, or was made with another configuration; this "
-        "one's own unfinished work is continued.",
+        description="Replace this stage's finished artifact, or one of another configuration. "
+        "Unfinished work of this configuration is continued.",
     )
     run: RunConfig = pydantic.Field(description="The recipe's section run.")
 
@@ -163,7 +172,7 @@ class StageConfig(CommandConfig):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """' Did you mean x?' for the closest valid name, else the list of them."""
+    """A hint for a wrong name: the closest valid one, else all of them."""
     names = list(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"Did you mean {close[0]}?" if close else f"Valid: {', '.join(names)}."
@@ -178,19 +187,33 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = recipe_yaml.parse(read_text(path))
     except UserError as error:
-        raise UserError(f"--recipe: {error}") from error
+        raise UserError(
+            f"--recipe: {error.problem}", code="recipe-unreadable", remedy=_RECIPE_REMEDY
+        ) from error
     except recipe_yaml.RecipeError as error:
-        raise UserError(f"--recipe: {path} is not valid YAML: {error}") from error
+        raise _bad_recipe(f"--recipe: {path} is not valid YAML: {error}.") from error
     if not isinstance(recipe, dict):
-        raise UserError(f"{path}: expected sections ({', '.join(SECTIONS)}), found no mapping.")
+        raise _bad_recipe(f"{path}: expected sections ({', '.join(SECTIONS)}), found no mapping.")
     for name, section in recipe.items():
         if name not in SECTIONS:
-            raise UserError(f"{path}: unknown section {name!r}. {nearest(str(name), SECTIONS)}")
-        if not isinstance(section, dict | None):
             raise UserError(
+                f"{path}: unknown section {name!r}.",
+                code="recipe-section",
+                remedy=nearest(str(name), SECTIONS),
+            )
+        if not isinstance(section, dict | None):
+            raise _bad_recipe(
                 f"{path}: section {name}: expected keys and values, found {reprlib.repr(section)}."
             )
     return {name: section or {} for name, section in recipe.items()}
+
+
+def _bad_recipe(problem: str) -> UserError:
+    return UserError(
+        problem,
+        code="recipe-invalid",
+        remedy="Correct it; compose/recipes/demo/recipe.yaml shows the shape.",
+    )
 
 
 def _from_text(text: str, field: FieldInfo) -> Any:
@@ -222,8 +245,8 @@ def is_plain_url(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and is_bare
 
 
-class UntoldError(ValueError):
-    """What a validator raises where the value may hold a secret: it is not repeated."""
+class SecretValueError(ValueError):
+    """Raised by a validator whose value may hold a secret: messages do not repeat the value."""
 
 
 def _refuse(
@@ -247,11 +270,15 @@ def _refuse(
             lines.append(f"{where}: needed, but neither {source} nor a flag gives it.")
         else:
             # A check over several keys has the whole section as its input: too much to show.
-            is_secret = isinstance(problem.get("ctx", {}).get("error"), UntoldError)
+            is_secret = isinstance(problem.get("ctx", {}).get("error"), SecretValueError)
             shown = problem["loc"] and not is_secret
-            found = f", found {problem['input']!r}" if shown else ""
+            found = f", found {reprlib.repr(problem['input'])}" if shown else ""
             lines.append(f"{where or 'settings'}: {problem['msg']}{found} (from {source}).")
-    return UserError("\n".join(lines))
+    return UserError(
+        "\n".join(lines),
+        code="setting-invalid",
+        remedy="Correct these settings in the recipe or the flags; --help explains each.",
+    )
 
 
 def _validate(model: type[S], values: Mapping[str, Any], source: str, prefix: str) -> S:
@@ -284,11 +311,17 @@ def build(config: type[C], flags: Mapping[str, str]) -> C:
     values: dict[str, Any] = {}
     for name, text in flags.items():
         if name not in fields:
-            raise UserError(f"unknown flag --{name}. {nearest(name, fields)}")
+            raise UserError(
+                f"unknown flag --{name}.", code="flag-unknown", remedy=nearest(name, fields)
+            )
         try:
             values[name] = _from_text(text, fields[name])
         except ValueError as error:
-            raise UserError(f"--{name}: {error}") from error
+            raise UserError(
+                f"--{name}: {error}.",
+                code="flag-value",
+                remedy=f"Give it as YAML: --{name} '[a, b]' or '{{key: value}}'.",
+            ) from error
     if not issubclass(config, StageConfig):
         return _validate(config, values, "the command line", "--")
     recipe_path = values.get("recipe")

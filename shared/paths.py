@@ -72,7 +72,10 @@ def require_input(value: str, workspace: Path, *, label: str) -> Path:
     if found is None:
         raise UserError(
             f"{label}: expected a file or folder at {workspace / value} or {Path(value).absolute()}, "
-            "found neither. Relative paths are taken from the workspace, then from the current "
-            "folder."
+            "found neither.",
+            code="input-missing",
+            remedy="Correct the path. Relative paths are taken from the workspace, then from the "
+            "current folder.",
+            facts={"setting": label, "value": value},
         )
     return found

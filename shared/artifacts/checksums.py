@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Are the files of a finished artifact still those that its manifest lists?
 
-Sizes cost a look at each name and are asked for wherever a parent is read; checksums cost a pass over
-the bytes, and are asked for by who reads all of them anyway.
+Sizes are compared wherever a parent is read: they cost one look per file. Checksums cost a pass over
+the bytes, so a stage compares them for the files that it reads whole anyway.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,12 +13,13 @@ from shared.errors import UserError
 from shared.io import files
 
 
-def _way_out(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """What helps against a damaged file. Weights and their history cannot be made one by one."""
+def _changed(problem: str, folder: Path, manifest: Mapping[str, Any]) -> UserError:
+    """The refusal of a changed file. Train cannot make a single file of its artifact again."""
     stage = manifest["stage"]
+    remedy = f"Restore it, or delete it and run {stage} again: it makes what is missing."
     if folder.name == "train":
-        return f"Restore it, or run {stage} again with --overwrite."
-    return f"Restore it, or delete it and run {stage} again: what is missing is made again."
+        remedy = f"Restore it, or run {stage} again with --overwrite."
+    return UserError(problem, code="artifact-changed", remedy=remedy, facts={"stage": stage})
 
 
 def _size(path: Path) -> int | None:
@@ -41,16 +42,18 @@ def require_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
         return
     path, expected = folder / name, manifest["files"][name]["bytes"]
     size = _size(path)
-    raise UserError(
-        f"{path}: expected {expected} bytes as the manifest says, found "
-        f"{'no file' if size is None else size}. {_way_out(folder, manifest)}"
+    raise _changed(
+        f"{path}: expected {expected} bytes as in the manifest, found "
+        f"{'no file' if size is None else size}.",
+        folder,
+        manifest,
     )
 
 
 def require_unchanged(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
     """Refuse these files of an artifact where their bytes are others than when it was finished.
 
-    Costs a pass over them, so ask it of what is read whole anyway.
+    It reads them whole.
 
     Raises:
         UserError: with the first that is another one.
@@ -58,7 +61,9 @@ def require_unchanged(folder: Path, manifest: Mapping[str, Any], names: Iterable
     for name in names:
         path, expected = folder / name, manifest["files"][name]["sha256"]
         if (found := files.sha256(path)) != expected:
-            raise UserError(
-                f"{path}: expected the SHA-256 {expected} as the manifest says, found {found}: it is "
-                f"damaged. {_way_out(folder, manifest)}"
+            raise _changed(
+                f"{path}: expected the SHA-256 {expected} as in the manifest, found {found}: it is "
+                "damaged.",
+                folder,
+                manifest,
             )

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}. {_AGAIN}"
+            f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}.",
+            code="manifest-version",
+            remedy=_AGAIN,
         )
     return require_shape(manifest, Manifest, where=str(path), remedy=_AGAIN)
 
@@ -83,15 +86,25 @@ def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str
     """
     manifest = read_manifest(folder)
     if manifest is None:
+        recipe = f" --recipe {shlex.quote(str(config.recipe))}" if config.recipe else ""
+        workspace = shlex.quote(str(config.workspace))
         raise UserError(
-            f"expected the finished artifact of stage {stage} in {folder}, found no {MANIFEST}. "
-            f"Run it first: python -m stages.{stage} --recipe {config.recipe or '...'}"
+            f"expected the finished artifact of stage {stage} in {folder}, found no {MANIFEST}.",
+            code="parent-missing",
+            remedy=f"Run it first: python -m stages.{stage}{recipe} --workspace {workspace}",
+            facts={"stage": stage, "folder": str(folder)},
         )
     if manifest["stage"] != stage:
-        raise UserError(f"{folder}: expected an artifact of {stage}, found {manifest['stage']}.")
+        raise UserError(
+            f"{folder}: expected an artifact of {stage}, found {manifest['stage']}.",
+            code="parent-stage",
+            remedy="Give each stage its own folder: another run.name, or move this one away.",
+        )
     if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
         raise UserError(
-            f"{folder / MANIFEST}: its fingerprint is not that of its identity. {_AGAIN}"
+            f"{folder / MANIFEST}: its fingerprint is not that of its identity.",
+            code="manifest-edited",
+            remedy=_AGAIN,
         )
     require_sizes(folder, manifest)
     facts = f"{folder / MANIFEST}: facts"
@@ -101,8 +114,10 @@ def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str
     shared_keys = {key: own[key] for key in theirs if key.startswith("run.")}
     if differences := _differences({key: theirs[key] for key in shared_keys}, shared_keys):
         raise UserError(
-            f"{folder} was made with other settings than this recipe has ({differences}). "
-            f"Run {stage} again with --overwrite, or set the recipe back."
+            f"{folder} was made with other settings than this recipe has ({differences}).",
+            code="parent-settings",
+            remedy=f"Run {stage} again with --overwrite, or set the recipe back.",
+            facts={"stage": stage},
         )
     return manifest
 
@@ -158,8 +173,9 @@ class Artifact:
         if not self.config.overwrite:
             raise UserError(
                 f"{self.folder} holds {'a finished' if manifest else 'an unfinished'} artifact of "
-                f"another configuration ({_differences(found, self.identity)}). Give --overwrite "
-                "to replace it, or another run.name to keep both."
+                f"another configuration ({_differences(found, self.identity)}).",
+                code="artifact-settings",
+                remedy="Give --overwrite to replace it, or another run.name to keep both.",
             )
         return False
 

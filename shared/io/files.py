@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that appear whole or not at all: written beside their final name, fsynced, renamed.
 
-A reader never sees half a file, whatever killed the writer. What a killed writer leaves behind is
+A reader never sees half a file, whatever killed the writer. The leftover of a killed writer is
 named `.<name>.tmp-<host>-<pid>` and is swept by the next writer of the same folder.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,8 +20,8 @@ from typing import Any
 
 from shared.errors import UserError
 
-# Far above any manifest: a file of that name that claims more is something else.
-_MOST_BYTES = 1 << 30
+# Far above any file of ours that is read whole.
+_MAX_BYTES = 1 << 30
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -36,9 +37,25 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
 
 
+def not_writable(path: Path, error: OSError) -> UserError:
+    """The refusal of a path that cannot be written: the remedy follows from the error's number."""
+    remedy = (
+        f"Make the workspace writable for user {os.getuid()}, group {os.getgid()}, "
+        "then run the same command again."
+    )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free space on that disk, or raise the quota, then run the same command again."
+    return UserError(
+        f"could not write {path}: {error.strerror or error}.",
+        code="no-space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "not-writable",
+        remedy=remedy,
+        facts={"path": str(path), "errno": error.errno},
+    )
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that writes `path` in a way of its own; what the disk refuses is the user's to mend.
+    """A block that writes `path`; what the operating system refuses becomes a user error.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -46,10 +63,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"could not write {path}: {error.strerror or error}. "
-            "Free some space or make the workspace writable, then run the same command again."
-        ) from error
+        raise not_writable(path, error) from error
 
 
 @contextlib.contextmanager
@@ -96,27 +110,35 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON (sorted by nobody: the order given is the order read)."""
+    """Write `value` as indented JSON, its keys in the order given."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def require_file(path: Path, *, most_bytes: int | None = None) -> None:
-    """Refuse what is no plain file: a folder, a pipe that nobody writes to, a device without end.
+def require_file(path: Path, *, max_bytes: int | None = None) -> None:
+    """Refuse anything but a plain file, such as a folder, a pipe or a device.
 
     Raises:
-        UserError: also where nothing is there, or more than `most_bytes`.
+        UserError: not a plain file, missing, or larger than `max_bytes`.
     """
     try:
         facts = path.stat()
     except FileNotFoundError as error:
-        raise UserError(f"expected a file at {path}, found none.") from error
+        raise UserError(
+            f"expected a file at {path}, found none.",
+            code="file-missing",
+            facts={"path": str(path)},
+        ) from error
     except (OSError, ValueError) as error:  # a name too long, a loop of links; a NUL in it
-        raise UserError(f"could not read {path}: {error}.") from error
+        raise _unreadable(f"could not read {path}: {error}.") from error
     if not stat.S_ISREG(facts.st_mode):
         kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a pipe or a device"
-        raise UserError(f"{path}: expected a file, found {kind}.")
-    if most_bytes is not None and facts.st_size > most_bytes:
-        raise UserError(f"{path}: expected at most {most_bytes} bytes, found {facts.st_size}.")
+        raise _unreadable(f"{path}: expected a file, found {kind}.")
+    if max_bytes is not None and facts.st_size > max_bytes:
+        raise _unreadable(f"{path}: expected at most {max_bytes} bytes, found {facts.st_size}.")
+
+
+def _unreadable(problem: str) -> UserError:
+    return UserError(problem, code="file-unreadable")
 
 
 def read_text(path: Path) -> str:
@@ -125,13 +147,17 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: no such file, far too large, not readable, not UTF-8.
     """
-    require_file(path, most_bytes=_MOST_BYTES)
+    require_file(path, max_bytes=_MAX_BYTES)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"could not read {path}: {error.strerror or error}.") from error
+        raise _unreadable(f"could not read {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text: {error}. Restore or delete it.") from error
+        raise UserError(
+            f"{path}: expected UTF-8 text: {error}.",
+            code="not-utf8",
+            remedy="Restore or delete it.",
+        ) from error
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -153,7 +179,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Restore or delete it.") from error
+        raise UserError(
+            f"{path} is not valid JSON ({error}).", code="not-json", remedy="Restore or delete it."
+        ) from error
 
 
 def sha256(path: Path) -> str:

@@ -48,8 +48,12 @@ def require_shape(raw: Any, shape: type[Shape], *, where: str, remedy: str) -> d
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "the whole"
         found = "no such key" if first["type"] == "missing" else reprlib.repr(first["input"])
-        raise UserError(f"{where}: {key}: {first['msg']}; found {found}. {remedy}") from error
+        raise UserError(
+            f"{where}: {key}: {first['msg']}; found {found}.", code="record-invalid", remedy=remedy
+        ) from error
     except RecursionError as error:
-        raise UserError(f"{where}: nested too deeply. {remedy}") from error
+        raise UserError(
+            f"{where}: nested too deeply.", code="record-invalid", remedy=remedy
+        ) from error
     checked: dict[str, Any] = raw
     return checked

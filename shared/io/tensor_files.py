@@ -68,5 +68,10 @@ def is_dense(value: Any, dtype: torch.dtype | None = None) -> TypeGuard[torch.Te
 
 def wrong(path: Path, error: Exception, *, label: str, remedy: str) -> UserError:
     """The refusal of a file that opened, or did not, and is not what was expected."""
-    said = (str(error) or type(error).__name__).splitlines()[0]
-    return UserError(f"{path}: expected {label}, found: {said[:500]}. {remedy}")
+    reported = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"{path}: expected {label}, found: {reported[:500]}.",
+        code="tensors-invalid",
+        remedy=remedy,
+        facts={"path": str(path)},
+    )

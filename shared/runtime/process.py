@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage is as a process: it can be asked to stop, and it holds its folder, or its share."""
+"""The process of a stage: stop signals, locks on its folder, children that end with it."""
 
 import contextlib
 import ctypes
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from shared.errors import RetryableError, Stopped, UserError
+from shared.io.files import not_writable
 
 _PR_SET_PDEATHSIG = 1
 _stop = threading.Event()
@@ -48,11 +49,15 @@ def stop_if_requested(saved: str) -> None:
 
 def stopped(saved: str) -> Stopped:
     """What to raise after a stop that somebody asked for, here or elsewhere."""
-    return Stopped(f"stopped by a signal; {saved}. Run the same command again to continue.")
+    return Stopped(
+        f"stopped by a signal; {saved}.",
+        code="stopped",
+        remedy="Run the same command again to continue.",
+    )
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine works; one that ended and is only not yet buried does not."""
+    """Whether a process of this machine runs; a zombie does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -95,9 +100,7 @@ def lock(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator[int]
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        raise UserError(
-            f"could not write to {path.parent}: {error.strerror}. Make the workspace writable."
-        ) from error
+        raise not_writable(path.parent, error) from error
     try:
         _flock(descriptor, path, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, wait)
         yield descriptor
@@ -110,15 +113,19 @@ def _flock(descriptor: int, path: Path, mode: int, wait: bool) -> None:
         fcntl.flock(descriptor, mode if wait else mode | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RetryableError(
-            f"another process is working on {path.parent}. Wait for it, or stop it; "
-            "this one changed nothing."
+            f"another process is working on {path.parent}; this one changed nothing.",
+            code="artifact-locked",
+            remedy="Wait for it, or stop it.",
+            facts={"folder": str(path.parent)},
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
         raise UserError(
-            f"the file system of {path.parent} has no locks ({error.strerror}): mount it with them "
-            "(Lustre: -o flock), or two processes could write one artifact."
+            f"the file system of {path.parent} has no locks ({error.strerror}), so two processes "
+            "could write one artifact.",
+            code="no-file-locks",
+            remedy="Mount it with locks (Lustre: -o flock), or use another workspace.",
         ) from error
 
 

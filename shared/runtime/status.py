@@ -137,15 +137,27 @@ class Accounting:
         rejected, failed = self.skipped.total() + self.failed.total(), self.failed.total()
         rows = good + rejected
         if rows == 0:
-            raise UserError(f"{label}: expected at least one row, found none.")
+            raise UserError(
+                f"{label}: expected at least one row, found none.",
+                code="no-rows",
+                remedy="Check that the file is not empty and that its rows are of a known form.",
+            )
+        facts = {"rows": rows, "usable": good, "failed": failed, "rejects": str(rejects)}
+        remedy = f"{rejects} has each row's reason."
         if good == 0:
             raise fault(
-                f"{label}: none of {rows} rows is usable ({self.summary()}). See {rejects}."
+                f"{label}: none of {rows} rows is usable ({self.summary()}).",
+                code="no-usable-rows",
+                remedy=remedy,
+                facts=facts,
             )
         if failed / rows > limit:
             raise fault(
                 f"{label}: {failed} of {rows} rows failed ({failed / rows:.1%}), more than "
-                f"max_failed_fraction {limit:.1%} ({self.summary()}). See {rejects}."
+                f"max_failed_fraction {limit:.1%} ({self.summary()}).",
+                code="too-many-failed-rows",
+                remedy=f"{remedy} Correct the rows, or raise max_failed_fraction.",
+                facts=facts,
             )
 
     def summary(self) -> str:

@@ -78,18 +78,24 @@ class ChildServer:
             code = self.exit_code()
             if code is not None and code < 0:
                 raise RetryableError(
-                    f"the vLLM server was ended by signal {-code} before it was ready."
+                    f"the vLLM server was ended by signal {-code} before it was ready.",
+                    code="server-killed",
+                    remedy="Signal 9 often means that memory ran out; else run it again.",
+                    facts={"signal": -code},
                 )
             if code is not None:
                 raise UserError(
-                    f"the vLLM server ended with code {code} before it was ready. The log above "
-                    "says why: usually a target or a head that this vLLM does not support, too "
-                    "little memory for the longest row, or a server option it does not know."
+                    f"the vLLM server ended with code {code} before it was ready.",
+                    code="server-refused",
+                    remedy="The log above has the reason: usually a target or a head that this vLLM "
+                    "does not support, too little memory for the longest row, or an unknown server "
+                    "option.",
                 )
             if time.monotonic() > deadline:
                 raise RetryableError(
-                    f"the vLLM server was not ready after {timeout_s:.0f} s. Raise "
-                    f"{stage}.startup_timeout_s if the target is large."
+                    f"the vLLM server was not ready after {timeout_s:.0f} s.",
+                    code="server-slow",
+                    remedy=f"Raise {stage}.startup_timeout_s if the target is large.",
                 )
             time.sleep(_POLL_S)
 

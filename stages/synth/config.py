@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 
 from shared.artifacts.sharding import ShardedConfig
-from shared.config import Section, UntoldError, identity, is_plain_url, operational
+from shared.config import SecretValueError, Section, identity, is_plain_url, operational
 from shared.prompts.sources import Source
 from shared.target.special_tokens import POLICY_DOC, Policy
 
@@ -124,7 +124,7 @@ class SynthConfig(ShardedConfig):
     def _addresses_hold_no_secret(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
             if not is_plain_url(url):
-                raise UntoldError(
+                raise SecretValueError(
                     "expected http://host:port without credentials, which would stand in logs; a "
                     "key comes from $EYRIE_ENDPOINT_KEY"
                 )
@@ -136,7 +136,7 @@ class SynthConfig(ShardedConfig):
         plain = {name.lstrip("-").replace("_", "-"): value for name, value in options.items()}
         for name in plain:
             if name in _OWN_OPTIONS:
-                raise UntoldError(f"{name} is set by {_OWN_OPTIONS[name]}")
+                raise SecretValueError(f"{name} is set by {_OWN_OPTIONS[name]}")
         return plain
 
     @pydantic.field_validator("server_env")
@@ -144,7 +144,7 @@ class SynthConfig(ShardedConfig):
     def _no_secrets(cls, variables: dict[str, str]) -> dict[str, str]:
         for name in variables:
             if any(word in name.upper() for word in _SECRET_WORDS):
-                raise UntoldError(
+                raise SecretValueError(
                     f"{name} looks like a secret, and a recipe is copied into manifests: set it "
                     "in the stage's own environment, which the server inherits"
                 )

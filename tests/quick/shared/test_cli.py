@@ -6,14 +6,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
+import pydantic
 import pytest
 import torch
 
 from shared import config as configs
-from shared.cli import _outcome, collect_flags
+from shared.cli import _outcome, _spell_out, collect_flags
+from shared.config import StageConfig, identity
 from shared.errors import EXIT_BUG, EXIT_USER, UserError
 from shared.runtime.log import format_error
+from shared.usage import help_text
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
@@ -206,3 +210,26 @@ def test_an_error_is_logged_in_its_parts() -> None:
         'facts: {"expected": 36, "found": 32}',
     ]
     assert str(error) == "/m: expected 36 layers,\nfound 32. Set run.target."
+
+
+class _Grouped(StageConfig):
+    """Does a thing."""
+
+    section = "train"
+    groups = {"Data": "rows"}  # noqa: RUF012
+
+    rows: Literal["few", "many"] = identity("few", "How many rows.")
+    as_json: bool = pydantic.Field(False, alias="json", description="Print JSON.")
+
+
+def test_help_groups_flags_and_lists_choices() -> None:
+    text = help_text("train", {"run": (_Grouped, "x:y")}, "run")
+    data, rest = text.split("Data:\n")[1].split("\n\nInvocation:\n")
+    assert data.split("\n") == ["  * --rows few|many", "        How many rows. [default: few]"]
+    assert "    --json [true|false]" in rest
+    assert rest.index("--overwrite") < rest.index("Run (") < rest.index("--target ")
+
+
+def test_a_boolean_flag_takes_no_word_that_follows_it() -> None:
+    words = _spell_out(["--json", "name", "--overwrite", "false", "--rows", "many"], _Grouped)
+    assert words == ["--json=true", "name", "--overwrite", "false", "--rows", "many"]

@@ -245,7 +245,7 @@ def test_a_parent_must_be_complete_whole_and_of_the_same_run(tmp_path: Path) -> 
         other = dump_config(tmp_path, max_length_tokens="64")
         require_parent(folder, stage="synth", config=other)
     (folder / "part.txt").write_text("ro")
-    with pytest.raises(UserError, match="expected 4 bytes as the manifest says, found 2"):
+    with pytest.raises(UserError, match="expected 4 bytes as in the manifest, found 2"):
         require_parent(folder, stage="synth", config=config)
 
 
