@@ -20,6 +20,7 @@ from typing import Any
 
 from shared.errors import UserError
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Far above any file of ours that is read whole.
 _MAX_BYTES = 1 << 30
 
@@ -43,11 +44,13 @@ def not_writable(path: Path, error: OSError) -> UserError:
         f"Make the workspace writable for user {os.getuid()}, group {os.getgid()}, "
         "then run the same command again."
     )
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "Free space on that disk, or raise the quota, then run the same command again."
+    if error.errno in _NO_SPACE:
+        remedy = (
+            "Free some space on that disk, or raise the quota, then run the same command again."
+        )
     return UserError(
         f"could not write {path}: {error.strerror or error}.",
-        code="no-space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "not-writable",
+        code="no-space" if error.errno in _NO_SPACE else "not-writable",
         remedy=remedy,
         facts={"path": str(path), "errno": error.errno},
     )

@@ -6,6 +6,7 @@ and plain containers alone; what else it asks for is refused unread. The older f
 zip, is refused too: it says itself how much memory its tensors need, whatever its size.
 """
 
+import errno
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -51,8 +52,8 @@ def save_tensors(path: Path, value: Any) -> None:
         except RuntimeError as error:
             if _WRITER not in str(error):
                 raise
-            # What torch's writer makes of a full disk.
-            raise OSError(str(error).splitlines()[0]) from error
+            # torch's writer reports a full disk in this way.
+            raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
 
 
 def is_dense(value: Any, dtype: torch.dtype | None = None) -> TypeGuard[torch.Tensor]:

@@ -366,5 +366,5 @@ def test_a_stop_between_two_stages_begins_no_other(
     play(monkeypatch, workspace, "dump", f"touch {workspace}/begun")
     done = ops(workspace, "--preflight", "false", "--only", "synth,dump")
     assert done.returncode == EXIT_STOPPED, done.stderr
-    assert "dump was not begun. Run the same command again" in done.stderr
+    assert "[stopped] stopped by a signal; dump was not begun." in done.stderr
     assert not (workspace / "begun").exists()
