@@ -19,11 +19,18 @@ from shared.errors import RetryableError, Stopped, UserError
 from shared.io.files import not_writable
 
 _PR_SET_PDEATHSIG = 1
+# Opened here: between fork and exec a child must not load a library, whose lock another thread may
+# have held.
+_LIBC = ctypes.CDLL(None)
 _stop = threading.Event()
+# What was saved, while a stop signal is to raise at once (`stopping_at_once`).
+_at_once: list[str] = []
 
 
 def _ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
     _stop.set()
+    if _at_once:
+        raise stopped(_at_once[-1])
 
 
 def catch_stop_signals() -> None:
@@ -45,6 +52,23 @@ def stop_if_requested(saved: str) -> None:
     """
     if _stop.is_set():
         raise stopped(saved)
+
+
+@contextlib.contextmanager
+def stopping_at_once(saved: str) -> Iterator[None]:
+    """A block that a stop signal leaves at once: for library calls that take minutes.
+
+    Only for calls that may be broken off at any line, such as loading a model or starting an engine.
+
+    Raises:
+        Stopped: a signal asked for it before or inside the block.
+    """
+    _at_once.append(saved)
+    try:
+        stop_if_requested(saved)
+        yield
+    finally:
+        _at_once.pop()
 
 
 def stopped(saved: str) -> Stopped:
@@ -135,7 +159,7 @@ def die_with_parent(how: signal.Signals = signal.SIGTERM) -> None:
     A stage that is killed with SIGKILL cannot end its engine; without this it would live on and
     hold its memory. Linux's prctl(PR_SET_PDEATHSIG).
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, how)
 
 
 def worker_dies_with_parent() -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section `dump` of a recipe."""
 
-from typing import ClassVar, Literal, Self
+import os
+from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 
@@ -9,9 +10,42 @@ from shared.artifacts.sharding import ShardedConfig
 from shared.config import identity, operational
 from shared.target.special_tokens import POLICY_DOC, Policy
 
+# Set for each engine that `data_parallel` starts: how many of them share this node.
+ENGINES_VARIABLE = "EYRIE_ENGINES_ON_NODE"
+# What dump sets itself, or what capturing depends on; the flag to use instead, where there is one.
+_OWN_ENGINE_ARGS = {
+    "model": "run.target",
+    "revision": "run.target_revision",
+    "trust_remote_code": "run.trust_remote_code",
+    "max_model_len": "run.max_length_tokens",
+    "seed": "run.seed",
+    "dtype": "dump.dtype",
+    "tensor_parallel_size": "dump.tensor_parallel_size",
+    "data_parallel_size": "dump.data_parallel",
+    "max_num_batched_tokens": "dump.batch_tokens",
+    "enable_prefix_caching": "",
+    "speculative_config": "",
+    "kv_transfer_config": "",
+}
+# Options of vLLM that change speed and memory, not what is computed: a finished dump stays valid.
+_OPERATIONAL_ENGINE_ARGS = {
+    "compilation_config",
+    "cpu_offload_gb",
+    "disable_custom_all_reduce",
+    "distributed_executor_backend",
+    "enable_expert_parallel",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "load_format",
+    "max_num_seqs",
+    "max_parallel_loading_workers",
+    "pipeline_parallel_size",
+}
+
 
 class DumpConfig(ShardedConfig):
-    """Runs the target over conversations and keeps its hidden states, checked.
+    """Runs the target over conversations and stores its hidden states, checked.
 
     In:  <workspace>/<run>/synth/, or --conversations, or --states.
     Out: <workspace>/<run>/dump/shard_*.pt, data_config.json, token_freq.pt, manifest.json.
@@ -32,64 +66,99 @@ class DumpConfig(ShardedConfig):
 
     conversations: str | None = identity(
         None,
-        "Finished conversations instead of synth's: file, folder, glob (workspace first) or hub "
-        "data set. The target's chat template gives their token ids.",
+        "Finished conversations to use instead of synth's: file, folder, glob (workspace first) or "
+        "hub data set. Their token ids come from the target's chat template.",
     )
     states: str | None = identity(
         None,
-        "Hidden states made elsewhere, instead of capturing: a folder of ModelOpt's or "
-        "speculators' .pt, a file a conversation. They are checked and become this artifact.",
+        "Hidden states made elsewhere, to check and import instead of capturing: a folder of "
+        "ModelOpt's or speculators' .pt, one file per conversation.",
     )
-    special_token_text: Policy = identity("skip", f"Of --conversations. {POLICY_DOC}")
+    special_token_text: Policy = identity("skip", f"For --conversations: {POLICY_DOC}")
     backend: Literal["vllm", "hf", "trtllm", "auto"] = identity(
         "vllm",
-        "vllm; hf for targets whose vLLM model has no hooks; trtllm where TensorRT-LLM is installed; "
-        "auto asks vLLM whether it shall be vllm or hf.",
+        "What captures. hf: targets whose vLLM model has no hooks. trtllm: needs TensorRT-LLM "
+        "installed. auto: vllm if it has hooks for the target, else hf.",
     )
     layout: Literal["shards", "samples"] = identity(
-        "shards", "shards: files of shard_bytes; samples: a file a sample, as speculators 0.3 has."
+        "shards",
+        "shards: files of about shard_bytes. samples: one file per sample, as speculators 0.3 reads.",
     )
-    dtype: str = identity("auto", "What the target computes in; states are stored as bfloat16.")
+    dtype: str = identity("auto", "What the target computes in; auto: what its weights are in.")
     over_long: Literal["truncate", "skip"] = identity(
         "truncate", "What to do with a row longer than run.max_length_tokens."
     )
-    shard_bytes: int = identity(1 << 30, "Size at which a shard is closed.", ge=1)
+    shard_bytes: int = identity(1 << 30, "Size at which a shard is closed, in bytes.", ge=1)
 
     min_agreement: float = operational(
         0.9,
-        "Least share of greedy answer tokens that the stored states must predict; below is exit 3.",
+        "Minimum share of greedy answer tokens that the stored states must predict, 0 to 1; below "
+        "it: exit 3.",
         ge=0,
         le=1,
     )
     max_logprob_gap: float = operational(
         0.1,
-        "Most nats, on average, between a probe row's log-probabilities rebuilt from its stored "
-        "states and the engine's own; above is exit 3.",
+        "Maximum mean difference, in nats, between the log-probabilities rebuilt from a probe row's "
+        "stored states and the engine's own; above it: exit 3.",
         gt=0,
     )
     max_failed_fraction: float = operational(
-        0.0, "More failed rows than this is exit 3.", ge=0, le=1
+        0.0, "Maximum share of rows that may fail, 0 to 1; above it: exit 3.", ge=0, le=1
     )
-    batch_tokens: int = operational(8192, "Tokens that the engine takes at once.", ge=1)
-    tensor_parallel_size: int = operational(1, "GPUs that share the target's layers.", ge=1)
+    batch_tokens: int = operational(8192, "Tokens that the engine computes in one step.", ge=1)
+    tensor_parallel_size: int = operational(1, "GPUs that share one copy of the target.", ge=1)
     expert_parallel_size: int = operational(
-        1, "How many of those the experts are dealt out to; backend: trtllm alone.", ge=1
+        1, "With backend trtllm: GPUs of those that share the experts.", ge=1
     )
-    data_parallel: int = operational(1, "Engines on this node, each with its own shards.", ge=1)
+    data_parallel: int = operational(1, "Engines on this node, each with its own GPUs.", ge=1)
+    engine_args: dict[str, Any] = operational(
+        {},
+        "More vLLM engine options by their own names, such as {gpu_memory_utilization: 0.8}. Those "
+        "that change the states (quantization, kv_cache_dtype, ...) are part of the result's identity.",
+    )
+    writers: int = operational(
+        2, "Threads that check and write full shards; each holds one shard in memory.", ge=1
+    )
     drain: bool = operational(
-        False, "Finish each shard before the next is begun: repeatable batches, less speed."
+        False, "Finish each shard before starting the next: repeatable batches, lower speed."
     )
 
+    def identity(self) -> dict[str, Any]:
+        """As every stage's, with the engine options that change the states."""
+        keys = super().identity()
+        changing = {
+            name: value
+            for name, value in self.engine_args.items()
+            if name not in _OPERATIONAL_ENGINE_ARGS
+        }
+        return keys | ({f"{self.section}.engine_args": changing} if changing else {})
+
+    @property
+    def engines_on_node(self) -> int:
+        """Engines of this run that share this node's /dev/shm, this one included."""
+        text = os.environ.get(ENGINES_VARIABLE, "")
+        return int(text) if text.isdecimal() else 1
+
     @pydantic.model_validator(mode="after")
-    def _experts_lie_where_the_layers_do(self) -> Self:
+    def _backend_takes_its_settings(self) -> Self:
         if self.expert_parallel_size > 1 and self.backend != "trtllm":
             raise ValueError(
-                f"expert_parallel_size is for backend: trtllm alone, found backend: {self.backend}"
+                "expert_parallel_size needs backend: trtllm (with vllm set engine_args: "
+                f"{{enable_expert_parallel: true}}), found backend: {self.backend}"
             )
         if self.tensor_parallel_size % self.expert_parallel_size:
             raise ValueError(
                 f"expert_parallel_size must divide tensor_parallel_size, found "
                 f"{self.expert_parallel_size} and {self.tensor_parallel_size}"
+            )
+        if self.engine_args and (self.backend not in ("vllm", "auto") or self.states is not None):
+            raise ValueError("engine_args needs backend: vllm or auto, and no states")
+        for name in sorted(self.engine_args.keys() & _OWN_ENGINE_ARGS.keys()):
+            instead = _OWN_ENGINE_ARGS[name]
+            raise ValueError(
+                f"engine_args: {name} is set by dump itself"
+                + (f"; set {instead} instead" if instead else " and cannot be changed")
             )
         return self
 
@@ -98,11 +167,11 @@ class ParityConfig(DumpConfig):
     """Captures the same rows with two backends and compares them, layer by layer.
 
     In:  the recipe, and the rows that dump would take.
-    Out: a table; exit 3 where a layer differs by more than --tolerance.
+    Out: a table; exit 3 if a layer differs by more than --tolerance.
     """
 
     rows: int = operational(8, "Rows to compare.", ge=1)
     against: Literal["hf", "vllm"] = operational("hf", "The backend to compare with.")
     tolerance: float = operational(
-        0.02, "Largest relative difference of a layer that is still called the same.", gt=0
+        0.02, "Maximum relative difference of a layer that still counts as the same.", gt=0
     )

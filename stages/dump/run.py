@@ -4,16 +4,22 @@
 In: synth's Parquet, or finished conversations. Out: shards of [T, A+1, H] bfloat16 with ids and
 masks. Cost: one prefill of every row, and T * (A+1) * H * 2 bytes of disk. Shards are planned from
 the rows alone, so a killed run continues with the first shard that is not whole, and several
-processes share the shards out.
+processes can share the shards.
 """
 
+import contextlib
+import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from shared.artifacts.manifest import Artifact
 from shared.contracts import layers
-from shared.errors import RetryableError, UserError
+from shared.errors import OutputError, RetryableError, UserError
+from shared.io import files
+from shared.runtime.process import stopping_at_once
 from shared.runtime.status import Accounting, Status
 from shared.target import model as target
 from shared.target.model import TargetConfig
@@ -21,6 +27,8 @@ from stages.dump import plan as plans
 from stages.dump import sources
 from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan
+
+BAD = "states_"  # begins every reason for which a row's states are refused
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +53,7 @@ def run(config: DumpConfig) -> None:
         inputs={"target": target_hash, **source.inputs},
     )
     if artifact.is_done():
-        _forget_plan(artifact.folder)  # a kill may have come before its turn
+        _remove_plan(artifact.folder)  # a kill may have come before it was removed
         return
     source.require_unchanged()
     if config.data_parallel > 1:
@@ -64,9 +72,9 @@ def run(config: DumpConfig) -> None:
         if not is_needed:  # the others finished just now
             return
         plan = _settle(config, artifact, source, target_config, aux_layers)
-        # Sampled answers are not the target's argmax, so their agreement is told and not asked for.
-        least = config.min_agreement if source.is_greedy else 0.0
-        _capture(config, target_config, aux_layers, artifact.folder, plan, least)
+        # Sampled answers are not the target's argmax: their agreement is reported, not required.
+        min_agreement = config.min_agreement if source.is_greedy else 0.0
+        _capture(config, target_config, aux_layers, artifact.folder, plan, min_agreement)
         _complete(config, artifact, source, target_config, aux_layers, plan)
 
 
@@ -79,8 +87,8 @@ def _settle(
 ) -> Plan:
     """The plan, and room for it on the disk."""
     folder, fingerprint = artifact.folder, artifact.fingerprint
-    found = plans.read_plan(folder / plans.FOLDER, fingerprint)
-    backend = found.backend if found else config.backend
+    earlier = plans.read_plan(folder / plans.FOLDER, fingerprint)
+    backend = earlier.backend if earlier else config.backend
     if backend == "auto" or config.states is not None:
         from stages.dump.backends.choose import choose
 
@@ -101,14 +109,16 @@ def _settle(
 
 
 def _require_disk(folder: Path, plan: Plan, num_aux: int, hidden_size: int) -> None:
-    needed = layers.state_bytes(plan.tokens, num_aux, hidden_size)
-    held = sum(path.stat().st_size for path in folder.rglob("*.pt"))
+    total = layers.state_bytes(plan.tokens, num_aux, hidden_size)
+    needed = total - sum(path.stat().st_size for path in folder.rglob("*.pt"))
     free = shutil.disk_usage(folder).free
-    logger.info("%d tokens in %d shards: %.3f GB", plan.tokens, len(plan.shards), needed / 1e9)
-    if needed - held > free:
+    logger.info("%d tokens in %d shards: %.3f GB", plan.tokens, len(plan.shards), total / 1e9)
+    if needed > free:
         raise UserError(
-            f"{folder}: the hidden states need {needed - held} bytes more, found {free} free. Free "
-            "some space, lower run.max_length_tokens, or take fewer prompts."
+            f"{folder}: the hidden states need {needed} bytes more, found {free} free.",
+            code="disk-too-small",
+            remedy="Free some space, lower run.max_length_tokens, or use fewer prompts.",
+            facts={"needed_bytes": needed, "free_bytes": free},
         )
 
 
@@ -134,17 +144,57 @@ def _capture(
         return
     total = sum(shard.tokens for shard in own)
     done = total - sum(shard.tokens for shard in missing)
+    failures: list[dict[str, str]] = []
 
-    def told(tokens: int) -> None:
+    def report(tokens: int, failure: dict[str, str] | None) -> None:
         nonlocal done
         done += tokens
         status.progress(done, total, "tokens")
+        if failure is not None:
+            failures.append(failure)
+            # An engine's time is dear. Files are read to the end, so that all bad ones are named.
+            if plan.backend != "files":
+                _account(config, folder, plan, failures)
 
     writer = ShardWriter(
         folder, config, target_config, len(aux_layers) + 1, min_agreement=min_agreement
     )
-    with open_backend(plan.backend, config, target_config, aux_layers) as backend:
-        writer.capture(missing, backend, told)
+    with contextlib.ExitStack() as stack:
+        with stopping_at_once("every whole shard is saved"):  # a large target loads for minutes
+            backend = stack.enter_context(
+                open_backend(plan.backend, config, target_config, aux_layers)
+            )
+        writer.capture(missing, backend, report)
+
+
+def _account(
+    config: DumpConfig, folder: Path, plan: Plan, failures: Sequence[dict[str, str]]
+) -> Accounting:
+    """The plan's counts with the rows whose states failed, which `rejects.jsonl` lists too.
+
+    Raises:
+        OutputError: more failed than max_failed_fraction, or no row is left.
+    """
+    accounting = Accounting.sum_of([plan.counts])
+    for failure in failures:
+        accounting.ok -= 1
+        accounting.fail(failure["row"], failure["failed"], failure["detail"])
+    rejects = folder / plans.REJECTS
+    _list_failures(rejects, failures)
+    accounting.check(
+        max_failed_fraction=config.max_failed_fraction, label="the rows", rejects=rejects
+    )
+    return accounting
+
+
+def _list_failures(rejects: Path, failures: Sequence[dict[str, str]]) -> None:
+    """Make `failures` the rows of bad states that `rejects.jsonl` lists, beside the plan's own."""
+    with rejects.open(encoding="utf-8") as handle:
+        earlier = list(handle)
+    lines = [line for line in earlier if f'"failed": "{BAD}' not in line]
+    lines += [json.dumps(failure, ensure_ascii=True) + "\n" for failure in failures]
+    if lines != earlier:
+        files.write_text(rejects, "".join(lines))
 
 
 def _complete(
@@ -159,38 +209,46 @@ def _complete(
     from stages.dump.shards.metadata import write_metadata
     from stages.dump.shards.writer import read_sidecar, sidecar
 
-    found = [read_sidecar(artifact.folder, shard) for shard in plan.shards]
-    sidecars = [facts for facts in found if facts is not None]
-    pairs = zip(plan.shards, found, strict=True)
+    result = [read_sidecar(artifact.folder, shard) for shard in plan.shards]
+    sidecars = [facts for facts in result if facts is not None]
+    pairs = zip(plan.shards, result, strict=True)
     missing = [shard.index for shard, facts in pairs if facts is None]
     if lost := [index for index in missing if config.share.owns(index)]:
         raise RetryableError(
             f"{sidecar(artifact.folder, lost[0])}: expected a whole shard, as it was written; "
-            "somebody removed or changed its files meanwhile. Run the same command again: it is "
-            "captured anew."
+            "somebody removed or changed its files meanwhile.",
+            code="shard-removed",
+            remedy="Run the same command again: the shard is captured again.",
+            facts={"shards": lost},
         )
     if missing:
-        waiting = len(missing)
-        logger.info("this process's shards are whole; %d are left to the others", waiting)
+        logger.info("this process's shards are whole; %d are left to the others", len(missing))
         return
-    with artifact.finishing() as mine:
-        if not mine:
+    with artifact.finishing() as is_last:
+        if not is_last:
             return
-        names = write_metadata(artifact.folder, config, target_config, aux_layers, plan, source)
+        failures = [failure for facts in sidecars for failure in facts["failed"]]
+        try:
+            accounting = _account(config, artifact.folder, plan, failures)
+        except OutputError:
+            # Their rows may be mended: another run captures these shards again.
+            for shard, facts in zip(plan.shards, sidecars, strict=True):
+                if facts["failed"]:
+                    sidecar(artifact.folder, shard.index).unlink()
+            raise
+        names = write_metadata(
+            artifact.folder, config, target_config, aux_layers, plan, source, sidecars
+        )
         checksums = {
             name: entry["sha256"] for facts in sidecars for name, entry in facts["files"].items()
         }
         names += [sidecar(artifact.folder, shard.index).name for shard in plan.shards]
-        asked = sum(facts["asked"] for facts in sidecars)
-        gaps = [facts["logprob_gap"] for facts in sidecars if facts["logprob_gap"] is not None]
         artifact.finish(
             [*checksums, *names, plans.REJECTS],
-            counts=plan.counts,
+            counts=accounting.as_dict(),
             facts={
-                "tokens": plan.tokens,
+                **_check_results(sidecars),
                 "aux_layers": list(aux_layers),
-                "agreement": sum(f["hits"] for f in sidecars) / asked if asked else None,
-                "logprob_gap": max(gaps, default=None),
                 "target_hash": artifact.identity["input.target"],
                 "greedy": source.is_greedy,
                 "backend": plan.backend,
@@ -199,9 +257,20 @@ def _complete(
             checksums=checksums,
             engine=plan.backend,
         )
-    _forget_plan(artifact.folder)
+    _remove_plan(artifact.folder)
 
 
-def _forget_plan(folder: Path) -> None:
-    """What a finished artifact needs no more."""
+def _check_results(sidecars: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens that were kept, and what the checks of all shards say together."""
+    positions = sum(facts["positions"] for facts in sidecars)
+    gaps = [facts["logprob_gap"] for facts in sidecars if facts["logprob_gap"] is not None]
+    return {
+        "tokens": sum(facts["tokens"] for facts in sidecars),
+        "agreement": sum(f["hits"] for f in sidecars) / positions if positions else None,
+        "logprob_gap": max(gaps, default=None),
+    }
+
+
+def _remove_plan(folder: Path) -> None:
+    """A finished artifact no longer needs it."""
     shutil.rmtree(folder / plans.FOLDER, ignore_errors=True)

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose(config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]) -> str:
-    """The recipe's backend, files where it brings states; for `auto` the engine decides.
+    """The recipe's backend; `files` where the recipe brings states; with `auto`, vLLM decides.
 
     Raises:
         UserError: `auto`, and neither vLLM nor transformers knows the target.
@@ -32,7 +32,8 @@ def choose(config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]
         _quieten_vllm()
         from stages.dump.backends.vllm.capture import VllmCapture
 
-        refusal = VllmCapture(**_settings(config, target, aux_layers)).refusal()
+        settings = _settings(config, target, aux_layers)
+        refusal = VllmCapture(**settings, engine_args=config.engine_args).refusal()
         name, why = ("hf", refusal) if refusal else ("vllm", "vLLM has hooks for this target")
     if name == "hf":
         from stages.dump.backends.hf import require_known
@@ -49,7 +50,7 @@ def open_backend(
     """Backend `name` ("vllm", "hf", "trtllm" or "files"), loaded for the length of the block.
 
     Raises:
-        UserError: it is "trtllm", and TensorRT-LLM is not here.
+        UserError: it is "trtllm", and TensorRT-LLM is not installed.
     """
     if name == "files":
         from stages.dump.backends.files import StateFiles
@@ -65,6 +66,7 @@ def open_backend(
         return
     settings["tensor_parallel"] = config.tensor_parallel_size
     settings["scratch"] = config.paths.root / "tmp"
+    settings["spool_sharers"] = config.engines_on_node
     if name == "trtllm":
         _require_trtllm()
         from stages.dump.backends.trtllm.capture import TrtllmCapture
@@ -75,7 +77,8 @@ def open_backend(
     _quieten_vllm()
     from stages.dump.backends.vllm.capture import VllmCapture
 
-    with VllmCapture(**settings, seed=config.run.seed) as vllm:
+    settings |= {"seed": config.run.seed, "engine_args": config.engine_args}
+    with VllmCapture(**settings) as vllm:
         yield vllm
 
 
@@ -97,12 +100,14 @@ def _settings(
 def _require_trtllm() -> None:
     if importlib.util.find_spec("tensorrt_llm") is None:
         raise UserError(
-            "backend: trtllm needs TensorRT-LLM, which is not installed here. Build the dump image on "
-            "NVIDIA's (BASE_IMAGE, see stages/dump/README.md), or set backend: hf or vllm."
+            "backend: trtllm needs TensorRT-LLM, which is not installed here.",
+            code="trtllm-not-installed",
+            remedy="Build the dump image on NVIDIA's (BASE_IMAGE, see stages/dump/README.md), or set "
+            "backend: hf or vllm.",
         )
 
 
 def _quieten_vllm() -> None:
-    """Read when vLLM is imported: its own progress would drown the stage's."""
+    """Silence what vLLM logs of its own progress; it reads these variables when it is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

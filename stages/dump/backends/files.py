@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states that were made elsewhere, as a backend: read, brought to our convention, handed on.
+"""Hidden states that were made elsewhere, as a backend: read, brought to our convention, passed on.
 
-In: a file a conversation, ModelOpt's or speculators' (`shared/contracts/row_files.py`). Out: what an engine
-would answer, so that every check, the plan, the shards and the resume are the same. Cost: the disk's.
-The surprise: no peer says whether its final state is before or after the target's final norm, and
-both are in use. It shows: divided by the norm's weight, a normed state has a root mean square of 1 at
-every token. Such a state is divided for good: the norm of y / w is y again, so that the target's
-logits come out the same from either.
+In: one file per conversation, ModelOpt's or speculators' (`shared/contracts/row_files.py`). Out: what
+an engine would answer, so that checks, plan, shards and resuming are the same. Cost: reading them.
+
+No such file says whether its final state is before or after the target's final norm, and both are
+in use. The states show it: divided by the norm's weight, a normed state has a root mean square of 1
+at every token. A normed state is divided by the weight for good: the norm of y / w is y again, so
+the target's logits are the same from either.
 
 Legend: T tokens of a row, A aux layers, H hidden size.
 """
@@ -25,7 +26,9 @@ from stages.dump.backends.base import Captured, Row
 from stages.dump.config import DumpConfig
 from stages.dump.sources import state_files
 
-_FILES_ASKED = 16
+_FILES_SAMPLED = 16
+# Fewer states may have a root mean square of 1 by chance.
+_MIN_TOKENS = 8
 # bfloat16 rounds each entry by up to 0.4 %, so the mean of many squares by far less.
 _NORMED_WITHIN = 0.02
 
@@ -36,7 +39,7 @@ class StateFiles:
     """The files of `dump.states`.
 
     Raises:
-        UserError: the files disagree on whether the final state is normed.
+        UserError: some final states are normed and others are not.
     """
 
     streams = False
@@ -46,26 +49,30 @@ class StateFiles:
         self._num_states = num_states
         self._hidden_size = target.hidden_size
         self._norm_weight = targets.read_tensors(target).norm_weight.float()  # [H]
-        self.is_normed = self._find_convention()
-        order = "after" if self.is_normed else "before"
+        self._example: dict[bool, str] = {}  # is normed -> the first file that shows it
+        self._sample_convention()
+        order = "after" if self._is_normed else "before"
         logger.info("%s: the final states were taken %s the final norm", self.folder, order)
 
     def run(self, rows: Iterable[Row]) -> Generator[Captured, None, None]:
-        """Every row's states, in order.
+        """Every row's states, in order. States that are no states pass: the checks fail their row.
 
         Raises:
-            UserError: a file changed since the plan was made.
+            UserError: a file changed since the plan was made, or has the other norm convention.
         """
         for index, row in enumerate(rows):
             file = self._file(row.sample_id)
             length = len(row.ids)
             if file.input_ids[:length].tolist() != list(row.ids):
                 raise UserError(
-                    f"{file.path} holds other tokens than when the rows were planned. Restore it, "
-                    "or run dump again with --overwrite."
+                    f"{file.path} holds other tokens than when the rows were planned.",
+                    code="states-changed",
+                    remedy="Restore the file, or run dump again with --overwrite.",
+                    facts={"file": str(file.path)},
                 )
             states = file.hidden_states[:length]
-            if self.is_normed:
+            self._note_convention(row.sample_id, states[:, -1])
+            if self._is_normed:
                 states = states.clone()
                 states[:, -1] = (states[:, -1].float() / self._norm_weight).to(states.dtype)
             yield Captured(index, states, None)
@@ -73,22 +80,43 @@ class StateFiles:
     def _file(self, name: str) -> RowFile:
         return RowFile(self.folder / f"{name}.pt", self._num_states, self._hidden_size)
 
-    def _find_convention(self) -> bool:
-        """Whether the final states are normed, from the first files that can be read."""
-        found: dict[bool, str] = {}
-        for path in state_files(self.folder)[:_FILES_ASKED]:
+    def _sample_convention(self) -> None:
+        """Note the convention of the first files that can be read."""
+        sampled = 0
+        for path in state_files(self.folder):
             name = path.relative_to(self.folder).with_suffix("").as_posix()
             try:
                 final = self._file(name).hidden_states[:, -1]
             except UserError:  # accounted for when the rows were planned
                 continue
-            found[is_normed(final, self._norm_weight)] = name
-        if len(found) == 2:
+            sampled += self._note_convention(name, final)
+            if sampled == _FILES_SAMPLED:
+                return
+
+    @property
+    def _is_normed(self) -> bool:
+        return True in self._example
+
+    def _note_convention(self, name: str, final: torch.Tensor) -> bool:
+        """Whether final states [T, H] show their convention: enough of them, finite, not zero.
+
+        Raises:
+            UserError: an earlier file showed the other convention.
+        """
+        is_sound = bool(final.isfinite().all()) and bool(final.any(dim=-1).all())
+        if len(final) < _MIN_TOKENS or not is_sound:
+            return False
+        normed = is_normed(final, self._norm_weight)
+        self._example.setdefault(normed, name)
+        if len(self._example) == 2:
             raise UserError(
-                f"{self.folder}: the final states of {found[True]} were taken after the target's "
-                f"final norm, those of {found[False]} before it. Keep them in folders of their own."
+                f"{self.folder}: the final states of {self._example[True]} were taken after the "
+                f"target's final norm, those of {self._example[False]} before it.",
+                code="states-mixed-norm",
+                remedy="Put the two kinds into folders of their own.",
+                facts={"normed": self._example[True], "not_normed": self._example[False]},
             )
-        return True in found
+        return True
 
 
 def is_normed(final: torch.Tensor, norm_weight: torch.Tensor) -> bool:
@@ -97,7 +125,7 @@ def is_normed(final: torch.Tensor, norm_weight: torch.Tensor) -> bool:
     Worked example, w = [2, 0.5]: x = [3, 4] normed is w * x / sqrt(12.5) = [1.70, 0.57], and
     [0.85, 1.13] = y / w has the mean square (0.72 + 1.28) / 2 = 1. x / w = [1.5, 8] has 33.
     """
-    # Entries whose weight is next to nothing say nothing.
+    # An entry whose weight is almost zero shows nothing.
     kept = norm_weight.abs() > 1e-3 * norm_weight.abs().max()
     unit = final.float()[:, kept] / norm_weight[kept]
     size = unit.square().mean(-1).sqrt()

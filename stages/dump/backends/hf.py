@@ -2,9 +2,9 @@
 """Capture with transformers: for targets that vLLM has no hooks for, and as the check on vLLM.
 
 In: rows of token ids. Out: per row the states entering the aux layers and the final state before
-the norm, [T, A+1, H] bf16. Costs one forward of the target without its lm_head, in padded batches
-of rows of like length. The surprise: HF's own `hidden_states[L]` is *after* the final norm, so the
-final state is taken on its way into the norm, by a hook.
+the norm, [T, A+1, H] bf16. Costs one forward pass of the target without its lm_head, in padded
+batches of rows of similar length. HF's own `hidden_states[L]` is *after* the final norm, so a hook
+takes the final state on its way into the norm.
 
 Shapes: B rows of a batch, T tokens of a row, S the longest T of a batch, A aux layers, H hidden.
 """
@@ -23,16 +23,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shared.contracts.layers import resolve_aux_layers
 from shared.errors import UserError
 from shared.runtime.processor import has_bfloat16, keep_freed_memory
-from stages.dump.backends.base import Captured, CaptureSettings, Row, check_row
+from stages.dump.backends.base import Captured, CaptureSettings, Row
 
 logger = logging.getLogger(__name__)
 
-# What transformers calls a decoder's list of layers, and the norm behind the last of them.
+# Names in transformers of a decoder's list of layers, and of the norm behind the last of them.
 LAYER_NAMES = ("layers", "h", "blocks")
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
 # Rows are sorted by length this many batches at a time: little padding, and still a stream.
 SORTED_BATCHES = 16
-# More leaves a processor's caches: 8192 tokens a batch were a quarter slower.
+# More tokens a batch leave a processor's caches: 8192 were a quarter slower.
 CPU_BATCH_TOKENS = 2048
 
 
@@ -47,7 +47,7 @@ class HfCapture(CaptureSettings):
     """
 
     device: str | None = None
-    # Batches of rows of like length never cross a shard's edge: the same in every run.
+    # Batches of rows of similar length never cross a shard's edge: the same in every run.
     streams = False
 
     def __enter__(self) -> Self:
@@ -70,14 +70,15 @@ class HfCapture(CaptureSettings):
                 device_map="auto" if device == "cuda" else device,
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"transformers could not load {self.target}: {error}") from error
+            raise UserError(
+                f"transformers could not load {self.target}: {error}",
+                code="target-not-loadable",
+                remedy="Check run.target, or set backend: vllm.",
+                facts={"target": str(self.target)},
+            ) from error
         self._model = model.eval()
         self._decoder, layers, norm = find_decoder(model)
-        if len(layers) != self.num_layers:
-            raise UserError(
-                f"{self.target}: expected {self.num_layers} layers, found {len(layers)} in the "
-                f"loaded {type(model).__name__}. Set run.target to what the recipe was made for."
-            )
+        self.require_num_layers(len(layers))
         self._taken: dict[int, torch.Tensor] = {}
         self._hooks = ExitStack()
         for slot, module in enumerate([*(layers[i] for i in self.aux_layers), norm]):
@@ -100,7 +101,7 @@ class HfCapture(CaptureSettings):
         """
         for window in _windows(enumerate(rows), SORTED_BATCHES * self.max_num_batched_tokens):
             for index, row in window:
-                check_row(index, row.ids, self.max_length_tokens)
+                self.require_length(index, row.ids)
             for batch in _batches(window, self.max_num_batched_tokens):
                 try:
                     states = self._forward([row.ids for _, row in batch])
@@ -110,7 +111,10 @@ class HfCapture(CaptureSettings):
                 except torch.OutOfMemoryError as error:
                     raise UserError(
                         f"the GPU has no memory for a batch of {self.max_num_batched_tokens} "
-                        f"tokens: lower batch_tokens. {error}"
+                        f"tokens: {error}",
+                        code="out-of-memory",
+                        remedy="Lower dump.batch_tokens.",
+                        facts={"batch_tokens": self.max_num_batched_tokens},
                     ) from error
 
     @torch.inference_mode()
@@ -155,7 +159,7 @@ class HfCapture(CaptureSettings):
 def compute_dtype(dtype: str, device: str) -> str | torch.dtype:
     """What to load the weights in: `dtype`, but "auto" never makes a processor emulate bfloat16.
 
-    There float32 is about three times as fast and no less exact, at twice the memory.
+    Float32 is about three times as fast there and no less exact, at twice the memory.
     """
     if dtype == "auto" and device == "cpu" and not has_bfloat16():
         logger.info("this processor has no bfloat16: computing in float32 (dtype says otherwise)")
@@ -177,8 +181,10 @@ def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
             return decoder, layers[0], norms[0]
     raise UserError(
         f"{type(model).__name__}: expected a decoder with one of {LAYER_NAMES} and one of "
-        f"{NORM_NAMES}, found neither in it. This target cannot be captured with backend: hf; try "
-        "backend: vllm."
+        f"{NORM_NAMES}, found neither.",
+        code="no-decoder",
+        remedy="backend: hf cannot capture this target; set backend: vllm.",
+        facts={"model": type(model).__name__},
     )
 
 
@@ -186,18 +192,24 @@ def require_known(target: Path, *, trust_remote_code: bool, why: str) -> None:
     """Refuse a target whose config transformers has no causal model for.
 
     Raises:
-        UserError: with `why`, the reason that the other backend gave.
+        UserError: with `why`, the reason that vLLM gave.
     """
+
+    def refused(reason: str) -> UserError:
+        return UserError(
+            f"no backend can capture {target}. vLLM: {why} hf: {reason}",
+            code="no-backend",
+            remedy="Choose another target, or capture with newer versions of vLLM or transformers.",
+            facts={"target": str(target)},
+        )
+
     try:
         config = AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"no backend can capture {target}. vLLM: {why} hf: {error}") from error
+        raise refused(str(error)) from error
     known = AutoModelForCausalLM._model_mapping
     if type(config) not in known and not getattr(config, "auto_map", None):
-        raise UserError(
-            f"no backend can capture {target}. vLLM: {why} hf: transformers has no causal model "
-            f"for {type(config).__name__}."
-        )
+        raise refused(f"transformers has no causal model for {type(config).__name__}.")
 
 
 def _windows(
@@ -217,9 +229,9 @@ def _windows(
 
 
 def _batches(window: list[tuple[int, Row]], max_tokens: int) -> Iterator[list[tuple[int, Row]]]:
-    """Rows of like length together, each batch at most `max_tokens` with its padding."""
+    """Rows of similar length together, each batch at most `max_tokens` with its padding."""
     batch: list[tuple[int, Row]] = []
-    # Longest first: the first batch shows at once whether the memory is enough.
+    # Longest first: the first batch shows at once whether memory is enough.
     for index, row in sorted(window, key=lambda numbered: -len(numbered[1].ids)):
         if batch and (len(batch) + 1) * len(batch[0][1].ids) > max_tokens:
             yield batch

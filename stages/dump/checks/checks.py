@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are these the right states? Asked when they are captured, since the loss would never tell.
+"""Are these the right states? Checked when they are captured, since the loss would never show it.
 
-Two questions a shard. Does the target's argmax, from the stored final state, name the answer token
-that the target really gave? And, on a few probe rows, do the log-probabilities rebuilt from the
-stored final state equal the engine's own? The second sees faults of scale (a softcap, a logit scale,
-a norm that multiplies by 1 + w), which leave every argmax as it was.
+A sample's states must be finite and alive. A shard answers two questions. Does the target's argmax,
+from the stored final state, name the answer token that the target really gave? And, on a few probe
+rows, do the log-probabilities rebuilt from the stored final state equal the engine's own? The second
+sees faults of scale (a softcap, a logit scale, a norm that multiplies by 1 + w), which leave every
+argmax as it was.
 
-Legend: T tokens of a shard, A aux layers, H hidden size, V vocabulary, n positions asked.
+Legend: T tokens of a shard, A aux layers, H hidden size, V vocabulary, n positions checked.
 """
 
 import dataclasses
@@ -14,37 +15,56 @@ from collections.abc import Mapping
 
 import torch
 
-from shared.errors import OutputError
 from shared.target.model import TargetConfig, TargetTensors
+from stages.dump.backends.stats import Stats, measure
 from stages.dump.plan import ShardRows
 
-# Enough to tell 90 % from 80 % nineteen times in twenty, and little beside the shard's own prefill.
-POSITIONS_A_SHARD = 256
+# 256 tell 90 % from 80 % nineteen times in twenty. One shard in eight pays for that; 64, which tell
+# 90 % from 70 %, keep a writer's thread as fast as the engine on the others.
+POSITIONS_A_SHARD, POSITIONS_OF_MOST = 256, 64
+FULL_EVERY_SHARDS = 8
 POSITIONS_A_PROBE = 64
 # Rows of lm_head that are held as float32 at once.
 _HEAD_ROWS = 16384
 
 
-def check_sample(sample_id: str, states: torch.Tensor, *, num_tokens: int, num_states: int) -> None:
+class BadStates(Exception):
+    """States that cannot be the target's: their row fails and is accounted for.
+
+    Attributes:
+        reason: as `rejects.jsonl` and the manifest's counts name it.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def check_sample(
+    states: torch.Tensor, *, num_tokens: int, num_states: int, stats: Stats | None = None
+) -> None:
     """Refuse states [T, A+1, H] that cannot be the target's.
 
+    Args:
+        stats: of these states, where the backend measured them.
+
     Raises:
-        OutputError: wrong length, not finite, a layer of zeros, or one that never changes.
+        BadStates: wrong length, not finite, a layer of zeros, or one that never changes.
     """
     if states.shape[0] != num_tokens or states.shape[1] != num_states:
-        raise OutputError(
-            f"sample {sample_id}: expected states [{num_tokens}, {num_states}, H], found "
-            f"{list(states.shape)}. States come back short when prefix caching is on."
+        raise BadStates(
+            "states_wrong_shape",
+            f"expected [{num_tokens}, {num_states}, H], found {list(states.shape)}; states come back "
+            "short when prefix caching is on",
         )
-    magnitude = states.abs().amax(dim=(0, 2)).float()  # [A+1]; NaN and infinity come through
+    magnitude, is_constant, _ = stats or measure(states)
     if not bool(magnitude.isfinite().all()):
-        raise OutputError(f"sample {sample_id}: its states hold NaN or infinity.")
+        raise BadStates("states_not_finite", "a layer holds NaN or infinity")
     if bool((magnitude == 0).any()):
-        raise OutputError(f"sample {sample_id}: a layer's states are all zero ({magnitude}).")
-    for layer in states.unbind(dim=1) if num_tokens > 1 else ():
-        # First against last alone, as nearly always that settles it.
-        if torch.equal(layer[0], layer[-1]) and bool((layer == layer[0]).all()):
-            raise OutputError(f"sample {sample_id}: a layer's states are the same at every token.")
+        raise BadStates("states_zero", f"a layer's states are all zero (largest: {magnitude})")
+    if num_tokens > 1 and bool(is_constant.any()):
+        raise BadStates("states_constant", "a layer's states are the same at every token")
 
 
 def final_norm(final: torch.Tensor, tensors: TargetTensors, *, offset: float = 0.0) -> torch.Tensor:
@@ -73,14 +93,14 @@ def token_logprobs(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(values, dim=-1).gather(-1, tokens[:, None])[:, 0]
 
 
-def spread(positions: torch.Tensor, most: int) -> torch.Tensor:
-    """At most `most` of `positions`, evenly chosen.
+def spread(positions: torch.Tensor, max_count: int) -> torch.Tensor:
+    """At most `max_count` of `positions`, evenly chosen.
 
-    Worked example: [3, 4, 8, 9, 12], most 2: [3, 8].
+    Worked example: [3, 4, 8, 9, 12], max_count 2: [3, 8].
     """
-    if positions.numel() <= most:
+    if positions.numel() <= max_count:
         return positions
-    return positions[torch.arange(most) * positions.numel() // most]
+    return positions[torch.arange(max_count) * positions.numel() // max_count]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,37 +108,37 @@ class Agreement:
     """How often the stored final state predicts the answer token that the target really gave."""
 
     hits: int
-    asked: int
+    positions: int
 
     @property
     def share(self) -> float:
-        return self.hits / self.asked if self.asked else 1.0
+        return self.hits / self.positions if self.positions else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """One row, asked at n of its positions.
+    """One row, checked at n of its positions.
 
     Attributes:
         states: [T_row, A+1, H], as stored.
         positions: [n] token t of the row, each with a successor.
         next_ids: [n] the token at t + 1.
-        told: [n] what the engine says is its log-probability.
+        reported: [n] its log-probability in nats, by the engine.
     """
 
     states: torch.Tensor
     positions: torch.Tensor
     next_ids: torch.Tensor
-    told: torch.Tensor
+    reported: torch.Tensor
 
     def gap(self, rebuilt: torch.Tensor) -> float:
-        """Mean absolute difference in nats between logits [n, V] and what the engine says."""
-        return float((token_logprobs(rebuilt, self.next_ids) - self.told).abs().mean())
+        """Mean absolute difference in nats between logits [n, V] and the engine's report."""
+        return float((token_logprobs(rebuilt, self.next_ids) - self.reported).abs().mean())
 
 
 @dataclasses.dataclass
 class ShardChecks:
-    """A shard's states [T, A+1, H] held against its tokens and against the engine's word."""
+    """A shard's states [T, A+1, H] compared with its tokens and with the engine's report."""
 
     config: TargetConfig
     tensors: TargetTensors
@@ -126,34 +146,34 @@ class ShardChecks:
     states: torch.Tensor
     starts: list[int]
 
-    def agreement(self) -> Agreement:
+    def agreement(self, max_positions: int = POSITIONS_A_SHARD) -> Agreement:
         """The state at token t predicts token t+1, where that is an answer token of its row.
 
-        Worked example: ids [7, 8, 20, 2] with loss mask [0, 0, 1, 1] asks the state at token 1 for
-        20 and the state at token 2 for 2.
+        Worked example: with ids [7, 8, 20, 2] and loss mask [0, 0, 1, 1], the state at token 1 must
+        predict 20 and the state at token 2 must predict 2.
         """
         ids = torch.tensor([token for row in self.rows.input_ids for token in row])
         mask = torch.tensor([bit for row in self.rows.loss_masks for bit in row])
         mask[torch.tensor(self.starts[:-1])] = 0  # a row's first token has no state before it
-        predicting = spread(mask[1:].nonzero().flatten(), POSITIONS_A_SHARD)
+        predicting = spread(mask[1:].nonzero().flatten(), max_positions)
         if not predicting.numel():
             return Agreement(0, 0)
         predicted = logits(self.states[predicting, -1], self.config, self.tensors).argmax(-1)
         return Agreement(int((predicted == ids[1:][predicting]).sum()), predicting.numel())
 
     def probe(self, row: int, logprobs: torch.Tensor) -> Probe:
-        """Row `row`, whose log-probabilities [T_row-1] the engine told."""
+        """Row `row`, whose log-probabilities [T_row-1] the engine reported."""
         ids = torch.tensor(self.rows.input_ids[row])
         positions = spread(torch.arange(len(ids) - 1), POSITIONS_A_PROBE)
         states = self.states[self.starts[row] : self.starts[row + 1]]
         return Probe(states, positions, ids[positions + 1], logprobs[positions].float())
 
     def gaps(self, logprobs: Mapping[int, torch.Tensor]) -> dict[int, float]:
-        """Row -> mean difference in nats between rebuilt and told log-probabilities."""
-        found = {}
-        for row, told in logprobs.items():
-            if told.numel():
-                probe = self.probe(row, told)
+        """Row -> mean difference in nats between rebuilt and reported log-probabilities."""
+        result = {}
+        for row, reported in logprobs.items():
+            if reported.numel():
+                probe = self.probe(row, reported)
                 final = probe.states[probe.positions, -1]
-                found[row] = probe.gap(logits(final, self.config, self.tensors))
-        return found
+                result[row] = probe.gap(logits(final, self.config, self.tensors))
+        return result

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong states have a short list of causes: which one is it?
 
-Each known fault leaves a trace: undo it, and the rebuilt log-probabilities equal the engine's again.
-So the verdict is tried out, not guessed, wherever what was lost can be rebuilt from what is stored.
+Each known fault leaves a trace: once it is undone, the rebuilt log-probabilities equal the engine's
+again. So every fault that can be undone from what is stored is tried out, not guessed.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -21,7 +22,7 @@ from stages.dump.checks.checks import (
 
 _SCALES = torch.logspace(-6, 6, 49, base=2.0).tolist()
 _SOFTCAPS = (15.0, 30.0, 50.0)
-_MOST_OTHER_ROWS = 64
+_MAX_OTHER_ROWS = 64
 # A state of a wrong layer still tells its own token from the others; one of wrong tokens does not.
 _STILL_ITS_OWN = 0.7
 
@@ -38,39 +39,50 @@ def require_right(
     """Refuse a shard whose states are not those of the target that answered.
 
     Args:
-        probes: row -> what the engine says are its log-probabilities, [T_row-1].
+        probes: row -> its log-probabilities by the engine, [T_row-1].
 
     Returns:
-        the largest mean gap of a probe row, in nats; None where the backend tells no probabilities.
+        the largest mean gap of a probe row, in nats; None where the backend reports none.
 
     Raises:
         OutputError: with the fault that it looks like.
     """
     gaps = checks.gaps(probes)
-    worst = max(gaps, key=gaps.__getitem__, default=None)
-    # Not `gap > limit`: a NaN must fail too.
-    if worst is not None and not gaps[worst] <= max_logprob_gap:
+    worst = max(gaps, key=lambda row: _or_infinity(gaps[row]), default=None)
+    if worst is not None and _or_infinity(gaps[worst]) > max_logprob_gap:
         fault = name_fault(checks, worst, probes[worst], max_logprob_gap)
+        sample_id = checks.rows.sample_ids[worst]
         raise OutputError(
             f"{name}: log-probabilities rebuilt from the stored final states differ from the "
-            f"engine's own by {gaps[worst]:.2f} nats on average in sample "
-            f"{checks.rows.sample_ids[worst]}, expected at most {max_logprob_gap}. It looks like "
-            f"{fault}. Nothing of this shard was kept."
+            f"engine's own by {gaps[worst]:.2f} nats on average in sample {sample_id}, expected at "
+            f"most {max_logprob_gap}. It looks like {fault}. Nothing of this shard was kept.",
+            code="states-logprob-gap",
+            remedy="Compare the layers with python -m stages.dump parity, or set backend: hf.",
+            facts={"sample": sample_id, "max_logprob_gap": max_logprob_gap, "fault": fault},
         )
     if agreement.share < min_agreement:
         raise OutputError(
             f"{name}: the target's argmax from the stored final states equals the greedy answer "
-            f"token in {agreement.share:.1%} of {agreement.asked} positions, expected at least "
+            f"token in {agreement.share:.1%} of {agreement.positions} positions, expected at least "
             f"{min_agreement:.0%}. On the probe rows the states are what this engine computes, so "
             "it looks like another target, another revision or sampling gave these answers; or, if "
-            "other rows alone are wrong, like mixed-up requests. Nothing of this shard was kept."
+            "only other rows are wrong, like mixed-up requests. Nothing of this shard was kept.",
+            code="states-disagree",
+            remedy="Run synth again with this target, or lower dump.min_agreement if the answers "
+            "were not greedy.",
+            facts={"agreement": agreement.share, "min_agreement": min_agreement},
         )
     return None if worst is None else gaps[worst]
 
 
-def name_fault(checks: ShardChecks, row: int, told: torch.Tensor, tolerance: float) -> str:
+def _or_infinity(gap: float) -> float:
+    """`gap`, so that a NaN counts as the worst."""
+    return math.inf if math.isnan(gap) else gap
+
+
+def name_fault(checks: ShardChecks, row: int, reported: torch.Tensor, tolerance: float) -> str:
     """In words, the known fault that explains row `row` best."""
-    probe = checks.probe(row, told)
+    probe = checks.probe(row, reported)
     missing = ~probe.states[:, -1].any(dim=-1)  # [T_row]
     if bool(missing.any()):
         length = int(missing.sum())
@@ -133,7 +145,7 @@ def _of_other_rows(
     checks: ShardChecks, row: int, probe: Probe
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The states that lie where another sample's should."""
-    for other in range(min(len(checks.rows.input_ids), _MOST_OTHER_ROWS)):
+    for other in range(min(len(checks.rows.input_ids), _MAX_OTHER_ROWS)):
         states = checks.states[checks.starts[other] : checks.starts[other + 1], -1]
         if other == row or states.shape[0] <= int(probe.positions[-1]):
             continue

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two backends, the same rows: do they hand out the same states, layer by layer?
+"""Do two backends hand out the same states for the same rows, layer by layer?
 
-In: the recipe, and the rows that dump would take. Out: a table, and exit 3 where a layer differs by
-more than the tolerance. Cost: both backends are loaded, one after the other. The table names, for
-every layer, the id of the other backend's state that lies nearest: a shifted layer shows at once.
+In: the recipe, and the rows that dump would take. Out: a table, and exit 3 if a layer differs by
+more than the tolerance. Cost: both backends are loaded, one after the other. For every layer the
+table names the id of the other backend's state that is nearest: a shifted layer shows at once.
 
 Legend: T tokens of a row, A aux layers, H hidden size, L layers of the target.
 """
@@ -27,10 +27,9 @@ from stages.dump.config import ParityConfig
 
 logger = logging.getLogger(__name__)
 
-# A token this many tolerances away is far off; more than this share of them is a mix-up.
+# A token that is this many tolerances away is far off; a larger share of them is a mix-up.
 FAR = 5
-MOST_OFF = 0.1
-# The other backend is asked for every state that can be asked for, so that the nearest is found.
+MAX_OFF = 0.1
 States = dict[int, torch.Tensor]
 
 
@@ -47,27 +46,40 @@ def run(config: ParityConfig) -> None:
     aux_layers = layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers)
     name = choose(config, target_config, aux_layers)
     if name == config.against:
-        raise UserError(f"parity: both backends are {name}. Set --backend or --against.")
+        raise UserError(
+            f"parity: both backends are {name}.",
+            code="parity-one-backend",
+            remedy="Set --backend or --against to another one.",
+            facts={"backend": name},
+        )
     limit = config.run.max_length_tokens
     chosen = itertools.islice(source.rows(folder, Accounting()), config.rows)
     rows = [Row(row.input_ids[:limit], sample_id=row.sample_id) for row in chosen]
     if not rows:
-        raise UserError("parity: expected at least one row to compare, found none.")
-    found = _capture(name, config, target_config, aux_layers, rows)
+        raise UserError(
+            "parity: expected at least one row to compare, found none.",
+            code="no-rows",
+            remedy="Check synth's answers, or --conversations.",
+        )
+    captured = _capture(name, config, target_config, aux_layers, rows)
+    # Every state that the other backend can give, so that the nearest is among them.
     every = tuple(range(target_config.num_layers))
     expected = _capture(config.against, config, target_config, every, rows)
-    lines = compare(found, expected, (*aux_layers, target_config.num_layers), config.tolerance)
+    lines = compare(captured, expected, (*aux_layers, target_config.num_layers), config.tolerance)
     Console(stderr=True).print(_table(name, config.against, lines))
     wrong = [line for line in lines if not line.is_right]
     if wrong:
-        told = ", ".join(
+        differences = ", ".join(
             f"id {line.layer} differs by {line.difference:.3f}, {line.off:.0%} of tokens far off"
             + (f" and is nearest to id {line.nearest}" if line.nearest != line.layer else "")
             for line in wrong
         )
         raise OutputError(
-            f"{name} and {config.against} disagree on {len(rows)} rows ({told}), expected at most "
-            f"{config.tolerance}. A nearest id beside the own one is a shifted layer."
+            f"{name} and {config.against} disagree on {len(rows)} rows ({differences}), expected at "
+            f"most {config.tolerance}.",
+            code="parity-differs",
+            remedy="A nearest id other than its own means a shifted layer: check run.aux_layers.",
+            facts={"layers": [line.layer for line in wrong]},
         )
 
 
@@ -84,22 +96,22 @@ def _capture(
 
 
 class Line:
-    """One layer's comparison over all tokens. A difference is relative to what was expected.
+    """One layer's comparison over all tokens. Differences are relative to the expected state.
 
     Attributes:
         layer: its id.
         difference: of the median token. Norms differ a hundredfold between tokens, and a mixture of
-            experts sends a token elsewhere at a near tie, so neither a sum nor the worst would tell.
+            experts routes a token elsewhere at a near tie, so a sum or the worst token shows little.
         worst: of the token that differs most.
         off: share of tokens that differ by more than FAR tolerances.
-        nearest: id of the other backend's state that this one is nearest to.
+        nearest: id of the other backend's state that is nearest to this one.
     """
 
     def __init__(
-        self, layer: int, found: torch.Tensor, expected: torch.Tensor, tolerance: float
+        self, layer: int, states: torch.Tensor, expected: torch.Tensor, tolerance: float
     ) -> None:
-        """Compare states found [n, H] with the expected ones of all ids [n, L+1, H]."""
-        gaps = (found[:, None] - expected).norm(dim=2) / expected.norm(dim=2)  # [n, L+1]
+        """Compare states [n, H] with the expected ones of all ids [n, L+1, H]."""
+        gaps = (states[:, None] - expected).norm(dim=2) / expected.norm(dim=2)  # [n, L+1]
         medians = gaps.median(dim=0).values
         self.layer = layer
         self.tolerance = tolerance
@@ -110,22 +122,22 @@ class Line:
 
     @property
     def is_right(self) -> bool:
-        """Whether this is the wanted state. A NaN is none."""
-        near = self.difference <= self.tolerance and self.off <= MOST_OFF
+        """Whether this is the expected state; a NaN is not."""
+        near = self.difference <= self.tolerance and self.off <= MAX_OFF
         return near and self.nearest == self.layer
 
 
 def compare(
-    found: States, expected: States, layer_ids: tuple[int, ...], tolerance: float
+    captured: States, expected: States, layer_ids: tuple[int, ...], tolerance: float
 ) -> list[Line]:
-    """Hold states [T, A+1, H] of each row against the other backend's of all ids, [T, L+1, H].
+    """Compare states [T, A+1, H] of each row with the other backend's of all ids, [T, L+1, H].
 
     Args:
-        layer_ids: the A+1 ids of `found`, in order.
+        layer_ids: the A+1 ids of `captured`, in order.
     """
     rows = sorted(expected)
     whole = torch.cat([expected[row] for row in rows]).float()
-    ours = torch.cat([found[row] for row in rows]).float()
+    ours = torch.cat([captured[row] for row in rows]).float()
     return [Line(layer, ours[:, slot], whole, tolerance) for slot, layer in enumerate(layer_ids)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a shard's samples lie on disk: one file for all, or one for each (`shared/contracts/hidden_states.py`).
+"""A shard's samples on disk: one file for all, or one for each (`shared/contracts/hidden_states.py`).
 
 Legend: S tokens of a sample, T of a shard, A aux layers, H hidden size.
 """

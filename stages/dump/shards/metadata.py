@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the states are, beside the states: `data_config.json` and `token_freq.pt`.
+"""What the states are, written beside them: `data_config.json` and `token_freq.pt`.
 
-`data_config.json` has the sections that speculators writes (model, data, hidden_states, format,
-reproducibility) plus what no peer states: the numbering of the layer ids, that the final state is
-before the norm, and the hashes of the target and its tokenizer.
+`data_config.json` has every key that speculators' data generation writes (model, data, hidden_states,
+generation, format, reproducibility) plus what none of the other tools states: the numbering of the
+layer ids, that the final state is before the norm, and the hashes of the target and its tokenizer.
 """
 
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,20 @@ from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan
 from stages.dump.sources import RowSource
 
+_TEMPLATE_NOTE = "Token ids and answer spans are the server's own, or the target's chat template's"
 
-def answer_counts(plan: Plan, vocab_size: int) -> torch.Tensor:
-    """[V] int64: how often each token occurs in the answers; prompts are not counted."""
+
+def answer_counts(
+    plan: Plan, vocab_size: int, sidecars: Sequence[Mapping[str, Any]]
+) -> torch.Tensor:
+    """[V] int64: how often each token occurs in the stored rows' answers; prompts do not count."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for shard in plan.shards:
-        rows = shard.read()
-        for ids, mask in zip(rows.input_ids, rows.loss_masks, strict=True):
-            answers = torch.tensor(ids)[torch.tensor(mask, dtype=torch.bool)]
-            counts += torch.bincount(answers, minlength=vocab_size)
+    for shard, facts in zip(plan.shards, sidecars, strict=True):
+        rows, failed = shard.read(), {failure["row"] for failure in facts["failed"]}
+        for name, ids, mask in zip(*vars(rows).values(), strict=True):
+            if name not in failed:
+                answers = torch.tensor(ids)[torch.tensor(mask, dtype=torch.bool)]
+                counts += torch.bincount(answers, minlength=vocab_size)
     return counts
 
 
@@ -40,6 +48,7 @@ def _format(layout: str, num_states: int, hidden_size: int) -> dict[str, Any]:
         return {
             "layout": "samples",
             "file_pattern": "samples/data_{idx}.pt",
+            "data_format_version": 1,
             "schema": {
                 "input_ids": {"dtype": "torch.long", "shape": "[seq_len]"},
                 "hidden_states": {
@@ -53,6 +62,7 @@ def _format(layout: str, num_states: int, hidden_size: int) -> dict[str, Any]:
     return {
         "layout": "shards",
         "file_pattern": "shard_{index:05d}.pt",
+        "data_format_version": hidden_states.SCHEMA_VERSION,
         "schema": {
             "input_ids": {"dtype": "torch.int32", "shape": "[T]"},
             "loss_mask": {"dtype": "torch.uint8", "shape": "[T]"},
@@ -72,38 +82,54 @@ def _data_config(
     aux_layers: tuple[int, ...],
     plan: Plan,
     source: RowSource,
+    sidecars: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     num_states, hidden_size = len(aux_layers) + 1, target_config.hidden_size
+    made = provenance.collect(argv=sys.argv, engine=plan.backend)
+    num_samples = plan.samples - sum(len(facts["failed"]) for facts in sidecars)
     return {
         "version": "2.0",
         "schema_version": hidden_states.SCHEMA_VERSION,
-        "reproducibility": provenance.collect(argv=[], engine=plan.backend),
+        "generated_at": made["finished"],
+        "reproducibility": {
+            **made,
+            "command": shlex.join(sys.argv),
+            "package_versions": made["packages"],
+            "gpu": made["accelerator"],
+        },
         "model": {
             "target_model_path": config.run.target_train or config.run.target,
             "target_revision": config.run.target_revision,
             "target_weights_hash": targets.weights_hash(target_config.folder),
             "tokenizer_hash": tokenizer_hash(target_config.folder),
             "model_type": target_config.model_type,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "gpu_memory_utilization": config.engine_args.get("gpu_memory_utilization"),
             "max_model_len": config.run.max_length_tokens,
             "hidden_size": hidden_size,
             "vocab_size": target_config.vocab_size,
             "num_hidden_layers": target_config.num_layers,
         },
         "data": {
-            "train_data_path": config.conversations or "synth",
+            "train_data_path": config.states or config.conversations or "synth",
             "parents": {name: parent["fingerprint"] for name, parent in source.parents.items()},
             "inputs": dict(source.inputs),
             "seq_length": config.run.max_length_tokens,
-            "num_samples": plan.samples,
-            "num_tokens": plan.tokens,
+            "seed": config.run.seed,
+            "max_samples": None,  # dump takes every row: sources are limited in synth
+            "num_samples": num_samples,
+            "num_tokens": sum(facts["tokens"] for facts in sidecars),
+            "chat_template_note": _TEMPLATE_NOTE,
         },
         "hidden_states": {
             "layer_ids": [*aux_layers, target_config.num_layers],
+            "description": "The states that feed the draft head, then the target's final state",
             "aux_layer_ids": list(aux_layers),
             "layer_id_convention": layers.LAYER_ID_CONVENTION,
             "final_hidden": "prenorm",
             "dtype": "bfloat16",
         },
+        "generation": {"backend": plan.backend, "engine_args": config.engine_args},
         "format": _format(config.layout, num_states, hidden_size),
     }
 
@@ -115,9 +141,11 @@ def write_metadata(
     aux_layers: tuple[int, ...],
     plan: Plan,
     source: RowSource,
+    sidecars: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """Write both files; returns their names."""
-    data_config = _data_config(config, target_config, aux_layers, plan, source)
+    """Write both files; returns their names. `sidecars` are those of the plan's shards, in order."""
+    data_config = _data_config(config, target_config, aux_layers, plan, source, sidecars)
     files.write_json(folder / hidden_states.DATA_CONFIG, data_config)
-    save_tensors(folder / hidden_states.TOKEN_FREQ, answer_counts(plan, target_config.vocab_size))
+    counts = answer_counts(plan, target_config.vocab_size, sidecars)
+    save_tensors(folder / hidden_states.TOKEN_FREQ, counts)
     return [hidden_states.DATA_CONFIG, hidden_states.TOKEN_FREQ]

@@ -1,52 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shards from a backend: captured, checked and written while the engine runs on.
 
-States arrive row by row, in any order, and go straight to their place in their shard. A full shard
-is checked and written on a thread of its own; each is whole with its sidecar, or not there. The
-sidecar, written last, holds checksums and what the checks found, so that a later run trusts the
-shard without reading gigabytes again. Memory: the shard that is filling, the one being written, and
-what the engine has in flight.
+States arrive row by row, in any order, and go straight to their position in their shard. Full shards
+are checked and written on threads of their own; each is whole with its sidecar, or absent. The
+sidecar, written last, holds checksums and the results of the checks, so that a later run trusts the
+shard without reading gigabytes again. A row whose states cannot be the target's is left out of its
+shard, and the sidecar names it. Memory: the shard that is filling, one for each writer, and what the
+engine has in flight.
 """
 
+import collections
 import contextlib
-import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shared.artifacts.manifest_shape import Entry, FileName
+from shared.artifacts.manifest_shape import Count, Entry, FileName
 from shared.io import files
 from shared.io.records import Shape, read_record
 from shared.runtime.process import stop_if_requested
 from shared.target import model as targets
 from shared.target.model import TargetConfig
-from stages.dump.backends.base import Backend, Captured, Row
-from stages.dump.checks.checks import ShardChecks, check_sample
+from stages.dump.backends.base import Backend, Row
+from stages.dump.checks.checks import (
+    FULL_EVERY_SHARDS,
+    POSITIONS_A_SHARD,
+    POSITIONS_OF_MOST,
+    Agreement,
+    ShardChecks,
+)
 from stages.dump.checks.faults import require_right
 from stages.dump.config import DumpConfig
-from stages.dump.plan import ShardPlan, ShardRows, probe_rows
+from stages.dump.plan import ShardPlan, probe_rows
+from stages.dump.shards.filling import FillingShard, Report
 from stages.dump.shards.layouts import write_samples
 
 logger = logging.getLogger(__name__)
 
 
+class _Failure(Shape):
+    row: str
+    failed: str
+    detail: str
+
+
 class _Sidecar(Shape):
     rows: str
+    tokens: Count
+    hits: Count
+    positions: Count
+    logprob_gap: float | None
+    failed: list[_Failure]
     files: dict[FileName, Entry]
 
 
 def sidecar(folder: Path, index: int) -> Path:
-    """The small file beside a shard that says what it holds: a shard without it is not whole."""
+    """The small file beside a shard that describes it: a shard without it is not whole."""
     return folder / f"shard_{index:05d}.json"
 
 
 def read_sidecar(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
-    """What the sidecar says, or None where this very shard is not whole."""
+    """The sidecar of this very shard, or None where the shard is not whole."""
     path = sidecar(folder, plan.index)
     if not path.exists():
         return None
@@ -58,42 +77,6 @@ def read_sidecar(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             return None
     return facts
-
-
-@dataclasses.dataclass
-class FillingShard:
-    """A shard in the making: room for all its states, and the rows still missing."""
-
-    plan: ShardPlan
-    rows: ShardRows
-    states: torch.Tensor  # [T, A+1, H] bfloat16
-    probes: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
-    missing: set[int] = dataclasses.field(init=False)
-    starts: list[int] = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        self.missing = set(range(len(self.rows.input_ids)))
-        self.starts = [0]
-        for ids in self.rows.input_ids:
-            self.starts.append(self.starts[-1] + len(ids))
-
-    def put(self, row: int, captured: Captured) -> None:
-        """Take the states of `row`, checked.
-
-        Raises:
-            OutputError: they cannot be the target's.
-        """
-        place = self.states[self.starts[row] : self.starts[row + 1]]
-        check_sample(
-            self.rows.sample_ids[row],
-            captured.states,
-            num_tokens=place.shape[0],
-            num_states=place.shape[1],
-        )
-        place.copy_(captured.states)
-        if captured.logprobs is not None:
-            self.probes[row] = captured.logprobs
-        self.missing.discard(row)
 
 
 class ShardWriter:
@@ -116,61 +99,102 @@ class ShardWriter:
         self._tensors = targets.read_tensors(target)
 
     def capture(
-        self, shards: Sequence[ShardPlan], backend: Backend, told: Callable[[int], None]
+        self,
+        shards: Sequence[ShardPlan],
+        backend: Backend,
+        report: Report,
     ) -> None:
-        """Capture `shards`; `told` gets the tokens of each row as it arrives.
+        """Capture `shards`; `report` hears of each row as it arrives.
 
         Raises:
-            OutputError: states that fail a check; nothing of their shard is kept.
+            OutputError: states that fail a check of their shard; nothing of the shard is kept.
             Stopped: a signal asked for it; every whole shard is on disk.
         """
         together = backend.streams and not self.config.drain
         groups = [shards] if together else [[shard] for shard in shards]
-        with ThreadPoolExecutor(1, thread_name_prefix="eyrie-shard") as pool:
-            written: Future[None] | None = None
+        with ThreadPoolExecutor(self.config.writers, thread_name_prefix="eyrie-shard") as pool:
+            written: collections.deque[Future[None]] = collections.deque()
             for group in groups:
-                for shard in self._full_shards(group, backend, told):
-                    if written is not None:
-                        written.result()  # one waits at most: memory for two shards is enough
-                    written = pool.submit(self._write, shard)
-            if written is not None:
-                written.result()
+                for shard in self._full_shards(group, backend, report):
+                    while written and (len(written) == self.config.writers or written[0].done()):
+                        written.popleft().result()
+                    written.append(pool.submit(self._write, shard))
+            for future in written:
+                future.result()
 
     def _full_shards(
-        self, group: Sequence[ShardPlan], backend: Backend, told: Callable[[int], None]
+        self,
+        group: Sequence[ShardPlan],
+        backend: Backend,
+        report: Report,
     ) -> Iterator[FillingShard]:
-        places: dict[int, tuple[FillingShard, int]] = {}
-        with contextlib.closing(backend.run(self._rows(group, places))) as answers:
+        positions: dict[int, tuple[FillingShard, int]] = {}
+        with contextlib.closing(backend.run(self._rows(group, positions))) as answers:
             for captured in answers:
-                shard, row = places.pop(captured.row)
+                shard, row = positions.pop(captured.row)
                 shard.put(row, captured)
-                told(captured.states.shape[0])
+                report(len(shard.rows.input_ids[row]), shard.failed.get(row))
                 if not shard.missing:
                     yield shard
                 stop_if_requested("every whole shard is saved")
 
     def _rows(
-        self, group: Sequence[ShardPlan], places: dict[int, tuple[FillingShard, int]]
+        self, group: Sequence[ShardPlan], positions: dict[int, tuple[FillingShard, int]]
     ) -> Iterator[Row]:
-        """The rows of the shards, one after the other; `places` learns where each belongs."""
+        """The rows of the shards, one after the other; `positions` learns where each belongs."""
         index = 0
         for plan in group:
             rows = plan.read()
-            shard = FillingShard(
-                plan, rows, torch.empty(plan.tokens, *self._shape, dtype=torch.bfloat16)
-            )
+            states = torch.empty(plan.tokens, *self._shape, dtype=torch.bfloat16)
+            shard = FillingShard(plan, rows, states)
             probes = probe_rows(rows)
             for row, ids in enumerate(rows.input_ids):
-                places[index] = (shard, row)
+                positions[index] = (shard, row)
                 index += 1
                 yield Row(ids, row in probes, rows.sample_ids[row])
 
-    def _write(self, shard: FillingShard) -> None:
-        """Check and write one shard. Runs on the writer's thread."""
+    def _write(self, full: FillingShard) -> None:
+        """Check and write one shard. Runs on a writer's thread."""
         started_s = time.monotonic()
-        name = f"shard {shard.plan.index}"
+        index, failures = full.plan.index, [full.failed[row] for row in sorted(full.failed)]
+        shard, name = full.without_failed(), f"shard {index}"
+        agreement, gap, entries = Agreement(0, 0), None, {}
+        if shard.rows.sample_ids:  # else every row failed: no file, and nothing to check
+            agreement, gap = self._check(name, shard)
+            entries = write_samples(
+                self.folder, self.config.layout, shard.plan, shard.rows, shard.states, shard.starts
+            )
+        facts: dict[str, Any] = {
+            "rows": shard.plan.digest,
+            "tokens": shard.starts[-1],
+            "hits": agreement.hits,
+            "positions": agreement.positions,
+            "logprob_gap": gap,
+            "failed": failures,
+            "files": entries,
+        }
+        files.write_json(sidecar(self.folder, index), facts)
+        size, spent_s = sum(e["bytes"] for e in entries.values()), time.monotonic() - started_s
+        logger.info(
+            "%s: %d samples, agreement %.4f, log-probability gap %s, %.2f GB/s checked and written",
+            name,
+            len(shard.rows.sample_ids),
+            agreement.share,
+            "not reported" if gap is None else f"{gap:.4f} nats",
+            size / spent_s / 1e9,
+        )
+        for failure in failures:
+            logger.warning("%s: sample %s left out: %s", name, failure["row"], failure["detail"])
+
+    def _check(self, name: str, shard: FillingShard) -> tuple[Agreement, float | None]:
+        """Agreement and the largest log-probability gap of a shard.
+
+        Raises:
+            OutputError: they are not those of the target.
+        """
         checks = ShardChecks(self._target, self._tensors, shard.rows, shard.states, shard.starts)
-        agreement = checks.agreement()
+        is_full = shard.plan.index % FULL_EVERY_SHARDS == 0
+        agreement = checks.agreement(POSITIONS_A_SHARD if is_full else POSITIONS_OF_MOST)
         gap = require_right(
             name,
             checks,
@@ -179,24 +203,4 @@ class ShardWriter:
             min_agreement=self.min_agreement,
             max_logprob_gap=self.config.max_logprob_gap,
         )
-        entries = write_samples(
-            self.folder, self.config.layout, shard.plan, shard.rows, shard.states, shard.starts
-        )
-        facts = {
-            "rows": shard.plan.digest,
-            "tokens": shard.plan.tokens,
-            "hits": agreement.hits,
-            "asked": agreement.asked,
-            "logprob_gap": gap,
-            "files": entries,
-        }
-        files.write_json(sidecar(self.folder, shard.plan.index), facts)
-        size, spent_s = sum(e["bytes"] for e in entries.values()), time.monotonic() - started_s
-        logger.info(
-            "%s: %d samples, agreement %.4f, log-probability gap %s, %.2f GB/s checked and written",
-            name,
-            shard.plan.samples,
-            agreement.share,
-            "not told" if gap is None else f"{gap:.4f} nats",
-            size / spent_s / 1e9,
-        )
+        return agreement, gap

@@ -2,6 +2,7 @@
 """The connector's, the reader's and the spool's parts by themselves: no engine is started."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,13 @@ from safetensors.torch import save_file
 
 from shared.errors import OutputError, UserError
 from stages.dump.backends import spool
+from stages.dump.backends.stats import measure
 from stages.dump.backends.vllm import connector
-from stages.dump.backends.vllm.capture import VllmCapture, _Asked, _token_logprobs
-from tests.engine.dump.capturing import settings
+from stages.dump.backends.vllm.capture import VllmCapture, _Pending, _token_logprobs
+from stages.dump.backends.vllm.pages import PageReader
+from stages.dump.backends.vllm.setup import prepare_environment
+from tests.engine.dump.capturing import MAX_LENGTH_TOKENS, settings
+from tests.models import tiny_llama
 
 pytestmark = pytest.mark.engine
 
@@ -45,10 +50,11 @@ def cache_and_request(tmp_path: Path) -> tuple[torch.Tensor, connector.Finished]
     return cache.clone(memory_format=torch.contiguous_format), request
 
 
-def test_pages_are_read_in_order_and_zeroed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 5, 16, 18])
+def test_pages_are_read_in_order_and_zeroed(tmp_path: Path, chunk_tokens: int | None) -> None:
     cache, request = cache_and_request(tmp_path)
     before = cache.clone()
-    states = connector._take(cache, request, 16)
+    states = PageReader(cache, 16, chunk_tokens=chunk_tokens).take(request.block_ids, 18).states
     pages = before if Version("0.30") > VLLM else before.transpose(1, 2)
     expected = torch.cat([pages[7], pages[3][:2]])
     assert torch.equal(states, expected.to(torch.bfloat16))
@@ -66,20 +72,23 @@ def reader(tmp_path: Path) -> VllmCapture:
 
 def test_pages_never_written_are_refused(tmp_path: Path) -> None:
     cache, request = cache_and_request(tmp_path)
-    connector._take(cache, request, 16)
-    connector._write(request, connector._take(cache, request, 16), None)
+    taken = [PageReader(cache, 16).take(request.block_ids, 18) for _ in range(2)]
+    connector._write(request, taken[1])
     (path,) = reader(tmp_path)._ready_files()
     with pytest.raises(OutputError, match="18 of 18 tokens have no final hidden state"):
-        reader(tmp_path)._read(path, _Asked(0, request.token_ids, False))
+        reader(tmp_path)._read(path, _Pending(0, request.token_ids, False))
 
 
 def test_states_of_another_row_are_refused(tmp_path: Path) -> None:
     cache, request = cache_and_request(tmp_path)
-    connector._write(request, connector._take(cache, request, 16), None)
+    connector._write(request, PageReader(cache, 16).take(request.block_ids, 18))
     (path,) = reader(tmp_path)._ready_files()
-    assert reader(tmp_path)._read(path, _Asked(0, request.token_ids, False)).shape == (18, 2, 4)
+    states, stats = reader(tmp_path)._read(path, _Pending(0, request.token_ids, False))
+    assert states.shape == (18, 2, 4)
+    for stored, expected in zip(stats, measure(states), strict=True):
+        assert torch.equal(stored, expected)
     with pytest.raises(OutputError, match=r"row 0: .* other tokens"):
-        reader(tmp_path)._read(path, _Asked(0, [1, *request.token_ids[1:]], False))
+        reader(tmp_path)._read(path, _Pending(0, [1, *request.token_ids[1:]], False))
 
 
 def test_file_that_cannot_be_written_is_reported(
@@ -90,7 +99,7 @@ def test_file_that_cannot_be_written_is_reported(
 
     monkeypatch.setattr(connector, "save_file", full)
     cache, request = cache_and_request(tmp_path)
-    connector._write(request, connector._take(cache, request, 16), None)
+    connector._write(request, PageReader(cache, 16).take(request.block_ids, 18))
     with pytest.raises(UserError, match="could not write hidden states"):
         reader(tmp_path)._ready_files()
 
@@ -108,6 +117,43 @@ def test_spool_goes_where_there_is_room(tmp_path: Path) -> None:
         pass
     with spool.open_spool([tmp_path], needed_bytes=1) as folder:
         assert folder.parent == tmp_path
+
+
+def test_shared_memory_has_room_for_every_engine_of_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four engines that start together each see all of /dev/shm free."""
+    monkeypatch.setattr(spool, "SHM", tmp_path / "shm")
+    monkeypatch.setattr(spool, "SHM_RESERVE_BYTES", 0)
+    (tmp_path / "shm").mkdir()
+    free = shutil.disk_usage(tmp_path).free
+    parents = [tmp_path / "shm", tmp_path / "disk"]
+    for sharers, parent in ((1, "shm"), (4, "disk")):
+        with spool.open_spool(parents, needed_bytes=free // 3, sharers=sharers) as folder:
+            assert folder.parent.name == parent
+
+
+def test_the_environment_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    prepare_environment()
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+def test_unknown_engine_options_are_refused_with_the_nearest(tmp_path: Path) -> None:
+    capture = VllmCapture(**settings(tmp_path), engine_args={"gpu_memory_utilisation": 0.5})
+    with pytest.raises(UserError, match="gpu_memory_utilization") as raised:
+        capture.resolve()
+    assert raised.value.code == "engine-args-unknown"
+
+
+def test_engine_options_reach_the_engine(tmp_path: Path) -> None:
+    target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
+    capture = VllmCapture(**settings(target), engine_args={"max_num_seqs": 3})
+    assert capture.resolve().scheduler_config.max_num_seqs == 3
 
 
 def test_shared_memory_of_another_user_is_refused_by_name(

@@ -108,6 +108,23 @@ def test_killed_three_times_every_sample_is_there_once_and_right(
     assert not list(folder.rglob(".*.tmp-*"))
 
 
+@pytest.mark.parametrize("delay_s", [3.0, 6.0])
+def test_sigterm_while_the_engine_starts_stops_at_once(workspace: Path, delay_s: float) -> None:
+    process = start(workspace)
+    log = []
+    for line in process.stderr or ():
+        log.append(line)
+        if "tokens in" in line:  # the plan is made; importing vLLM and starting it come next
+            break
+    time.sleep(delay_s)
+    assert process.poll() is None, log
+    sent_s = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 143, rest
+    assert time.monotonic() - sent_s < 8, rest
+
+
 def test_in_process_and_drained_a_killed_run_ends_with_the_same_bytes(
     workspace: Path, answered: Path, tmp_path: Path
 ) -> None:

@@ -114,6 +114,37 @@ def test_engines_of_a_share_worked_example(workspace: Path) -> None:
     assert owned == {item for item in range(24) if own.share.owns(item)}
 
 
+def test_data_config_has_every_key_of_speculators(whole: Path) -> None:
+    """The keys of the data_config.json that its documentation shows."""
+    found = json.loads((whole / hidden_states.DATA_CONFIG).read_text())
+    expected = {
+        "reproducibility": {"command", "package_versions", "gpu"},
+        "model": {
+            "target_model_path",
+            "tensor_parallel_size",
+            "max_model_len",
+            "gpu_memory_utilization",
+            "hidden_size",
+        },
+        "data": {
+            "train_data_path",
+            "seq_length",
+            "max_samples",
+            "num_samples",
+            "seed",
+            "chat_template_note",
+        },
+        "hidden_states": {"layer_ids", "description"},
+        "format": {"file_pattern", "data_format_version", "schema"},
+    }
+    assert {"version", "generated_at", "generation"} <= found.keys()
+    for section, keys in expected.items():
+        assert keys <= found[section].keys(), section
+    assert found["reproducibility"]["command"]
+    assert "torch" in found["reproducibility"]["package_versions"]
+    assert found["data"]["num_samples"] == NUM_ROWS
+
+
 def samples_dump(workspace: Path) -> Path:
     dump(config(workspace, layout="samples"))
     return workspace / "run" / "dump"

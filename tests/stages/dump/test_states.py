@@ -15,10 +15,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.artifacts.manifest import MANIFEST
+from shared.config import build
 from shared.contracts import conversations, hidden_states
+from shared.errors import UserError
 from shared.target import model as target
+from stages.dump.backends import files as files_backend
+from stages.dump.backends.base import Row
+from stages.dump.backends.choose import open_backend
 from stages.dump.backends.files import is_normed
 from stages.dump.checks.checks import logits
+from stages.dump.config import DumpConfig
 from tests.runs import make_synth, run
 
 NUM_ROWS = 12
@@ -62,6 +68,10 @@ def workspace(captured: Path, tmp_path: Path) -> Path:
     shutil.copytree(captured, place)
     shutil.rmtree(place / "run" / "dump")
     return place
+
+
+def synth(workspace: Path) -> Path:
+    return workspace / "run" / "synth"
 
 
 def only_shard(workspace: Path) -> hidden_states.Shard:
@@ -111,6 +121,99 @@ def test_a_file_that_is_none_is_accounted_for(workspace: Path) -> None:
     assert manifest(workspace)["counts"]["failed"] == {"unreadable": 2}
     rejects = (workspace / "run" / "dump" / "rejects.jsonl").read_text()
     assert str(short) in rejects and "expected the shapes" in rejects
+
+
+def spoil(path: Path, fault: str) -> None:
+    """Plant a fault into a file's states."""
+    raw = torch.load(path, weights_only=True)
+    final, aux = raw["hidden_states"], raw["aux_hidden_states"]
+    if fault == "not_finite":
+        final[3, 5] = torch.nan
+    elif fault == "infinite":
+        aux[-1, 7] = torch.inf
+    elif fault == "zero":
+        aux[:, :128] = 0
+    else:
+        aux[:, 128:256] = aux[:1, 128:256]
+    torch.save(raw, path)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rows_with_bad_states_fail_and_the_share_decides(workspace: Path, normed: bool) -> None:
+    write_theirs(workspace, normed=normed)
+    paths = sorted((workspace / "theirs").glob("*.pt"))
+    faults = {0: "not_finite", 4: "infinite", 5: "zero", 11: "constant"}
+    for index, fault in faults.items():
+        spoil(paths[index], fault)
+    bad = [paths[index].stem for index in faults]
+    flags = ("--states", "theirs", "--shard_bytes", "100000")
+    refused = run(workspace, "dump", *flags)
+    assert refused.returncode == 3
+    assert "4 of 12 rows failed" in refused.stderr
+    rejects = workspace / "run" / "dump" / "rejects.jsonl"
+    assert [json.loads(line)["row"] for line in rejects.read_text().splitlines()] == bad
+    allowed = run(workspace, "dump", *flags, "--max_failed_fraction", "0.34")
+    assert allowed.returncode == 0, allowed.stderr
+    assert manifest(workspace)["counts"] == {
+        "in": NUM_ROWS,
+        "ok": NUM_ROWS - 4,
+        "skipped": {},
+        "failed": {"states_constant": 1, "states_not_finite": 2, "states_zero": 1},
+    }
+    folder = workspace / "run" / "dump"
+    kept, tokens, answers = [], 0, 0
+    for path in sorted(folder.glob("shard_*.pt")):
+        shard = hidden_states.read_shard(path, num_states=len(AUX) + 1, hidden_size=128)
+        assert bool(shard.hidden_states.isfinite().all())
+        kept += shard.sample_ids
+        tokens += len(shard.input_ids)
+        answers += int(shard.loss_mask.sum())
+    assert kept == [path.stem for path in paths if path.stem not in bad]
+    assert manifest(workspace)["facts"]["tokens"] == tokens
+    assert int(hidden_states.read_token_freq(folder, 512).sum()) == answers
+    assert [json.loads(line)["row"] for line in rejects.read_text().splitlines()] == bad
+    assert run(workspace, "train", "--epochs", "1").returncode == 0
+
+
+def test_a_file_mended_after_it_failed_is_read_again(workspace: Path) -> None:
+    write_theirs(workspace, normed=False)
+    path = min((workspace / "theirs").glob("*.pt"))
+    sound = path.read_bytes()
+    spoil(path, "not_finite")
+    assert run(workspace, "dump", "--states", "theirs").returncode == 3
+    path.write_bytes(sound)
+    assert run(workspace, "dump", "--states", "theirs").returncode == 0
+    assert manifest(workspace)["counts"]["failed"] == {}
+    assert (workspace / "run" / "dump" / "rejects.jsonl").read_text() == ""
+
+
+def test_no_row_left_is_refused(workspace: Path) -> None:
+    write_theirs(workspace, normed=False)
+    for path in (workspace / "theirs").glob("*.pt"):
+        spoil(path, "zero")
+    done = run(workspace, "dump", "--states", "theirs", "--max_failed_fraction", "1")
+    assert done.returncode == 3
+    assert "none of 12 rows is usable" in done.stderr
+
+
+def test_the_other_convention_is_refused_also_behind_the_first_files(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_theirs(workspace, normed=True)
+    (workspace / "theirs").rename(workspace / "after")
+    write_theirs(workspace, normed=False)
+    last = max((workspace / "theirs").glob("*.pt"))
+    shutil.copy(workspace / "after" / last.name, last)
+    monkeypatch.setattr(files_backend, "_FILES_SAMPLED", 3)
+    flags = {"states": "theirs", "backend": "hf", "workspace": str(workspace), "name": "run"}
+    config = build(DumpConfig, {**flags, "recipe": str(workspace / "recipe.yaml")})
+    target_config = target.read_config(workspace / "tiny")
+    with open_backend("files", config, target_config, AUX) as backend:
+        names = sorted(path.stem for path in (workspace / "theirs").glob("*.pt"))
+        rows = {row.sample_id: row for row in conversations.read_conversations(synth(workspace))}
+        requests = [Row(rows[name].input_ids, sample_id=name) for name in names]
+        with pytest.raises(UserError, match=f"final states of {last.stem} were taken after"):
+            list(backend.run(requests))
 
 
 def test_both_conventions_in_one_folder_are_refused(workspace: Path) -> None:

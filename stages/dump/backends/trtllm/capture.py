@@ -3,13 +3,8 @@
 
 In: rows of token ids. Out: per row the states entering the aux layers and the final state before the
 norm, [T, A+1, H] bf16. Costs one prefill of the target, one row a step, and a spool: a private folder
-into which the engine's process puts a file a row. Written against TensorRT-LLM's source; never run
-on a GPU. Whose ids are whose: `trtllm_setup`.
-
-The surprises: every row of a step is stored from row 0 of one buffer on, so a step may hold one row
-alone, whole and computed anew: batch size 1, no chunks, no reuse of blocks. A target whose code has
-no hooks is not refused: the buffer keeps what it held, so two rows are compared at the start. And
-logits are cut to the last token on this path, so no row's log-probabilities can be had.
+into which the engine's process writes one file per row. It was never run on a GPU; `setup` says which
+sources it was written against, and what follows from them.
 
 Shapes: T tokens of a row, A aux layers, H hidden, L layers of the target.
 """
@@ -20,7 +15,7 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,16 +24,16 @@ import torch
 from tensorrt_llm import LLM, SamplingParams
 
 from shared.contracts.layers import resolve_aux_layers
-from shared.errors import OutputError, RetryableError, UserError
+from shared.errors import OutputError, RetryableError
 from shared.target.model import read_config
-from stages.dump.backends.base import Captured, Row, check_row
+from stages.dump.backends.base import Captured, Row
 from stages.dump.backends.spool import open_spool
 from stages.dump.backends.trtllm.setup import TrtllmSettings, check_version, engine_died, starting
 
-# A file is written before its row is answered: this long means a hung disk or engine.
+# A file is written before its row is answered: so long a wait means a hung disk or engine.
 FILE_TIMEOUT_S = 300.0
 POLL_S = 0.002
-# What torch.load says of a file that is not whole yet.
+# What torch.load raises for a file that is not whole yet.
 _HALF_WRITTEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError)
 
 logger = logging.getLogger(__name__)
@@ -46,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(kw_only=True)
 class TrtllmCapture(TrtllmSettings):
-    """A TensorRT-LLM engine that answers rows of token ids with hidden states, one after the other."""
+    """A TensorRT-LLM engine that answers rows of token ids with hidden states, one after another."""
 
     streams = True
 
@@ -66,7 +61,9 @@ class TrtllmCapture(TrtllmSettings):
         row_bytes = self.max_length_tokens * (len(self.aux_layers) + 2) * config.hidden_size * 2
         with contextlib.ExitStack() as stack:
             self._spool = stack.enter_context(
-                open_spool(self.spool_parents(), needed_bytes=2 * row_bytes)
+                open_spool(
+                    self.spool_parents(), needed_bytes=2 * row_bytes, sharers=self.spool_sharers
+                )
             )
             arguments = self.arguments(self._spool)
             with starting(self.target):
@@ -75,8 +72,8 @@ class TrtllmCapture(TrtllmSettings):
             self._require_hooks()
             self._stack = stack.pop_all()
         logger.warning(
-            "TensorRT-LLM tells no log-probabilities here: greedy answers alone hold the final "
-            "state. Hold all layers against transformers with `dump parity --against hf`."
+            "TensorRT-LLM reports no log-probabilities here: only greedy answers check the final "
+            "state. Compare all layers with transformers: `dump parity --against hf`."
         )
         return self
 
@@ -93,34 +90,31 @@ class TrtllmCapture(TrtllmSettings):
             OutputError: a file holds another row's states, or other layers.
             RetryableError: the engine died.
         """
-        numbered = self._checked(rows)
-        asked = self._submit(next(numbered, None))
+        numbered = iter(enumerate(rows))
+        pending = self._submit(next(numbered, None))
         try:
-            while asked is not None:
-                found = Captured(asked.index, self._wait(asked), None)
-                asked = self._submit(next(numbered, None))
-                yield found
+            while pending is not None:
+                captured = Captured(pending.index, self._wait(pending), None)
+                pending = self._submit(next(numbered, None))
+                yield captured
         finally:
-            if asked is not None:
+            if pending is not None:
                 with contextlib.suppress(RuntimeError):
-                    asked.answer.abort()
+                    pending.answer.abort()
 
-    def _checked(self, rows: Iterable[Row]) -> Iterator[tuple[int, list[int]]]:
-        for index, row in enumerate(rows):
-            check_row(index, row.ids, self.max_length_tokens)
-            yield index, [int(token) for token in row.ids]
-
-    def _submit(self, row: tuple[int, list[int]] | None) -> "_Asked | None":
-        if row is None:
+    def _submit(self, numbered: tuple[int, Row] | None) -> "_Pending | None":
+        if numbered is None:
             return None
-        # An end that no token has: without one, the engine would ask for a tokenizer.
+        index, ids = numbered[0], [int(token) for token in numbered[1].ids]
+        self.require_length(index, ids)
+        # An end that no token has: without one, the engine would need a tokenizer.
         params = SamplingParams(max_tokens=1, temperature=0.0, end_id=-1, detokenize=False)
         try:
-            return _Asked(*row, self._engine.generate_async(row[1], params))
+            return _Pending(index, ids, self._engine.generate_async(ids, params))
         except RuntimeError as error:
             raise engine_died(error) from error
 
-    def _wait(self, asked: "_Asked") -> torch.Tensor:
+    def _wait(self, pending: "_Pending") -> torch.Tensor:
         """The states [T, A+1, H] of the row that is in the engine."""
         end = time.monotonic() + FILE_TIMEOUT_S
         strangers = 0
@@ -130,36 +124,45 @@ class TrtllmCapture(TrtllmSettings):
                 if entries is None:
                     continue
                 path.unlink()
-                # A file that nobody waits for is left of a run that was broken off.
-                own = [e for e in entries if e["input_ids"].tolist() == asked.ids]
+                # A file that nobody waits for was left by a run that was broken off.
+                own = [entry for entry in entries if entry["input_ids"].tolist() == pending.ids]
                 if own:
-                    return self._states(own[0], asked)
+                    return self._states(own[0], pending)
                 strangers += 1
-            if asked.error is not None:
-                raise engine_died(asked.error) from asked.error
+            if pending.error is not None:
+                raise engine_died(pending.error) from pending.error
             time.sleep(POLL_S)
         if strangers:
             raise OutputError(
-                f"row {asked.index}: TensorRT-LLM returned the hidden states of other tokens than "
-                "were sent. This is a fault of the engine; report it with the versions in the manifest."
+                f"row {pending.index}: TensorRT-LLM returned the hidden states of other tokens than "
+                "were sent.",
+                code="states-of-other-tokens",
+                remedy="This is a fault of the engine; report it with the versions in the manifest.",
+                facts={"row": pending.index},
             )
         raise RetryableError(
-            f"TensorRT-LLM gave no hidden states for {FILE_TIMEOUT_S:.0f} s, asked for row "
-            f"{asked.index}. Its log is above; run again to continue."
+            f"TensorRT-LLM returned no hidden states for {FILE_TIMEOUT_S:.0f} s, for row "
+            f"{pending.index}.",
+            code="engine-silent",
+            remedy="Its log is above; run the same command again to continue.",
+            facts={"row": pending.index},
         )
 
-    def _states(self, entry: dict[str, Any], asked: "_Asked") -> torch.Tensor:
+    def _states(self, entry: dict[str, Any], pending: "_Pending") -> torch.Tensor:
         """[T, A+1, H] out of a file's entry: its columns are layers in ascending order, as ours."""
         num_states = len(self.aux_layers) + 1
         columns = entry.get("aux_hidden_states")
-        expected = [len(asked.ids), num_states * self._config.hidden_size]
-        found = None if columns is None else list(columns.shape)
-        if columns is None or found != expected:
+        expected = [len(pending.ids), num_states * self._config.hidden_size]
+        shape = None if columns is None else list(columns.shape)
+        if columns is None or shape != expected:
             raise OutputError(
-                f"row {asked.index}: expected aux_hidden_states {expected} from TensorRT-LLM "
-                f"{tensorrt_llm.__version__}, found {found}. Use backend: hf for this target."
+                f"row {pending.index}: expected aux_hidden_states {expected} from TensorRT-LLM "
+                f"{tensorrt_llm.__version__}, found {shape}.",
+                code="states-other-columns",
+                remedy="Set backend: hf for this target.",
+                facts={"expected": expected, "found": shape},
             )
-        return columns.view(len(asked.ids), num_states, -1).to(torch.bfloat16)
+        return columns.view(len(pending.ids), num_states, -1).to(torch.bfloat16)
 
     def _require_hooks(self) -> None:
         """Two rows of other tokens must leave other states, in every layer.
@@ -171,18 +174,18 @@ class TrtllmCapture(TrtllmSettings):
         rows = [Row(range(start, start + length)) for start in (0, 1)]
         first, second = (c.states[-1].clone().view(torch.int16) for c in self.run(rows))  # [A+1, H]
         if bool((first == second).all(dim=-1).any()):
-            raise UserError(
-                f"TensorRT-LLM {tensorrt_llm.__version__} cannot hand out the hidden states of "
-                f"{self._config.model_type} ({self.target}): its model has no "
-                "hooks. Set backend: hf in the recipe's dump section."
+            raise self.unsupported(
+                f"TensorRT-LLM {tensorrt_llm.__version__}",
+                self._config.model_type,
+                "its model has no hooks",
             )
 
 
-class _Asked:
-    """A row in the engine, and a thread that waits for its answer: one that was killed never comes.
+class _Pending:
+    """A row in the engine, and a thread that waits for its answer: a killed engine never answers.
 
     Attributes:
-        error: what the engine said instead.
+        error: what the engine raised instead of an answer.
     """
 
     def __init__(self, index: int, ids: list[int], answer: Any) -> None:

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a TensorRT-LLM engine is started with for a capture, and what its failures mean.
 
-**Layer ids.** Ours are boundaries: id i is the state entering layer i, id L the final state before
-the norm. TensorRT-LLM names the layer whose output it takes, so our id i is its i - 1. It takes a
-layer's output as hidden + residual, ahead of the norm that follows, for the last layer too: the
-final state before the norm is its L - 1. Its -1 is the state *after* the final norm, so our id 0,
-the embedding, which would be -1 too, cannot be had.
+Read in the repository NVIDIA/TensorRT-LLM, not in a release's tag: `save_hidden_state.py` at 3e906a0e,
+`version.py` at b35ac1b6 (1.2.0rc2), `modeling_qwen3.py` at 010bb95f, `model_engine.py` at 1a0dc5f7, and
+of 1.3's line `eagle3.py`, `save_hidden_state.py` and `llm_args.py`. By that source:
 
-Worked example, L = 8, aux layers (2, 4, 5): asked for are the outputs of 1, 3, 4 and 7. A file
-holds them side by side in ascending order, `aux_hidden_states` [T, 4 * H]; what it adds,
-`hidden_state` [T, H], is the normed one, or in 1.3 what happened to lie in memory. It is not read.
+- A layer's output is taken as hidden + residual, before the next norm, for the last layer too; id -1
+  is after the final norm. Ours are boundaries: id i is the state entering layer i, id L the final
+  state. So our id i is the output of its layer i - 1, the final state that of L - 1, and our id 0, the
+  embedding, which would be -1 too, cannot be had.
+- All rows of a step are stored from the buffer's first row on. So a step may hold one row, whole and
+  computed anew: batch size 1, no chunks, no reuse of blocks.
+- A model without hooks is not refused: its buffer keeps what it held. Two rows are compared at start.
+- Logits are cut to a row's last token on this path, so no row's log-probabilities can be had.
+- A request's time limit is ignored and a killed worker reports nothing: no file for 300 s is exit 75.
+
+Worked example, L = 8, aux layers (2, 4, 5): the outputs of 1, 3, 4 and 7 are requested. A file holds
+them side by side in ascending order, `aux_hidden_states` [T, 4 * H]; what it adds, `hidden_state`
+[T, H], is the normed one, or in 1.3 whatever was in memory. It is not read.
 
 Shapes: T tokens of a row, A aux layers, H hidden, L layers of the target.
 """
@@ -17,6 +25,7 @@ Shapes: T tokens of a row, A aux layers, H hidden, L layers of the target.
 import contextlib
 import dataclasses
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +35,13 @@ from tensorrt_llm.llmapi import KvCacheConfig, SaveHiddenStatesDecodingConfig
 
 from shared.contracts.layers import to_output_ids
 from shared.errors import RetryableError, UserError
+from shared.vllm.engine_start import start_error
 from shared.vllm.versions import SUPPORTED_TENSORRT_LLM, is_within
 from stages.dump.backends.base import EngineSettings
 
 # The token that is sampled after a row, and the draft that the engine makes room for.
 HEADROOM_TOKENS = 2
-# How the source tells that a worker was killed, rather than left with an exception of its own.
+# In the message where a worker was killed, rather than left with an exception of its own.
 _KILLED = "died during initialization"
 
 
@@ -40,7 +50,7 @@ class TrtllmSettings(EngineSettings):
     """What an engine for capture is started with; `max_num_batched_tokens` means nothing to it.
 
     Attributes:
-        expert_parallel: how many of the GPUs that share the target the experts are dealt out to; it divides
+        expert_parallel: how many of the GPUs that share the target share its experts; it divides
             their number.
     """
 
@@ -75,16 +85,19 @@ class TrtllmSettings(EngineSettings):
         }
 
 
-def check_version(found: str) -> None:
+def check_version(version: str) -> None:
     """Refuse a TensorRT-LLM whose source was not read.
 
     Raises:
-        UserError: naming the version found and the versions supported.
+        UserError: naming the version found and the supported ones.
     """
-    if not is_within(found, SUPPORTED_TENSORRT_LLM):
+    if not is_within(version, SUPPORTED_TENSORRT_LLM):
         raise UserError(
             f"this stage captures with TensorRT-LLM {SUPPORTED_TENSORRT_LLM}, found TensorRT-LLM "
-            f"{found}. Build the dump image on one of those (BASE_IMAGE), or set backend: hf."
+            f"{version}.",
+            code="engine-version",
+            remedy="Build the dump image on one of those (BASE_IMAGE), or set backend: hf.",
+            facts={"supported": SUPPORTED_TENSORRT_LLM, "found": version},
         )
 
 
@@ -96,13 +109,16 @@ def layers_to_capture(aux_layers: Sequence[int], num_layers: int) -> list[int]:
     Raises:
         UserError: id 0 is among them.
     """
-    asked = to_output_ids([*aux_layers, num_layers])
-    if asked[0] < 0:
+    outputs = to_output_ids([*aux_layers, num_layers])
+    if outputs[0] < 0:
         raise UserError(
             f"run.aux_layers: expected ids of 1 or more for backend: trtllm, found "
-            f"{list(aux_layers)}. The embedding leaves no layer; set backend: hf or vllm."
+            f"{list(aux_layers)}: the embedding is no layer's output.",
+            code="embedding-not-captured",
+            remedy="Set backend: hf or vllm.",
+            facts={"aux_layers": list(aux_layers)},
         )
-    return asked
+    return outputs
 
 
 @contextlib.contextmanager
@@ -118,20 +134,18 @@ def starting(target: str | Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
-        if _KILLED in str(error):
-            raise RetryableError(
-                f"TensorRT-LLM {tensorrt_llm.__version__} was killed while it started capturing "
-                f"{target}: {error}. Run the same command again."
-            ) from error
-        raise UserError(
-            f"TensorRT-LLM {tensorrt_llm.__version__} could not start capturing {target}: {error} "
-            "The cause stands above this in the log. If the model is not supported, set backend: hf."
+        raise start_error(
+            f"TensorRT-LLM {tensorrt_llm.__version__} could not start capturing {target}: {error}",
+            [-signal.SIGKILL] if _KILLED in str(error) else [],
+            remedy="The cause is above this line in the log. If TensorRT-LLM does not support the "
+            "model, set backend: hf.",
         ) from error
 
 
 def engine_died(error: Exception) -> RetryableError:
-    """What an engine that said `error` instead of an answer means."""
+    """The error for an engine that raised `error` instead of answering."""
     return RetryableError(
-        f"the TensorRT-LLM engine died with a row in flight ({error}); its log is above. Run the "
-        "same command again to continue."
+        f"the TensorRT-LLM engine died with a row in flight ({error}).",
+        code="engine-died",
+        remedy="Its log is above; run the same command again to continue.",
     )

@@ -3,9 +3,9 @@
 
 In: rows of token ids. Out: per row the states entering the aux layers and the final state before the
 norm, [T, A+1, H] bf16. Costs one prefill of the target, cache memory for the states in flight, and a
-spool: a private folder through which the engine's process hands them over, never fuller than a few
-batches. The surprise: a request is answered one engine step before its pages are read (see
-`connector`), so its file appears after its answer, and the two are counted apart.
+spool: a private folder through which the engine's process hands them over. It never holds more than
+a few batches. A request is answered one engine step before its pages are read (see `connector`), so
+its file appears after its answer, and the two are counted separately.
 
 The final state is vLLM's layer id L: before the final norm, unlike HF's `hidden_states[L]`.
 
@@ -29,8 +29,9 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from shared.contracts.layers import resolve_aux_layers
 from shared.errors import OutputError, RetryableError, UserError
-from stages.dump.backends.base import Captured, Row, check_row
+from stages.dump.backends.base import Captured, Row
 from stages.dump.backends.spool import FAILED_SUFFIX, STATES_SUFFIX, open_spool
+from stages.dump.backends.stats import Stats
 from stages.dump.backends.vllm.connector import WRITE_TO
 from stages.dump.backends.vllm.setup import VllmSettings, check_version
 from stages.dump.backends.vllm.start import starting
@@ -46,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class _Asked:
-    """A row in the engine: its file is to come, and its answer."""
+class _Pending:
+    """A row in the engine: its file and its answer are still to come."""
 
     index: int
     ids: list[int]
@@ -80,13 +81,15 @@ class VllmCapture(VllmSettings):
         with contextlib.ExitStack() as stack:
             self._spool = stack.enter_context(
                 open_spool(
-                    self.spool_parents(), needed_bytes=self._max_in_flight_tokens * token_bytes
+                    self.spool_parents(),
+                    needed_bytes=self._max_in_flight_tokens * token_bytes,
+                    sharers=self.spool_sharers,
                 )
             )
             with starting(self.target):
                 self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
                 stack.callback(self._engine.engine_core.shutdown)
-                # Not every model that says it has hooks has one for id L: find out now.
+                # Not every model that claims to have hooks has one for id L: find out now.
                 list(self.run([Row([0] * min(8, self.max_length_tokens))]))
             self._stack = stack.pop_all()
         return self
@@ -107,52 +110,57 @@ class VllmCapture(VllmSettings):
         """
         numbered = self._checked(rows)
         upcoming = next(numbered, None)
-        asked: dict[str, _Asked] = {}  # by the name of the file to come
+        pending: dict[str, _Pending] = {}  # by the name of the file to come
         num_tokens = 0
         last_progress = time.monotonic()
         try:
-            while upcoming or asked:
+            while upcoming or pending:
                 while upcoming and num_tokens + len(upcoming.ids) <= self._max_in_flight_tokens:
-                    asked[self._submit(upcoming)] = upcoming
+                    pending[self._submit(upcoming)] = upcoming
                     num_tokens += len(upcoming.ids)
                     upcoming = next(numbered, None)
                     last_progress = time.monotonic()
-                self._step(asked)
+                self._step(pending)
                 for path in self._ready_files():
-                    row = asked.get(path.name)
+                    row = pending.get(path.name)
                     if row is not None and row.is_probe and not row.is_answered:
                         continue
-                    # A file that nobody waits for is left of a run that was broken off.
+                    # A file that nobody waits for was left by a run that was broken off.
                     if row is not None:
                         num_tokens -= len(row.ids)
-                        del asked[path.name]
-                        yield Captured(row.index, self._read(path, row), row.logprobs)
+                        del pending[path.name]
+                        states, stats = self._read(path, row)
+                        yield Captured(row.index, states, row.logprobs, stats)
                         last_progress = time.monotonic()
                     path.unlink(missing_ok=True)
                 if time.monotonic() - last_progress > FILE_TIMEOUT_S:
                     raise RetryableError(
-                        f"vLLM gave no hidden states for {FILE_TIMEOUT_S:.0f} s, with "
-                        f"{len(asked)} rows asked for. Its log is above; run again to continue."
+                        f"vLLM returned no hidden states for {FILE_TIMEOUT_S:.0f} s, with "
+                        f"{len(pending)} rows in flight.",
+                        code="engine-silent",
+                        remedy="Its log is above; run the same command again to continue.",
+                        facts={"rows_in_flight": len(pending)},
                     )
         except (EngineDeadError, EngineGenerateError) as error:
             raise RetryableError(
-                f"the vLLM engine died with {len(asked)} rows in flight{self._exit_codes()}; its "
-                "log is above. Run the same command again to continue."
+                f"the vLLM engine died with {len(pending)} rows in flight{self._exit_codes()}.",
+                code="engine-died",
+                remedy="Its log is above; run the same command again to continue.",
+                facts={"rows_in_flight": len(pending)},
             ) from error
         finally:
-            # Some are left only where the run is broken off: nobody waits for them any more.
+            # Some remain only where the run is broken off: nobody waits for them any more.
             with contextlib.suppress(EngineDeadError):
-                self._engine.abort_request([n for n, row in asked.items() if not row.is_answered])
+                self._engine.abort_request([n for n, row in pending.items() if not row.is_answered])
 
-    def _checked(self, rows: Iterable[Row]) -> Iterator[_Asked]:
+    def _checked(self, rows: Iterable[Row]) -> Iterator[_Pending]:
         for index, row in enumerate(rows):
-            check_row(index, row.ids, self.max_length_tokens)
-            # One token has no successor to say anything of.
-            yield _Asked(index, [int(token) for token in row.ids], row.is_probe)
+            self.require_length(index, row.ids)
+            yield _Pending(index, [int(token) for token in row.ids], row.is_probe)
 
-    def _submit(self, row: _Asked) -> str:
-        """Ask for one row. Returns the name of the file its states will have."""
-        # Our own count, not the row's index: an index comes again in the next run.
+    def _submit(self, row: _Pending) -> str:
+        """Submit one row. Returns the name of the file that its states will have."""
+        # Our own count, not the row's index, which comes again in the next run.
         name = f"{self._serial:08d}{STATES_SUFFIX}"
         self._serial += 1
         wanted = {WRITE_TO: str(self._spool / name)}
@@ -167,12 +175,12 @@ class VllmCapture(VllmSettings):
         self._engine.add_request(name, {"prompt_token_ids": row.ids}, params)
         return name
 
-    def _step(self, asked: dict[str, _Asked]) -> None:
+    def _step(self, pending: dict[str, _Pending]) -> None:
         """Let the engine work, and note what it has answered.
 
         An engine in this process moves only when stepped, also to hand over files. One in a process
-        of its own moves by itself; stepping only takes its answers. That would wait forever for an
-        engine that was killed, so look first whether there is one.
+        of its own moves by itself; stepping only takes its answers, and would wait for ever for an
+        engine that was killed. So look first whether it lives.
         """
         client = self._engine.engine_core
         if hasattr(client, "outputs_queue") and client.outputs_queue.empty():
@@ -181,14 +189,14 @@ class VllmCapture(VllmSettings):
             time.sleep(POLL_S)
             return
         for output in self._engine.step():
-            row = asked.get(output.request_id)
+            row = pending.get(output.request_id)
             if output.finished and row is not None:
                 row.is_answered = True
                 if row.is_probe:
                     row.logprobs = _token_logprobs(row.ids, output.prompt_logprobs)
 
     def _exit_codes(self) -> str:
-        """How the engine's processes ended, in the form in which vLLM tells it at start-up."""
+        """How the engine's processes ended, in the form that vLLM uses at start-up."""
         manager = getattr(getattr(self._engine.engine_core, "resources", None), "engine_manager", 0)
         codes = {p.name: p.exitcode for p in getattr(manager, "processes", ()) if p.exitcode}
         return f" {codes}" if codes else ""
@@ -203,13 +211,16 @@ class VllmCapture(VllmSettings):
         if any(path.suffix == FAILED_SUFFIX for path in paths):
             free_mib = shutil.disk_usage(self._spool).free >> 20
             raise UserError(
-                f"vLLM could not write hidden states to {self._spool} ({free_mib} MiB free); the "
-                "cause stands above in the log. Give the spool a folder with more room."
+                f"vLLM could not write hidden states to {self._spool} ({free_mib} MiB free).",
+                code="spool-write-failed",
+                remedy="The cause is above this line in the log. Give /dev/shm or the workspace's disk "
+                "more room, or lower dump.batch_tokens.",
+                facts={"free_mib": free_mib},
             )
         return [path for path in paths if path.suffix == STATES_SUFFIX]
 
-    def _read(self, path: Path, row: _Asked) -> torch.Tensor:
-        """The states [T, A+1, H] of `row`, checked to be its own, mapped from the file.
+    def _read(self, path: Path, row: _Pending) -> tuple[torch.Tensor, Stats]:
+        """The states [T, A+1, H] of `row`, mapped from the file, and what the engine measured of them.
 
         Raises:
             OutputError: another row's states, or pages that were never written.
@@ -217,23 +228,28 @@ class VllmCapture(VllmSettings):
         tensors = load_file(path)
         if tensors["token_ids"].tolist() != row.ids:
             raise OutputError(
-                f"row {row.index}: vLLM returned the hidden states of other tokens than were sent. "
-                "This is a fault of the engine; report it with the versions in the manifest."
+                f"row {row.index}: vLLM returned the hidden states of other tokens than were sent.",
+                code="states-of-other-tokens",
+                remedy="This is a fault of the engine; report it with the versions in the manifest.",
+                facts={"row": row.index},
             )
-        states = tensors["hidden_states"]
-        missing = len(row.ids) - int(states[:, -1].any(dim=-1).sum())
+        stats = Stats(*(tensors[name] for name in Stats._fields))
+        missing = len(row.ids) - int(stats.filled)
         if missing:
             raise OutputError(
-                f"row {row.index}: {missing} of {len(row.ids)} tokens have no final hidden state. "
-                f"vLLM {vllm.__version__} did not capture them; use backend: hf for this target."
+                f"row {row.index}: {missing} of {len(row.ids)} tokens have no final hidden state: "
+                f"vLLM {vllm.__version__} did not capture them.",
+                code="states-missing",
+                remedy="Set backend: hf for this target.",
+                facts={"row": row.index, "missing": missing, "tokens": len(row.ids)},
             )
-        return states
+        return tensors["hidden_states"], stats
 
 
-def _token_logprobs(ids: list[int], told: Any) -> torch.Tensor:
-    """[T-1] from vLLM's list of T: at t, token -> what is known of it after ids[:t]; at 0 None.
+def _token_logprobs(ids: list[int], reported: Any) -> torch.Tensor:
+    """[T-1] from vLLM's list of T: None at 0; at t a dict of token -> its entry after ids[:t].
 
     Worked example, ids [7, 8, 9]: the list is [None, {8: -1.5}, {9: -0.3}], the result [-1.5, -0.3].
     """
-    pairs = zip(ids[1:], list(told)[1:], strict=True)
-    return torch.tensor([known[token].logprob for token, known in pairs])
+    pairs = zip(ids[1:], list(reported)[1:], strict=True)
+    return torch.tensor([entries[token].logprob for token, entries in pairs])

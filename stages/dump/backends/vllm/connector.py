@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The half of capture that vLLM loads into its own processes: finished requests become files.
 
-In: requests whose `kv_transfer_params` name a file (see `backend_vllm`). vLLM's method
+In: requests whose `kv_transfer_params` name a file (see `capture`). vLLM's method
 `extract_hidden_states` keeps the wanted states of every prompt token in a cache layer of its own,
 paged like keys and values. Out: that file in the spool, safetensors {`token_ids` int32 [T],
-`hidden_states` [T, A+1, H] bf16}, written beside its name and renamed, so that a reader sees it whole
-or not at all. Costs a gather on the device, a copy to the host and a write; the engine waits for
-the gather alone.
+`hidden_states` [T, A+1, H] bf16, and the states' `Stats`}, written beside its name and renamed, so
+that a reader sees it whole or not at all. Cost: `pages` for the copy, then a write on threads of its
+own.
 
-The surprise: pages are zeroed once read. Should a step ever skip the capture (vLLM does so for a
-batch in which a row fills its length limit), the reader finds zeros and refuses them, instead of an
-earlier request's states, which would look perfectly sound.
-
-On CUDA the host copy runs on a side stream into pinned memory. That path, unlike all else here, has
-not been run: the machines that the tests run on have no GPU.
+vLLM's two model runners call this class differently. V1 calls `get_finished`, V2 (the default on
+CUDA) `get_transfer_results`, which the base class forwards to `get_finished`; both in the step after
+a request has finished.
 
 Shapes: T tokens of one request, A+1 aux layers and the final state, H hidden.
 """
@@ -34,18 +31,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
-
-# The order of a page's axes changed between the releases that we support; this function knows the
-# installed one's. Nothing else of vLLM's own (debugging) connector is used.
-from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
-    extract_from_kv_cache,
-)
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec, KVCacheConfig
 
 from shared.runtime.process import worker_dies_with_parent
 from stages.dump.backends.spool import FAILED_SUFFIX
+from stages.dump.backends.vllm.pages import PageReader, Taken
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -71,7 +63,7 @@ class Finished:
 
 @dataclasses.dataclass
 class CaptureMetadata(KVConnectorMetadata):
-    """What the scheduler's side tells the worker's side at each step."""
+    """What the scheduler's side sends to the worker's side at each step."""
 
     finished: list[Finished]
 
@@ -83,14 +75,13 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        # vLLM's processes are not told when the stage is killed, and would hold its memory.
+        # Nothing tells vLLM's processes that the stage was killed; they would hold its memory.
         worker_dies_with_parent()
         self._group = _find_group(kv_cache_config)
         self._block_size = kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
         self._finished: list[Finished] = []
-        self._cache: torch.Tensor | None = None
+        self._reader: PageReader | None = None
         self._writers: ThreadPoolExecutor | None = None
-        self._side_stream: torch.cuda.Stream | None = None
 
     # The scheduler's side.
 
@@ -145,10 +136,8 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             )
         # Every rank holds the same states; one writes them.
         if get_tensor_model_parallel_rank() == 0:
-            self._cache = cache
+            self._reader = PageReader(cache, self._block_size)
             self._writers = ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="eyrie-capture")
-            if cache.is_cuda:
-                self._side_stream = torch.cuda.Stream()
 
     def start_load_kv(self, *args: Any, **kwargs: Any) -> None:
         return
@@ -163,35 +152,21 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         return
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Read the pages of the requests that finished last step, and let them go."""
+        """Read the pages of the requests that finished last step, and release them."""
         metadata = self._get_connector_metadata()
         if not isinstance(metadata, CaptureMetadata):
             raise TypeError(f"expected CaptureMetadata, found {type(metadata).__name__}")
         # Taken, not looped over: a second call in one step must not read the zeroed pages.
         finished, metadata.finished = metadata.finished, []
-        if self._cache is not None and self._writers is not None:
+        if self._reader is not None and self._writers is not None:
             for request in finished:
-                host, copied = self._to_host(_take(self._cache, request, self._block_size))
-                self._writers.submit(_write, request, host, copied)
+                taken = self._reader.take(request.block_ids, len(request.token_ids))
+                self._writers.submit(_write, request, taken)
         return {request.request_id for request in finished} or None, None
 
     def shutdown(self) -> None:
         if self._writers is not None:
             self._writers.shutdown(wait=True)
-
-    def _to_host(self, states: torch.Tensor) -> tuple[torch.Tensor, "torch.cuda.Event | None"]:
-        """`states` in host memory, and on CUDA the event that says when they have arrived."""
-        if self._side_stream is None:
-            return states.cpu(), None
-        self._side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side_stream):
-            host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
-            host.copy_(states, non_blocking=True)
-            # Else the allocator would hand out the memory of `states` before the copy has run.
-            states.record_stream(self._side_stream)
-            copied = torch.cuda.Event()
-            copied.record(self._side_stream)
-        return host, copied
 
 
 def _find_group(config: KVCacheConfig) -> int:
@@ -212,38 +187,20 @@ def _find_group(config: KVCacheConfig) -> int:
     )
 
 
-def _take(cache: torch.Tensor, request: Finished, block_size: int) -> torch.Tensor:
-    """Copy the states of `request` out of its pages and zero the pages.
-
-    Both run in the order of the current stream, so the pages may be reused as soon as this returns.
-
-    Worked example: 16 tokens a page, pages [7, 3], T = 18: tokens 0..15 are slots 112..127, tokens
-    16 and 17 are slots 48 and 49.
-
-    Returns:
-        [T, A+1, H] bf16 on the cache's device.
-    """
-    num_tokens = len(request.token_ids)
-    blocks = torch.tensor(request.block_ids, dtype=torch.long, pin_memory=cache.is_cuda)
-    blocks = blocks.to(cache.device, non_blocking=True)
-    tokens = torch.arange(num_tokens, device=cache.device)
-    slots = blocks[tokens // block_size] * block_size + tokens % block_size  # [T]
-    states = extract_from_kv_cache(cache, slots, num_tokens).to(torch.bfloat16)  # [T, A+1, H]
-    cache.index_fill_(0, blocks, 0)
-    return states
-
-
-def _write(request: Finished, states: torch.Tensor, copied: "torch.cuda.Event | None") -> None:
+def _write(request: Finished, taken: Taken) -> None:
     """Write one file, whole or not at all. Runs on a writer thread."""
     path = Path(request.write_to)
     partial = path.with_suffix(".partial")
     try:
-        if copied is not None:
-            copied.synchronize()
-        token_ids = torch.tensor(request.token_ids, dtype=torch.int32)
-        save_file({"token_ids": token_ids, "hidden_states": states.contiguous()}, partial)
+        taken.wait()
+        tensors = {
+            "token_ids": torch.tensor(request.token_ids, dtype=torch.int32),
+            "hidden_states": taken.states,
+            **taken.stats._asdict(),
+        }
+        save_file(tensors, partial)
         partial.replace(path)
     except (OSError, RuntimeError, SafetensorError):
-        # It would vanish in the pool, and the driver wait for a file that never comes.
+        # The pool would swallow it, and the driver wait for a file that never comes.
         logger.exception("could not write the hidden states to %s", path)
         path.with_suffix(FAILED_SUFFIX).touch()

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that did not start: will it start next time, or must something change first?"""
+"""Starting a vLLM engine inside this process's program, and judging why it did not start."""
 
 import contextlib
 import multiprocessing
-import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import vllm
 
-from shared.errors import EyrieError, RetryableError, UserError
+from shared.errors import RetryableError
+from shared.runtime.process import stop_if_requested
+from shared.vllm.engine_start import reported_exit_codes, start_error
 
-# How vLLM tells which of its processes failed to start: {'EngineCore_DP0': -9}.
-_EXIT_CODES = re.compile(r"'[^']+': (-?\d+)")
-_UNTOLD = "Failed core proc(s): {}"
 _POLL_S, _REAP_S = 0.05, 5.0
 
 
@@ -23,21 +21,22 @@ _POLL_S, _REAP_S = 0.05, 5.0
 def starting(target: str | Path) -> Iterator[None]:
     """A block that starts an engine.
 
-    vLLM asks how its processes ended, sometimes before the kernel knows, and then says {}. So they are
-    noted while they start, and asked again.
+    vLLM asks how its processes ended, sometimes before the kernel knows, and then reports {}. So
+    the processes are noted while they start, and asked again.
 
     Raises:
         UserError: the engine refuses the target or the machine.
-        RetryableError: it was killed.
+        RetryableError: the engine was killed.
+        Stopped: a signal asked for it; vLLM may have reported it as a failed start.
     """
     before = set(multiprocessing.active_children())
-    seen: set[BaseProcess] = set()
+    started: set[BaseProcess] = set()
     is_over = threading.Event()
 
     def note() -> None:
-        # No longer than needed: whoever asks first has the exit code, and vLLM asks too.
-        while not seen and not is_over.wait(_POLL_S):
-            seen.update(set(multiprocessing.active_children()) - before)
+        # No longer than needed: whoever asks first gets the exit code, and vLLM asks too.
+        while not started and not is_over.wait(_POLL_S):
+            started.update(set(multiprocessing.active_children()) - before)
 
     watcher = threading.Thread(target=note, daemon=True)
     watcher.start()
@@ -46,38 +45,20 @@ def starting(target: str | Path) -> Iterator[None]:
     except (RuntimeError, ValueError, RetryableError) as error:
         is_over.set()
         watcher.join()
-        raise start_failure(error, target, _exit_codes(error, seen)) from error
+        stop_if_requested("every whole shard is saved")
+        raise start_error(
+            f"vLLM {vllm.__version__} could not start capturing {target}: {error}",
+            reported_exit_codes(str(error)) or _own_exit_codes(started),
+            remedy="The cause is above this line in the log. If memory is short, lower "
+            "dump.batch_tokens or set dump.engine_args: {gpu_memory_utilization: ...}; if vLLM does "
+            "not support the model, set backend: hf.",
+        ) from error
     finally:
         is_over.set()
         watcher.join()
 
 
-def _exit_codes(error: BaseException, seen: Iterable[BaseProcess]) -> list[int]:
-    if _UNTOLD not in str(error):
-        return [int(code) for code in _EXIT_CODES.findall(str(error))]
-    for process in seen:
+def _own_exit_codes(processes: set[BaseProcess]) -> list[int]:
+    for process in processes:
         process.join(_REAP_S)
-    return [process.exitcode for process in seen if process.exitcode is not None]
-
-
-def start_failure(
-    error: BaseException, target: str | Path, exit_codes: Iterable[int]
-) -> EyrieError:
-    """What an engine that did not start means: try again, or change something first.
-
-    A process that a signal ended (the machine's memory, a drained node) may start next time; one
-    that left with an exception of its own will raise it again, and vLLM then ends the others.
-
-    Worked example: exit code -9 alone is the former; 1, or 1 and -15, the latter.
-    """
-    codes = set(exit_codes)
-    told = f"vLLM {vllm.__version__} could not start capturing {target}: {error} "
-    if codes and max(codes) < 0:
-        return RetryableError(
-            f"{told}Its process was ended by a signal. If that was for want of memory, lower "
-            "batch_tokens; else run the same command again."
-        )
-    return UserError(
-        f"{told}The cause stands above this in the log. If memory is short, lower batch_tokens; if "
-        "the model is not supported, set backend: hf."
-    )
+    return [process.exitcode for process in processes if process.exitcode is not None]

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from shared.errors import OutputError
 from shared.target import model as targets
-from stages.dump.checks.checks import ShardChecks, check_sample, logits, spread
+from stages.dump.backends.stats import measure
+from stages.dump.checks.checks import BadStates, ShardChecks, check_sample, logits, spread
 from stages.dump.checks.faults import require_right
 from stages.dump.plan import ShardRows, probe_rows
 from tests.models import tiny_llama
@@ -87,10 +88,10 @@ def test_rebuilt_logits_are_the_models(folder: Path, greedy: Greedy) -> None:
 
 def test_right_states_pass(folder: Path, greedy: Greedy) -> None:
     row = greedy.states[:NUM_TOKENS]
-    check_sample("a", row, num_tokens=NUM_TOKENS, num_states=4)
+    check_sample(row, num_tokens=NUM_TOKENS, num_states=4)
     asked = checks(folder, greedy)
     assert asked.agreement().share > 0.95
-    assert asked.agreement().asked == NUM_ROWS * 32
+    assert asked.agreement().positions == NUM_ROWS * 32
     assert require(asked, greedy.logprobs) < 0.05
     assert require(asked, {}) is None, "nothing was told, so nothing was measured"
 
@@ -105,7 +106,7 @@ def test_alignment_worked_example(folder: Path) -> None:
     )
     rows = ShardRows(["a"], [[7, 8, 20, 2]], [[0, 0, 1, 1]])
     agreement = ShardChecks(config, tensors, rows, states, [0, 4]).agreement()
-    assert (agreement.hits, agreement.asked) == (2, 2)
+    assert (agreement.hits, agreement.positions) == (2, 2)
 
 
 def test_a_rows_first_token_is_not_asked_of_the_row_before(folder: Path) -> None:
@@ -113,7 +114,7 @@ def test_a_rows_first_token_is_not_asked_of_the_row_before(folder: Path) -> None
     states = torch.zeros(4, 4, config.hidden_size)
     rows = ShardRows(["a", "b"], [[7, 8], [9, 5]], [[0, 1], [1, 1]])
     found = ShardChecks(config, targets.read_tensors(config), rows, states, [0, 2, 4])
-    assert found.agreement().asked == 2
+    assert found.agreement().positions == 2
 
 
 def test_spread_worked_example() -> None:
@@ -210,23 +211,43 @@ def test_answers_of_another_target_are_told_from_wrong_states(folder: Path, gree
         require(asked, {})
 
 
-def test_a_gap_that_is_no_number_fails(folder: Path, greedy: Greedy) -> None:
-    told = {0: torch.full((NUM_TOKENS - 1,), torch.nan)}
-    with pytest.raises(OutputError, match="by nan nats"):
-        require(checks(folder, greedy), told)
+@pytest.mark.parametrize("row", range(NUM_ROWS))
+def test_a_gap_that_is_not_a_number_fails_whichever_row_has_it(
+    folder: Path, greedy: Greedy, row: int
+) -> None:
+    reported = {**greedy.logprobs, row: torch.full((NUM_TOKENS - 1,), torch.nan)}
+    with pytest.raises(OutputError, match=f"by nan nats on average in sample row-{row}"):
+        require(checks(folder, greedy), reported)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, NUM_TOKENS])
+def test_stats_of_parts_are_those_of_the_whole(greedy: Greedy, chunk: int) -> None:
+    """Against plain torch over all entries; a layer that is constant, one that holds a NaN."""
+    states = greedy.states[:NUM_TOKENS].clone()
+    states[:, 1] = states[:1, 1]
+    states[5, 2, 3] = torch.nan
+    states[9:12, -1] = 0
+    parts = [measure(part, states[0]) for part in states.split(chunk)]
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole.joined(part)
+    expected = states.abs().amax(dim=(0, 2)).float()
+    torch.testing.assert_close(whole.magnitude, expected, rtol=0, atol=0, equal_nan=True)
+    assert whole.is_constant.tolist() == [False, True, False, False]
+    assert int(whole.filled) == NUM_TOKENS - 3
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "reason"),
     [
-        ("short", "expected states"),
-        ("nan", "NaN"),
-        ("infinite", "NaN or infinity"),
-        ("zero layer", "all zero"),
-        ("constant layer", "same at every token"),
+        ("short", "states_wrong_shape"),
+        ("nan", "states_not_finite"),
+        ("infinite", "states_not_finite"),
+        ("zero layer", "states_zero"),
+        ("constant layer", "states_constant"),
     ],
 )
-def test_planted_faults_fail_the_sample(greedy: Greedy, fault: str, told: str) -> None:
+def test_planted_faults_fail_the_sample(greedy: Greedy, fault: str, reason: str) -> None:
     planted = greedy.states[:NUM_TOKENS].clone()
     if fault == "short":
         planted = planted[:-1]
@@ -238,5 +259,5 @@ def test_planted_faults_fail_the_sample(greedy: Greedy, fault: str, told: str) -
         planted[:, 2] = 0
     else:
         planted[:, 2] = planted[:1, 2]
-    with pytest.raises(OutputError, match=told):
-        check_sample("a", planted, num_tokens=NUM_TOKENS, num_states=4)
+    with pytest.raises(BadStates, match=reason):
+        check_sample(planted, num_tokens=NUM_TOKENS, num_states=4)
