@@ -111,12 +111,23 @@ def _read_plan(path: Path) -> None:
 
 def _make_sidecar(folder: Path) -> Path:
     (folder / "shard_00000.pt").write_bytes(b"1234")
-    facts = {"rows": "d", "files": {"shard_00000.pt": {"bytes": 4, "sha256": "x"}}}
-    return written(folder / "shard_00000.json", facts | {"agreement": {"right": 1, "of": 2}})
+    facts = {
+        "rows": "d",
+        "tokens": 5,
+        "hits": 1,
+        "positions": 2,
+        "logprob_gap": 0.1,
+        "failed": [{"row": "a", "failed": "states_zero", "detail": ""}],
+        "files": {"shard_00000.pt": {"bytes": 4, "sha256": "x"}},
+    }
+    return written(folder / "shard_00000.json", facts)
 
 
 def _read_sidecar(path: Path) -> None:
-    read_sidecar(path.parent, ShardPlan(0, 0, 2, 5, "d", path))
+    facts = read_sidecar(path.parent, ShardPlan(0, 0, 2, 5, "d", path))
+    if facts is not None:
+        _ = [failure["row"] for failure in facts["failed"]], facts["tokens"] + facts["hits"]
+        _ = facts["positions"], facts["logprob_gap"]
 
 
 def _make_data_config(folder: Path) -> Path:
