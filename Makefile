@@ -43,6 +43,16 @@ demo: setup ## All four stages on a small target made on the spot: ten minutes o
 	$(PY) -m stages.demo make-target $(WORKSPACE)/targets/demo
 	$(PY) -m stages.ops run --recipe compose/recipes/demo/recipe.yaml
 
+# quarter: a narrow domain, a quarter of an hour. night: all kinds of prompts, hours.
+TIER ?= quarter
+REAL_night := --domain broad --num_prompts 5000 --num_held_out 96
+
+.PHONY: real
+real: setup ## The chain on a pretrained model, SmolLM2-135M: TIER=quarter or night, PROMPTS=file.jsonl for your own.
+	$(PY) -m stages.demo real-target $(WORKSPACE)/targets/smollm2-$(TIER) $(REAL_$(TIER)) \
+	  $(if $(PROMPTS),--prompts $(PROMPTS))
+	$(PY) -m stages.ops run --recipe compose/recipes/smollm2/$(TIER).yaml
+
 .PHONY: images
 images: ## Build the images of the four stages and ops; FLAVOUR=cpu for a machine without a GPU.
 	$(if $(filter cpu,$(FLAVOUR)),$(COMPOSE_CPU),$(COMPOSE)) --profile stages --profile tools build
@@ -85,7 +95,7 @@ format: setup ## Rewrite the sources in the one style.
 lock: setup ## Resolve requirements.lock anew from pyproject.toml.
 	$(PY) -m piptools compile --quiet --generate-hashes --strip-extras --no-header --no-emit-find-links \
 	  --no-emit-index-url --no-emit-options \
-	  --extra cpu --extra dev --output-file requirements.lock pyproject.toml \
+	  --extra cpu --extra real --extra dev --output-file requirements.lock pyproject.toml \
 	  --unsafe-package torch --unsafe-package torchvision --unsafe-package torchaudio \
 	  --unsafe-package torchcodec --unsafe-package triton
 	sed -i '/^# WARNING: The following/,$$d' requirements.lock  # torch is pinned above, not there

@@ -2,7 +2,13 @@
 """`python -m stages.demo`: make a target to try everything on."""
 
 from shared.cli import launch
-from stages.demo.config import MakeTargetConfig
+from stages.demo.config import MakeTargetConfig, RealTargetConfig
 
 if __name__ == "__main__":
-    launch("demo", {"make-target": (MakeTargetConfig, "stages.demo.run:run")})
+    launch(
+        "demo",
+        {
+            "make-target": (MakeTargetConfig, "stages.demo.run:run"),
+            "real-target": (RealTargetConfig, "stages.demo.run:run_real"),
+        },
+    )

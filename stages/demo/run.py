@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the demo's target."""
+"""Makes the demo's target, or fetches the real one."""
 
 import logging
 
-from stages.demo.config import MakeTargetConfig
+from stages.demo.config import MakeTargetConfig, RealTargetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,3 +27,20 @@ def run(config: MakeTargetConfig) -> None:
         facts.mean_entropy_nats,
         100 * facts.distinct_answers,
     )
+
+
+def run_real(config: RealTargetConfig) -> None:
+    """Fetch the pretrained target and write its prompts."""
+    from stages.demo.real.prompts import write_prompts
+    from stages.demo.real.target import make_real_target
+
+    found = make_real_target(config.out, model=config.model, revision=config.revision)
+    write_prompts(
+        config.out,
+        given=config.prompts,
+        domain=config.domain,
+        rows=config.num_prompts,
+        held_out=config.num_held_out,
+        seed=config.seed,
+    )
+    logger.info("target at %s, from %s", config.out, found.source)
