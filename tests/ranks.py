@@ -15,6 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch.distributed.tensor import DTensor
 
 from shared.contracts.head_config import HeadConfig
+from shared.target.tensors import FinalNorm
 from stages.train.data.dataset import Batch, Sample, split_step
 from stages.train.loop import distributed
 from stages.train.loop.optimizer import make_optimizer
@@ -100,7 +101,7 @@ def run_case(accelerator: Accelerator, how: str, case: str, folder: Path) -> Non
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
-    target = TargetOutput(torch.rand(16) + 0.5, 1e-5, torch.randn(21, 16))
+    target = TargetOutput(FinalNorm(torch.rand(16) + 0.5, 1e-5), torch.randn(21, 16))
     step = TrainingStep(head, target, num_steps=NUM_STEPS, decay=0.8)
     module = distributed.joined(accelerator, step, how)
     optimizer = make_optimizer(module, learning_rate=1e-2)

@@ -1,34 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target as files: its config, the three tensors that others need, its weights' hash.
+"""The target as files: where it is, its config, its weights' hash.
 
-Nothing here loads the whole model. Its tokenizer is `shared/target/tokenizer.py`'s.
+What it computes between its last layer and its logits is `adapter.py`'s, its tokenizer
+`tokenizer.py`'s.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shared.config import RunConfig
 from shared.errors import RetryableError, UserError
 from shared.io.files import read_json, require_file
-from shared.io.safetensors_files import read_tensor
 from shared.paths import find_input
 
-if TYPE_CHECKING:
-    import torch
-
-_EMBEDDING = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
-_FINAL_NORM = ("model.norm.weight", "language_model.model.norm.weight")
-_LM_HEAD = ("lm_head.weight", "language_model.lm_head.weight")
-# Norms that multiply by 1 + weight instead of weight.
-_UNIT_OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "gemma3_text")
+# Where configs of vision and speech models keep that of the model that answers in text.
+_TEXT_PARTS = ("thinker_config", "text_config", "llm_config", "language_config", "language_model")
+_SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetConfig:
-    """What the stages need to know of the target's config.json (its text part, for a VLM)."""
+    """What the stages need to know of the target's config.json.
+
+    Attributes:
+        raw: its text part, as it stands in the file; the whole file for a text model.
+        whole: the whole file.
+        trust_remote_code: whether Python code beside the weights may be run.
+    """
 
     folder: Path
     raw: dict[str, Any]
@@ -36,19 +39,26 @@ class TargetConfig:
     num_layers: int
     hidden_size: int
     vocab_size: int
+    whole: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trust_remote_code: bool = False
 
     @property
-    def logit_scale(self) -> float:
-        """Factor on the logits (cohere's logit_scale, granite's 1/logits_scaling)."""
-        if scaling := self.raw.get("logits_scaling"):
-            return 1.0 / float(scaling)
-        return float(self.raw.get("logit_scale") or 1.0)
+    def parts(self) -> list[dict[str, Any]]:
+        """The file and its nested configs, down to the text part."""
+        return list(_text_parts(self.whole or self.raw))
 
-    @property
-    def logit_softcap(self) -> float | None:
-        """C of c * tanh(logits / c), or None."""
-        value = self.raw.get("final_logit_softcapping")
-        return float(value) if value else None
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """`raw` with its class's own values for all that the file leaves out.
+
+        Costs the import of transformers.
+
+        Raises:
+            UserError: no class of transformers takes this config.
+        """
+        from shared.target.classes import settings
+
+        return settings(self)
 
 
 def locate(
@@ -63,12 +73,20 @@ def locate(
     found = find_input(target, workspace)
     if found is not None:
         if not found.is_dir():
-            raise UserError(f"{label}: expected a model's folder, found the file {found}.")
+            raise UserError(
+                f"{label}: expected a model's folder, found the file {found}.",
+                code="target-not-a-folder",
+                remedy="Name the folder that holds its config.json.",
+                facts={"path": str(found)},
+            )
         return found
     if target.count("/") != 1 or target.startswith((".", "/")):
         raise UserError(
             f"{label}: expected a model's folder at {workspace / target} or "
-            f"{Path(target).absolute()}, or a hub id (organisation/name); found neither."
+            f"{Path(target).absolute()}, or a hub id (organisation/name); found neither.",
+            code="target-not-found",
+            remedy="Correct the name, or mount the folder.",
+            facts={"target": target},
         )
     import huggingface_hub
     from huggingface_hub import errors as hub
@@ -76,11 +94,18 @@ def locate(
     try:
         return Path(huggingface_hub.snapshot_download(target, revision=revision))
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
-        raise UserError(f"{label}: {target} is no folder, and the hub says: {error}") from error
+        raise UserError(
+            f"{label}: {target} is no folder, and the hub answered: {error}",
+            code="target-not-on-hub",
+            remedy="Correct the name or the revision, or set HF_TOKEN if the target is private or gated.",
+            facts={"target": target, "revision": revision},
+        ) from error
     except (hub.LocalEntryNotFoundError, OSError) as error:
         raise RetryableError(
-            f"{label}: {target} is no folder here, and the hub could not be reached ({error}). "
-            "Check the name, the network, or HF_HOME for a filled cache."
+            f"{label}: {target} is no folder here, and the hub could not be reached ({error}).",
+            code="hub-unreachable",
+            remedy="Check the name and the network, or set HF_HOME to a filled cache.",
+            facts={"target": target},
         ) from error
 
 
@@ -95,72 +120,49 @@ def locate_trained(run: RunConfig, workspace: Path) -> Path:
     return locate(run.target, workspace, revision=run.target_revision)
 
 
-def read_config(folder: Path) -> TargetConfig:
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> TargetConfig:
     """The target's config.json.
+
+    Sizes that it leaves out are those of its class in transformers.
 
     Raises:
         UserError: missing, not JSON, or without the sizes that every decoder has.
     """
     path = folder / "config.json"
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a model's config, found {type(raw).__name__}.")
-    inner = raw.get("text_config")
-    text: dict[str, Any] = inner if isinstance(inner, dict) else raw
-    try:
-        return TargetConfig(
-            folder=folder,
-            raw=text,
-            model_type=str(text.get("model_type", "")),
-            num_layers=int(text["num_hidden_layers"]),
-            hidden_size=int(text["hidden_size"]),
-            vocab_size=int(text["vocab_size"]),
+    whole = read_json(path)
+    if not isinstance(whole, dict):
+        raise UserError(
+            f"{path}: expected a model's config, found {type(whole).__name__}.",
+            code="target-config-shape",
+            remedy="Restore the file as it was published.",
+            facts={"path": str(path)},
         )
+    *_, raw = _text_parts(whole)
+    config = TargetConfig(
+        folder, raw, str(raw.get("model_type", "")), 0, 0, 0, whole, trust_remote_code
+    )
+    known = raw if all(raw.get(name) for name in _SIZES) else config.settings
+    try:
+        num_layers, hidden_size, vocab_size = (int(known[name]) for name in _SIZES)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"{path}: expected num_hidden_layers, hidden_size and vocab_size: {error!r}"
+            f"{path}: expected whole numbers as {', '.join(_SIZES)}, found {error!r}.",
+            code="target-config-sizes",
+            remedy="Give the folder of a text model, with its config.json as it was published.",
+            facts={"path": str(path)},
         ) from error
+    return dataclasses.replace(
+        config, num_layers=num_layers, hidden_size=hidden_size, vocab_size=vocab_size
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class TargetTensors:
-    """The tensors between hidden states and tokens."""
-
-    embed_tokens: "torch.Tensor"  # [V, H]
-    norm_weight: "torch.Tensor"  # [H], the effective factor (1 + w already added for gemma)
-    lm_head: "torch.Tensor"  # [V, H]
-    norm_eps: float
-
-
-def _expect(
-    tensor: "torch.Tensor | None", names: tuple[str, ...], config: TargetConfig
-) -> "torch.Tensor":
-    if tensor is None or tensor.shape[-1] != config.hidden_size:
-        raise UserError(
-            f"{config.folder}: expected the tensor {names[0]} with last dimension "
-            f"{config.hidden_size}, found {None if tensor is None else list(tensor.shape)}."
-        )
-    return tensor
-
-
-def read_tensors(config: TargetConfig) -> TargetTensors:
-    """Embedding, final norm and lm_head; lm_head is the embedding where the target ties them.
-
-    Raises:
-        UserError: a name is missing, or a shape does not fit the config.
-    """
-    embed = read_tensor(config.folder, _EMBEDDING)
-    norm = read_tensor(config.folder, _FINAL_NORM)
-    lm_head = read_tensor(config.folder, _LM_HEAD)
-    if lm_head is None and config.raw.get("tie_word_embeddings", False):
-        lm_head = embed
-    embed = _expect(embed, _EMBEDDING, config)
-    norm = _expect(norm, _FINAL_NORM, config)
-    lm_head = _expect(lm_head, _LM_HEAD, config)
-    if config.model_type in _UNIT_OFFSET_NORMS:
-        norm = norm.float() + 1.0
-    eps = float(config.raw.get("rms_norm_eps") or 1e-6)
-    return TargetTensors(embed, norm, lm_head, eps)
+def _text_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config, and in it the config of its text part, and so on."""
+    yield config
+    for name in _TEXT_PARTS:
+        if isinstance(config.get(name), dict):
+            yield from _text_parts(config[name])
+            return
 
 
 def weights_hash(folder: Path) -> str:

@@ -42,7 +42,7 @@ def run(config: DumpConfig) -> None:
     """
     source = sources.open_source(config)
     folder = target.locate_trained(config.run, config.workspace)
-    target_config = target.read_config(folder)
+    target_config = target.read_config(folder, trust_remote_code=config.run.trust_remote_code)
     aux_layers = layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers)
     target_hash = target.weights_hash(folder)
     source.require_target(folder, target_hash)

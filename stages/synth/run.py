@@ -41,7 +41,7 @@ def run(config: SynthConfig) -> None:
     target_folder = target.locate(
         config.run.target, config.workspace, revision=config.run.target_revision
     )
-    target.read_config(target_folder)
+    target.read_config(target_folder, trust_remote_code=config.run.trust_remote_code)
     require_chat_template(target_folder)
     inputs["target"] = target.weights_hash(target_folder)
     inputs["tokenizer"] = tokenizer_hash(target_folder)

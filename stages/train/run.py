@@ -22,7 +22,7 @@ from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
 from stages.train.export import warm_start
 
 if TYPE_CHECKING:
-    from shared.target.model import TargetTensors
+    from shared.target.tensors import TargetTensors
     from stages.train.loop.trainer import Outcome
 
 
@@ -112,7 +112,7 @@ def run_export(config: ExportConfig) -> None:
     if config.format == "hf":
         export_head(head, out, **options)
     else:
-        architectures = target_config.raw.get("architectures") or []
+        architectures = target_config.whole.get("architectures") or []
         export_speculators(head, out, target_architectures=architectures, **options)
     logger.info("exported step %d to %s", step, out)
     if config.push_to is not None:
@@ -125,12 +125,13 @@ def _head_of(
     config: TrainConfig, target_config: TargetConfig, folder: Path, path: Path
 ) -> tuple[Any, int]:
     """The head of a checkpoint, and the step it is from."""
+    from shared.target.tensors import read_tensors
     from stages.train.loop import checkpoint
 
     state = checkpoint.load(path)
     if state is None:
         raise UserError(f"expected a checkpoint at {path}, found none. Train first.")
-    head = _build(config, target_config, target.read_tensors(target_config), folder)
+    head = _build(config, target_config, read_tensors(target_config), folder)
     try:
         head.load_state_dict(state["weights"])
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -146,7 +147,7 @@ def _inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
     folder = config.paths.stage("dump")
     parent = require_parent(folder, stage="dump", config=config)
     located = target.locate_trained(config.run, config.workspace)
-    target_config = target.read_config(located)
+    target_config = target.read_config(located, trust_remote_code=config.run.trust_remote_code)
     if target.weights_hash(located) != parent["facts"]["target_hash"]:
         raise UserError(
             f"{located} is not the target whose states are in {folder}: its weights changed since. "
@@ -175,7 +176,7 @@ def _build(
     if warm is not None:
         vocabulary.take_over(folder, warm.token_ids(), target_config.vocab_size)
     draft = vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
-    raw = dict(target_config.raw)
+    raw = dict(target_config.settings)
     if config.intermediate_size is not None:
         raw["intermediate_size"] = config.intermediate_size
     aux_layers = layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers)
@@ -203,6 +204,7 @@ def _train(
     # Here, not above: an artifact that is done already must not wait for torch.
     import torch
 
+    from shared.target.tensors import read_tensors
     from stages.train.data.dataset import Dataset
     from stages.train.loop.distributed import make_accelerator, together
     from stages.train.loop.trainer import Trainer
@@ -210,7 +212,7 @@ def _train(
 
     accelerator = make_accelerator(config, folder)
     torch.manual_seed(config.run.seed)
-    tensors = target.read_tensors(target_config)
+    tensors = read_tensors(target_config)
     dump = config.paths.stage("dump")
     states = [name for name in parent["files"] if _holds_states(name)]
     require_unchanged(dump, parent, sorted(parent["files"].keys() - states))
@@ -231,7 +233,7 @@ def _train(
     if not dataset.held_out:
         logger.warning("no walked acceptance length: it needs greedy answers and held-out samples")
     with together(accelerator):
-        return Trainer(config, target_config, tensors, head, dataset, folder, accelerator).run()
+        return Trainer(config, tensors, head, dataset, folder, accelerator).run()
 
 
 def _holds_states(name: str) -> bool:

@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from shared.contracts.head_config import HeadConfig
+from shared.target.tensors import FinalNorm
 from stages.train.data.dataset import Batch
 from stages.train.loop.distributed import product_dtype
 from stages.train.loop.optimizer import make_optimizer
@@ -27,7 +28,7 @@ class Ours:
         )
         head.load_state_dict(tensors, strict=False)
         rows = target["target.lm_head"].to(product_dtype(self.accelerator))
-        output = TargetOutput(target["target.norm"], problem.EPS, rows)
+        output = TargetOutput(FinalNorm(target["target.norm"], problem.EPS), rows)
         if without:
             switches.switch_off(without)
         self.module = TrainingStep(head, output, num_steps=shape.ttt_steps, decay=problem.DECAY)

@@ -20,8 +20,8 @@ import torch
 from shared.contracts.row_files import RowFile
 from shared.errors import UserError
 from shared.paths import require_input
-from shared.target import model as targets
 from shared.target.model import TargetConfig
+from shared.target.tensors import FinalNorm, read_tensors
 from stages.dump.backends.base import Captured, Row
 from stages.dump.config import DumpConfig
 from stages.dump.sources import state_files
@@ -48,7 +48,7 @@ class StateFiles:
         self.folder = require_input(str(config.states), config.workspace, label="dump.states")
         self._num_states = num_states
         self._hidden_size = target.hidden_size
-        self._norm_weight = targets.read_tensors(target).norm_weight.float()  # [H]
+        self._norm = read_tensors(target).norm
         self._example: dict[bool, str] = {}  # is normed -> the first file that shows it
         self._sample_convention()
         order = "after" if self._is_normed else "before"
@@ -74,7 +74,7 @@ class StateFiles:
             self._note_convention(row.sample_id, states[:, -1])
             if self._is_normed:
                 states = states.clone()
-                states[:, -1] = (states[:, -1].float() / self._norm_weight).to(states.dtype)
+                states[:, -1] = self._norm.unscaled(states[:, -1]).to(states.dtype)
             yield Captured(index, states, None)
 
     def _file(self, name: str) -> RowFile:
@@ -106,7 +106,7 @@ class StateFiles:
         is_sound = bool(final.isfinite().all()) and bool(final.any(dim=-1).all())
         if len(final) < _MIN_TOKENS or not is_sound:
             return False
-        normed = is_normed(final, self._norm_weight)
+        normed = is_normed(final, self._norm)
         self._example.setdefault(normed, name)
         if len(self._example) == 2:
             raise UserError(
@@ -119,14 +119,14 @@ class StateFiles:
         return True
 
 
-def is_normed(final: torch.Tensor, norm_weight: torch.Tensor) -> bool:
-    """Whether states [T, H] are RMS-normed with `norm_weight` [H]: y / w has a mean square of 1.
+def is_normed(final: torch.Tensor, norm: FinalNorm) -> bool:
+    """Whether states [T, H] were normed with `norm`: without weight w, their mean square is 1.
 
     Worked example, w = [2, 0.5]: x = [3, 4] normed is w * x / sqrt(12.5) = [1.70, 0.57], and
     [0.85, 1.13] = y / w has the mean square (0.72 + 1.28) / 2 = 1. x / w = [1.5, 8] has 33.
     """
     # An entry whose weight is almost zero shows nothing.
-    kept = norm_weight.abs() > 1e-3 * norm_weight.abs().max()
-    unit = final.float()[:, kept] / norm_weight[kept]
+    weight = norm.weight.float().abs()
+    unit = norm.unscaled(final)[:, weight > 1e-3 * weight.max()]
     size = unit.square().mean(-1).sqrt()
     return bool(((size - 1).abs() < _NORMED_WITHIN).all())

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
-from shared.target.model import TargetConfig, TargetTensors
+from shared.target.tensors import TargetTensors
 from stages.dump.backends.stats import Stats, measure
 from stages.dump.plan import ShardRows
 
@@ -24,8 +24,6 @@ from stages.dump.plan import ShardRows
 POSITIONS_A_SHARD, POSITIONS_OF_MOST = 256, 64
 FULL_EVERY_SHARDS = 8
 POSITIONS_A_PROBE = 64
-# Rows of lm_head that are held as float32 at once.
-_HEAD_ROWS = 16384
 
 
 class BadStates(Exception):
@@ -65,27 +63,6 @@ def check_sample(
         raise BadStates("states_zero", f"a layer's states are all zero (largest: {magnitude})")
     if num_tokens > 1 and bool(is_constant.any()):
         raise BadStates("states_constant", "a layer's states are the same at every token")
-
-
-def final_norm(final: torch.Tensor, tensors: TargetTensors, *, offset: float = 0.0) -> torch.Tensor:
-    """RMS norm of [n, H]: y * rsqrt(mean(y^2) + eps) * (weight + offset), in float32."""
-    final = final.float()
-    scale = torch.rsqrt(final.square().mean(-1, keepdim=True) + tensors.norm_eps)
-    return final * scale * (tensors.norm_weight.float() + offset)
-
-
-def head_logits(normed: torch.Tensor, config: TargetConfig, tensors: TargetTensors) -> torch.Tensor:
-    """Logits [n, V] of normed states [n, H]: lm_head, the logit scale, then the softcap."""
-    parts = [normed.float() @ rows.float().T for rows in tensors.lm_head.split(_HEAD_ROWS)]
-    values = torch.cat(parts, dim=-1) * config.logit_scale
-    if config.logit_softcap:
-        values = torch.tanh(values / config.logit_softcap) * config.logit_softcap
-    return values
-
-
-def logits(final: torch.Tensor, config: TargetConfig, tensors: TargetTensors) -> torch.Tensor:
-    """The target's logits [n, V] from its final states [n, H] before the norm, in float32."""
-    return head_logits(final_norm(final, tensors), config, tensors)
 
 
 def token_logprobs(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -140,7 +117,6 @@ class Probe:
 class ShardChecks:
     """A shard's states [T, A+1, H] compared with its tokens and with the engine's report."""
 
-    config: TargetConfig
     tensors: TargetTensors
     rows: ShardRows
     states: torch.Tensor
@@ -158,7 +134,7 @@ class ShardChecks:
         predicting = spread(mask[1:].nonzero().flatten(), max_positions)
         if not predicting.numel():
             return Agreement(0, 0)
-        predicted = logits(self.states[predicting, -1], self.config, self.tensors).argmax(-1)
+        predicted = self.tensors.logits(self.states[predicting, -1]).argmax(-1)
         return Agreement(int((predicted == ids[1:][predicting]).sum()), predicting.numel())
 
     def probe(self, row: int, logprobs: torch.Tensor) -> Probe:
@@ -175,5 +151,5 @@ class ShardChecks:
             if reported.numel():
                 probe = self.probe(row, reported)
                 final = probe.states[probe.positions, -1]
-                result[row] = probe.gap(logits(final, self.config, self.tensors))
+                result[row] = probe.gap(self.tensors.logits(final))
         return result

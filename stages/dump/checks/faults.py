@@ -5,6 +5,7 @@ Each known fault leaves a trace: once it is undone, the rebuilt log-probabilitie
 again. So every fault that can be undone from what is stored is tried out, not guessed.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
@@ -15,9 +16,6 @@ from stages.dump.checks.checks import (
     Agreement,
     Probe,
     ShardChecks,
-    final_norm,
-    head_logits,
-    logits,
 )
 
 _SCALES = torch.logspace(-6, 6, 49, base=2.0).tolist()
@@ -93,8 +91,8 @@ def name_fault(checks: ShardChecks, row: int, reported: torch.Tensor, tolerance:
         if probe.gap(rebuilt) <= tolerance:
             return fault
     final = probe.states[probe.positions, -1]
-    own = probe.gap(logits(final, checks.config, checks.tensors))
-    foreign = probe.gap(logits(final.roll(1, dims=0), checks.config, checks.tensors))
+    own = probe.gap(checks.tensors.logits(final))
+    foreign = probe.gap(checks.tensors.logits(final.roll(1, dims=0)))
     if own < _STILL_ITS_OWN * foreign:
         return "a shifted layer: the states fit their tokens, and are not the last layer's"
     return "mixed-up requests: the states belong to tokens that this shard does not hold"
@@ -102,41 +100,41 @@ def name_fault(checks: ShardChecks, row: int, reported: torch.Tensor, tolerance:
 
 def _undone(checks: ShardChecks, row: int, probe: Probe) -> Iterator[tuple[str, torch.Tensor]]:
     """(fault, logits [n, V] as they would be without it), for each fault that can be undone."""
-    config, tensors = checks.config, checks.tensors
+    tensors = checks.tensors
     final = probe.states[probe.positions, -1]
     yield (
         "a missing norm: the states were taken after the final norm, not before it",
-        head_logits(final, config, tensors),
+        tensors.head_logits(final),
     )
     for offset in (1.0, -1.0):
-        normed = final_norm(final, tensors, offset=offset)
+        norm = dataclasses.replace(tensors.norm, weight=tensors.norm.weight.float() + offset)
         yield (
-            f"a norm that multiplies by weight {offset:+.0f} (model type {config.model_type}): "
-            "the states are right, and shared/target/model.py does not know this norm",
-            head_logits(normed, config, tensors),
+            f"a norm that multiplies by weight {offset:+.0f}: the states are right, and the engine "
+            "norms them otherwise than transformers' class",
+            tensors.head_logits(norm(final)),
         )
     for slot in range(probe.states.shape[1] - 1):
         wrong = probe.states[probe.positions, slot]
         yield (
             f"layers in a wrong order: slot {slot} is the final state",
-            logits(wrong, config, tensors),
+            tensors.logits(wrong),
         )
     for step, when in ((1, "late"), (-1, "early")):
         neighbour = (probe.positions + step).clamp(0, probe.states.shape[0] - 1)
         yield (
             f"states shifted by a token: each is stored one token {when}",
-            logits(probe.states[neighbour, -1], config, tensors),
+            tensors.logits(probe.states[neighbour, -1]),
         )
     yield from _of_other_rows(checks, row, probe)
-    values = logits(final, config, tensors)
+    values = tensors.logits(final)
     for scale in _SCALES:
         yield (
-            f"a logit scale of {scale:.3g} that shared/target/model.py does not know: the states are right",
+            f"a logit scale of {scale:.3g} that transformers' class does not have: the states are right",
             values * scale,
         )
     for cap in _SOFTCAPS:
         yield (
-            f"a softcap of {cap:.0f} that shared/target/model.py does not know: the states are right",
+            f"a softcap of {cap:.0f} that transformers' class does not have: the states are right",
             torch.tanh(values / cap) * cap,
         )
 
@@ -151,5 +149,5 @@ def _of_other_rows(
             continue
         yield (
             f"mixed-up requests: its states lie at sample {checks.rows.sample_ids[other]}",
-            logits(states[probe.positions], checks.config, checks.tensors),
+            checks.tensors.logits(states[probe.positions]),
         )

@@ -24,8 +24,8 @@ from shared.artifacts.manifest_shape import Count, Entry, FileName
 from shared.io import files
 from shared.io.records import Shape, read_record
 from shared.runtime.process import stop_if_requested
-from shared.target import model as targets
 from shared.target.model import TargetConfig
+from shared.target.tensors import read_tensors
 from stages.dump.backends.base import Backend, Row
 from stages.dump.checks.checks import (
     FULL_EVERY_SHARDS,
@@ -95,8 +95,7 @@ class ShardWriter:
         self.config = config
         self.min_agreement = min_agreement
         self._shape = (num_states, target.hidden_size)
-        self._target = target
-        self._tensors = targets.read_tensors(target)
+        self._tensors = read_tensors(target)
 
     def capture(
         self,
@@ -192,7 +191,7 @@ class ShardWriter:
         Raises:
             OutputError: they are not those of the target.
         """
-        checks = ShardChecks(self._target, self._tensors, shard.rows, shard.states, shard.starts)
+        checks = ShardChecks(self._tensors, shard.rows, shard.states, shard.starts)
         is_full = shard.plan.index % FULL_EVERY_SHARDS == 0
         agreement = checks.agreement(POSITIONS_A_SHARD if is_full else POSITIONS_OF_MOST)
         gap = require_right(

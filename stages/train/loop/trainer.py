@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from shared.errors import OutputError, UserError
 from shared.runtime.process import stop_requested, stopped
 from shared.runtime.status import Status
-from shared.target.model import TargetConfig, TargetTensors
+from shared.target.tensors import TargetTensors
 from stages.train.config import TrainConfig
 from stages.train.data.dataset import Dataset, Sample, pack, training_steps
 from stages.train.data.loader import micro_batches, prefetched
@@ -64,7 +64,6 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        target_config: TargetConfig,
         tensors: TargetTensors,
         head: DraftHead,
         dataset: Dataset,
@@ -85,14 +84,13 @@ class Trainer:
         )
         rows = head.to_target_ids(torch.arange(head.config.draft_vocab_size, device=self.device))
         target = TargetOutput(
-            norm_weight=tensors.norm_weight.to(self.device).float(),
-            norm_eps=tensors.norm_eps,
+            norm=tensors.norm.to(self.device),
             # As served: in mixed precision its products are the target's own bf16 ones.
             lm_head=tensors.lm_head.to(self.device)[rows].to(
                 distributed.product_dtype(accelerator)
             ),
-            logit_scale=target_config.logit_scale,
-            softcap=target_config.logit_softcap,
+            logit_scale=tensors.logit_scale,
+            softcap=tensors.softcap,
         )
         step = TrainingStep(head, target, num_steps=config.ttt_steps, decay=config.loss_decay)
         self.module = distributed.joined(accelerator, step, config.distributed)

@@ -16,7 +16,7 @@ from shared.contracts.hidden_states import Shard
 from shared.contracts.row_files import RowFile
 from shared.errors import RetryableError, UserError
 from shared.io.tensor_files import is_dense, load_tensors, save_tensors
-from shared.target.model import TargetTensors
+from shared.target.tensors import TargetTensors
 from stages.train.data.dataset import Dataset
 from stages.train.model import DraftHead
 from stages.train.objective.target_output import target_argmax
@@ -78,8 +78,7 @@ def _flags(
 ) -> Tensor:
     best = target_argmax(
         shard.hidden_states[:, -1].to(device),
-        norm_weight=tensors.norm_weight.to(device).float(),
-        norm_eps=tensors.norm_eps,
+        norm=tensors.norm.to(device),
         lm_head=tensors.lm_head.to(device),
     )
     flags: Tensor = head.t2d[best].cpu()

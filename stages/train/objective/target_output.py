@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.target.tensors import FinalNorm
 from stages.train.kernels.precision import at_least_float32
 
 
@@ -18,24 +19,20 @@ class TargetOutput:
     """The target from its last pre-norm state to logits over the draft vocabulary.
 
     Attributes:
-        norm_weight: [H] the factor in effect (gemma's 1 + w is added by the caller).
-        norm_eps: of that RMS norm.
+        norm: the final norm.
         lm_head: [D, H] the rows of the draft vocabulary, in draft order.
         logit_scale: factor on the logits.
         softcap: c of c * tanh(logits / c), or None.
     """
 
-    norm_weight: Tensor
-    norm_eps: float
+    norm: FinalNorm
     lm_head: Tensor
     logit_scale: float = 1.0
     softcap: float | None = None
 
     def logits(self, finals: Tensor) -> Tensor:
         """[C, H] states before the final norm to [C, D] logits, at least float32."""
-        logits = F.linear(
-            _normed(finals, self.norm_weight, self.norm_eps, self.lm_head.dtype), self.lm_head
-        )
+        logits = F.linear(self.norm(finals).to(self.lm_head.dtype), self.lm_head)
         logits = at_least_float32(logits)
         if self.logit_scale != 1:
             logits = logits * self.logit_scale
@@ -43,7 +40,7 @@ class TargetOutput:
 
 
 def target_argmax(
-    finals: Tensor, *, norm_weight: Tensor, norm_eps: float, lm_head: Tensor, chunk_rows: int = 256
+    finals: Tensor, *, norm: FinalNorm, lm_head: Tensor, chunk_rows: int = 256
 ) -> Tensor:
     """[T] int64: the target's most likely next token over its full vocabulary, at each token.
 
@@ -51,13 +48,7 @@ def target_argmax(
     `in_vocab = t2d[target_argmax(...)]`, made once with the data.
     """
     parts = [
-        F.linear(_normed(chunk, norm_weight, norm_eps, lm_head.dtype), lm_head).argmax(-1)
+        F.linear(norm(chunk).to(lm_head.dtype), lm_head).argmax(-1)
         for chunk in finals.split(chunk_rows)
     ]
     return torch.cat(parts) if parts else finals.new_zeros(0, dtype=torch.int64)
-
-
-def _normed(finals: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """RMS norm of [C, H], in float32 inside and `dtype` outside."""
-    precise = at_least_float32(finals)
-    return F.rms_norm(precise, weight.shape, weight.to(precise.dtype), eps).to(dtype)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from shared.target import model as targets
+from shared.target.tensors import read_tensors
 from stages.dump.backends import spool
 from stages.dump.backends.base import Row
 from stages.dump.backends.hf import HfCapture
@@ -151,7 +152,7 @@ def test_ids_one_off_are_caught(captured: Captured) -> None:
 def test_rebuilt_log_probabilities_are_the_engines_own(captured: Captured) -> None:
     """What dump asks of its probe rows, with dump's own tolerance of 0.1 nats."""
     config = targets.read_config(captured.target)
-    tensors = targets.read_tensors(config)
+    tensors = read_tensors(config)
     assert set(captured.logprobs) == set(PROBES)
     for index, told in captured.logprobs.items():
         ids = torch.tensor(make_rows()[index])
@@ -159,12 +160,12 @@ def test_rebuilt_log_probabilities_are_the_engines_own(captured: Captured) -> No
         if not told.numel():
             continue
         final = captured.vllm[index][:-1, -1]
-        rebuilt = checks.token_logprobs(checks.logits(final, config, tensors), ids[1:])
+        rebuilt = checks.token_logprobs(tensors.logits(final), ids[1:])
         assert float((rebuilt - told).abs().mean()) < 0.05
         # Planted: the norm left out, and the state of another layer.
         for wrong in (
-            checks.head_logits(final, config, tensors),
-            checks.logits(captured.vllm[index][:-1, -2], config, tensors),
+            tensors.head_logits(final),
+            tensors.logits(captured.vllm[index][:-1, -2]),
         ):
             assert float((checks.token_logprobs(wrong, ids[1:]) - told).abs().mean()) > 0.3
 

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.target import model as targets
+from shared.target.tensors import read_tensors
 from stages.train.model import DraftHead, load_head
 from stages.train.objective.walk import Walk, combine, walk
 from tests.engine.conftest import Demo
@@ -75,7 +76,7 @@ def observe(demo: Demo, head: Path, references: list[Reference]) -> Observation:
 
 @pytest.fixture(scope="module")
 def head(demo: Demo) -> DraftHead:
-    tensors = targets.read_tensors(targets.read_config(demo.target))
+    tensors = read_tensors(targets.read_config(demo.target))
     return load_head(demo.export, tensors.embed_tokens.float()).float().eval()
 
 

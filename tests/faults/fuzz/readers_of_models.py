@@ -12,6 +12,7 @@ from shared.contracts.head_config import HeadConfig
 from shared.errors import OutputError, UserError
 from shared.io.safetensors_files import read_header
 from shared.target import model as target
+from shared.target.tensors import read_tensors
 from stages.bench import head_check as head
 from stages.train.loop import checkpoint
 from stages.train.model import load_head
@@ -41,14 +42,13 @@ def _make_index(folder: Path) -> Path:
 
 def _read_config(path: Path) -> None:
     config = target.read_config(path.parent)
-    _ = config.logit_scale, config.logit_softcap
-    raw = HeadConfig.from_json(config.raw, aux_layers=AUX, draft_vocab_size=4)
+    raw = HeadConfig.from_json(config.settings, aux_layers=AUX, draft_vocab_size=4)
     _ = raw.num_parameters
 
 
 def _read_tensors(path: Path) -> None:
     target.weights_hash(path.parent)
-    tensors = target.read_tensors(target.read_config(path.parent))
+    tensors = read_tensors(target.read_config(path.parent))
     tensors.lm_head.float().sum()
 
 

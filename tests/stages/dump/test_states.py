@@ -19,11 +19,11 @@ from shared.config import build
 from shared.contracts import conversations, hidden_states
 from shared.errors import UserError
 from shared.target import model as target
+from shared.target.tensors import FinalNorm, read_tensors
 from stages.dump.backends import files as files_backend
 from stages.dump.backends.base import Row
 from stages.dump.backends.choose import open_backend
 from stages.dump.backends.files import is_normed
-from stages.dump.checks.checks import logits
 from stages.dump.config import DumpConfig
 from tests.runs import make_synth, run
 
@@ -98,8 +98,8 @@ def test_states_of_modelopt_become_ours(workspace: Path, captured: Path, normed:
     aux = [shard.hidden_states[:, :-1].float() for shard in (ours, theirs)]
     assert (aux[0] - aux[1]).norm() / aux[0].norm() < 0.02
     config = target.read_config(workspace / "tiny")
-    tensors = target.read_tensors(config)
-    one, other = (logits(shard.hidden_states[:, -1], config, tensors) for shard in (ours, theirs))
+    tensors = read_tensors(config)
+    one, other = (tensors.logits(shard.hidden_states[:, -1]) for shard in (ours, theirs))
     assert (one - other).norm() / one.norm() < 0.02
     assert manifest(workspace)["facts"]["agreement"] > 0.95
     assert manifest(workspace)["facts"]["logprob_gap"] is None, "files tell no probabilities"
@@ -248,5 +248,5 @@ def test_the_worked_example() -> None:
     state = torch.tensor([[3.0, 4.0]])
     normed = weight * state / state.square().mean(-1, keepdim=True).sqrt()
     assert normed.tolist() == [[pytest.approx(1.697, abs=1e-3), pytest.approx(0.566, abs=1e-3)]]
-    assert is_normed(normed, weight)
-    assert not is_normed(state, weight)
+    assert is_normed(normed, FinalNorm(weight, 1e-6))
+    assert not is_normed(state, FinalNorm(weight, 1e-6))

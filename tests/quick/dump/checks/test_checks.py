@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from shared.errors import OutputError
 from shared.target import model as targets
+from shared.target.tensors import FinalNorm, read_tensors
 from stages.dump.backends.stats import measure
-from stages.dump.checks.checks import BadStates, ShardChecks, check_sample, logits, spread
+from stages.dump.checks.checks import BadStates, ShardChecks, check_sample, spread
 from stages.dump.checks.faults import require_right
 from stages.dump.plan import ShardRows, probe_rows
 from tests.models import tiny_llama
@@ -69,7 +70,7 @@ def greedy(folder: Path) -> Greedy:
 def checks(folder: Path, greedy: Greedy, states: torch.Tensor | None = None) -> ShardChecks:
     config = targets.read_config(folder)
     stored = greedy.states if states is None else states
-    return ShardChecks(config, targets.read_tensors(config), greedy.rows, stored, greedy.starts)
+    return ShardChecks(read_tensors(config), greedy.rows, stored, greedy.starts)
 
 
 def require(asked: ShardChecks, logprobs: dict[int, torch.Tensor]) -> float | None:
@@ -82,7 +83,7 @@ def test_rebuilt_logits_are_the_models(folder: Path, greedy: Greedy) -> None:
     config = targets.read_config(folder)
     with torch.no_grad():
         expected = model(torch.tensor(greedy.rows.input_ids)).logits.flatten(0, 1)
-    rebuilt = logits(greedy.states[:, -1], config, targets.read_tensors(config))
+    rebuilt = read_tensors(config).logits(greedy.states[:, -1])
     assert float((rebuilt - expected).norm() / expected.norm()) < 0.02
 
 
@@ -99,13 +100,13 @@ def test_right_states_pass(folder: Path, greedy: Greedy) -> None:
 def test_alignment_worked_example(folder: Path) -> None:
     """ids [7, 8, 20, 2], mask [0, 0, 1, 1]: the states at tokens 1 and 2 are asked, no others."""
     config = targets.read_config(folder)
-    tensors = targets.read_tensors(config)
+    tensors = read_tensors(config)
     states = torch.zeros(4, 4, config.hidden_size)
     states[1, -1], states[2, -1] = (
-        tensors.lm_head[token].float() / tensors.norm_weight.float() for token in (20, 2)
+        tensors.lm_head[token].float() / tensors.norm.weight.float() for token in (20, 2)
     )
     rows = ShardRows(["a"], [[7, 8, 20, 2]], [[0, 0, 1, 1]])
-    agreement = ShardChecks(config, tensors, rows, states, [0, 4]).agreement()
+    agreement = ShardChecks(tensors, rows, states, [0, 4]).agreement()
     assert (agreement.hits, agreement.positions) == (2, 2)
 
 
@@ -113,7 +114,7 @@ def test_a_rows_first_token_is_not_asked_of_the_row_before(folder: Path) -> None
     config = targets.read_config(folder)
     states = torch.zeros(4, 4, config.hidden_size)
     rows = ShardRows(["a", "b"], [[7, 8], [9, 5]], [[0, 1], [1, 1]])
-    found = ShardChecks(config, targets.read_tensors(config), rows, states, [0, 2, 4])
+    found = ShardChecks(read_tensors(config), rows, states, [0, 2, 4])
     assert found.agreement().positions == 2
 
 
@@ -184,8 +185,7 @@ def test_faults_of_scale_leave_the_argmax_and_are_caught(folder: Path, greedy: G
         return dict(enumerate(found))
 
     asked = checks(folder, greedy)
-    raw = {**asked.config.raw, "logit_scale": 4.0}
-    asked.config = dataclasses.replace(asked.config, raw=raw)
+    asked.tensors = dataclasses.replace(asked.tensors, logit_scale=4.0)
     assert require(asked, told(values)) < 0.1
     for engine, fault in (
         (values / 4, r"a logit scale of 0\.25 "),
@@ -196,7 +196,9 @@ def test_faults_of_scale_leave_the_argmax_and_are_caught(folder: Path, greedy: G
             require(asked, told(engine))
     offset = checks(folder, greedy)
     tensors = offset.tensors
-    offset.tensors = dataclasses.replace(tensors, norm_weight=tensors.norm_weight.float() - 1)
+    offset.tensors = dataclasses.replace(
+        tensors, norm=FinalNorm(tensors.norm.weight.float() - 1, tensors.norm.eps)
+    )
     with pytest.raises(OutputError, match=r"It looks like a norm that multiplies by weight \+1"):
         require(offset, greedy.logprobs)
 

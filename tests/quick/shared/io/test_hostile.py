@@ -29,6 +29,7 @@ from shared.runtime.status import Accounting
 from shared.target import model as target
 from shared.target.special_tokens import SpecialTokens
 from shared.target.templates import tokenize_conversation
+from shared.target.tensors import read_tensors
 from shared.target.tokenizer import load_tokenizer
 from stages.dump.config import DumpConfig
 from stages.dump.plan import ShardPlan, ShardRows
@@ -291,7 +292,7 @@ def test_an_index_names_no_file_outside(tmp_path: Path) -> None:
     index = {"weight_map": {"model.embed_tokens.weight": "../x.safetensors"}}
     files.write_json(tmp_path / "tiny" / "model.safetensors.index.json", index)
     with pytest.raises(UserError, match="names of files beside it"):
-        target.read_tensors(config)
+        read_tensors(config)
 
 
 # Payloads

@@ -21,7 +21,7 @@ from shared.contracts.head_config import HeadConfig
 from shared.errors import RetryableError, Stopped, UserError
 from shared.io import files
 from shared.runtime.process import stop_requested
-from shared.target.model import TargetConfig, TargetTensors
+from shared.target.tensors import FinalNorm, TargetTensors
 from stages.train.config import TrainConfig
 from stages.train.data.dataset import Dataset
 from stages.train.loop import checkpoint
@@ -36,7 +36,7 @@ DATA_CONFIG = {"hidden_states": {"layer_ids": [2, 4, 5, 8]}, "model": {"hidden_s
 
 
 def random_tensors() -> TargetTensors:
-    return TargetTensors(torch.randn(30, 16), torch.ones(16), torch.randn(30, 16), 1e-5)
+    return TargetTensors(torch.randn(30, 16), FinalNorm(torch.ones(16), 1e-5), torch.randn(30, 16))
 
 
 def dataset(folder: Path, *, answer_tokens: int = 9, holdout: float = 0.0) -> Dataset:
@@ -72,7 +72,6 @@ def trainer(workspace: Path, mixed_precision: str = "no", **sizes: int) -> Train
     dump.mkdir(exist_ok=True)
     return Trainer(
         config,
-        TargetConfig(workspace, {}, "llama", 8, 16, 30),
         random_tensors(),
         make_head(),
         dataset(dump, holdout=0.25, **sizes),

@@ -19,6 +19,7 @@ from transformers.models.llama import modeling_llama
 
 from shared.contracts.head_config import HeadConfig
 from shared.errors import UserError
+from shared.target.tensors import FinalNorm
 from stages.train.data.dataset import Batch
 from stages.train.model import DraftHead
 from stages.train.objective import cross_entropy
@@ -112,13 +113,13 @@ def make_case(
     ]
     target = {"norm": torch.rand(size) + 0.5, "lm_head": torch.randn(config.vocab_size, size) / 2}
     token_ids = head.to_target_ids(torch.arange(config.draft_vocab_size))
+    norm = FinalNorm(target["norm"], config.rms_norm_eps)
     best = target_argmax(
         torch.cat([d.finals for d in documents]),
-        norm_weight=target["norm"],
-        norm_eps=config.rms_norm_eps,
+        norm=norm,
         lm_head=target["lm_head"],
     )
-    rows = TargetOutput(target["norm"], config.rms_norm_eps, target["lm_head"][token_ids], **output)
+    rows = TargetOutput(norm, target["lm_head"][token_ids], **output)
     batch = pack(documents, torch.isin(best, token_ids))
     return Case(head, batch, rows, documents, target, token_ids)
 
@@ -333,7 +334,7 @@ def test_the_worked_example_of_the_soft_target() -> None:
     """Slots [2, 3, 4]; slot 3 at step 1 is scored against p_5, the third row of finals."""
     torch.manual_seed(0)
     hidden, lm_head, finals = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(3, 4)
-    target = TargetOutput(torch.ones(4), 1e-6, torch.randn(5, 4))
+    target = TargetOutput(FinalNorm(torch.ones(4), 1e-6), torch.randn(5, 4))
     _, entropy, _ = SoftCrossEntropy.apply(hidden, lm_head, torch.ones(2, 3), finals, target)
     p_5 = target.logits(finals[2:3]).softmax(-1)[0]
     log_q = (lm_head @ hidden[1, 1]).log_softmax(-1)
@@ -360,7 +361,9 @@ def test_loss_gradients_are_those_of_finite_differences(monkeypatch: pytest.Monk
     weights = torch.rand(3, 5, dtype=torch.float64).tril(2)  # no target for row 4 beyond step 0
     weights = weights * (torch.arange(5) + torch.arange(3)[:, None] < 5)
     finals = torch.randn(5, 4, dtype=torch.float64)
-    target = TargetOutput(torch.ones(4), 1e-6, torch.randn(6, 4, dtype=torch.float64), 1.3, 5.0)
+    target = TargetOutput(
+        FinalNorm(torch.ones(4), 1e-6), torch.randn(6, 4, dtype=torch.float64), 1.3, 5.0
+    )
 
     def loss(*inputs: Tensor) -> Tensor:
         return SoftCrossEntropy.apply(*inputs, weights, finals, target)[0] * 1.7
@@ -373,9 +376,7 @@ def test_target_argmax_does_not_depend_on_chunks() -> None:
     finals, norm, lm_head = torch.randn(11, 8), torch.rand(8) + 0.5, torch.randn(30, 8)
     expected = [int((lm_head @ reference.rms_norm(y, norm, 1e-6)).argmax()) for y in finals]
     for rows in (1, 4, 100):
-        best = target_argmax(
-            finals, norm_weight=norm, norm_eps=1e-6, lm_head=lm_head, chunk_rows=rows
-        )
+        best = target_argmax(finals, norm=FinalNorm(norm, 1e-6), lm_head=lm_head, chunk_rows=rows)
         assert best.tolist() == expected
 
 
@@ -424,7 +425,7 @@ def test_the_gradient_of_lm_head_adds_up_in_float32(monkeypatch: pytest.MonkeyPa
     """One chunk is 0.3 % off, since states are rounded; a bfloat16 sum of 267 chunks was 1.7 %."""
     torch.manual_seed(0)
     rows, vocabulary, size = 8000, 512, 32
-    target = TargetOutput(torch.ones(size), 1e-6, torch.randn(vocabulary, size) / 2)
+    target = TargetOutput(FinalNorm(torch.ones(size), 1e-6), torch.randn(vocabulary, size) / 2)
     hidden, finals = torch.randn(1, rows, size), torch.randn(rows, size)
     weights = torch.full((1, rows), 1 / rows)
 
