@@ -106,8 +106,9 @@ def _lm_head(
 ) -> str:
     """Its own tensor where there is one, as engines prefer it; else the embedding where tied."""
     parts = prefix.split(".")[:-1]
-    for depth in range(len(parts), -1, -1):
-        head = ".".join([*parts[:depth], facts.lm_head])
+    owners = [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+    embedding = f"{prefix}{facts.embedding}.weight"
+    for head in (f"{owner}.{facts.lm_head}".lstrip(".") for owner in owners):
         if facts.has_head_bias or f"{head}.bias" in tensors:
             raise UserError(
                 f"{target.folder}: lm_head has a bias, which the losses do not know.",
@@ -119,15 +120,25 @@ def _lm_head(
             return f"{head}.weight"
         if packed := [name for name in tensors if name.startswith(f"{head}.")]:
             raise _quantized(target, packed[0], "a packed form")
-    if not facts.ties and not any(part.get("tie_word_embeddings") for part in target.parts):
+    if facts.ties or any(part.get("tie_word_embeddings") for part in target.parts):
+        return embedding
+    # Some families store it under another name than their class, e.g. GPT-NeoX's embed_out.
+    alike = [
+        name
+        for name, tensor in tensors.items()
+        if name != embedding
+        and ".".join(name.split(".")[:-2]) in owners
+        and list(tensor["shape"]) == list(tensors[embedding]["shape"])
+    ]
+    if len(alike) != 1:
         raise UserError(
             f"{target.folder}: expected a tensor {facts.lm_head}.weight, since {facts.name} does not "
-            "tie it to the embedding, found none.",
+            f"tie it to the embedding, found {len(alike)} that could be it.",
             code="target-head-missing",
             remedy="Restore the weights, or set tie_word_embeddings in config.json if they are tied.",
             facts={"class": facts.name},
         )
-    return f"{prefix}{facts.embedding}.weight"
+    return alike[0]
 
 
 def _check(

@@ -198,9 +198,10 @@ def norm_rule(norm: nn.Module, width: int) -> NormRule:
         parameter.data = values[name].clone()
     has_weight, has_bias = "weight" in parameters, "bias" in parameters
     rows = torch.randn(_ROWS, width, generator=generator) + 1.0
-    output = norm(rows).float() - (bias if has_bias else 0.0)
+    large = rows * 1e3  # beside them no eps shows
+    output = norm(large).float() - (bias if has_bias else 0.0)
     for is_centered in (False, True):
-        centered = rows - rows.mean(-1, keepdim=True) if is_centered else rows
+        centered = large - large.mean(-1, keepdim=True) if is_centered else large
         unit = centered / centered.square().mean(-1, keepdim=True).sqrt()
         for offset in (0.0, 1.0) if has_weight else (1.0,):
             factor = weight + offset if has_weight else torch.ones(width)
