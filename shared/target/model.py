@@ -129,7 +129,15 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> TargetConfi
         UserError: missing, not JSON, or without the sizes that every decoder has.
     """
     path = folder / "config.json"
-    whole = read_json(path)
+    return parse_config(read_json(path), path, trust_remote_code=trust_remote_code)
+
+
+def parse_config(whole: object, path: Path, *, trust_remote_code: bool = False) -> TargetConfig:
+    """A config.json that was read from `path`.
+
+    Raises:
+        UserError: as `read_config`.
+    """
     if not isinstance(whole, dict):
         raise UserError(
             f"{path}: expected a model's config, found {type(whole).__name__}.",
@@ -139,9 +147,19 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> TargetConfi
         )
     *_, raw = _text_parts(whole)
     config = TargetConfig(
-        folder, raw, str(raw.get("model_type", "")), 0, 0, 0, whole, trust_remote_code
+        path.parent, raw, str(raw.get("model_type", "")), 0, 0, 0, whole, trust_remote_code
     )
-    known = raw if all(raw.get(name) for name in _SIZES) else config.settings
+    known = raw
+    try:
+        if missing := [name for name in _SIZES if not raw.get(name)]:
+            known = config.settings
+    except UserError as error:
+        raise UserError(
+            f"{path}: found no {', '.join(missing)} in it. {error.problem}",
+            code=error.code,
+            remedy=error.remedy,
+            facts=error.facts,
+        ) from error
     try:
         num_layers, hidden_size, vocab_size = (int(known[name]) for name in _SIZES)
     except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -2,23 +2,31 @@
 """A plan: everything that follows from a target's architecture, before it is shown."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from shared.contracts import layers
 from shared.contracts.head_config import HeadConfig
+from shared.errors import UserError
+from shared.io.safetensors_files import TensorInfo
 from stages.ops.chain import sizes
-from stages.ops.plan import parameters
+from stages.ops.plan import weights
 from stages.ops.plan.architecture import Architecture, read_data
 from stages.ops.plan.placement import Placement, dump_backend, place
+from stages.ops.plan.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that a plan says."""
+    """All that a plan says.
+
+    Attributes:
+        backend: (dump's backend, why).
+        placements: by GPU type; empty where the size of the weights is unknown.
+    """
 
     model: str
     target: Architecture
-    counted: parameters.Parameters
-    weights: int
+    weights: Weights
     head: HeadConfig
     width_reason: str
     backend: tuple[str, str]
@@ -30,11 +38,16 @@ class Plan:
         return samples * length * self.state_bytes_a_token
 
 
-def make_plan(model: str, target: Architecture) -> Plan:
-    """Everything that follows from the architecture."""
-    counted = parameters.count(target)
-    weights = parameters.weight_bytes(target, counted)
-    width, reason = parameters.draft_width(target)
+def make_plan(
+    model: str, target: Architecture, tensors: Mapping[str, TensorInfo] | None = None
+) -> Plan:
+    """Everything that follows from the architecture, and from its tensors where they are known.
+
+    Raises:
+        UserError: no draft head fits this target.
+    """
+    size = weights.weigh(target, tensors)
+    width, reason = weights.draft_width(target)
     aux = layers.resolve_aux_layers(chosen_aux_layers(target), target.num_layers)
     head = HeadConfig.from_json(
         {**target.text, "intermediate_size": width, "max_position_embeddings": longest(target)},
@@ -44,15 +57,15 @@ def make_plan(model: str, target: Architecture) -> Plan:
     state = sizes.train_bytes(head)
     backend = dump_backend(target)
     placements = {
-        gpu: place(target, weights, state, backend[0], facts)
+        gpu: place(target, size.bytes, state, backend[0], facts)
         for gpu, facts in read_data("gpus.yaml").items()
+        if size.bytes is not None
     }
     token_bytes = layers.state_bytes(1, len(aux), target.hidden_size)
     return Plan(
         model,
         target,
-        counted,
-        weights,
+        size,
         head,
         reason,
         backend,
@@ -79,28 +92,33 @@ def _draft_vocab_size(target: Architecture) -> int:
 def warnings(plan: Plan) -> list[str]:
     """What an operator must know of this target before the first GPU hour."""
     target, found = plan.target, []
-    if not target.is_known:
-        found.append(f"model_type {target.model_type!r} is not one of those that were checked")
-    if target.unknown_kinds:
-        found.append(f"not counted: layers of the kind {', '.join(target.unknown_kinds)}")
-    if target.is_vlm and not plan.counted.vision:
-        found.append("not counted: its vision tower")
-    if target.text.get("num_nextn_predict_layers"):
-        found.append("not counted: its own multi-token-prediction layer, which nothing here loads")
+    if reason := _refusal(target):
+        found.append(f"dump and train cannot take it: {reason}")
     if target.raw.get("auto_map"):
         found.append("brings Python code of its own: read it, then set run.trust_remote_code")
+    if plan.weights.bytes is None:
+        found.append("its weights' size is unknown, so no GPUs are planned")
     if target.quantization and plan.backend[0] == "hf":
         found.append(
-            "quantised: where its 16-bit original exists, name it in run.target_train for dump"
+            "quantised: if its 16-bit original exists, name it in run.target_train for dump"
         )
     if target.window:
         found.append(f"sliding window of {target.window} tokens: TensorRT-LLM cannot capture it")
-    if target.left_out:
-        where = "text_config" if "text_config" in target.raw else "the file"
-        named = ", ".join(f'"{key}": {value}' for key, value in target.left_out.items())
-        found.append(f"its config.json lacks sizes that the stages read: add to {where}: {named}")
-    if tokenizer := target.family.get("tokenizer"):
+    if tokenizer := read_data("tokenizers.yaml").get(target.target.whole.get("model_type")):
         found.append(f"tokenizer: {tokenizer}")
     if chosen_aux_layers(target) is not None:
         found.append(f"only {target.num_layers} layers: the recipe names aux layers that fit")
     return found
+
+
+def _refusal(target: Architecture) -> str:
+    """Why its class cannot be trained on; empty where it can."""
+    from shared.target.classes import class_facts
+
+    if target.unknown:
+        return target.unknown
+    try:
+        class_facts(target.target)
+    except UserError as error:
+        return error.problem
+    return ""

@@ -24,10 +24,10 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
     Args:
         sharded: whether each shard of dump is a pod of its own, with GPUs for one copy of the target.
     """
-    target, placement = plan.target, plan.placements[config.gpu]
-    split = {"tensor_parallel_size": placement.tensor_parallel}
+    target, placement = plan.target, plan.placements.get(config.gpu)
+    split = {"tensor_parallel_size": placement.tensor_parallel} if placement else {}
     wide = dict(split)
-    if placement.pipeline_parallel > 1:
+    if placement and placement.pipeline_parallel > 1:
         wide["pipeline_parallel_size"] = placement.pipeline_parallel
     length = min(config.length, longest(target))
     run_section: dict[str, Any] = {
@@ -43,12 +43,13 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
     train: dict[str, Any] = {"epochs": 2, "mixed_precision": "bf16"}
     if plan.head.intermediate_size != target.text.get("intermediate_size"):
         train["intermediate_size"] = plan.head.intermediate_size
-    if not placement.train_fits:
+    if placement and not placement.train_fits:
         train["distributed"] = "fsdp2"
     backend = plan.backend[0]
     dump: dict[str, Any] = {"backend": backend}
     if backend == "vllm":
-        dump |= {**split, "data_parallel": 1 if sharded else max(1, placement.copies)}
+        copies = 1 if sharded or not placement else max(1, placement.copies)
+        dump |= {**split, "data_parallel": copies}
     sections = {
         "run": run_section,
         "synth": {
@@ -80,8 +81,9 @@ def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
         "model": plan.model,
         "architecture": plan.target.name,
         "kinds": plan.target.kinds,
-        "parameters": {**dataclasses.asdict(plan.counted), "total": plan.counted.total},
-        "weight_bytes": plan.weights,
+        "parameters": plan.weights.parameters,
+        "weight_bytes": plan.weights.bytes,
+        "weights_source": plan.weights.source,
         "dump_backend": {"name": plan.backend[0], "reason": plan.backend[1]},
         "head": {**dataclasses.asdict(plan.head), "parameters": plan.head.num_parameters},
         "head_width_reason": plan.width_reason,
@@ -96,7 +98,8 @@ def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
 def show(plan: Plan, config: PlanConfig, console: Console) -> None:
     """Print the plan."""
     console.print(_facts(plan, config))
-    console.print(_gpus(plan))
+    if plan.placements:
+        console.print(_gpus(plan))
     console.print(_published())
     for warning in warnings(plan):
         console.print(f"note: {warning}", markup=False)
@@ -108,9 +111,11 @@ def _facts(plan: Plan, config: PlanConfig) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("architecture", cell(f"{target.name}: {', '.join(target.kinds)}"))
-    table.add_row("parameters", f"{plan.counted.total:,}")
-    how = target.quantization.get("quant_method", "16 bits")
-    table.add_row("weights", cell(f"{sizes.shown_bytes(plan.weights)} ({how})"))
+    size, how = plan.weights, target.quantization.get("quant_method") or "not quantised"
+    count = "unknown" if size.parameters is None else f"{size.parameters:,}"
+    shown = "unknown" if size.bytes is None else sizes.shown_bytes(size.bytes)
+    table.add_row("parameters", count)
+    table.add_row("weights", cell(f"{shown} ({how}; {size.source})"))
     table.add_row("dump backend", cell(f"{plan.backend[0]}: {plan.backend[1]}"))
     table.add_row("aux layers", str(list(head.aux_layers)))
     table.add_row("draft head", f"{head.num_parameters:,} parameters of its own")

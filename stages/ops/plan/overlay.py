@@ -68,13 +68,23 @@ def pods(plan: Plan, gpu: str, nodes: int) -> dict[str, Pod]:
     Raises:
         UserError: a stage needs more than a node, and the Jobs are of one node each.
     """
+    if plan.weights.bytes is None:
+        raise UserError(
+            f"--overlay: the size of {plan.model}'s weights is unknown.",
+            code="plan-size-unknown",
+            remedy="Give a folder or a hub id with its safetensors files.",
+            facts={"model": plan.model},
+        )
     placement = plan.placements[gpu]
     a_node = placement.gpus_a_node
     dump_gpus = placement.hf_gpus or placement.tensor_parallel
     if not placement.copies or dump_gpus > a_node:
         raise UserError(
             f"--overlay: expected a target that one node of {a_node} x {gpu} holds, found "
-            f"{sizes.shown_bytes(plan.weights)} of weights. Choose a larger --gpu type."
+            f"{sizes.shown_bytes(plan.weights.bytes)} of weights.",
+            code="plan-target-too-large",
+            remedy="Choose a larger --gpu type.",
+            facts={"weight_bytes": plan.weights.bytes, "gpu": gpu},
         )
     split = placement.tensor_parallel
     return {
@@ -93,7 +103,7 @@ def _memory(gpus: int, plan: Plan, *, is_train: bool) -> tuple[int, int]:
     """(memory, the part of it that is /dev/shm), GiB."""
     shm = max(_ENGINE_SHM_GIB, _RANK_SHM_GIB * gpus) if is_train else _ENGINE_SHM_GIB
     # An engine reads the weights through this memory; a rank holds its state here while it saves it.
-    held = gpus * sizes.train_bytes(plan.head) if is_train else plan.weights
+    held = gpus * sizes.train_bytes(plan.head) if is_train else plan.weights.bytes or 0
     needed = shm + _PROCESS_GIB + held / _GIB
     return 16 * math.ceil(needed / 16), shm
 
@@ -106,7 +116,9 @@ def write(plan: Plan, config: PlanConfig, folder: Path) -> None:
     """
     if not (_K8S / "base").is_dir():
         raise UserError(
-            f"--overlay: expected the manifests in {_K8S}, found none. Run this from a checkout."
+            f"--overlay: expected the manifests in {_K8S}, found none.",
+            code="plan-no-checkout",
+            remedy="Run this from a checkout.",
         )
     found = pods(plan, config.gpu, config.nodes)
     base = os.path.relpath(_K8S / "base", folder.absolute())
@@ -166,7 +178,7 @@ def _storage(plan: Plan, config: PlanConfig) -> str:
     length = min(config.length, longest(plan.target))
     sizes_gib = {
         "eyrie-workspace": _claim(plan.disk_bytes(config.samples, length)),
-        "eyrie-models": _claim(plan.weights),
+        "eyrie-models": _claim(plan.weights.bytes or 0),
     }
     objects = list(yaml.safe_load_all((_K8S / "storage.yaml").read_text(encoding="utf-8")))
     for each in objects:

@@ -82,7 +82,7 @@ def place(
 
 
 def dump_backend(target: Architecture) -> tuple[str, str]:
-    """(backend, why): as `backend: auto` would find when asked, but for what it cannot know."""
+    """(backend, why): what `backend: auto` would choose, as far as a table can say."""
     hooks = read_data("hooks.yaml")
     version = hooks["vllm"]
     if target.is_mla:
@@ -91,8 +91,6 @@ def dump_backend(target: Architecture) -> tuple[str, str]:
         return "hf", (
             "a hybrid: vLLM has handed out states of zeros for such targets (its pull request 46301)"
         )
-    if target.is_vlm:
-        return "hf", "a VLM: its text path alone is run, which transformers does"
     if target.name not in hooks["architectures"]:
         return "hf", f"vLLM {version} has no hooks for {target.name}"
     return "vllm", f"vLLM {version} has hooks for {target.name}"

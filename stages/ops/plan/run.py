@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a target will take, and the recipe to begin with, from its config.json alone.
+"""What a target will take, and the recipe to begin with, from its config.json and tensor headers.
 
-In: a model's folder, a config.json, or a hub id (that one file is fetched). Out: facts, sizes, GPUs
-and parallelism for a table of GPU types, the draft head's shape, disk, what others have reached; and
-a recipe that `run --dry_run` takes, and a Kubernetes overlay. Costs milliseconds, and no weight is read.
+In: a model's folder, a config.json, or a hub id (its config.json and headers are fetched). Out: facts,
+sizes, GPUs and parallelism for a table of GPU types, the draft head's shape, disk, what others have
+reached; and a recipe that `run --dry_run` takes, and a Kubernetes overlay. Costs some seconds, and no
+weight is read.
 """
 
 import json
@@ -13,8 +14,9 @@ from typing import Any
 
 from rich.console import Console
 
-from shared.errors import RetryableError, UserError
-from shared.io import files
+from shared.errors import UserError
+from shared.io import files, safetensors_files
+from shared.io.safetensors_files import TensorInfo
 from shared.paths import find_input
 from stages.ops.config import PlanConfig
 from stages.ops.plan import overlay
@@ -24,51 +26,56 @@ from stages.ops.plan.output import as_json, recipe, show
 
 
 def run(config: PlanConfig) -> None:
-    """Make the plan, show it, write the recipe and the overlay."""
-    path, raw = read_model(config.model, config.workspace)
-    plan = make_plan(config.model, understand(raw, str(path)))
+    """Make the plan, show it, write the recipe and the overlay.
+
+    Raises:
+        UserError: no such model, or no plan for what was asked.
+        RetryableError: the hub cannot be reached.
+    """
+    path, raw, tensors = read_model(config.model, config.workspace)
+    plan = make_plan(config.model, understand(raw, str(path)), tensors)
     if config.as_json:
         sys.stdout.write(json.dumps(as_json(plan, config), indent=2) + "\n")
     else:
         show(plan, config, Console(width=None if sys.stdout.isatty() else 160))
     if config.out is None and config.overlay is None:
         return
-    if config.gpu not in plan.placements:
+    if plan.placements and config.gpu not in plan.placements:
         known = ", ".join(plan.placements)
-        raise UserError(f"--gpu: expected one of {known}, found {config.gpu!r}.")
+        raise UserError(
+            f"--gpu: expected one of {known}, found {config.gpu!r}.",
+            code="plan-gpu-unknown",
+            remedy="Give the type that comes nearest in memory.",
+        )
     if config.overlay is not None:
         overlay.write(plan, config, config.overlay)
     if config.out is not None:
         files.write_text(config.out, recipe(plan, config))
 
 
-def read_model(model: str, workspace: Path) -> tuple[Path, Any]:
-    """(where it lies, the parsed config.json) of a folder, a file or a hub id.
+def read_model(model: str, workspace: Path) -> tuple[Path, Any, dict[str, TensorInfo] | None]:
+    """(where it lies, the parsed config.json, its tensors) of a folder, a file or a hub id.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its safetensors files are damaged.
         RetryableError: the hub cannot be reached.
     """
     found = find_input(model, workspace)
     if found is not None:
         path = found / "config.json" if found.is_dir() else found
-        return path, files.read_json(path)
+        tensors = None
+        if path.name == "config.json" and any(path.parent.glob("*.safetensors")):
+            tensors = safetensors_files.list_tensors(path.parent)
+        return path, files.read_json(path), tensors
     if model.count("/") != 1 or model.startswith((".", "/")):
         raise UserError(
             f"expected a model's folder, a config.json or a hub id (organisation/name), found "
-            f"{model!r}: nothing of that name in {workspace} or here."
+            f"{model!r}: nothing of that name in {workspace} or here.",
+            code="plan-model-missing",
+            remedy="Correct the name.",
+            facts={"model": model},
         )
-    import huggingface_hub
-    from huggingface_hub import errors as hub
+    from shared.target import hub
 
-    try:
-        path = Path(huggingface_hub.hf_hub_download(model, "config.json"))
-    except (hub.RepositoryNotFoundError, hub.EntryNotFoundError, hub.HFValidationError) as error:
-        if not isinstance(error, hub.LocalEntryNotFoundError):
-            raise UserError(f"{model} is no folder, and the hub says: {error}") from error
-        raise RetryableError(
-            f"{model} is no folder here, and the hub could not be reached. Give its config.json."
-        ) from error
-    except OSError as error:
-        raise RetryableError(f"{model}: the hub could not be reached ({error}).") from error
-    return path, files.read_json(path)
+    path = hub.fetch_config(model, None)
+    return path, files.read_json(path), hub.fetch_tensors(model, None)

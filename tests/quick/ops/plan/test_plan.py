@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """plan on the configs of well-known targets: what they are, how large, and recipes that stages take."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,16 +12,15 @@ import pytest
 import yaml
 
 from shared.config import build
-from shared.contracts.head_config import HeadConfig
 from shared.errors import UserError
-from shared.target.model import read_config
+from shared.io.safetensors_files import TensorInfo
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
 from stages.ops.config import PlanConfig
+from stages.ops.plan import overlay
 from stages.ops.plan.architecture import read_data, understand
 from stages.ops.plan.model import Plan, make_plan, warnings
 from stages.ops.plan.output import recipe
-from stages.ops.plan.parameters import Parameters
 from stages.ops.plan.run import read_model
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
@@ -37,7 +37,7 @@ KNOWN: dict[str, tuple[int, list[str], str, int]] = {
     "qwen3-30b-a3b": (30_532_122_624, ["MoE"], "vllm", 6144),
     "gpt-oss-20b": (20_914_757_184, ["MoE", "sliding window"], "vllm", 11520),
     "gemma-3-27b-it": (27_432_406_640, ["dense", "VLM", "sliding window"], "hf", 21504),
-    "qwen2.5-vl-7b-instruct": (8_292_166_656, ["dense", "VLM"], "hf", 18944),
+    "qwen2.5-vl-7b-instruct": (8_292_166_656, ["dense", "VLM"], "vllm", 18944),
     "deepseek-v3": (671_026_419_200, ["MoE", "MLA", "custom code"], "hf", 18432),
     "kimi-k2-instruct": (1_026_408_232_448, ["MoE", "MLA", "custom code"], "hf", 18432),
     "qwen3-next-80b-a3b-instruct": (79_674_391_296, ["MoE", "hybrid"], "hf", 5120),
@@ -48,6 +48,7 @@ def config_of(name: str) -> dict[str, Any]:
     return json.loads((CONFIGS / f"{name}.json").read_text())
 
 
+@functools.cache
 def plan_of(name: str) -> Plan:
     return make_plan(name, understand(config_of(name), name))
 
@@ -64,38 +65,78 @@ def test_every_config_is_known() -> None:
 def test_what_a_target_is(name: str) -> None:
     plan = plan_of(name)
     total, kinds, backend, width = KNOWN[name]
-    assert plan.counted.total == total
+    assert plan.weights.parameters == total
     assert plan.target.kinds == kinds
     assert plan.backend[0] == backend
     assert plan.head.intermediate_size == width
 
 
-def test_sizes_that_a_config_leaves_out_are_told(tmp_path: Path) -> None:
-    """Without them every stage refuses the target; with them it is read."""
+def test_sizes_that_a_config_leaves_out_are_its_class_s() -> None:
     plan = plan_of("gemma-3-27b-it")
-    (told,) = (text for text in warnings(plan) if "lacks sizes" in text)
-    assert told.endswith(
-        'add to text_config: "vocab_size": 262208, "max_position_embeddings": 131072'
-    )
-    raw = config_of("gemma-3-27b-it")
-    raw["text_config"] |= {"vocab_size": 262208, "max_position_embeddings": 131072}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    config = read_config(tmp_path)
-    assert config.vocab_size == 262208
-    HeadConfig.from_json(config.raw, aux_layers=(2, 31, 59), draft_vocab_size=32000)
-    assert not understand(raw, "config.json").left_out
-    assert not any("lacks sizes" in text for text in warnings(plan_of("qwen3-30b-a3b")))
+    assert "vocab_size" not in config_of("gemma-3-27b-it")["text_config"]
+    assert plan.target.vocab_size == 262208
+    assert plan.head.max_position_embeddings == 131072
 
 
 def test_bytes_follow_the_quantisation() -> None:
     # bf16, but the experts' matrices take 4.25 bits a value; as the published checkpoint does.
-    assert plan_of("gpt-oss-20b").weights == pytest.approx(13.76e9, rel=0.01)
+    assert plan_of("gpt-oss-20b").weights.bytes == pytest.approx(13.76e9, rel=0.01)
     # One byte a value of each matrix, and a scale for 128 x 128 of them.
-    assert plan_of("deepseek-v3").weights == pytest.approx(673e9, rel=0.01)
-    assert plan_of("llama-3.1-8b-instruct").weights == 2 * 8_030_261_248
+    assert plan_of("deepseek-v3").weights.bytes == pytest.approx(673e9, rel=0.01)
+    assert plan_of("llama-3.1-8b-instruct").weights.bytes == 2 * 8_030_261_248
 
 
-def test_the_parts_worked_by_hand() -> None:
+QUANTIZED = {
+    "compressed-tensors fp8": {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    "compressed-tensors w4a16": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "fp8 by channel": {"quant_method": "fp8"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+}
+
+
+@pytest.mark.parametrize("how", QUANTIZED)
+def test_a_size_that_config_json_does_not_say_is_unknown(how: str, tmp_path: Path) -> None:
+    """No number is better than a wrong one: the parameters are known, the bytes are not."""
+    raw = {**config_of("llama-3.1-8b-instruct"), "quantization_config": QUANTIZED[how]}
+    plan = make_plan("m", understand(raw, "m"))
+    assert plan.weights.parameters == 8_030_261_248
+    assert plan.weights.bytes is None
+    assert not plan.placements
+    assert any("size is unknown" in text for text in warnings(plan))
+    assert "tensor_parallel_size" not in recipe(plan, settings())
+    with pytest.raises(UserError, match="weights is unknown"):
+        overlay.write(plan, settings(), tmp_path / "overlay")
+
+
+@pytest.mark.parametrize("how", QUANTIZED)
+def test_a_quantised_size_is_that_of_its_tensors(how: str) -> None:
+    raw = {**config_of("llama-3.1-8b-instruct"), "quantization_config": QUANTIZED[how]}
+    tensors: dict[str, TensorInfo] = {
+        "model.embed_tokens.weight": {"dtype": "BF16", "shape": [10, 4]},
+        "model.layers.0.q.weight": {"dtype": "F8_E4M3", "shape": [4, 4]},
+        "model.layers.0.k.weight": {"dtype": "F4", "shape": [4, 4]},
+        "model.layers.0.v.weight_packed": {"dtype": "I32", "shape": [4, 2]},
+    }
+    plan = make_plan("m", understand(raw, "m"), tensors)
+    assert plan.weights.bytes == 80 + 16 + 8 + 32
+    assert plan.weights.parameters == 8_030_261_248
+    assert plan.weights.source == "safetensors headers"
+
+
+def test_an_architecture_without_a_class_has_no_size() -> None:
+    raw = {
+        **config_of("llama-3.1-8b-instruct"),
+        "model_type": "x",
+        "architectures": ["XForCausalLM"],
+    }
+    plan = make_plan("m", understand(raw, "m"))
+    assert (plan.weights.parameters, plan.weights.bytes) == (None, None)
+    assert any("no class for the model_type 'x'" in text for text in warnings(plan))
+
+
+def test_disk_worked_by_hand() -> None:
     raw = {
         "model_type": "llama",
         "hidden_size": 4,
@@ -105,7 +146,8 @@ def test_the_parts_worked_by_hand() -> None:
         "vocab_size": 10,
     }
     plan = make_plan("toy", understand(raw, "toy"))
-    assert plan.counted == Parameters(embeddings=80, layers=7 * (4 * 16 + 3 * 32), small=7 * 8 + 4)
+    # Two embeddings, seven layers of 4 x 16 + 3 x 32 and two norms, the final norm.
+    assert plan.weights.parameters == 80 + 7 * (4 * 16 + 3 * 32 + 8) + 4
     assert plan.disk_bytes(3, 5) == 3 * 5 * 4 * 4 * 2  # samples, tokens, states, H, bytes
 
 
@@ -126,7 +168,8 @@ def test_how_many_gpus_hold_it(name: str, gpu: str, stages: tuple[int, int, int]
     plan = plan_of(name)
     found = plan.placements[gpu]
     assert (found.tensor_parallel, found.pipeline_parallel, found.copies) == stages
-    share = plan.weights / (found.tensor_parallel * found.pipeline_parallel)
+    assert plan.weights.bytes
+    share = plan.weights.bytes / (found.tensor_parallel * found.pipeline_parallel)
     assert share <= 0.75 * read_data("gpus.yaml")[gpu]["memory_gib"] * 2**30
 
 
@@ -158,8 +201,8 @@ def test_a_shallow_target_gets_aux_layers_that_fit() -> None:
     ("raw", "message"),
     [
         ([], "found list"),
-        ({"model_type": "bert"}, "found no hidden_size, num_hidden_layers"),
-        ({"text_config": {"hidden_size": "x"}}, "found no hidden_size"),
+        ({"model_type": "siglip_vision_model"}, "expected whole numbers as num_hidden_layers"),
+        ({"text_config": {"hidden_size": "x"}}, "no class for the model_type None"),
     ],
 )
 def test_what_is_no_decoder_is_refused(raw: object, message: str) -> None:
@@ -191,7 +234,7 @@ def test_the_command_shows_everything_and_writes_a_recipe(tmp_path: Path) -> Non
         assert part in shown.stdout
     assert yaml.safe_load((tmp_path / "r.yaml").read_text())["train"]["intermediate_size"] == 11520
     told = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, timeout=60)
-    assert json.loads(told.stdout)["weight_bytes"] == plan_of("gpt-oss-20b").weights
+    assert json.loads(told.stdout)["weight_bytes"] == plan_of("gpt-oss-20b").weights.bytes
     wrong = subprocess.run([*command, "--gpu", "H1"], cwd=ROOT, capture_output=True, timeout=60)
     assert wrong.returncode == 2
     assert b"expected one of H100, H200" in wrong.stderr
