@@ -11,14 +11,14 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-# gpu or cpu: what `make images` builds.
-FLAVOUR ?= gpu
 COMPOSE := docker compose -f compose.yaml
 COMPOSE_CPU := $(COMPOSE) -f compose/cpu.yaml
+DEMO := $(COMPOSE_CPU) -f compose/pipeline.yaml -f compose/demo.yaml run --rm --no-deps -T
 
 export EYRIE_REVISION ?= $(shell git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)
+export EYRIE_SOURCE ?= $(shell git remote get-url origin 2>/dev/null || echo unknown)
 export EYRIE_WORKSPACE := $(WORKSPACE)
-# The engines and torch use every core they find; two processes that both do so crawl.
+# Engines and torch use every core they find, and two processes that both do so slow each other down.
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
@@ -58,9 +58,16 @@ images: ## Build the images of the four stages and ops; FLAVOUR=cpu for a machin
 	$(if $(filter cpu,$(FLAVOUR)),$(COMPOSE_CPU),$(COMPOSE)) --profile stages --profile tools build
 
 .PHONY: demo-compose
-demo-compose: ## The demo in containers, on the processor; the workspace is a volume of docker's.
-	$(COMPOSE_CPU) --profile stages build
-	$(COMPOSE_CPU) -f compose/pipeline.yaml -f compose/demo.yaml run --rm bench
+demo-compose: export EYRIE_WORKSPACE := workspace
+demo-compose: ## The demo in containers, on the CPU; the workspace is a docker volume.
+	@echo "demo-compose: building five images; five minutes the first time"
+	$(COMPOSE_CPU) --profile stages --profile tools build
+	@for stage in target synth dump train bench; do \
+	  echo "demo-compose: $$stage"; $(DEMO) $$stage || exit; \
+	done
+	@mkdir -p $(WORKSPACE) && $(DEMO) --entrypoint cat ops /workspace/demo/bench/report.html \
+	  > $(WORKSPACE)/demo-report.html
+	@echo "demo-compose: report=$(WORKSPACE)/demo-report.html; all results: volume eyrie_workspace, /demo"
 
 # The demo has both cores to itself, since its time is a promise; the other files take a core each.
 .PHONY: test

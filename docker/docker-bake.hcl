@@ -3,10 +3,12 @@
 #   docker buildx bake -f docker/docker-bake.hcl
 #   FLAVOUR=cpu docker buildx bake -f docker/docker-bake.hcl
 #
-# Compose builds one image where a stage is swapped; this builds all five, for a release or for CI.
+# Compose builds one image when a stage is swapped; this builds all five, for a release or for CI.
 
-variable "EYRIE_REGISTRY" { default = "eyrie" }
+# This default cannot resolve: a release names its own registry.
+variable "EYRIE_REGISTRY" { default = "eyrie.invalid" }
 variable "EYRIE_REVISION" { default = "unknown" }
+variable "EYRIE_SOURCE" { default = "unknown" }
 variable "EYRIE_VERSION" { default = "0.1.0" }
 variable "FLAVOUR" { default = "gpu" }
 # "host" where package indexes can be reached from the host's own network alone.
@@ -18,14 +20,22 @@ variable "SYNTH_VLLM_VERSION" { default = VLLM_VERSION }
 variable "DUMP_VLLM_VERSION" { default = VLLM_VERSION }
 variable "BENCH_VLLM_VERSION" { default = VLLM_VERSION }
 
-# A release gives these with their digests.
+# A release gives these with their digests: vllm/vllm-openai:v0.32.0@sha256:...
 variable "ENGINE_BASE_IMAGE" { default = "" }
-variable "TORCH_BASE_IMAGE" { default = "" }
+variable "SYNTH_BASE_IMAGE" { default = ENGINE_BASE_IMAGE }
+variable "DUMP_BASE_IMAGE" { default = ENGINE_BASE_IMAGE }
+variable "BENCH_BASE_IMAGE" { default = ENGINE_BASE_IMAGE }
+variable "TORCH_BASE_IMAGE" { default = "pytorch/pytorch:${TORCH_VERSION}-cuda13.0-cudnn9-runtime" }
 variable "CPU_BASE_IMAGE" { default = "debian:bookworm-slim" }
 
 function "image" {
   params = [stage, built_on]
   result = "${EYRIE_REGISTRY}/${stage}:${EYRIE_VERSION}-${built_on}${FLAVOUR == "cpu" ? "-cpu" : ""}"
+}
+
+function "engine_base" {
+  params = [base, version]
+  result = base != "" ? base : "vllm/vllm-openai:v${version}"
 }
 
 group "default" {
@@ -35,14 +45,17 @@ group "default" {
 target "_common" {
   context = "."
   network = EYRIE_BUILD_NETWORK
-  args    = { REVISION = EYRIE_REVISION }
+  args = {
+    EYRIE_VERSION = EYRIE_VERSION
+    REVISION      = EYRIE_REVISION
+    SOURCE        = EYRIE_SOURCE
+  }
 }
 
 target "_engine" {
   inherits = ["_common"]
   args = {
     FLAVOUR        = FLAVOUR
-    BASE_IMAGE     = ENGINE_BASE_IMAGE != "" ? ENGINE_BASE_IMAGE : null
     CPU_BASE_IMAGE = CPU_BASE_IMAGE
   }
 }
@@ -52,6 +65,7 @@ target "synth" {
   dockerfile = "docker/synth.Dockerfile"
   tags       = [image("synth", "vllm-${SYNTH_VLLM_VERSION}")]
   args = {
+    BASE_IMAGE   = engine_base(SYNTH_BASE_IMAGE, SYNTH_VLLM_VERSION)
     VLLM_VERSION = SYNTH_VLLM_VERSION
     IMAGE        = image("synth", "vllm-${SYNTH_VLLM_VERSION}")
   }
@@ -62,6 +76,7 @@ target "dump" {
   dockerfile = "docker/dump.Dockerfile"
   tags       = [image("dump", "vllm-${DUMP_VLLM_VERSION}")]
   args = {
+    BASE_IMAGE   = engine_base(DUMP_BASE_IMAGE, DUMP_VLLM_VERSION)
     VLLM_VERSION = DUMP_VLLM_VERSION
     IMAGE        = image("dump", "vllm-${DUMP_VLLM_VERSION}")
   }
@@ -72,6 +87,7 @@ target "bench" {
   dockerfile = "docker/bench.Dockerfile"
   tags       = [image("bench", "vllm-${BENCH_VLLM_VERSION}")]
   args = {
+    BASE_IMAGE   = engine_base(BENCH_BASE_IMAGE, BENCH_VLLM_VERSION)
     VLLM_VERSION = BENCH_VLLM_VERSION
     IMAGE        = image("bench", "vllm-${BENCH_VLLM_VERSION}")
   }
@@ -84,7 +100,7 @@ target "train" {
   args = {
     FLAVOUR        = FLAVOUR
     TORCH_VERSION  = TORCH_VERSION
-    BASE_IMAGE     = TORCH_BASE_IMAGE != "" ? TORCH_BASE_IMAGE : null
+    BASE_IMAGE     = TORCH_BASE_IMAGE
     CPU_BASE_IMAGE = CPU_BASE_IMAGE
     IMAGE          = image("train", "torch-${TORCH_VERSION}")
   }
@@ -96,7 +112,7 @@ target "ops" {
   dockerfile = "docker/ops.Dockerfile"
   tags       = ["${EYRIE_REGISTRY}/ops:${EYRIE_VERSION}"]
   args = {
-    BASE_IMAGE = CPU_BASE_IMAGE
-    IMAGE      = "${EYRIE_REGISTRY}/ops:${EYRIE_VERSION}"
+    CPU_BASE_IMAGE = CPU_BASE_IMAGE
+    IMAGE          = "${EYRIE_REGISTRY}/ops:${EYRIE_VERSION}"
   }
 }

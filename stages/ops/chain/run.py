@@ -18,7 +18,7 @@ from shared.errors import EXIT_DONE, UserError
 from shared.io import files
 from shared.paths import RunPaths
 from shared.runtime.process import stop_if_requested, stop_requested
-from stages.ops.chain import containers, processes
+from stages.ops.chain import containers, kubernetes, processes
 from stages.ops.config import RunChainConfig
 
 # What a stage that was asked to stop gets to save; as compose.yaml's stop_grace_period.
@@ -33,6 +33,8 @@ def run(config: RunChainConfig) -> int:
     Raises:
         UserError: a stage refuses the recipe, or something that can be seen now stands in the way.
     """
+    if config.overlay:
+        return kubernetes.run(config.recipe, config.overlay, config.stages)
     paths = processes.run_paths(config)
     if config.dry_run or config.preflight:
         _look_ahead(config, paths)

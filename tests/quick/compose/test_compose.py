@@ -146,10 +146,60 @@ def test_variables_are_explained() -> None:
 
 
 @needs_compose
+@pytest.mark.parametrize("overlays", [(), ("cpu",), ("cpu", "pipeline", "demo")])
+def test_our_images_are_built_here_and_their_names_are_no_strangers(
+    overlays: tuple[str, ...],
+) -> None:
+    """`.invalid` never resolves (RFC 2606): whoever registers a name on a hub gets no token of ours."""
+    for name, service in services(*overlays).items():
+        assert service["pull_policy"] == ("never" if name == "target" else "build"), name
+        assert service["image"].startswith("eyrie.invalid/"), name
+    pulled = services(*overlays, "pull", EYRIE_REGISTRY="registry.example.com/us")
+    for name in (*STAGES, "ops"):
+        assert pulled[name]["pull_policy"] == "missing"
+        assert pulled[name]["image"].startswith(f"registry.example.com/us/{name}:")
+
+
+@needs_compose
+def test_an_example_copied_to_env_changes_nothing() -> None:
+    """So the defaults that it shows are the real ones."""
+    assert services() == services(**dict(lines_of_example()))
+
+
+def lines_of_example() -> list[tuple[str, str]]:
+    text = (ROOT / ".env.example").read_text()
+    return re.findall(r"^([A-Z_]+)=(.*)$", text, re.MULTILINE)
+
+
+@needs_compose
+def test_two_runs_are_two_projects_and_share_their_volumes() -> None:
+    resolved = [
+        json.loads(run("docker", "compose", "--profile", "*", "config", "--format", "json", **each))
+        for each in ({}, {"EYRIE_RUN": "smoke"})
+    ]
+    assert [each["name"] for each in resolved] == ["eyrie-demo", "eyrie-smoke"]
+    assert resolved[0]["volumes"] == resolved[1]["volumes"]
+    recipes = [each["services"]["synth"]["volumes"][-1]["source"] for each in resolved]
+    assert [Path(each).parent.name for each in recipes] == ["demo", "smoke"]
+
+
+@needs_compose
+@needs_bake
+def test_each_engine_stage_may_have_its_own_base() -> None:
+    digest = "mirror.example.com/vllm:v0.31.0@sha256:" + "0" * 64
+    swap = {"DUMP_BASE_IMAGE": digest, "DUMP_VLLM_VERSION": "0.31.0", "ENGINE_BASE_IMAGE": "other"}
+    bases = {
+        name: each["build"]["args"].get("BASE_IMAGE") for name, each in services(**swap).items()
+    }
+    assert (bases["synth"], bases["dump"]) == ("other", digest)
+
+
+@needs_compose
 @needs_bake
 @pytest.mark.parametrize("flavour", ["gpu", "cpu"])
 def test_bake_and_compose_name_and_build_alike(flavour: str) -> None:
     swap = {"BENCH_VLLM_VERSION": "0.31.0", "VLLM_VERSION": "0.30.0", "EYRIE_REGISTRY": "a/b"}
+    swap |= {"DUMP_BASE_IMAGE": "mirror.example.com/vllm", "EYRIE_SOURCE": "https://example.com"}
     overlays = ("cpu",) if flavour == "cpu" else ()
     composed = services(*overlays, **swap)
     bake = ["docker", "buildx", "bake", "--file", "docker/docker-bake.hcl", "--print"]

@@ -27,7 +27,11 @@ ROOT = Path(__file__).resolve().parents[3]
 K8S = ROOT / "compose" / "k8s"
 RECIPES = sorted((ROOT / "compose" / "recipes").glob("*/recipe.yaml"))
 MANIFESTS = sorted(
-    path for path in K8S.rglob("*.yaml") if path.name not in ("kustomization.yaml", "names.yaml")
+    path
+    for path in K8S.rglob("*.yaml")
+    if path.name not in ("kustomization.yaml", "names.yaml")
+    and "kueue" not in path.parts
+    and "trainjob" not in path.parts
 )
 OVERLAYS = sorted(path.parent for path in (K8S / "overlays").glob("*/kustomization.yaml"))
 # The three newest, and the oldest that compose/README.md names.
@@ -57,7 +61,7 @@ def jobs(objects: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def validate(objects: list[dict[str, Any]], version: str) -> None:
     for each in objects:
-        if each["kind"] != "JobSet":
+        if each["kind"] not in ("JobSet", "TrainJob"):
             kubernetes_validate.validate(each, version, strict=True)
     for name, spec in jobs(objects):
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}
@@ -87,6 +91,51 @@ def test_an_overlay_is_whole(overlay: Path) -> None:
                 assert volume["persistentVolumeClaim"]["claimName"] in claims, name
         check_job(name, spec)
         check_pod(spec["template"]["spec"])
+    for each in objects:
+        if each["kind"] == "Pod":
+            check_pod(each["spec"])
+        assert each["metadata"]["labels"]["app.kubernetes.io/instance"], each["metadata"]["name"]
+
+
+SITE = ("kueue", "network-policy", "placement", "registry")
+
+
+@pytest.mark.parametrize("base", ["h200", "cpu"])
+def test_components_fit_an_overlay(base: str, tmp_path: Path) -> None:
+    """All of them at once, in an overlay of the site's own."""
+    folder = K8S / "overlays" / f"test-{tmp_path.name.replace('_', '-')}"
+    folder.mkdir()
+    try:
+        named = "".join(f"  - ../../components/{each}\n" for each in SITE)
+        text = f"resources:\n  - ../{base}\ncomponents:\n{named}"
+        (folder / "kustomization.yaml").write_text(text)
+        objects = render(folder)
+    finally:
+        shutil.rmtree(folder)
+    for version in VERSIONS:
+        validate(objects, version)
+    for each in objects:
+        if each["kind"] == "Job":
+            assert each["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "eyrie"
+            assert each["spec"]["suspend"] is True
+            pod = each["spec"]["template"]["spec"]
+            assert pod["imagePullSecrets"] == [{"name": "eyrie-pull"}]
+            assert pod["containers"][0]["image"].startswith("registry.example.com/eyrie/")
+    assert "NetworkPolicy" in {each["kind"] for each in objects}
+
+
+def test_small_claims_have_the_names_of_the_large_ones() -> None:
+    def claims(path: Path) -> dict[str, str]:
+        objects = list(yaml.safe_load_all(path.read_text()))
+        return {
+            each["metadata"]["name"]: each["spec"]["resources"]["requests"]["storage"]
+            for each in objects
+            if each["kind"] == "PersistentVolumeClaim"
+        }
+
+    small, large = claims(K8S / "overlays" / "cpu" / "storage.yaml"), claims(K8S / "storage.yaml")
+    assert small.keys() == large.keys()
+    assert all(size.endswith("Gi") and int(size[:-2]) <= 20 for size in small.values())
 
 
 def check_job(name: str, spec: dict[str, Any]) -> None:
@@ -107,8 +156,12 @@ def check_job(name: str, spec: dict[str, Any]) -> None:
         if codes := rule.get("onExitCodes"):
             assert codes["containerName"] == container["name"]
             actions |= dict.fromkeys(codes["values"], rule["action"])
-    ranks = {EXIT_USER: "FailJob", EXIT_OUTPUT: "FailJob"}
-    assert actions in (ranks, ranks | {EXIT_STOPPED: "Ignore"}), name
+    if "backoffLimitPerIndex" in spec:  # one bad shard ends neither the others nor the Job
+        assert actions == {EXIT_USER: "FailJob", EXIT_OUTPUT: "FailIndex", EXIT_STOPPED: "Ignore"}
+        assert "maxFailedIndexes" not in spec
+    else:
+        ranks = {EXIT_USER: "FailJob", EXIT_OUTPUT: "FailJob"}
+        assert actions in (ranks, ranks | {EXIT_STOPPED: "Ignore"}), name
 
 
 def check_pod(pod: dict[str, Any]) -> None:
@@ -128,9 +181,14 @@ def check_pod(pod: dict[str, Any]) -> None:
         "readOnlyRootFilesystem": True,
     }
     name, _, tag = container["image"].partition(":")
-    assert name == f"eyrie/{container['name']}" and tag
+    image = {"target": "train", "shell": "ops"}.get(container["name"], container["name"])
+    assert name == f"eyrie.invalid/{image}" and tag
     mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
-    assert mounts.keys() == {"/workspace", "/models", "/etc/eyrie", "/dev/shm", "/tmp"}
+    assert mounts.keys() >= {"/workspace", "/caches", "/tmp"}
+    if image != container["name"]:
+        return
+    assert [*map(list, container["envFrom"])] == [["secretRef"], ["configMapRef"]]
+    assert mounts.keys() == {"/workspace", "/models", "/etc/eyrie", "/dev/shm", "/tmp", "/caches"}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
 

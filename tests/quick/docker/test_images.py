@@ -122,7 +122,7 @@ def test_engine_images_share_their_large_layers() -> None:
         return "\n".join(line for line in whole.splitlines() if not line.startswith("#"))
 
     assert len({part(stage, "FROM ${BASE_IMAGE} AS engine-gpu") for stage in ENGINES}) == 1
-    engine = part("dump", "FROM torch-cpu AS engine-cpu")
+    engine = part("dump", "FROM python AS engine-lock")
     assert part("train", "FROM ${BASE_IMAGE} AS torch-gpu") == engine
 
 
