@@ -5,9 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 WORKSPACE ?= workspace
-STAMP := $(VENV)/.installed
+# gpu or cpu: what `make setup` installs and `make images` builds. A machine with nvidia-smi has a GPU.
+FLAVOUR ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
+STAMP := $(VENV)/.installed-$(FLAVOUR)
 
-# PyTorch's CPU wheels come from its own index; a machine that has the wheel already needs none.
+# PyTorch's CPU wheels are on its own index; pip's own sources are tried first.
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -28,18 +30,29 @@ help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: $(STAMP) ## Make .venv with CPU vLLM and everything else, at the locked versions.
+setup: $(STAMP) ## Make .venv at the locked versions, with vLLM for this machine; FLAVOUR=gpu or cpu.
 
-$(STAMP): requirements.lock
+.PHONY: venv
+venv:
+	@[ -z "$(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*))" ] \
+	  || { echo "$(VENV) is of the other flavour than FLAVOUR=$(FLAVOUR): run make clean first"; exit 2; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "eyrie needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-gpu: requirements-gpu.lock
+	@$(MAKE) --no-print-directory venv
+	$(PY) -m pip install --quiet --no-deps --require-hashes --requirement requirements-gpu.lock
+	touch $@
+
+$(VENV)/.installed-cpu: requirements.lock
+	@$(MAKE) --no-print-directory venv
 	$(PY) -m pip install --quiet "$(TORCH)" \
 	  || $(PY) -m pip install --quiet --index-url $(TORCH_INDEX) "$(TORCH)"
 	$(PY) -m pip install --quiet --no-deps --require-hashes --requirement requirements.lock
 	touch $@
 
 .PHONY: demo
-demo: setup ## All four stages on a small target made on the spot: ten minutes on two cores, more without bfloat16.
+demo: setup ## All four stages on a small target made on the spot; ten minutes on two cores.
 	$(PY) -m stages.demo make-target $(WORKSPACE)/targets/demo
 	$(PY) -m stages.ops run --recipe compose/recipes/demo/recipe.yaml
 
@@ -54,7 +67,7 @@ real: setup ## The chain on a pretrained model, SmolLM2-135M: TIER=quarter or ni
 	$(PY) -m stages.ops run --recipe compose/recipes/smollm2/$(TIER).yaml
 
 .PHONY: images
-images: ## Build the images of the four stages and ops; FLAVOUR=cpu for a machine without a GPU.
+images: ## Build the images of the four stages and ops; FLAVOUR=gpu or cpu.
 	$(if $(filter cpu,$(FLAVOUR)),$(COMPOSE_CPU),$(COMPOSE)) --profile stages --profile tools build
 
 .PHONY: demo-compose
@@ -69,9 +82,9 @@ demo-compose: ## The demo in containers, on the CPU; the workspace is a docker v
 	  > $(WORKSPACE)/demo-report.html
 	@echo "demo-compose: report=$(WORKSPACE)/demo-report.html; all results: volume eyrie_workspace, /demo"
 
-# The demo has both cores to itself, since its time is a promise; the other files take a core each.
+# The demo runs alone, since its time is a promise; the other test files take one core each.
 .PHONY: test
-test: setup test-quick ## Everything we promise, tested: real engines and images, half an hour on two cores.
+test: setup test-quick ## Every test but the soak, on real engines and images; half an hour on two cores.
 	export EYRIE_TEST_WORKSPACE="$$(mktemp --directory)"; set -e; \
 	trap 'rm -rf "$$EYRIE_TEST_WORKSPACE"' EXIT; \
 	$(PY) -m pytest tests/engine/test_demo.py; \
@@ -79,7 +92,7 @@ test: setup test-quick ## Everything we promise, tested: real engines and images
 	  --deselect tests/engine/test_demo.py tests/containers tests/engine tests/stages
 
 .PHONY: soak
-soak: setup ## What takes longer than that.
+soak: setup ## The tests that take longer.
 	$(PY) -m pytest -m soak
 
 .PHONY: test-quick
@@ -94,19 +107,21 @@ lint: setup ## Style, types, import rules.
 	$(VENV)/bin/lint-imports
 
 .PHONY: format
-format: setup ## Rewrite the sources in the one style.
+format: setup ## Format the sources.
 	$(PY) -m ruff format
 	$(PY) -m ruff check --fix
 
 .PHONY: lock
-lock: setup ## Resolve requirements.lock anew from pyproject.toml.
+lock: setup ## Resolve both lock files from pyproject.toml; needs uv on PATH for the GPU's.
 	$(PY) -m piptools compile --quiet --generate-hashes --strip-extras --no-header --no-emit-find-links \
 	  --no-emit-index-url --no-emit-options \
 	  --extra cpu --extra real --extra dev --output-file requirements.lock pyproject.toml \
 	  --unsafe-package torch --unsafe-package torchvision --unsafe-package torchaudio \
 	  --unsafe-package torchcodec --unsafe-package triton
 	sed -i '/^# WARNING: The following/,$$d' requirements.lock  # torch is pinned above, not there
+	uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header \
+	  --generate-hashes --extra gpu --extra dev --output-file requirements-gpu.lock pyproject.toml
 
 .PHONY: clean
-clean: ## Remove the virtual environment and caches; the workspace stays.
+clean: ## Remove the virtual environment and caches; keep the workspace.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

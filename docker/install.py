@@ -157,7 +157,7 @@ def check_base(name: str, version: str) -> None:
 
 def install_stage(listed: Path, base: str = "", version: str = "") -> None:
     """Install what the stage's own list names and the base image does not have."""
-    if base:
+    if version:
         check_base(base, version)
     words = (line.partition("#")[0].strip() for line in listed.read_text("utf-8").splitlines())
     pins = closure(read_lock(_HERE / "requirements.lock"), filter(None, words))

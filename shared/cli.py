@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from shared import config as configs
 from shared import errors
 from shared.config import CommandConfig, StageConfig
+from shared.io.files import check_workspace
 from shared.runtime import process
 from shared.runtime.log import format_error, logged_to, start_logging
 from shared.runtime.status import Status
@@ -151,6 +152,8 @@ def _run(config: CommandConfig, function: str, status: Status | None) -> int:
         process.catch_stop_signals()
         if status:
             status.opened()
+        if isinstance(config, StageConfig):
+            check_workspace(config.workspace)
         result = _resolve(function)(config)
     except BaseException as error:  # the one broad handler: outcomes become exit codes here
         outcome = _outcome(error)

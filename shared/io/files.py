@@ -56,6 +56,25 @@ def not_writable(path: Path, error: OSError) -> UserError:
     )
 
 
+def check_workspace(workspace: Path) -> None:
+    """Refuse an empty workspace that cannot be written: docker makes one for a mistyped path.
+
+    Raises:
+        UserError: it is empty, and somebody else's.
+    """
+    if not workspace.is_dir() or os.access(workspace, os.W_OK) or any(workspace.iterdir()):
+        return
+    owner = workspace.stat()
+    raise UserError(
+        f"{workspace}: expected a workspace, found an empty folder of user {owner.st_uid} that user "
+        f"{os.getuid()}, group {os.getgid()} cannot write in.",
+        code="workspace-empty",
+        remedy="Check EYRIE_WORKSPACE for a typing error: docker creates a path that does not exist, "
+        "as root. If the path is right, make the folder writable for that user or group.",
+        facts={"workspace": str(workspace), "owner": owner.st_uid, "user": os.getuid()},
+    )
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """A block that writes `path`; what the operating system refuses becomes a user error.

