@@ -120,7 +120,7 @@ lock: setup ## Resolve both lock files from pyproject.toml; needs uv on PATH for
 	  --unsafe-package torchcodec --unsafe-package triton
 	sed -i '/^# WARNING: The following/,$$d' requirements.lock  # torch is pinned above, not there
 	uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header \
-	  --generate-hashes --extra gpu --extra dev --output-file requirements-gpu.lock pyproject.toml
+	  --generate-hashes --extra gpu --extra real --extra dev --output-file requirements-gpu.lock pyproject.toml
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches; keep the workspace.

@@ -124,6 +124,13 @@ def test_components_fit_an_overlay(base: str, tmp_path: Path) -> None:
     assert "NetworkPolicy" in {each["kind"] for each in objects}
 
 
+def test_the_demos_config_map_is_its_whole_folder() -> None:
+    demo = ROOT / "stages" / "demo"
+    component = yaml.safe_load((demo / "kustomization.yaml").read_text())
+    named = component["configMapGenerator"][0]["files"]
+    assert named == sorted(path.name for path in demo.glob("*.py"))
+
+
 def test_small_claims_have_the_names_of_the_large_ones() -> None:
     def claims(path: Path) -> dict[str, str]:
         objects = list(yaml.safe_load_all(path.read_text()))
