@@ -6,6 +6,7 @@ the Jobs inside are checked here; JobSet itself in test_jobset.
 """
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -103,15 +104,13 @@ SITE = ("kueue", "network-policy", "placement", "registry")
 @pytest.mark.parametrize("base", ["h200", "cpu"])
 def test_components_fit_an_overlay(base: str, tmp_path: Path) -> None:
     """All of them at once, in an overlay of the site's own."""
-    folder = K8S / "overlays" / f"test-{tmp_path.name.replace('_', '-')}"
-    folder.mkdir()
-    try:
-        named = "".join(f"  - ../../components/{each}\n" for each in SITE)
-        text = f"resources:\n  - ../{base}\ncomponents:\n{named}"
-        (folder / "kustomization.yaml").write_text(text)
-        objects = render(folder)
-    finally:
-        shutil.rmtree(folder)
+    here = Path(os.path.relpath(K8S, tmp_path))
+    overlay = {
+        "resources": [str(here / "overlays" / base)],
+        "components": [str(here / "components" / each) for each in SITE],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    objects = render(tmp_path)
     for version in VERSIONS:
         validate(objects, version)
     for each in objects:
