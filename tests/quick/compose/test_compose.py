@@ -61,7 +61,8 @@ def test_files_follow_the_specification(tmp_path: Path) -> None:
 def test_yaml_and_shell_are_clean() -> None:
     files = [BASE, *(ROOT / "compose").rglob("*.yaml")]
     run(TOOLS / "yamllint", "--strict", *files)
-    run(TOOLS / "shellcheck", ROOT / ".ci" / "run")
+    scripts = [ROOT / ".ci" / "run", *(ROOT / "docker").glob("*.sh"), *(ROOT / "compose").rglob("*.sbatch")]
+    run(TOOLS / "shellcheck", *scripts)
 
 
 @needs_compose
