@@ -61,7 +61,11 @@ def test_files_follow_the_specification(tmp_path: Path) -> None:
 def test_yaml_and_shell_are_clean() -> None:
     files = [BASE, *(ROOT / "compose").rglob("*.yaml")]
     run(TOOLS / "yamllint", "--strict", *files)
-    scripts = [ROOT / ".ci" / "run", *(ROOT / "docker").glob("*.sh"), *(ROOT / "compose").rglob("*.sbatch")]
+    scripts = [
+        ROOT / ".ci" / "run",
+        *(ROOT / "docker").glob("*.sh"),
+        *(ROOT / "compose" / "slurm").iterdir(),
+    ]
     run(TOOLS / "shellcheck", *scripts)
 
 

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Slurm scripts, run with a stand-in srun that runs the stage on this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SLURM = ROOT / "compose" / "slurm"
+# Records its words. With $CODE it ends with that; else it runs the command without the container, its
+# paths those of the host, as the mounts say.
+SRUN = f"""#!{sys.executable}
+import os, signal, sys, time
+words = sys.argv[1:]
+with open(os.environ["SPY"], "a") as log:
+    log.write(" ".join(["srun", *words]) + "\\n")
+if os.environ.get("CODE") == "term":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    time.sleep(60)
+if os.environ.get("CODE"):
+    sys.exit(int(os.environ["CODE"]))
+mounts = next(word.partition("=")[2] for word in words if word.startswith("--container-mounts="))
+hosts = dict(each.split(":")[1::-1] for each in mounts.split(","))
+command = words[words.index("--") + 1 :]
+command = [hosts.get(word, word) for word in command]
+os.environ["EYRIE_WORKSPACE"] = hosts["/workspace"]
+os.chdir({str(ROOT)!r})
+os.execvp({sys.executable!r}, [{sys.executable!r}, *command[1:]])
+"""
+OTHER = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$SPY"
+[[ $(basename "$0") == sbatch ]] && grep -c sbatch "$SPY"
+exit 0
+"""
+
+
+class Machine:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spy = folder / "spy.txt"
+        binaries = folder / "bin"
+        binaries.mkdir()
+        (folder / "workspace").mkdir()
+        for name, text in {"srun": SRUN, "scontrol": OTHER, "sbatch": OTHER}.items():
+            (binaries / name).write_text(text)
+            (binaries / name).chmod(0o755)
+        self.recipe = folder / "recipe.yaml"
+        self.recipe.write_text("run: {name: r, target: t}\n")
+        self.environment = {
+            **os.environ,
+            "PATH": f"{binaries}:{os.environ['PATH']}",
+            "SPY": str(self.spy),
+            "RECIPE": str(self.recipe),
+            "EYRIE_WORKSPACE": str(folder / "workspace"),
+            "SLURM_JOB_ID": "7",
+            **{
+                f"EYRIE_IMAGE_{stage}": f"registry/{stage}" for stage in ("SYNTH", "TRAIN", "BENCH")
+            },
+        }
+
+    def start(self, **variables: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            ["bash", str(SLURM / "stage.sbatch")],
+            env={**self.environment, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, **variables: str) -> tuple[int, str]:
+        process = self.start(**variables)
+        _, complaint = process.communicate(timeout=120)
+        return process.returncode, complaint
+
+    def told(self) -> str:
+        return self.spy.read_text() if self.spy.exists() else ""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_a_stages_own_exit_code_is_the_jobs(machine: Machine) -> None:
+    """train for real, where dump has not run."""
+    code, complaint = machine.run(STAGE="train")
+    assert code == 2
+    assert "python -m stages.dump" in complaint
+    assert "--container-image=registry/TRAIN" in machine.told()
+    assert "scontrol" not in machine.told()
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 75, 143, 137, 1])
+def test_what_is_worth_another_try_is_queued_again(machine: Machine, code: int) -> None:
+    assert machine.run(STAGE="synth", CODE=str(code))[0] == code
+    assert ("scontrol requeue 7" in machine.told()) == (code not in (0, 2, 3))
+
+
+def test_it_is_queued_again_six_times_and_no_more(machine: Machine) -> None:
+    assert machine.run(STAGE="synth", CODE="75", SLURM_RESTART_COUNT="6")[0] == 75
+    assert "scontrol" not in machine.told()
+
+
+def test_a_shard_of_an_array(machine: Machine) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
+    machine.run(STAGE="synth", CODE="75", **array)
+    assert "--num_shards 16" in machine.told()
+    assert "scontrol requeue 9_3" in machine.told()
+
+
+def test_apptainer_runs_the_same_command(machine: Machine) -> None:
+    assert machine.run(STAGE="bench", CODE="0", EYRIE_RUNTIME="apptainer")[0] == 0
+    assert "apptainer exec --nv --no-home --bind" in machine.told()
+    assert "stages.bench --recipe /etc/eyrie/recipe.yaml" in machine.told()
+    assert machine.run(STAGE="bench", CODE="0", EYRIE_RUNTIME="podman")[0] == 2
+
+
+def test_sigterm_reaches_the_stage_which_is_queued_again(machine: Machine) -> None:
+    process = machine.start(STAGE="train", CODE="term")
+    while "srun" not in machine.told():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "scontrol requeue 7" in machine.told()
+
+
+@pytest.mark.parametrize("missing", ["STAGE", "RECIPE", "EYRIE_WORKSPACE", "EYRIE_IMAGE_SYNTH"])
+def test_what_is_missing_is_named(machine: Machine, missing: str) -> None:
+    code, complaint = machine.run(**{"STAGE": "synth", "CODE": "0", missing: ""})
+    assert code == 2 and missing in complaint
+    assert machine.told() == ""
+
+
+def test_a_chain_waits_stage_by_stage(machine: Machine) -> None:
+    done = subprocess.run(
+        [SLURM / "chain.sh", machine.recipe, "--partition=gpu"],
+        env={**machine.environment, "SHARDS": "4"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    submitted = machine.told().splitlines()
+    assert [
+        f"STAGE={s}" in line
+        for s, line in zip(("synth", "dump", "train", "bench"), submitted, strict=True)
+    ]
+    assert ["--array=0-3" in line for line in submitted] == [True, True, False, False]
+    assert ["afterok:" in line for line in submitted] == [False, True, True, True]
+    assert "afterok:1 " in submitted[1] and all("--partition=gpu" in line for line in submitted)
