@@ -33,6 +33,12 @@ def docker(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess
     return done
 
 
+def git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+
+
 def wait_for(label: str, found: Callable[[], object], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not found():
@@ -53,6 +59,9 @@ class Project:
         return {
             **os.environ,
             "COMPOSE_PROJECT_NAME": self.name,
+            "EYRIE_REVISION": git("describe", "--always", "--dirty", "--abbrev=40"),
+            "EYRIE_SOURCE": git("remote", "get-url", "origin") or "unknown",
+            "EYRIE_VOLUMES": self.name,
             "EYRIE_RECIPE": str(self.recipe),
             "EYRIE_WORKSPACE": self.workspace,
             **self.variables,

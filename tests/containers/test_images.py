@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ print(json.dumps({
     "bounding": int(status["CapBnd"], 16),
     "no_new_privileges": status["NoNewPrivs"].strip(),
     "writable": [f for f in ("/", "/app", "/etc", "/opt", "/usr", "/var/tmp") if writes(f)],
-    "needed": [f for f in ("/models", "/tmp", "/workspace") if writes(f)],
+    "needed": [f for f in ("/caches", "/models", "/tmp", "/workspace") if writes(f)],
 }))
 """
 # Imports every module below a package and says which failed.
@@ -79,7 +80,16 @@ def test_a_process_is_nobody_and_writes_only_where_it_must(fresh: Project, name:
     assert found["effective"] == found["bounding"] == 0
     assert found["no_new_privileges"] == "1"
     assert found["writable"] == []
-    assert found["needed"] == ["/models", "/tmp", "/workspace"]
+    assert found["needed"] == ["/caches", "/models", "/tmp", "/workspace"]
+
+
+def test_layers_hold_no_bytecode_of_packages_and_no_empty_build_folders(
+    images: dict[str, str],
+) -> None:
+    look = "find /opt/eyrie -name '*.pyc' | grep -v /pip/ | grep -v /setuptools/ | wc -l; ls /mnt; ls /"
+    told = docker("run", "--rm", "--entrypoint", "sh", images["dump"], "-c", look).stdout.split()
+    assert int(told[0]) < 100
+    assert not {"build", "locks"} & set(told)
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -117,6 +127,8 @@ def test_labels_entry_and_signal(images: dict[str, str], name: str) -> None:
     )
     assert labels["org.opencontainers.image.revision"] == revision.stdout.strip()  # type: ignore[index]
     assert labels["org.opencontainers.image.ref.name"] == images[name]  # type: ignore[index]
+    assert labels["org.opencontainers.image.base.name"] == "debian:bookworm-slim"  # type: ignore[index]
+    assert labels["org.opencontainers.image.version"] in images[name]  # type: ignore[index]
     if name in ("synth", "dump", "bench"):
         assert f"vllm-{labels['eyrie.vllm.version']}-cpu" in images[name]  # type: ignore[index]
 
@@ -166,10 +178,28 @@ def test_bake_builds_what_compose_builds(images: dict[str, str]) -> None:
     built = subprocess.run(
         ["docker", "buildx", "bake", "--file", "docker/docker-bake.hcl"],
         cwd=ROOT,
-        env={**os.environ, "FLAVOUR": "cpu", "EYRIE_REVISION": revision},
+        env={
+            **os.environ,
+            "FLAVOUR": "cpu",
+            "EYRIE_REVISION": revision,
+            "EYRIE_SOURCE": of_compose["ops"]["Labels"]["org.opencontainers.image.source"],
+        },
         capture_output=True,
         text=True,
         timeout=2400,
     )
     assert built.returncode == 0, built.stderr[-2000:]
     assert configs() == of_compose
+
+
+def test_a_workspace_that_docker_made_for_a_typing_error_is_refused(
+    images: dict[str, str], tmp_path: Path
+) -> None:
+    mistyped = tmp_path / "wrokspace"
+    project = Project("eyrie-test-mistyped", str(mistyped))
+    try:
+        done = project.compose("run", "--rm", "synth")
+    finally:
+        project.down()
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "EYRIE_WORKSPACE" in done.stderr

@@ -123,6 +123,25 @@ def test_components_fit_an_overlay(base: str, tmp_path: Path) -> None:
     assert "NetworkPolicy" in {each["kind"] for each in objects}
 
 
+def test_a_train_jobs_runtime_is_a_job_like_the_others() -> None:
+    (runtime,) = yaml.safe_load_all((K8S / "trainjob" / "runtime.yaml").read_text())
+    (job,) = yaml.safe_load_all((K8S / "trainjob" / "trainjob.yaml").read_text())
+    nodes = runtime["spec"]["mlPolicy"]["numNodes"]
+    assert job["spec"]["trainer"]["numNodes"] == nodes
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    for version in VERSIONS:
+        validate(
+            [{"kind": "Job", "apiVersion": "batch/v1", "metadata": {"name": "n"}, "spec": spec}],
+            version,
+        )
+    spec |= {"completions": nodes, "parallelism": nodes}  # which the controller sets
+    check_job("train", spec)
+    spec["template"]["spec"]["containers"][0]["name"] = "train"
+    check_pod(spec["template"]["spec"])
+
+
 def test_the_demos_config_map_is_its_whole_folder() -> None:
     demo = ROOT / "stages" / "demo"
     component = yaml.safe_load((demo / "kustomization.yaml").read_text())
