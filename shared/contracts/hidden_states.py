@@ -11,13 +11,19 @@ Legend: T tokens of a shard, N its samples, A aux layers, H the target's hidden 
         "sample_ids":    list[str]
     }
 
+With `state_dtype: fp8` (`shared/contracts/fp8.py`) three entries take the place of `hidden_states`:
+
+        "hidden_states": float8_e4m3fn [T, A, H]  aux layers
+        "scales":        bfloat16 [T, A]
+        "final_states":  bfloat16 [T, H]
+
 The other layout, `samples`, has a file a sample, as speculators 0.3 writes and reads; S its tokens:
 
     samples/data_7.pt = {
         "input_ids":     int64 [S]
         "hidden_states": list of A+1 bfloat16 [S, H]   aux layers in order, then the final one
         "loss_mask":     int64 [S]
-    }
+    }                                          fp8: aux layers float8 [S, H], "scales" bfloat16 [S, A]
 
 They lie in a folder of their own, since speculators reads every `.pt` below the one it is given.
 
@@ -36,6 +42,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from shared.contracts import fp8
 from shared.errors import UserError
 from shared.io.records import Shape, read_record
 from shared.io.tensor_files import is_dense, load_tensors, save_tensors, wrong
@@ -87,9 +94,11 @@ class Shard:
 
     input_ids: torch.Tensor  # [T] int32
     loss_mask: torch.Tensor  # [T] uint8
-    hidden_states: torch.Tensor  # [T, A+1, H] bfloat16
+    hidden_states: torch.Tensor  # [T, A+1, H] bfloat16, or [T, A, H] float8: read it by `states`
     offsets: torch.Tensor  # [N+1] int64
     sample_ids: list[str]
+    scales: torch.Tensor | None = None  # with float8: [T, A] bfloat16
+    final_states: torch.Tensor | None = None  # with float8: [T, H] bfloat16
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -105,7 +114,14 @@ class Shard:
         """
         states = self.hidden_states[rows]
         _fetch(states)
-        return states
+        if self.scales is None or self.final_states is None:
+            return states
+        aux = fp8.decode(states, self.scales[rows])
+        return torch.cat([aux, self.final_states[rows, None]], dim=1)
+
+    def final(self) -> torch.Tensor:
+        """The final states [T, H] bfloat16, mapped."""
+        return self.hidden_states[:, -1] if self.final_states is None else self.final_states
 
 
 def _fetch(tensor: torch.Tensor) -> None:
@@ -127,6 +143,7 @@ def write_shard(
     loss_masks: Sequence[Sequence[int]],
     states: torch.Tensor | Sequence[torch.Tensor],
     sample_ids: Sequence[str],
+    state_dtype: str = "bfloat16",
 ) -> None:
     """Write samples as one shard, whole or not at all; `states` is [T, A+1, H], or a list to join."""
     if not isinstance(states, torch.Tensor):
@@ -134,30 +151,51 @@ def write_shard(
     lengths = torch.tensor([0, *(len(ids) for ids in input_ids)], dtype=torch.int64)
     flat_ids = [token for ids in input_ids for token in ids]
     flat_mask = [bit for mask in loss_masks for bit in mask]
-    shard = {
+    shard: dict[str, Any] = {
         "input_ids": torch.tensor(flat_ids, dtype=torch.int32),
         "loss_mask": torch.tensor(flat_mask, dtype=torch.uint8),
-        "hidden_states": states.to(torch.bfloat16).contiguous(),
         "offsets": lengths.cumsum(0),
         "sample_ids": list(sample_ids),
     }
+    if state_dtype == "bfloat16":
+        shard["hidden_states"] = states.to(torch.bfloat16).contiguous()
+    else:
+        shard["hidden_states"], shard["scales"] = fp8.encode(states[:, :-1])
+        shard["final_states"] = states[:, -1].contiguous()
     save_tensors(path, shard)
 
 
 def _check(shard: Shard, num_states: int, hidden_size: int) -> None:
-    dtypes = (torch.int32, torch.uint8, torch.bfloat16, torch.int64)
-    tensors = (shard.input_ids, shard.loss_mask, shard.hidden_states, shard.offsets)
-    for name, tensor, dtype in zip(Shard.__annotations__, tensors, dtypes, strict=False):
+    dtypes = {
+        "input_ids": torch.int32,
+        "loss_mask": torch.uint8,
+        "hidden_states": torch.bfloat16,
+        "offsets": torch.int64,
+    }
+    num_tokens = len(shard.input_ids)
+    shapes: dict[str, tuple[int, ...]] = {"hidden_states": (num_tokens, num_states, hidden_size)}
+    if shard.scales is not None or shard.final_states is not None:
+        dtypes |= {
+            "hidden_states": fp8.DTYPE,
+            "scales": torch.bfloat16,
+            "final_states": torch.bfloat16,
+        }
+        shapes = {
+            "hidden_states": (num_tokens, num_states - 1, hidden_size),
+            "scales": (num_tokens, num_states - 1),
+            "final_states": (num_tokens, hidden_size),
+        }
+    for name, dtype in dtypes.items():
+        tensor = getattr(shard, name)
         if not is_dense(tensor, dtype):
             raise ValueError(f"{name}: expected {dtype}, found {getattr(tensor, 'dtype', None)}")
+    for name, shape in shapes.items():
+        if tuple(getattr(shard, name).shape) != shape:
+            raise ValueError(f"{name}: expected {shape}, found {tuple(getattr(shard, name).shape)}")
     if not isinstance(shard.sample_ids, list) or not all(
         isinstance(sample_id, str) for sample_id in shard.sample_ids
     ):
         raise ValueError("sample_ids: expected a list of names")
-    num_tokens = shard.input_ids.numel()
-    expected = (num_tokens, num_states, hidden_size)
-    if tuple(shard.hidden_states.shape) != expected:
-        raise ValueError(f"hidden_states: expected {expected}, found {shard.hidden_states.shape}")
     found = (shard.input_ids.shape, shard.loss_mask.shape, shard.offsets.shape)
     if found != ((num_tokens,), (num_tokens,), (len(shard) + 1,)):
         raise ValueError("loss_mask or offsets do not fit input_ids and sample_ids")

@@ -63,6 +63,14 @@ def to_output_ids(aux_layers: Sequence[int]) -> list[int]:
     return [layer - 1 for layer in aux_layers]
 
 
-def state_bytes(num_tokens: int, num_aux: int, hidden_size: int) -> int:
-    """Bytes of the hidden states of `num_tokens`, aux layers and the final one: T * (A+1) * H * 2."""
-    return num_tokens * (num_aux + 1) * hidden_size * STATE_BYTES
+def state_bytes(
+    num_tokens: int, num_aux: int, hidden_size: int, state_dtype: str = "bfloat16"
+) -> int:
+    """Bytes of the stored states of `num_tokens` tokens: A aux layers and the final state.
+
+    bfloat16: T * (A+1) * H * 2. fp8: the aux layers take H bytes and a scale of two each.
+    """
+    aux_bytes = (
+        hidden_size * STATE_BYTES if state_dtype == "bfloat16" else hidden_size + STATE_BYTES
+    )
+    return num_tokens * (num_aux * aux_bytes + hidden_size * STATE_BYTES)

@@ -2,6 +2,7 @@
 """Hidden states, one conversation a file: the layout `samples`, and NVIDIA ModelOpt's own.
 
     samples:   {input_ids long [S], hidden_states list of A+1 [S, H], loss_mask long [S]}
+               fp8: the aux layers float8 [S, H], and scales bfloat16 [S, A]
     ModelOpt:  {input_ids [S], hidden_states [S, H], aux_hidden_states [S, A*H], loss_mask [S]}
 
 Only ids and mask are held; the states are mapped from the file where a batch asks for them.
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.contracts import fp8
 from shared.io.tensor_files import is_dense, load_tensors, wrong
 
 
@@ -53,7 +55,14 @@ class RowFile:
         if "aux_hidden_states" in raw:
             aux = raw["aux_hidden_states"].unflatten(1, (self.num_states - 1, self.hidden_size))
             parts = [*aux.unbind(1), parts]
+        if "scales" in raw:
+            pairs = zip(parts[:-1], raw["scales"].unbind(1), strict=True)
+            parts = [*(fp8.decode(values, scales) for values, scales in pairs), parts[-1]]
         return torch.stack([part.to(torch.bfloat16) for part in parts], dim=1)
+
+    def final(self) -> Tensor:
+        """The final states [S, H] bfloat16."""
+        return self.hidden_states[:, -1]
 
     def states(self, rows: slice) -> Tensor:
         """The states of `rows`; a file holds one sample, so these are all."""
@@ -93,6 +102,18 @@ class RowFile:
             expected = [[tokens, (self.num_states - 1) * size], [tokens, size]]
         if found != expected:
             raise ValueError(f"states: expected the shapes {expected}, found {found}")
+        self._check_scales(raw, tokens)
+
+    def _check_scales(self, raw: dict[str, Any], tokens: int) -> None:
+        parts = raw["hidden_states"] if isinstance(raw["hidden_states"], list) else []
+        are_fp8 = [part.dtype == fp8.DTYPE for part in parts]
+        if "scales" not in raw and not any(are_fp8):
+            return
+        scales, shape = raw.get("scales"), (tokens, self.num_states - 1)
+        if not is_dense(scales, torch.bfloat16) or scales.shape != shape:
+            raise ValueError(f"scales: expected bfloat16 {list(shape)} beside float8 states")
+        if are_fp8 != [True] * (self.num_states - 1) + [False]:
+            raise ValueError("scales: expected float8 for the aux layers, not for the final state")
 
 
 def _shapes(tensors: Any) -> list[list[int]]:

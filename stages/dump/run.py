@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations -> the target's hidden states -> `.pt` files.
 
-In: synth's Parquet, or finished conversations. Out: shards of [T, A+1, H] bfloat16 with ids and
-masks. Cost: one prefill of every row, and T * (A+1) * H * 2 bytes of disk. Shards are planned from
-the rows alone, so a killed run continues with the first shard that is not whole, and several
-processes can share the shards.
+In: synth's Parquet, or finished conversations. Out: shards of [T, A+1, H] bfloat16 (or fp8) with ids
+and masks. Cost: one prefill of every row, and T * (A+1) * H * 2 bytes of disk (less with fp8).
+Shards are planned from the rows alone, so a killed run continues with the first shard that is not
+whole, and several processes can share the shards.
 """
 
 import contextlib
@@ -93,6 +93,9 @@ def _settle(
         from stages.dump.backends.choose import choose
 
         backend = choose(config, target_config, aux_layers)
+    token_bytes = layers.state_bytes(
+        1, len(aux_layers), target_config.hidden_size, config.state_dtype
+    )
     accounting = Accounting()
     plan = plans.settle(
         folder,
@@ -100,16 +103,16 @@ def _settle(
         config,
         fingerprint=fingerprint,
         accounting=accounting,
-        token_bytes=layers.state_bytes(1, len(aux_layers), target_config.hidden_size),
+        token_bytes=token_bytes,
         vocab_size=target_config.vocab_size,
         backend=backend,
     )
-    _require_disk(folder, plan, len(aux_layers), target_config.hidden_size)
+    _require_disk(folder, plan, token_bytes)
     return plan
 
 
-def _require_disk(folder: Path, plan: Plan, num_aux: int, hidden_size: int) -> None:
-    total = layers.state_bytes(plan.tokens, num_aux, hidden_size)
+def _require_disk(folder: Path, plan: Plan, token_bytes: int) -> None:
+    total = plan.tokens * token_bytes
     needed = total - sum(path.stat().st_size for path in folder.rglob("*.pt"))
     free = shutil.disk_usage(folder).free
     logger.info("%d tokens in %d shards: %.3f GB", plan.tokens, len(plan.shards), total / 1e9)

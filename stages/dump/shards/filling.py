@@ -2,16 +2,20 @@
 """A shard in the making: states arrive row by row, and each row is checked as it comes."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
 
+from shared.contracts import fp8
 from shared.errors import OutputError
 from stages.dump.backends.base import Captured
 from stages.dump.backends.stats import measure
 from stages.dump.checks.checks import BadStates, check_sample
 from stages.dump.plan import ShardPlan, ShardRows
 
+# Three bits of mantissa round an entry by at most 6.25 %; entries below the smallest count for little.
+MAX_FP8_ERROR = 0.07
 # A row that was left out of its shard, as sidecar and `rejects.jsonl` list it: row, failed (the
 # reason) and detail.
 Failure = dict[str, str]
@@ -71,6 +75,26 @@ class FillingShard:
         states = torch.cat(parts) if parts else self.states[:0]
         probes = {kept.index(row): logprobs for row, logprobs in self.probes.items()}
         return FillingShard(self.plan, rows, states, probes)
+
+    def round_to_fp8(self) -> None:
+        """Round the aux states to what fp8 stores, in place, so that the checks see the stored ones.
+
+        Raises:
+            OutputError: a token loses more than rounding can explain.
+        """
+        for start, stop in itertools.pairwise(self.starts):
+            aux = self.states[start:stop, :-1]
+            rounded = fp8.decode(*fp8.encode(aux))
+            error = (rounded - aux).float().norm(dim=-1) / aux.float().norm(dim=-1).clamp(min=1e-30)
+            if not bool((error <= MAX_FP8_ERROR).all()):
+                raise OutputError(
+                    f"shard {self.plan.index}: fp8 changes a state by {float(error.max()):.0%} of its "
+                    f"norm, expected at most {MAX_FP8_ERROR:.0%}.",
+                    code="states-not-for-fp8",
+                    remedy="Set dump.state_dtype: bfloat16 for this target.",
+                    facts={"shard": self.plan.index},
+                )
+            aux.copy_(rounded)
 
 
 def _starts(rows: ShardRows) -> list[int]:

@@ -42,37 +42,45 @@ def answer_counts(
     return counts
 
 
-def _format(layout: str, num_states: int, hidden_size: int) -> dict[str, Any]:
+def _format(config: DumpConfig, num_states: int, hidden_size: int) -> dict[str, Any]:
     """The layout of the files, as `data_config.json` describes it."""
-    if layout == "samples":
-        return {
-            "layout": "samples",
-            "file_pattern": "samples/data_{idx}.pt",
-            "data_format_version": 1,
-            "schema": {
-                "input_ids": {"dtype": "torch.long", "shape": "[seq_len]"},
-                "hidden_states": {
-                    "dtype": "list[torch.bfloat16]",
-                    "shape": f"list of [seq_len, {hidden_size}]",
-                    "num_tensors": num_states,
-                },
-                "loss_mask": {"dtype": "torch.long", "shape": "[seq_len]"},
+    is_fp8 = config.state_dtype == "fp8"
+    if config.layout == "samples":
+        states = "list[torch.bfloat16]"
+        schema: dict[str, Any] = {
+            "input_ids": {"dtype": "torch.long", "shape": "[seq_len]"},
+            "hidden_states": {
+                "dtype": f"{states}, all but the last torch.float8_e4m3fn" if is_fp8 else states,
+                "shape": f"list of [seq_len, {hidden_size}]",
+                "num_tensors": num_states,
             },
+            "loss_mask": {"dtype": "torch.long", "shape": "[seq_len]"},
         }
-    return {
-        "layout": "shards",
-        "file_pattern": "shard_{index:05d}.pt",
-        "data_format_version": hidden_states.SCHEMA_VERSION,
-        "schema": {
+        if is_fp8:
+            schema["scales"] = {"dtype": "torch.bfloat16", "shape": f"[seq_len, {num_states - 1}]"}
+        pattern, version = "samples/data_{idx}.pt", 1
+    else:
+        shape = f"[T, {num_states}, {hidden_size}]"
+        schema = {
             "input_ids": {"dtype": "torch.int32", "shape": "[T]"},
             "loss_mask": {"dtype": "torch.uint8", "shape": "[T]"},
-            "hidden_states": {
-                "dtype": "torch.bfloat16",
-                "shape": f"[T, {num_states}, {hidden_size}]",
-            },
+            "hidden_states": {"dtype": "torch.bfloat16", "shape": shape},
             "offsets": {"dtype": "torch.int64", "shape": "[N+1]"},
             "sample_ids": {"dtype": "list[str]", "shape": "[N]"},
-        },
+        }
+        if is_fp8:
+            shape = f"[T, {num_states - 1}, {hidden_size}]"
+            schema |= {
+                "hidden_states": {"dtype": "torch.float8_e4m3fn", "shape": shape},
+                "scales": {"dtype": "torch.bfloat16", "shape": f"[T, {num_states - 1}]"},
+                "final_states": {"dtype": "torch.bfloat16", "shape": f"[T, {hidden_size}]"},
+            }
+        pattern, version = "shard_{index:05d}.pt", hidden_states.SCHEMA_VERSION
+    return {
+        "layout": config.layout,
+        "file_pattern": pattern,
+        "data_format_version": version,
+        "schema": schema,
     }
 
 
@@ -127,10 +135,10 @@ def _data_config(
             "aux_layer_ids": list(aux_layers),
             "layer_id_convention": layers.LAYER_ID_CONVENTION,
             "final_hidden": "prenorm",
-            "dtype": "bfloat16",
+            "dtype": config.state_dtype,
         },
         "generation": {"backend": plan.backend, "engine_args": config.engine_args},
-        "format": _format(config.layout, num_states, hidden_size),
+        "format": _format(config, num_states, hidden_size),
     }
 
 

@@ -157,11 +157,19 @@ class ShardWriter:
         started_s = time.monotonic()
         index, failures = full.plan.index, [full.failed[row] for row in sorted(full.failed)]
         shard, name = full.without_failed(), f"shard {index}"
+        if self.config.state_dtype == "fp8":
+            shard.round_to_fp8()
         agreement, gap, entries = Agreement(0, 0), None, {}
         if shard.rows.sample_ids:  # else every row failed: no file, and nothing to check
             agreement, gap = self._check(name, shard)
             entries = write_samples(
-                self.folder, self.config.layout, shard.plan, shard.rows, shard.states, shard.starts
+                self.folder,
+                self.config.layout,
+                shard.plan,
+                shard.rows,
+                shard.states,
+                shard.starts,
+                self.config.state_dtype,
             )
         facts: dict[str, Any] = {
             "rows": shard.plan.digest,

@@ -148,7 +148,8 @@ class Estimates:
                 return f"at most {sizes.shown_bytes(8 * tokens)}"  # ids, text and spans, before compression
             if step.stage == "dump" and config and tokens is not None:
                 aux = layers.resolve_aux_layers(step.run["aux_layers"], config.num_layers)
-                size = layers.state_bytes(tokens, len(aux), config.hidden_size)
+                dtype = step.settings["state_dtype"]
+                size = layers.state_bytes(tokens, len(aux), config.hidden_size, dtype)
                 return f"at most {sizes.shown_bytes(size)}"
             if step.stage == "train" and config:
                 head = sizes.head_config(step.run, config, step.settings)

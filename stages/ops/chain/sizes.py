@@ -68,7 +68,9 @@ def certain_disk_bytes(left: Sequence[Step], config: TargetConfig, paths: RunPat
             aux = layers.resolve_aux_layers(step.run["aux_layers"], config.num_layers)
             tokens = int(made["facts"].get("tokens", 0))
             held = sum(path.stat().st_size for path in paths.stage("dump").rglob("*.pt"))
-            needed += max(0, layers.state_bytes(tokens, len(aux), config.hidden_size) - held)
+            dtype = step.settings["state_dtype"]
+            states = layers.state_bytes(tokens, len(aux), config.hidden_size, dtype)
+            needed += max(0, states - held)
         if step.stage == "train":
             head = head_config(step.run, config, step.settings)
             needed += checkpoint_bytes(head, step.settings)

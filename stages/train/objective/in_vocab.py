@@ -77,7 +77,7 @@ def _flags(
     shard: Shard | RowFile, head: DraftHead, tensors: TargetTensors, device: torch.device
 ) -> Tensor:
     best = target_argmax(
-        shard.hidden_states[:, -1].to(device),
+        shard.final().to(device),
         norm=tensors.norm.to(device),
         lm_head=tensors.lm_head.to(device),
     )

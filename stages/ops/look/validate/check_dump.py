@@ -108,7 +108,7 @@ def ask_states(run: RunView) -> str:
         sums.samples += shard.sample_ids
         sums.tokens += ids.numel()
         sums.counts += torch.bincount(ids[mask].long(), minlength=vocab_size)
-        looked_bytes += _look_into(path, shard.hidden_states)
+        looked_bytes += _look_into(path, shard)
     _check_sums(run, sums)
     freq = hidden_states.read_token_freq(run.folder("dump"), vocab_size)
     if not torch.equal(freq, sums.counts):
@@ -140,11 +140,12 @@ def _shards(run: RunView) -> Iterator[tuple[Path, "Shard | RowFile"]]:
             yield path, RowFile(path, num_states, hidden_size)
 
 
-def _look_into(path: Path, states: "torch.Tensor") -> int:
+def _look_into(path: Path, shard: "Shard | RowFile") -> int:
     """Bytes of states [T, A+1, H] looked at: finite, no layer of zeros, none that never changes."""
-    token_bytes = states[0].numel() * states.element_size()
-    step = max(1, states.shape[0] * token_bytes // STATE_BYTES_A_FILE)
-    seen = states[::step]
+    first = shard.states(slice(0, 1))
+    token_bytes = first.numel() * first.element_size()
+    step = max(1, len(shard.input_ids) * token_bytes // STATE_BYTES_A_FILE)
+    seen = shard.states(slice(None, None, step))
     wrong = ~seen.isfinite().all(dim=2)  # [T', A+1]
     if bool(wrong.any()):
         token, layer = wrong.nonzero()[0].tolist()

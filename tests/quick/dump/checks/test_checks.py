@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from shared.contracts import fp8
 from shared.errors import OutputError
 from shared.target import model as targets
 from shared.target.tensors import FinalNorm, read_tensors
@@ -166,9 +167,15 @@ FAULTS: dict[str, Callable[[Greedy], torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "fp8"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught_and_named(folder: Path, greedy: Greedy, fault: str) -> None:
-    planted = checks(folder, greedy, FAULTS[fault](greedy))
+def test_planted_faults_are_caught_and_named(
+    folder: Path, greedy: Greedy, fault: str, state_dtype: str
+) -> None:
+    states = FAULTS[fault](greedy).clone()
+    if state_dtype == "fp8":
+        states[:, :-1] = fp8.decode(*fp8.encode(states[:, :-1]))
+    planted = checks(folder, greedy, states)
     with pytest.raises(OutputError, match=f"It looks like {fault}"):
         require(planted, greedy.logprobs)
 
