@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifacts import provenance
+from shared.artifacts.borrowed import refuse_borrowed
 from shared.artifacts.checksums import first_changed, require_sizes
 from shared.artifacts.manifest_shape import FACTS, Manifest
 from shared.artifacts.sharding import hold_share
@@ -156,6 +157,8 @@ class Artifact:
             UserError: there is one of another configuration, or one that cannot be mended, and
                 --overwrite was not given.
         """
+        if self.config.overwrite:
+            refuse_borrowed(self.folder)
         try:
             manifest = read_manifest(self.folder)
         except UserError:
@@ -213,6 +216,7 @@ class Artifact:
         Raises:
             RetryableError: another process works on it.
         """
+        refuse_borrowed(self.folder)
         if self._is_shared:
             with self._work_on_share():
                 yield self._is_needed()

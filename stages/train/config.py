@@ -68,6 +68,11 @@ class TrainConfig(StageConfig):
         100, "Steps between two walks; the best walk is exported.", ge=1
     )
 
+    dump_of: str | None = operational(
+        None,
+        "Another run of this workspace whose finished dump to train on. Links to its dump and synth "
+        "are made in this run's folder; then ops run --only train,bench.",
+    )
     micro_batch_tokens: int | None = operational(
         None, "Tokens of one forward pass on one rank; less takes less memory, never other results."
     )

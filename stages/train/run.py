@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.artifacts.borrowed import borrow_dump
 from shared.artifacts.checksums import require_unchanged
 from shared.artifacts.manifest import MANIFEST, Artifact, require_parent
 from shared.contracts import hidden_states, layers
@@ -144,6 +145,8 @@ def _head_of(
 
 def _inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
     """The dump's manifest and the target's config, which must belong together."""
+    if config.dump_of is not None:
+        borrow_dump(config.paths, config.dump_of)
     folder = config.paths.stage("dump")
     parent = require_parent(folder, stage="dump", config=config)
     located = target.locate_trained(config.run, config.workspace)
