@@ -219,6 +219,16 @@ def test_hf_finds_its_way_in_an_older_model(tmp_path: Path) -> None:
     assert capture_hf(tmp_path)[3].shape == (LENGTHS[3], len(AUX_LAYERS) + 1, 64)
 
 
+def test_async_scheduling_captures_too(tmp_path: Path) -> None:
+    """CUDA's default for this method: the next step is scheduled before a row's end is known."""
+    target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
+    forced = {"async_scheduling": True}
+    capture = VllmCapture(**settings(target), max_num_batched_tokens=96, engine_args=forced)
+    assert capture.resolve().scheduler_config.async_scheduling
+    with capture:
+        assert_agree(answers(capture)[0], capture_hf(target))
+
+
 def test_engine_in_this_process_captures_too(tmp_path: Path) -> None:
     """Without a process of its own the engine moves, and hands over files, only when stepped."""
     program = (
