@@ -19,6 +19,7 @@ import vllm
 from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from vllm.config import VllmConfig
 
 from shared.target import model as targets
 from shared.target.tensors import read_tensors
@@ -219,13 +220,18 @@ def test_hf_finds_its_way_in_an_older_model(tmp_path: Path) -> None:
     assert capture_hf(tmp_path)[3].shape == (LENGTHS[3], len(AUX_LAYERS) + 1, 64)
 
 
+class AsyncCapture(VllmCapture):
+    """Steps scheduled before the last one's tokens are known: the default on CUDA, off on a CPU."""
+
+    def resolve(self) -> VllmConfig:
+        config = super().resolve()
+        config.scheduler_config.async_scheduling = True
+        return config
+
+
 def test_async_scheduling_captures_too(tmp_path: Path) -> None:
-    """CUDA's default for this method: the next step is scheduled before a row's end is known."""
     target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
-    forced = {"async_scheduling": True}
-    capture = VllmCapture(**settings(target), max_num_batched_tokens=96, engine_args=forced)
-    assert capture.resolve().scheduler_config.async_scheduling
-    with capture:
+    with AsyncCapture(**settings(target), max_num_batched_tokens=96) as capture:
         assert_agree(answers(capture)[0], capture_hf(target))
 
 
