@@ -1,28 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where rows come from: files, folders, globs, data sets on a hub. Read as a stream.
+"""Where prompts come from: files, folders, globs, data sets on a hub. Read as a stream.
 
-JSON lines and Parquet are read a little at a time, and so is a `.json` file that holds one long
-list; a hub's data set lies on disk as Arrow and is mapped. Memory does not grow with the input.
+What is not read is never lost from sight. A file in a folder whose format is unknown is reported as a
+`BadRow` and counts as skipped; columns with text that nobody reads are named in the log.
 """
 
+import collections
+import functools
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import pydantic
 
 from shared.config import Section, identity
-from shared.errors import RetryableError, UserError
 from shared.io import files
 from shared.paths import find_input
-from shared.prompts.rows import COLUMNS, BadRow, Prompt, Unusable, parse_line, parse_row, short_hash
+from shared.prompts import folders, formats, hub
+from shared.prompts.columns import COLUMNS
+from shared.prompts.messages import Unusable
+from shared.prompts.rows import BadRow, Prompt, parse_row, short_hash
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-_BATCH_ROWS = 256
-_LONGEST_LINE_BYTES = 64 << 20  # no conversation that a target could take is as long
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Section):
@@ -31,8 +34,12 @@ class Source(Section):
     path: str = identity(
         ..., "File, folder, glob (workspace first), hub data set, or one of: sharegpt, ultrachat."
     )
-    columns: dict[str, str] = identity({}, f"Where rows keep {', '.join(COLUMNS)}: name -> column.")
-    split: str = identity("train", "Split of a hub data set.")
+    columns: dict[str, str] = identity(
+        {}, f"Columns with other names than usual ({', '.join(COLUMNS)}): our name -> the column."
+    )
+    split: str | None = identity(
+        None, "Split to read, or all. Default: the only one; of a hub data set, train."
+    )
     subset: str | None = identity(None, "Configuration of a hub data set.")
     revision: str | None = identity(None, "Revision of a hub data set.")
 
@@ -45,7 +52,7 @@ class Source(Section):
 
     @property
     def name(self) -> str:
-        """What rows call it: the last part of the path."""
+        """The source's name in rows and logs: the last part of the path."""
         return Path(self.path).name or self.path
 
 
@@ -61,8 +68,8 @@ def _hub_source(source: Source, workspace: Path) -> Source | None:
     if find_input(source.path, workspace) is not None:
         return None
     if source.path in NAMED:
-        chosen = source.model_dump(exclude_unset=True)
-        return Source.model_validate({**chosen, **NAMED[source.path]})
+        chosen = source.model_dump(exclude_unset=True, exclude={"path"})
+        return Source.model_validate({**NAMED[source.path], **chosen})
     return source if _HUB_ID.fullmatch(source.path) else None
 
 
@@ -75,35 +82,18 @@ def find_files(source: Source, workspace: Path, *, label: str) -> list[Path]:
     """The files of a source, sorted.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or the recipe must say which split.
     """
-    found = find_input(source.path, workspace)
-    if found is not None and found.is_dir():
-        paths = [path for path in found.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
-    elif found is not None:
-        paths = [found]
-    else:
-        pattern = Path(source.path)
-        roots = [Path("/")] if pattern.is_absolute() else [workspace, Path.cwd()]
-        try:
-            matches = (list(root.glob(str(pattern).lstrip("/"))) for root in roots)
-            paths = next(filter(None, matches), [])
-        except (OSError, ValueError, NotImplementedError):  # no pattern, or a name too long
-            paths = []
-    if not paths:
-        raise UserError(
-            f"{label}: expected a file, a folder with {', '.join(SUFFIXES)} files or a glob at "
-            f"{workspace / source.path} or {Path(source.path).absolute()}, or a hub data set "
-            "(owner/name), found none."
-        )
-    return sorted(paths)
+    found, _ = folders.find(source.path, source.split, workspace, label=label)
+    return [each.path for each in found]
 
 
 def digest(source: Source, workspace: Path, *, label: str) -> str:
-    """What a fingerprint needs to know: the files' content, or the hub's id and revision."""
-    hub = _hub_source(source, workspace)
-    if hub is not None:
-        return f"{hub.path}@{hub.revision or 'latest'}/{hub.subset or ''}/{hub.split}"
+    """The source in a fingerprint: a hash of the files' content, or the hub's id and revision."""
+    on_hub = _hub_source(source, workspace)
+    if on_hub is not None:
+        split = on_hub.split or "train"
+        return f"{on_hub.path}@{on_hub.revision or 'latest'}/{on_hub.subset or ''}/{split}"
     hashes = [files.sha256(path) for path in find_files(source, workspace, label=label)]
     if len(hashes) == 1:
         return hashes[0]
@@ -119,145 +109,116 @@ def read_source(
         UserError: nothing is there, or a file is not what its name says.
         RetryableError: the hub does not answer.
     """
-    hub = _hub_source(source, workspace)
-    if hub is not None:
-        yield from _parsed(_hub_rows(hub, label), hub, hub.path)
-        return
-    for path in find_files(source, workspace, label=label):
-        if path.suffix == ".parquet":
-            yield from _parsed(_parquet_rows(path), source, path.name)
-        elif path.suffix == ".json" and _is_list(path):
-            yield from _parsed(_list_rows(path), source, path.name)
-        else:
-            yield from read_lines(path, source=source.name, columns=source.columns)
-
-
-def _parsed(rows: Iterable[Any], source: Source, where: str) -> Iterator[Prompt | BadRow]:
-    for number, row in enumerate(rows, start=1):
-        try:
-            yield parse_row(row, source=source.name, columns=source.columns)
-        except Unusable as unusable:
-            yield BadRow(f"{where} row {number}", unusable.reason, unusable.detail)
-
-
-def _is_list(path: Path) -> bool:
-    """Whether the file is one JSON list; files named .json often hold JSON lines."""
-    files.require_file(path)
-    with path.open("rb") as start:
-        return start.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-
-
-def _list_rows(path: Path) -> Iterator[Any]:
-    import ijson
-
-    files.require_file(path)
-    try:
-        with path.open("rb") as content:
-            yield from ijson.items(content, "item", use_float=True)
-    except (ijson.JSONError, ValueError, OSError, RecursionError) as error:
-        raise UserError(
-            f"{path}: expected one JSON list of rows, found it broken: {error}. Mend the file; as "
-            "JSON lines, one broken row would cost only itself."
-        ) from error
-
-
-def _parquet_rows(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files.require_file(path)
-    try:
-        with pq.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=_BATCH_ROWS):
-                batch.validate(full=True)
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{path}: expected a Parquet file, found {error}.") from error
-
-
-def _hub_rows(source: Source, label: str) -> Iterable[Any]:
-    import datasets
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        return datasets.load_dataset(
-            source.path, name=source.subset, split=source.split, revision=source.revision
+    on_hub = _hub_source(source, workspace)
+    if on_hub is None:
+        rows = _of_files(source, workspace, label)
+    else:
+        read = hub.rows(
+            on_hub.path,
+            subset=on_hub.subset,
+            split=on_hub.split,
+            revision=on_hub.revision,
+            label=label,
         )
-    except (datasets.exceptions.DatasetNotFoundError, RepositoryNotFoundError) as error:
-        raise UserError(f"{label}: the hub has no data set {source.path}: {error}") from error
-    except (RevisionNotFoundError, ValueError) as error:
-        raise UserError(f"{label}: {source.path} on the hub: {error}") from error
-    except (ConnectionError, OSError) as error:
-        raise RetryableError(
-            f"{label}: could not read {source.path} from the hub: {error}. Where there is no way "
-            "out, download it elsewhere and give its files, or set HF_HUB_OFFLINE=1 with a cache."
-        ) from error
+        rows = _parsed(read, on_hub.path, source.name, source.columns)
+    unread: collections.Counter[str] = collections.Counter()
+    try:
+        for row in rows:
+            if isinstance(row, Prompt):
+                unread.update(row.unread)
+            yield row
+    finally:
+        if unread:
+            named = ", ".join(
+                f"{name!r} ({count:,} rows)" for name, count in unread.most_common(12)
+            )
+            _warn(f"{label}: {source.path}: text that is not read: {named}. `columns` maps names.")
 
 
-def without_duplicates(
-    rows: Iterable[Prompt | BadRow], *, same_content: bool = False
+@functools.cache  # a stage reads its sources twice
+def _warn(text: str) -> None:
+    logger.warning("%s", text)
+
+
+def _of_files(source: Source, workspace: Path, label: str) -> Iterator[Prompt | BadRow]:
+    found, unread = folders.find(source.path, source.split, workspace, label=label)
+    for each in unread:
+        yield BadRow(each.name, "file_not_read", each.why_not)
+    rows = (_parsed(formats.rows(f.path), f.name, source.name, source.columns) for f in found)
+    yield from _apart(found, rows) if len(found) > 1 else next(rows)
+
+
+def _apart(
+    found: Iterable[folders.DataFile], streams: Iterable[Iterator[Prompt | BadRow]]
 ) -> Iterator[Prompt | BadRow]:
-    """The rows, a second one with the same id as a BadRow; 16 bytes of hash a row are remembered.
+    """The files' rows; where a file uses an earlier file's id for another row, its name goes before it.
+
+    Many data sets count from 0 in each file. 16 bytes of hash a row are remembered.
+    """
+    contents: dict[int, int] = {}
+    for file, rows in zip(found, streams, strict=True):
+        own: set[int] = set()
+        for row in rows:
+            if isinstance(row, Prompt):
+                key, content = short_hash(row.sample_id), int(row.content_hash(), 16)
+                if contents.setdefault(key, content) != content and key not in own:
+                    row = row.renamed(f"{file.name}:{row.sample_id}")
+                else:
+                    own.add(key)
+            yield row
+
+
+def _parsed(
+    rows: Iterable[formats.Row], where: str, source: str, columns: Mapping[str, str]
+) -> Iterator[Prompt | BadRow]:
+    for position, value in rows:
+        try:
+            if isinstance(value, Unusable):
+                raise value
+            yield parse_row(value, source=source, columns=columns)
+        except Unusable as unusable:
+            yield BadRow(f"{where} {position}", unusable.reason, unusable.detail)
+
+
+class Duplicates:
+    """Reports the second row with the same id, over any number of streams; 16 bytes of hash a row.
 
     Args:
-        same_content: whether a second row with the same turns and tools is a BadRow, too.
+        same_content: whether a second row with the same turns and tools is a duplicate as well.
     """
-    ids: set[int] = set()
-    contents: set[int] = set()
-    for row in rows:
-        if not isinstance(row, Prompt):
-            yield row
-            continue
-        own = short_hash(row.sample_id)
-        content = int(row.content_hash(), 16) if same_content else None
-        if own in ids:
-            yield BadRow(row.sample_id, "duplicate_id", row.source)
-        elif content in contents:
-            yield BadRow(row.sample_id, "duplicate_content", row.source)
-        else:
-            ids.add(own)
-            if content is not None:
-                contents.add(content)
-            yield row
+
+    def __init__(self, *, same_content: bool = False) -> None:
+        self._same_content = same_content
+        self._ids: set[int] = set()
+        self._contents: set[int] = set()
+
+    def marked(self, rows: Iterable[Prompt | BadRow]) -> Iterator[Prompt | BadRow]:
+        """The rows; a duplicate as a BadRow."""
+        for row in rows:
+            yield self._checked(row) if isinstance(row, Prompt) else row
+
+    def _checked(self, row: Prompt) -> Prompt | BadRow:
+        own_id = short_hash(row.sample_id)
+        if own_id in self._ids:
+            return BadRow(row.sample_id, "duplicate_id", row.source)
+        if self._same_content:
+            content = int(row.content_hash(), 16)
+            if content in self._contents:
+                return BadRow(row.sample_id, "duplicate_content", row.source)
+            self._contents.add(content)
+        self._ids.add(own_id)
+        return row
 
 
-def read_lines(
-    path: Path, *, source: str = "", columns: Mapping[str, str] | None = None
-) -> Iterator[Prompt | BadRow]:
-    """Every non-blank JSON line of `path`, in order.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    files.require_file(path)
-    try:
-        with path.open("rb") as content:
-            for number, line in enumerate(_lines(content), start=1):
-                if not line.strip():
-                    continue
-                try:
-                    if len(line) > _LONGEST_LINE_BYTES:
-                        raise Unusable("line_too_long", f"more than {_LONGEST_LINE_BYTES} bytes")
-                    row = parse_line(line)
-                    yield parse_row(row, source=source or path.name, columns=columns)
-                except Unusable as unusable:
-                    yield BadRow(f"{path.name} line {number}", unusable.reason, unusable.detail)
-    except OSError as error:
-        raise UserError(f"could not read prompts from {path}: {error.strerror}.") from error
-
-
-def _lines(content: BinaryIO) -> Iterator[bytes]:
-    """Lines; of one that is too long only its beginning, so that no line fills the memory."""
-    while line := content.readline(_LONGEST_LINE_BYTES + 1):
-        yield line
-        while line and not line.endswith(b"\n"):
-            line = content.readline(_LONGEST_LINE_BYTES + 1)
+def without_duplicates(rows: Iterable[Prompt | BadRow]) -> Iterator[Prompt | BadRow]:
+    """The rows, a second one with the same id as a BadRow."""
+    return Duplicates().marked(rows)
 
 
 def read_prompts(path: Path) -> Iterator[Prompt | BadRow]:
-    """A JSON-lines file's prompts; a second row with the same id is a BadRow.
+    """A file's prompts; a second row with the same id is a BadRow.
 
     Raises:
         UserError: the file cannot be read.
     """
-    return without_duplicates(read_lines(path))
+    return without_duplicates(_parsed(formats.rows(path), path.name, path.name, {}))

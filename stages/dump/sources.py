@@ -121,7 +121,7 @@ class PlainRows(RowSource):
         read = sources.read_source(self.source, self.workspace, label=_WHAT)
         for prompt in sources.without_duplicates(read):
             if isinstance(prompt, BadRow):
-                account = accounting.skip if prompt.is_duplicate else accounting.fail
+                account = accounting.skip if prompt.is_skipped else accounting.fail
                 account(prompt.row, prompt.reason, prompt.detail)
                 continue
             if special and (token := special.first_in([prompt.conversation, prompt.tools])):

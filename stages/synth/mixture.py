@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from shared.prompts.rows import BadRow, Prompt, short_hash
-from shared.prompts.sources import digest, read_source, without_duplicates
+from shared.prompts.sources import Duplicates, digest, read_source
 from shared.runtime.process import Share
 from stages.synth.config import SynthConfig, SynthSource
 
@@ -35,20 +35,22 @@ def prompts(config: SynthConfig) -> Iterator[Row]:
         UserError: a source cannot be read.
     """
     sources = config.all_sources
-    streams = [_stream(source, config) for source in sources]
-    weights = [source.weight for source in sources]
-    rows = _mix(streams, weights, seed=config.run.seed)
-    rows = without_duplicates(rows, same_content=config.deduplicate)
+    duplicates = Duplicates(same_content=config.deduplicate)
+    streams = [_stream(source, config, duplicates) for source in sources]
+    if any(source.weight is not None for source in sources):
+        rows = _weighted(streams, [source.weight or 1.0 for source in sources])
+    else:
+        rows = _interleaved(streams)
     return _own(_at_most(rows, config.max_samples), config.share)
 
 
-def _stream(source: SynthSource, config: SynthConfig) -> Iterator[Row]:
+def _stream(source: SynthSource, config: SynthConfig, duplicates: Duplicates) -> Iterator[Row]:
     rows = read_source(source, config.workspace, label="synth.prompts")
     if len(config.sources) > 1:  # two data sets may both count from 0
         rows = (_named_after(row, source.name) for row in rows)
     if config.shuffle:
         rows = _shuffled(rows, config.shuffle_buffer_rows, seed=f"{config.run.seed}/{source.name}")
-    return _at_most(rows, source.max_samples)
+    return _at_most(duplicates.marked(rows), source.max_samples)
 
 
 def _named_after(row: Row, source: str) -> Row:
@@ -62,9 +64,9 @@ def _shuffled(rows: Iterator[Row], buffer_rows: int, *, seed: str) -> Iterator[R
     chance = random.Random(seed)
     buffer = list(itertools.islice(rows, buffer_rows))
     for row in rows:
-        place = chance.randrange(len(buffer))
-        yield buffer[place]
-        buffer[place] = row
+        index = chance.randrange(len(buffer))
+        yield buffer[index]
+        buffer[index] = row
     chance.shuffle(buffer)
     yield from buffer
 
@@ -80,18 +82,28 @@ def _at_most(rows: Iterator[Row], limit: int | None) -> Iterator[Row]:
         yield row
 
 
-def _mix(streams: list[Iterator[Row]], weights: list[float], *, seed: int) -> Iterator[Row]:
-    """Draw from the streams by weight until all are empty."""
-    chance = random.Random(seed)
-    live = dict(enumerate(streams))
-    while live:
-        names = list(live)
-        drawn = chance.choices(names, [weights[name] for name in names])[0]
-        row = next(live[drawn], None)
-        if row is None:
-            del live[drawn]
-        else:
+def _interleaved(streams: list[Iterator[Row]]) -> Iterator[Row]:
+    """One row from each in turn, until all are empty."""
+    for group in itertools.zip_longest(*streams):
+        yield from (row for row in group if row is not None)
+
+
+def _weighted(streams: list[Iterator[Row]], weights: list[float]) -> Iterator[Row]:
+    """Prompts in proportion to the weights, until one stream has no more.
+
+    Worked example: weights 9 and 1 over 100 prompts each give 100 of the first and 11 of the second.
+    """
+    taken = [0] * len(streams)
+    while True:
+        # The stream that is furthest behind its share comes next.
+        index = min(range(len(streams)), key=lambda i: ((taken[i] + 1) / weights[i], i))
+        for row in streams[index]:
             yield row
+            if isinstance(row, Prompt):
+                taken[index] += 1
+                break
+        else:
+            return
 
 
 def _own(rows: Iterator[Row], share: Share) -> Iterator[Row]:

@@ -99,7 +99,7 @@ def _usable(rows: Iterator[Prompt | BadRow], accounting: Accounting) -> Iterator
         if isinstance(row, Prompt):
             yield row
         else:
-            account = accounting.skip if row.is_duplicate else accounting.fail
+            account = accounting.skip if row.is_skipped else accounting.fail
             account(row.row, row.reason, row.detail)
 
 

@@ -22,7 +22,9 @@ from shared.contracts import hidden_states
 from shared.contracts.row_files import RowFile
 from shared.errors import UserError
 from shared.io import files, tensor_files
-from shared.prompts.rows import Prompt, Unusable, parse_line, parse_row
+from shared.prompts.formats import parse_json
+from shared.prompts.messages import Unusable
+from shared.prompts.rows import Prompt, parse_row
 from shared.prompts.sources import Source, read_source
 from shared.runtime import log, process
 from shared.runtime.status import Accounting
@@ -203,7 +205,7 @@ LINES = {
 @pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
 def test_a_hostile_line_costs_only_itself(line: bytes) -> None:
     try:
-        prompt = parse_row(parse_line(line))
+        prompt = parse_row(parse_json(line))
     except Unusable as refused:
         assert refused.reason == (LINES[line] or "broken_tools")
     else:
@@ -214,7 +216,7 @@ def test_a_hostile_line_costs_only_itself(line: bytes) -> None:
 def test_a_line_without_end_fills_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.prompts.sources._LONGEST_LINE_BYTES", 1000)
+    monkeypatch.setattr("shared.prompts.formats._MAX_ROW_BYTES", 1000)
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "%s"}\n{"id": "b", "prompt": "x"}\n' % (b"x" * 5000))
     long, whole = read_source(Source(path="p.jsonl"), tmp_path)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.prompts.rows import BadRow, Prompt, Turn, Unusable, parse_row
+from shared.prompts.messages import Unusable
+from shared.prompts.rows import BadRow, Prompt, Turn, parse_row
 from shared.prompts.sources import read_prompts
 
 USER = {"role": "user", "content": "Hi"}
@@ -141,7 +142,7 @@ def test_a_tool_calls_arguments_may_be_a_mapping() -> None:
         ([USER, ASSISTANT, ASSISTANT], "two_assistant_turns"),
         ([USER, SYSTEM], "system_after_user"),
         ([SYSTEM, SYSTEM, USER], "two_system_turns"),
-        ([USER, {"role": "assistant", "content": " "}], "empty_content"),
+        ([{"role": "user", "content": " "}, ASSISTANT], "empty_content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "not_text"),
     ],
 )

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which columns of a row hold its messages and tools, and which ones nobody reads."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from shared.prompts.messages import (
+    Message,
+    Unusable,
+    encodable,
+    from_json,
+    read_messages,
+    text_of,
+    to_json,
+    unread_keys,
+)
+
+# What a recipe's `columns` may map, and the names that are read without a map, first match first.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "data"),
+    "turns": ("turns",),
+    "prompt": ("prompt", "question", "query", "instruction", "input"),
+    "input": ("input", "context"),
+    "answer": ("response", "output", "answer", "completion", "chosen"),
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history",),
+    "id": ("id", "sample_id", "conversation_id", "question_id", "prompt_id", "task_id", "uuid"),
+    "category": ("category",),
+    "tools": ("tools", "functions"),
+}
+COLUMNS = tuple(_NAMES)
+# Text about the row that is no part of the conversation: left out without a word.
+_ABOUT = {
+    "source", "dataset", "model", "license", "language", "lang", "split", "url", "type", "generator",
+    "version", "date", "timestamp", "created_at", "author", "hash", "metadata",
+}  # fmt: skip
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _user(content: Any) -> Message:
+    (message,) = read_messages([{"role": "user", "content": content}])
+    return message
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text inside a value that is not blank."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value.strip()
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+
+
+class Columns:
+    """One row's columns by our names.
+
+    Args:
+        mapped: our name (`COLUMNS`) -> this data set's column; it replaces the usual names.
+
+    Attributes:
+        unread: names of what holds text and was not read, beside whole columns.
+    """
+
+    def __init__(self, row: Mapping[str, Any], mapped: Mapping[str, str]) -> None:
+        self.row = row
+        self.unread: set[str] = set()
+        self._mapped = mapped
+        self._read: set[str] = set()
+
+    def _names(self, column: str) -> Sequence[str]:
+        return (self._mapped[column],) if column in self._mapped else _NAMES[column]
+
+    def get(self, column: str, *kinds: type) -> Any:
+        """The first value for `column` that holds something, of one of the kinds; None if none does."""
+        for name in self._names(column):
+            value = self.row.get(name)
+            if _is_empty(value) or name in self._read or (kinds and not isinstance(value, kinds)):
+                continue
+            self._read.add(name)
+            return value
+        return None
+
+    def messages(self) -> list[Message]:
+        """All messages: system column, history, question, answer.
+
+        Raises:
+            Unusable: there are none, or one of them cannot be used.
+        """
+        messages = self._question()
+        if messages and messages[-1]["role"] != "assistant":
+            messages += self._answer()
+        system = self.get("system", str) or ""
+        if messages and messages[0]["role"] == "system":
+            if system.strip() and system != messages[0]["content"]:
+                raise Unusable("two_system_turns", "a system column beside a system message")
+            return [messages[0], *self._history(), *messages[1:]]
+        start = [{"role": "system", "content": encodable(system)}] if system.strip() else []
+        return [*start, *self._history(), *messages]
+
+    def _question(self) -> list[Message]:
+        """The row's chat, or what is asked where its columns are texts."""
+        if (chat := self._chat()) is not None:
+            self.unread |= unread_keys(chat)
+            return read_messages(chat)
+        turns = from_json(self.get("turns"), "turns")
+        if turns is None:
+            text = self.get("prompt")
+            if text is None:
+                raise self._nothing_asked()
+            turns = text if isinstance(text, list) else [self._with_input(text)]
+        if not isinstance(turns, list) or not turns:
+            raise Unusable("empty_messages")
+        unanswered = {"role": "assistant", "content": ""}
+        return [each for turn in turns for each in (_user(turn), unanswered)][:-1]
+
+    def _chat(self) -> Any:
+        """The column with messages: by its name, or a prompt, input or turns that holds messages."""
+        for name in self._names("messages"):
+            value = self.row.get(name)
+            is_json = isinstance(value, str) and value.lstrip().startswith(("[", "{"))
+            if not _is_empty(value) and (
+                is_json or isinstance(value, list | dict) or "messages" in self._mapped
+            ):
+                self._read.add(name)
+                return value
+        for name in (*self._names("prompt"), *self._names("turns")):
+            value = self.row.get(name)
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                self._read.add(name)
+                return value
+        return None
+
+    def _nothing_asked(self) -> Unusable:
+        if any(name in self.row for name in (*self._names("messages"), *self._names("turns"))):
+            return Unusable("empty_messages")
+        if any(name in self.row for name in self._names("prompt")):
+            return Unusable("empty_content", "user")
+        return Unusable("no_prompt", f"keys {sorted(map(str, self.row))[:8]}")
+
+    def _instance(self) -> Mapping[str, Any]:
+        """self-instruct's first instance of an instruction."""
+        instances = self.row.get("instances")
+        if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
+            return {}
+        self._read.add("instances")
+        if len(instances) > 1:
+            self.unread.add("instances[1:]")
+        return instances[0]
+
+    def _with_input(self, text: Any) -> Any:
+        """The instruction and its input; elsewhere the two belong together only by `columns`."""
+        if "input" not in self._mapped and "instruction" not in self._read:
+            return text
+        more = self.get("input", str) or text_of(self._instance().get("input"))
+        return f"{text_of(text)}\n\n{encodable(more)}" if more.strip() else text
+
+    def _answer(self) -> list[Message]:
+        """The row's own answer to its last question, or none."""
+        answer = self._instance().get("output") or self.get("answer", str, list)
+        if isinstance(answer, list) and isinstance(answer[0], dict):
+            return [each for each in read_messages(answer) if each["role"] == "assistant"][-1:]
+        if not isinstance(answer, str):
+            self._read -= set(self._names("answer"))  # several references, no answer among them
+            return []
+        return [{"role": "assistant", "content": encodable(answer)}] if answer.strip() else []
+
+    def _history(self) -> list[Message]:
+        """LLaMA-Factory's earlier turns: [[question, answer], ...]."""
+        pairs = from_json(self.get("history", list, str), "history") or []
+        messages = []
+        for pair in pairs if isinstance(pairs, list) else [pairs]:
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise Unusable("broken_history", "expected a list of [question, answer]")
+            messages += [_user(pair[0]), {"role": "assistant", "content": text_of(pair[1])}]
+        return messages
+
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """The tools that the target may call, as the server takes them."""
+        tools = from_json(self.get("tools"), "tools") or []
+        if isinstance(tools, list):
+            tools = [from_json(tool, "tools") for tool in tools]
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise Unusable("broken_tools", type(tools).__name__)
+        to_json(tools, "tools")
+        wrapped = (t if "function" in t else {"type": "function", "function": t} for t in tools)
+        return tuple(wrapped)
+
+    def unread_columns(self, messages: Iterable[Message]) -> tuple[str, ...]:
+        """Names of what holds text that is neither read nor in the messages, sorted."""
+        known = {message["content"].strip() for message in messages}
+        aside = {*self._read, *_ABOUT, *self._names("id")}
+        names = (
+            str(name)
+            for name, value in self.row.items()
+            if name not in aside and not known.issuperset(_texts(value))
+        )
+        return tuple(sorted({*names, *self.unread}))

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files a folder, a glob or a path means, and which split each belongs to.
+
+Hidden folders (`.cache`, `.ipynb_checkpoints`, `.git`) are not entered; linked ones are. A data set
+that `datasets` saved (`save_to_disk`) is read by its own list of files. As on a hub, a file belongs to
+the split in its name or its folder's (`data/test-00000-of-00001.parquet`, `test/a.jsonl`) and else to
+`train`. Splits are never mixed: where there are several, the recipe says which.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.errors import UserError
+from shared.io import files
+from shared.paths import find_input
+from shared.prompts import formats
+
+ALL_SPLITS = "all"
+_KEYWORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SHARD = re.compile(r"[-_.]\d{5}-of-\d{5}.*$")
+# Files that describe data and hold none.
+_ABOUT = {
+    "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "manifest.json",
+}  # fmt: skip
+_ABOUT_SUFFIXES = (".md", ".yaml", ".yml", ".py", ".lock")
+_ABOUT_STEMS = ("README", "LICENSE", "LICENCE", "NOTICE", "CITATION")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFile:
+    """A file of a source; `why_not` says why it is not read, and is empty where it is."""
+
+    path: Path
+    name: str  # relative to the source's folder
+    split: str = ""
+    why_not: str = ""
+
+
+def find(
+    pattern: str, split: str | None, workspace: Path, *, label: str
+) -> tuple[list[DataFile], list[DataFile]]:
+    """The files to read, sorted, and those that look like data and are not read.
+
+    Args:
+        split: the split to read, `all`, or None where there is only one.
+
+    Raises:
+        UserError: there are no files, several splits and none chosen, or no such split.
+    """
+    path = find_input(pattern, workspace)
+    if path is None:
+        listed = _in_glob(pattern, workspace)
+    elif path.is_dir():
+        listed = list(_walk(path, "", set()))
+    else:
+        listed = [DataFile(path, path.name, _split_of(Path(path.name)))]
+    found = [each for each in listed if not each.why_not]
+    unread = [each for each in listed if each.why_not]
+    if not found:
+        raise UserError(
+            f"{label}: expected a file, a folder or a glob with files of "
+            f"{', '.join(formats.FORMATS)} at {workspace / pattern} or {Path(pattern).absolute()}, or "
+            "a hub data set (owner/name), "
+            f"found {', '.join(each.name for each in unread[:5]) or 'none'}.",
+            code="prompts-not-found",
+            remedy="Correct the path, or mount the folder that holds it.",
+            facts={"path": pattern},
+        )
+    return _of_split(found, split, f"{label}: {pattern}"), unread
+
+
+def _split_of(name: Path) -> str:
+    """The split that a file's relative name says, else `train`.
+
+    Worked example: data/test_sft-00000-of-00001.parquet is test_sft; test/a.jsonl and a.dev.jsonl are
+    test and validation; contest.jsonl is train.
+    """
+    prefix = _SHARD.sub("", name.name)
+    for word in (prefix, *reversed(name.parts[:-1])):
+        parts = re.split(r"[-_. ]", word.lower())
+        keyword = next((_KEYWORDS[part] for part in parts if part in _KEYWORDS), None)
+        if keyword is not None:
+            return prefix if word == prefix != name.name else keyword
+    return "train"
+
+
+def _of_split(found: list[DataFile], split: str | None, where: str) -> list[DataFile]:
+    splits = sorted({each.split for each in found})
+    if split == ALL_SPLITS or (split is None and len(splits) == 1):
+        return found
+    chosen = [each for each in found if split in (each.split, each.path.name.split(".")[0])]
+    if chosen:
+        return chosen
+    raise UserError(
+        f"{where}: expected {'one split' if split is None else f'the split {split!r}'}, found "
+        f"{', '.join(splits)}.",
+        code="prompts-split",
+        remedy=f"Set the source's `split` to one of them, or to {ALL_SPLITS!r}.",
+        facts={"splits": splits},
+    )
+
+
+def _in_glob(pattern: str, workspace: Path) -> list[DataFile]:
+    roots = [Path("/")] if Path(pattern).is_absolute() else [workspace, Path.cwd()]
+    for root in roots:
+        try:
+            paths = sorted(root.glob(pattern.lstrip("/")))
+        except (OSError, ValueError, NotImplementedError):  # no pattern, or a name too long
+            continue
+        seen: set[Path] = set()
+        if paths:
+            return [
+                each
+                for path in paths
+                for each in (
+                    _walk(path, f"{path.name}/", seen) if path.is_dir() else _file(path, "", seen)
+                )
+            ]
+    return []
+
+
+def _walk(folder: Path, prefix: str, seen: set[Path], split: str = "") -> Iterator[DataFile]:
+    """Every file below `folder` in order of names, each once, hidden ones left out.
+
+    Args:
+        prefix: what stands before a file's name, "" or "folder/".
+        seen: where links led before.
+        split: the split that all of them belong to, where something else than names says so.
+    """
+    if folder.resolve() in seen:  # a link back up, or a second one to the same folder
+        return
+    seen.add(folder.resolve())
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise formats.unreadable(folder, "a folder", error.strerror) from error
+    names = {entry.name for entry in entries}
+    if {"state.json", "dataset_info.json"} <= names:
+        yield from _saved(folder, prefix, split)
+        return
+    for entry in entries:
+        if entry.name.startswith((".", "__")):
+            continue
+        if entry.is_dir():
+            inner = entry.name if "dataset_dict.json" in names else split
+            yield from _walk(entry, f"{prefix}{entry.name}/", seen, inner)
+        else:
+            yield from _file(entry, prefix, seen, split)
+
+
+def _file(path: Path, prefix: str, seen: set[Path], split: str = "") -> Iterator[DataFile]:
+    name = f"{prefix}{path.name}"
+    if not path.is_file():
+        yield DataFile(path, name, why_not="a link to nothing, or no plain file")
+    elif path.name in _ABOUT or path.stem in _ABOUT_STEMS or path.suffix in _ABOUT_SUFFIXES:
+        return
+    elif not formats.is_data(path):
+        yield DataFile(path, name, why_not=f"none of {', '.join(formats.FORMATS)}")
+    elif path.resolve() in seen:
+        yield DataFile(path, name, why_not="the same file as one before")
+    else:
+        seen.add(path.resolve())
+        yield DataFile(path, name, split or _split_of(Path(name)))
+
+
+def _saved(folder: Path, prefix: str, split: str) -> Iterator[DataFile]:
+    """The files of a saved data set, in its own order; others beside them are caches."""
+    state = files.read_json(folder / "state.json")
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    if not isinstance(listed, list):
+        raise formats.unreadable(folder / "state.json", "a list of _data_files", "none")
+    for each in listed:
+        name = Path(str(each.get("filename") if isinstance(each, dict) else each)).name
+        yield DataFile(folder / name, f"{prefix}{name}", split or state.get("_split") or "train")

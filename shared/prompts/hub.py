@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a data set on a hub, by the library `datasets`, which keeps them on disk as Arrow."""
+
+import errno
+from collections.abc import Iterator
+from typing import Any
+
+from shared.errors import EyrieError, RetryableError, UserError
+from shared.prompts.formats import without_nulls
+
+_BATCH_ROWS = 256
+_REMEDY = "Correct the source, or download its files and give their path."
+
+
+def rows(
+    name: str, *, subset: str | None, split: str | None, revision: str | None, label: str
+) -> Iterator[tuple[str, Any]]:
+    """Every row of one split with its position; `split` None is `train`, or the only one.
+
+    Raises:
+        UserError: no such data set, subset, split or revision, no access, or files that do not fit.
+        RetryableError: the hub does not answer.
+    """
+    import datasets
+    import httpx
+    import pyarrow as pa
+
+    try:
+        builder = datasets.load_dataset_builder(name, subset, revision=revision)
+        splits = list(map(str, builder.info.splits or builder.config.data_files or ()))
+        chosen = split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else "")
+        if not chosen:
+            raise UserError(
+                f"{label}: {name} on the hub: expected one split, found {', '.join(splits)}.",
+                code="prompts-split",
+                remedy="Set the source's `split` to one of them.",
+                facts={"splits": splits},
+            )
+        builder.download_and_prepare()
+        data = builder.as_dataset(split=chosen).with_format("arrow")
+        tables = data.iter(batch_size=_BATCH_ROWS)
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, TypeError, KeyError,
+            NotImplementedError, httpx.HTTPError, pa.ArrowException) as error:  # fmt: skip
+        raise _refusal(error, f"{label}: could not read {name} from the hub") from error
+    number = 0
+    for table in tables:
+        for row in table.to_pylist():
+            number += 1
+            yield f"row {number}", without_nulls(row)
+
+
+def _refusal(error: Exception, where: str) -> EyrieError:
+    """What `datasets` raised, as one of our own errors, with the whole chain's reason."""
+    from huggingface_hub import constants
+
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        if not isinstance(cause, Exception) or cause in chain:
+            break
+        chain.append(cause)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:600]
+    if deeper := [each for each in chain[1:] if str(each) and str(each) not in reason]:
+        reason += f" ({' '.join(str(deeper[-1]).split())[:300]})"
+    facts = {"exception": type(error).__name__}
+    if constants.HF_HUB_OFFLINE:
+        return UserError(
+            f"{where}: it is not in the cache, and HF_HUB_OFFLINE is set: {reason}.",
+            code="hub-offline",
+            remedy="Fill the cache where there is a network, or give the data set's files.",
+            facts=facts,
+        )
+    if any(map(_may_pass, chain)):
+        return RetryableError(
+            f"{where}: {reason}.",
+            code="hub-unreachable",
+            remedy="Run the same command again. Without a network, give the data set's files.",
+            facts=facts,
+        )
+    is_denied = "gated" in reason or "authenticated" in reason or "cannot be accessed" in reason
+    return UserError(
+        f"{where}: {reason}.",
+        code="hub-data-set",
+        remedy=f"If it is private or gated, set HF_TOKEN. {_REMEDY}" if is_denied else _REMEDY,
+        facts=facts,
+    )
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later: the network, or a server that is busy."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return status == 429 or status >= 500
+    is_network = isinstance(error, ConnectionError | TimeoutError | httpx.TransportError)
+    return is_network or getattr(error, "errno", None) == errno.EIO
