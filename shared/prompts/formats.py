@@ -39,18 +39,35 @@ _DECODER = json.JSONDecoder()
 Row = tuple[str, Any]  # its position ("line 3"), and its value or what is wrong with it
 
 
-def _open_with_pyarrow(path: Path) -> Any:
-    import pyarrow as pa
+class _Arrow(io.RawIOBase):
+    """Arrow's decompressing stream as a plain file object."""
 
-    return pa.input_stream(path, compression={".zst": "zstd", ".lz4": "lz4"}[path.suffix])
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self._stream = pa.input_stream(
+            path, compression={".zst": "zstd", ".lz4": "lz4"}[path.suffix]
+        )
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _open_with_arrow(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(_Arrow(path), _CHUNK_CHARS)
 
 
 _COMPRESSED: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": _open_with_pyarrow,
-    ".lz4": _open_with_pyarrow,
+    ".zst": _open_with_arrow,
+    ".lz4": _open_with_arrow,
 }
 
 
@@ -96,7 +113,7 @@ def rows(path: Path) -> Iterator[Row]:
 def _open(path: Path) -> Iterator[BinaryIO]:
     opener = _COMPRESSED.get(path.suffix)
     with opener(path) if opener else path.open("rb") as stream:
-        yield stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)
+        yield stream
 
 
 def parse_json(text: bytes) -> Any:
@@ -152,7 +169,7 @@ def _json(path: Path) -> Iterator[Row]:
         if value is None and start == b"{":
             raise unreadable(path, "JSON lines, or one JSON list or object", "it broken or cut")
         second = b"" if value else second
-    if value is None or second:
+    if value is None or second or (isinstance(value, list) and suffix_of(path) != ".json"):
         yield from _json_lines(path)
         return
     for number, row in enumerate(_rows_inside(value), start=1):
@@ -168,15 +185,18 @@ def _parsed(text: bytes) -> Any:
 
 def _is_rows(value: Any) -> bool:
     """Whether it is a list of rows, and not of one conversation's messages."""
-    is_list = isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
-    return bool(is_list) and not any(key in row for row in value for key in ("role", "from"))
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(row, dict) and not _is_message(row) for row in value)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
 def _rows_inside(value: Any) -> list[Any]:
     """The rows of a whole file: a list's items, the list in {"version": ..., "data": [...]}, itself."""
     if isinstance(value, list):
-        is_chat = value and isinstance(value[0], dict) and not _is_rows(value)
-        return [value] if is_chat else value
+        return [value] if any(map(_is_message, value)) else value
     lists = list(filter(_is_rows, value.values())) if isinstance(value, dict) else []
     return lists[0] if len(lists) == 1 else [value]
 
@@ -288,7 +308,7 @@ def without_nulls(value: Any) -> Any:
         return [without_nulls(inner) for inner in value]
     if isinstance(value, bytes):
         with contextlib.suppress(UnicodeDecodeError):
-            return value.decode()
+            return value if b"\0" in value else value.decode()
     if isinstance(value, decimal.Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     return value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where answers come from: a server of our own, servers that run already, or the rows themselves."""
+"""Where answers come from: a server that synth starts, running endpoints, or the rows themselves."""
 
 import contextlib
 import itertools
@@ -16,6 +16,8 @@ from stages.synth.client import Client, Dispatcher, Endpoint, Outcome, ServerDie
 from stages.synth.config import SynthConfig
 
 logger = logging.getLogger(__name__)
+
+_REMEDY = "Finished rows are saved; run the same command again."
 
 
 async def answers(
@@ -56,13 +58,17 @@ async def answers(
             except ServerDiedError as error:
                 if config.endpoints:
                     raise RetryableError(
-                        f"the server does not answer any more: {error}. Finished rows are saved; "
-                        "run the same command again."
+                        f"the server no longer answers: {error}.",
+                        code="endpoint-died",
+                        remedy=_REMEDY,
                     ) from error
                 if start == config.max_restarts:
                     raise RetryableError(
-                        f"the vLLM server died ({error}), and synth.max_restarts is {start}. Finished "
-                        "rows are saved; run the same command again."
+                        f"the vLLM server died ({error}) after {start} restarts, which is "
+                        "synth.max_restarts.",
+                        code="server-died",
+                        remedy=_REMEDY,
+                        facts={"restarts": start},
                     ) from error
                 logger.warning("the server died (%s); starting it again", error)
             finally:
@@ -83,7 +89,12 @@ def _endpoints(config: SynthConfig, target: Path, start: int) -> Iterator[list[E
         except UserError as error:
             if start == 0:
                 raise
-            raise RetryableError(f"the server died and does not start again: {error}") from error
+            raise RetryableError(
+                f"the server died and does not start again: {error.problem}",
+                code="server-does-not-restart",
+                remedy=_REMEDY,
+                facts={"first_code": error.code},
+            ) from error
         yield [endpoint]
 
 

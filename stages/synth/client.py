@@ -28,7 +28,8 @@ from stages.synth.play import Played, Refused, Reply, play, to_rows
 
 logger = logging.getLogger(__name__)
 
-_TOO_LONG = "context length"  # of a prompt, in every wording of the supported vLLM
+# How the supported versions of vLLM refuse a prompt that is too long.
+_TOO_LONG = ("context length", "maximum model length")
 
 
 class BusyError(Exception):
@@ -79,8 +80,9 @@ def _reply(response: dict[str, Any]) -> Reply:
     prompt_ids, answer_ids = response.get("prompt_token_ids"), choice.get("token_ids")
     if not prompt_ids or answer_ids is None:
         raise OutputError(
-            "the server's answer carries no token ids: it must understand return_token_ids "
-            "(vLLM 0.10.2 or newer)."
+            "the server's answer carries no token ids.",
+            code="server-without-token-ids",
+            remedy="Use vLLM 0.10.2 or newer, which understands return_token_ids.",
         )
     return Reply(
         message=_message(choice["message"]),
@@ -183,7 +185,7 @@ class Client:
             text = text[:500]
         if response.status == 429 or response.status >= 500:
             raise BusyError(f"{response.status}: {text}")
-        too_long = _TOO_LONG in text
+        too_long = any(words in text for words in _TOO_LONG)
         raise Refused("too_long" if too_long else "refused_by_server", f"{response.status}: {text}")
 
     async def answer(self, prompt: Prompt) -> Outcome:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section `synth` of a recipe."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import pydantic
@@ -44,20 +45,25 @@ _SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 class SynthSource(Source):
     """A source among several."""
 
-    weight: float = identity(1.0, "How often a row is drawn here, beside other sources.", gt=0)
-    max_samples: int | None = identity(None, "At most so many prompts from here.", ge=1)
+    weight: float | None = identity(
+        None,
+        "Share of prompts from here, relative to the other sources. With weights, the first source "
+        "that has no more prompts ends the reading; without them everything is read.",
+        gt=0,
+    )
+    max_samples: int | None = identity(None, "Read at most this many prompts from here.", ge=1)
 
 
 class Sampling(Section):
-    """One of several ways to sample."""
+    """One sampling setting of a mixture."""
 
-    weight: float = identity(1.0, "Share of rows, beside the others.", gt=0)
+    weight: float = identity(1.0, "Share of rows, relative to the others.", gt=0)
     temperature: float = identity(0.0, "Sampling temperature; 0 is greedy.", ge=0)
     top_p: float = identity(1.0, "Nucleus sampling.", gt=0, le=1)
 
 
 class SynthConfig(ShardedConfig):
-    """Answers prompts with the target's own vLLM server and writes Parquet with its token ids.
+    """Answers prompts with the target and writes Parquet with the server's own token ids.
 
     In:  prompts: JSON, JSON lines, Parquet, a folder, a glob, or a hub data set.
     Out: <workspace>/<run>/synth/part-*.parquet, rejects*.jsonl, manifest.json.
@@ -75,25 +81,40 @@ class SynthConfig(ShardedConfig):
         "trust_remote_code",
     )
 
-    prompts: str | None = identity(None, "One source of prompts; or give `sources`.")
+    groups: ClassVar[Mapping[str, str]] = {
+        "Data": "prompts sources mode max_samples shuffle shuffle_buffer_rows deduplicate",
+        "Model and answers": "max_tokens temperature top_p sampling special_token_text dtype "
+        "reasoning_end reasoning_parser tool_call_parser",
+        "Speed": "endpoints concurrency tensor_parallel_size pipeline_parallel_size server_args "
+        "server_env num_shards shard_index max_retries max_restarts request_timeout_s "
+        "startup_timeout_s",
+        "Output": "rows_per_part seconds_per_part max_failed_fraction",
+    }
+
+    prompts: str | None = identity(
+        None, "One source of prompts: file, folder, glob or hub data set. Or give `sources`."
+    )
     sources: tuple[SynthSource, ...] = identity(
-        (), "Several: each with path, weight, max_samples, columns, split, subset, revision."
+        (),
+        "Several sources, each with path, weight, max_samples, columns, split, subset, revision.",
     )
     mode: Literal["regenerate", "complete", "keep"] = identity(
         "regenerate",
-        "regenerate: every answer anew, turn by turn; complete: only the last; keep: none, the "
-        "rows' own answers.",
+        "regenerate: the target answers every turn; complete: it answers the last turn only; keep: "
+        "take the rows' own answers, without a server.",
     )
     reasoning_end: str = identity("</think>", "What ends the reasoning in the target's answers.")
-    max_samples: int | None = identity(None, "At most so many prompts in all.", ge=1)
-    shuffle: bool = identity(False, "Shuffle each source, seeded, through a buffer.")
-    shuffle_buffer_rows: int = identity(10_000, "Rows that the shuffle holds.", ge=1)
-    deduplicate: bool = identity(True, "Skip rows whose content was there before.")
-    max_tokens: int = identity(1024, "Longest answer; run.max_length_tokens bounds it too.", ge=1)
+    max_samples: int | None = identity(None, "Read at most this many prompts in all.", ge=1)
+    shuffle: bool = identity(False, "Shuffle each source with run.seed, through a buffer.")
+    shuffle_buffer_rows: int = identity(10_000, "Rows that the shuffle buffer holds.", ge=1)
+    deduplicate: bool = identity(True, "Skip rows whose content equals an earlier row's.")
+    max_tokens: int = identity(
+        1024, "Longest answer in tokens; run.max_length_tokens bounds prompt and answer.", ge=1
+    )
     temperature: float = identity(0.0, "Sampling temperature; 0 is greedy.", ge=0)
     top_p: float = identity(1.0, "Nucleus sampling.", gt=0, le=1)
     sampling: tuple[Sampling, ...] = identity(
-        (), "Instead: several ways to sample (weight, temperature, top_p), seeded over rows."
+        (), "Sampling mixture of (weight, temperature, top_p); replaces temperature and top_p."
     )
     special_token_text: Policy = identity("skip", POLICY_DOC)
     dtype: str = identity("auto", "The server's dtype.")
@@ -101,23 +122,34 @@ class SynthConfig(ShardedConfig):
     tool_call_parser: str | None = identity(None, "vLLM's parser of this target's tool calls.")
 
     endpoints: tuple[str, ...] = operational(
-        (), "Servers that run already (http://host:port), instead of one of our own."
+        (), "Running vLLM servers (http://host:port) to use instead of starting one."
     )
     concurrency: int = operational(64, "Requests in flight.", ge=1)
-    rows_per_part: int = operational(500, "Rows a Parquet part; a kill loses at most these.", ge=1)
+    rows_per_part: int = operational(
+        500, "Rows per Parquet part; a killed process loses at most these.", ge=1
+    )
+    seconds_per_part: float = operational(
+        60.0, "Write a part at least this often, even if it has fewer rows.", gt=0
+    )
     max_failed_fraction: float = operational(
-        0.02, "More failed rows than this is exit 3.", ge=0, le=1
+        0.02, "Exit 3 if a larger fraction of the rows fails.", ge=0, le=1
     )
     max_retries: int = operational(
-        5, "Attempts after the first, for a request that may yet succeed.", ge=0
+        5, "Attempts after the first, for a request that met a busy server or a timeout.", ge=0
     )
-    max_restarts: int = operational(3, "Starts after the first, for a server that died.", ge=0)
-    request_timeout_s: float = operational(600.0, "Longest wait for one answer.", gt=0)
-    startup_timeout_s: float = operational(1800.0, "Longest wait for the server's start.", gt=0)
-    tensor_parallel_size: int = operational(1, "GPUs that share the target's layers.", ge=1)
-    pipeline_parallel_size: int = operational(1, "GPUs that take turns with them.", ge=1)
-    server_args: dict[str, Any] = operational({}, "More vLLM server options by their own names.")
-    server_env: dict[str, str] = operational({}, "Environment of the server, no secrets.")
+    max_restarts: int = operational(3, "Restarts of a server that died.", ge=0)
+    request_timeout_s: float = operational(600.0, "Longest wait for one answer, in seconds.", gt=0)
+    startup_timeout_s: float = operational(
+        1800.0, "Longest wait for the server's start, in seconds.", gt=0
+    )
+    tensor_parallel_size: int = operational(1, "GPUs that split each layer of the target.", ge=1)
+    pipeline_parallel_size: int = operational(
+        1, "Groups of GPUs that hold consecutive layers of the target.", ge=1
+    )
+    server_args: dict[str, Any] = operational(
+        {}, "Further options of vLLM's server, by their own names."
+    )
+    server_env: dict[str, str] = operational({}, "Environment variables of the server; no secrets.")
 
     @pydantic.field_validator("endpoints")
     @classmethod

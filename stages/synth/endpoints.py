@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers that run already: asked what they serve, and whether it is the target, before any prompt."""
+"""Running servers: each is checked to serve the target before it gets a prompt."""
 
 import functools
 import http.client
@@ -66,14 +66,19 @@ def _require_same(
         raise UserError(
             f"{base_url} serves {served['id']}, which turns a probe message into {len(found)} "
             f"tokens {found[:12]}, while {config.run.target} gives {len(expected)}: "
-            f"{expected[:12]}. Its tokenizer or chat template is another one; set run.target to "
-            "what it serves."
+            f"{expected[:12]}. Its tokenizer or chat template is another one.",
+            code="endpoint-other-target",
+            remedy="Set run.target to what the endpoint serves.",
+            facts={"endpoint": base_url, "serves": served["id"]},
         )
     longest = served.get("max_model_len") or config.run.max_length_tokens
     if longest < config.run.max_length_tokens:
         raise UserError(
-            f"{base_url} serves at most {longest} tokens a row; run.max_length_tokens is "
-            f"{config.run.max_length_tokens}. Start it with a longer --max-model-len, or lower that."
+            f"{base_url} serves at most {longest} tokens per row; run.max_length_tokens is "
+            f"{config.run.max_length_tokens}.",
+            code="endpoint-too-short",
+            remedy="Start it with a longer --max-model-len, or lower run.max_length_tokens.",
+            facts={"endpoint": base_url, "max_model_len": longest},
         )
 
 
@@ -91,12 +96,24 @@ def _request(base_url: str, path: str, key: str, body: Any = None) -> Any:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code >= 500:
-            raise RetryableError(f"{base_url}{path} answers {error.code}.") from error
+            raise _unreachable(base_url, f"{path} answers {error.code}") from error
+        is_denied = error.code in (401, 403)
         raise UserError(
-            f"{base_url}{path} answers {error.code} {error.reason}. It must be a vLLM server"
-            + (f", and its key goes into ${KEY_VARIABLE}." if error.code in (401, 403) else ".")
+            f"{base_url}{path} answers {error.code} {error.reason}.",
+            code="endpoint-denied" if is_denied else "endpoint-not-vllm",
+            remedy=f"Put the server's key into ${KEY_VARIABLE}."
+            if is_denied
+            else "Give the address of a vLLM server.",
+            facts={"endpoint": base_url, "status": error.code},
         ) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise RetryableError(
-            f"{base_url} does not answer: {error}. Is it up, and is synth.endpoints right?"
-        ) from error
+        raise _unreachable(base_url, str(error)) from error
+
+
+def _unreachable(base_url: str, reason: str) -> RetryableError:
+    return RetryableError(
+        f"{base_url} does not answer: {reason}.",
+        code="endpoint-unreachable",
+        remedy="Check that the server is up and that synth.endpoints is right.",
+        facts={"endpoint": base_url},
+    )

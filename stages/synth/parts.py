@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written: Parquet parts of whole conversations, and what they add up to.
+"""Parquet parts of whole conversations, and their totals.
 
 Part names carry the share that wrote them, `part-<share>-<number>.parquet`, so that several
 processes write into one folder; what any of them wrote counts as done for all.
@@ -7,6 +7,8 @@ processes write into one folder; what any of them wrote counts as done for all.
 
 import collections
 import dataclasses
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,20 @@ def done_ids(folder: Path) -> set[str]:
 
 
 class PartWriter:
-    """Collects conversations into parts; a kill loses at most those of one part."""
+    """Collects conversations into parts; a killed process loses at most those of one part.
 
-    def __init__(self, folder: Path, rows_per_part: int, share_index: int) -> None:
+    Args:
+        max_rows: a part is written once it has this many rows,
+        max_age_s: or once its first row is this old.
+    """
+
+    def __init__(
+        self, folder: Path, share_index: int, *, max_rows: int, max_age_s: float = math.inf
+    ) -> None:
         self.folder = folder
-        self.rows_per_part = rows_per_part
+        self._max_rows = max_rows
+        self._max_age_s = max_age_s
+        self._opened_s = 0.0
         self.answer_tokens = 0
         self._share_index = share_index
         own = sorted(folder.glob(f"part-{share_index:05d}-*.parquet"))
@@ -47,8 +58,11 @@ class PartWriter:
     def add(self, rows: tuple[Conversation, ...]) -> None:
         """All rows of one conversation: they go into one part, so that it is there or not."""
         self.answer_tokens += sum(row.num_completion_tokens for row in rows)
+        if not self._buffer:
+            self._opened_s = time.monotonic()
         self._buffer += rows
-        if len(self._buffer) >= self.rows_per_part:
+        is_old = time.monotonic() - self._opened_s >= self._max_age_s
+        if len(self._buffer) >= self._max_rows or is_old:
             self.flush()
 
     def flush(self) -> None:
@@ -72,13 +86,14 @@ class Totals:
     trained_tokens: int
     prompt_tokens: int
     answer_tokens: int
-    answer_lengths: list[int]  # tokens an answered row
+    answer_lengths: list[int]  # answer tokens of each row
+    row_lengths: list[int]  # tokens of each row, prompt and answers
     finish_reasons: dict[str, int]
 
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
         facts = dataclasses.asdict(self)
-        del facts["names"], facts["answer_lengths"]
+        del facts["names"], facts["answer_lengths"], facts["row_lengths"]
         return facts
 
 
@@ -90,14 +105,15 @@ def add_up(folder: Path) -> Totals:
     ids: set[str] = set()
     reasons: collections.Counter[str] = collections.Counter()
     lengths: list[int] = []
-    tokens = trained = prompt = 0
+    row_lengths: list[int] = []
+    trained = prompt = 0
     for path in paths:
         columns = conversations.read_columns(path, _COLUMNS)
         ids.update(columns["conversation_id"].to_pylist())
         reasons.update(columns["finish_reason"].to_pylist())
         lengths += columns["num_completion_tokens"].to_pylist()
         prompt += sum(columns["num_prompt_tokens"].to_pylist())
-        tokens += pc.sum(pc.list_value_length(columns["input_ids"])).as_py() or 0
+        row_lengths += pc.list_value_length(columns["input_ids"]).to_pylist()
         spans = pc.list_flatten(columns["loss_spans"])
         ends, starts = pc.struct_field(spans, "end"), pc.struct_field(spans, "start")
         trained += pc.sum(pc.subtract(ends, starts)).as_py() or 0
@@ -105,10 +121,11 @@ def add_up(folder: Path) -> Totals:
         names=[path.name for path in paths],
         rows=len(lengths),
         conversations=len(ids),
-        tokens=tokens,
+        tokens=sum(row_lengths),
         trained_tokens=trained,
         prompt_tokens=prompt,
         answer_tokens=sum(lengths),
         answer_lengths=lengths,
+        row_lengths=row_lengths,
         finish_reasons=dict(sorted(reasons.items())),
     )

@@ -2,8 +2,8 @@
 """Prompts -> the target's answers -> Parquet.
 
 In: prompts of any shape. Out: `part-*.parquet` with the server's own token ids. Cost: the target's
-generation time; the client is idle beside it. A killed run continues after its last whole part.
-Several processes may share the work; whoever finds all shares done writes the manifest.
+generation time; the client itself needs little. A killed run continues after its last whole part.
+Several processes may share the work; the last one to finish writes the manifest.
 """
 
 import asyncio
@@ -108,9 +108,11 @@ async def _answer(config: SynthConfig, target_folder: Path, folder: Path, total:
     from stages.synth.answers import answers
 
     accounting = Accounting()
-    status = Status(config.paths.status("synth"))
+    status = Status(config.paths.status(config.process_name))
     status.started()
-    writer = parts.PartWriter(folder, config.rows_per_part, config.share.index)
+    writer = parts.PartWriter(
+        folder, config.share.index, max_rows=config.rows_per_part, max_age_s=config.seconds_per_part
+    )
     done = parts.done_ids(folder)
 
     def unanswered() -> Iterator[Prompt]:
@@ -143,7 +145,7 @@ async def _answer(config: SynthConfig, target_folder: Path, folder: Path, total:
 
 def _finish(config: SynthConfig, artifact: Artifact, target_folder: Path) -> None:
     """Complete the artifact, if this was the last share of it."""
-    from stages.synth.summary import show
+    from stages.synth.summary import print_summary
 
     shares = [Share(index, config.share.count) for index in range(config.share.count)]
     records = [artifact.folder / _record(share) for share in shares]
@@ -158,12 +160,14 @@ def _finish(config: SynthConfig, artifact: Artifact, target_folder: Path) -> Non
         if totals.conversations != accounting.ok:
             raise RetryableError(
                 f"{artifact.folder}: expected the answers to {accounting.ok} prompts, found those to "
-                f"{totals.conversations}: somebody removed or added parts meanwhile. Run the same "
-                "command again, for every share: what is missing is asked again."
+                f"{totals.conversations}: parts were removed or added meanwhile.",
+                code="synth-parts-changed",
+                remedy="Run the same command again for every shard: missing rows are answered again.",
+                facts={"expected": accounting.ok, "found": totals.conversations},
             )
         rejects = [rejects_name(share) for share in shares]
         present = [name for name in rejects if (artifact.folder / name).exists()]
-        show(config.run.name, accounting, totals)
+        print_summary(config, accounting, totals)
         artifact.finish(
             [*totals.names, *present, *(path.name for path in records)],
             counts=accounting.as_dict(),

@@ -182,7 +182,7 @@ def test_an_endpoint_that_is_not_there_or_serves_another_model(
         (tmp_path / "server" / "tokens").write_text(same)
         longer = synth(tmp_path, target, url, settings={"max_length_tokens": 100_000})
     assert longer.code == 2
-    assert "serves at most 4096 tokens" in longer.said
+    assert "serves at most 4096 tokens per row" in longer.said
 
 
 def test_shares_fill_one_artifact_and_the_last_one_completes_it(

@@ -6,13 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from shared.config import build
-from shared.errors import RetryableError, UserError
+from shared.errors import UserError
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Source, digest, read_source
 from stages.synth import mixture
@@ -54,7 +53,7 @@ def test_folders_and_globs_are_read_in_order(tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "a.jsonl", ROWS[:2])
     write_lines(tmp_path / "data" / "deep" / "c.jsonl", ROWS[4:])
     (tmp_path / "data" / "notes.txt").write_text("not data")
-    assert ids("data", tmp_path) == [row["id"] for row in ROWS]
+    assert ids("data", tmp_path) == ["file_not_read", *(row["id"] for row in ROWS)]
     assert ids("data/*.jsonl", tmp_path) == [row["id"] for row in ROWS[:4]]
     assert ids(str(tmp_path / "data" / "*.jsonl"), tmp_path) == [row["id"] for row in ROWS[:4]]
 
@@ -71,42 +70,6 @@ def test_files_that_are_not_what_they_say_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError) as refusal:
             ids(name, tmp_path)
         assert name.split("/")[0] in str(refusal.value)
-
-
-def test_a_hubs_data_set_is_read_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hub is in reach of a test: what it would give is made here, by its own library."""
-    asked: list[tuple[Any, ...]] = []
-
-    def load(path: str, **how: Any) -> datasets.Dataset:
-        asked.append((path, how["split"]))
-        return datasets.Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert ids("ultrachat", tmp_path) == ids("owner/name", tmp_path) == [row["id"] for row in ROWS]
-    assert asked == [("HuggingFaceH4/ultrachat_200k", "train_sft"), ("owner/name", "train")]
-    assert digest(Source(path="ultrachat"), tmp_path, label="x").startswith("HuggingFaceH4/")
-
-
-@pytest.mark.parametrize(
-    ("fault", "outcome"),
-    [
-        (ConnectionError("no route"), RetryableError),
-        (datasets.exceptions.DatasetNotFoundError("no such thing"), UserError),
-        (ValueError("unknown split"), UserError),
-    ],
-)
-def test_what_a_hub_refuses_and_a_hub_out_of_reach(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: Exception,
-    outcome: type[Exception],
-) -> None:
-    def load(path: str, **how: Any) -> None:
-        raise fault
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(outcome, match="nobody/nothing"):
-        ids("nobody/nothing", tmp_path)
 
 
 def test_a_digest_changes_with_any_file(tmp_path: Path) -> None:
@@ -126,11 +89,26 @@ def test_weights_and_limits_of_several_sources(tmp_path: Path) -> None:
     config = config_of(tmp_path, sources=sources, max_samples=200)
     rows = [row for row in mixture.prompts(config) if isinstance(row, Prompt)]
     drawn = Counter(row.source for row in rows)
-    assert sum(drawn.values()) == 200
-    assert 30 <= drawn["small.jsonl"] <= 50
+    assert drawn == {"big.jsonl": 150, "small.jsonl": 50}
     assert len({row.sample_id for row in rows}) == 200, "both count from 0, and stay apart"
     again = [row for row in mixture.prompts(config) if isinstance(row, Prompt)]
     assert again == rows
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [((9.0, 1.0), (100, 11)), ((None, None), (100, 100)), ((0.5, None), (50, 100))],
+)
+def test_weights_are_a_proportion_also_without_limits(
+    tmp_path: Path, weights: tuple[float | None, ...], expected: tuple[int, int]
+) -> None:
+    for name in ("a", "b"):
+        rows = [{"prompt": f"{name} {i}"} for i in range(100)]
+        write_lines(tmp_path / f"{name}.jsonl", [*rows[:50], rows[0], *rows[50:]])
+    sources = [{"path": f"{n}.jsonl", "weight": w} for n, w in zip("ab", weights, strict=True)]
+    rows = mixture.prompts(config_of(tmp_path, sources=sources))
+    drawn = Counter(row.source for row in rows if isinstance(row, Prompt))
+    assert (drawn["a.jsonl"], drawn["b.jsonl"]) == expected, "a duplicate does not count"
 
 
 def test_shuffling_is_seeded_and_loses_nothing(tmp_path: Path) -> None:
