@@ -5,7 +5,7 @@
 last user message decide what happens:
 
     busy     429 twice, then an answer          broken   500, always
-    long     400, too long for the context      slow     no answer for ten seconds
+    long     400, too long (longer: other words)  slow     no answer for ten seconds
     die      the process ends, the first time
 """
 
@@ -56,6 +56,8 @@ class Loopback:
             return web.json_response({"error": {"message": text}}, status=500)
         if "long" in word:
             text = "This model's maximum context length is 8 tokens."
+            if "longer" in word:  # vLLM's engine has other words for it than its front end
+                text = "The decoder prompt is longer than the maximum model length of 8."
             return web.json_response({"error": {"message": text}}, status=400)
         if "slow" in word:
             await asyncio.sleep(10)

@@ -2,7 +2,10 @@
 """The whole stage against a server with the manners of vLLM's: faults, accounting, shares."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from shared.errors import EyrieError
 from stages.synth import parts
 from stages.synth.config import SynthConfig
 from stages.synth.run import run
+from tests.conftest import ROOT
 from tests.loopback import ANSWER_IDS, loopback
 from tests.models import tiny_llama
 
@@ -25,6 +29,7 @@ BAD_ROWS = [
     b'{"id": "empty", "prompt": " "}',
     b'{"id": "two", "messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
     b'{"id": "long", "prompt": "long"}',
+    b'{"id": "longer", "prompt": "longer"}',
     b'{"id": "a", "prompt": "the same id"}',
     b'{"id": "utf8", "prompt": "\xff"}',
 ]
@@ -81,9 +86,9 @@ def test_every_kind_of_bad_row_is_accounted_for_to_the_row(
     done = synth(tmp_path, target, server, settings={"max_failed_fraction": 0.9})
     assert done.code == 0, done.said
     assert manifest(tmp_path)["counts"] == {
-        "in": 9,
+        "in": 10,
         "ok": 2,
-        "skipped": {"duplicate_id": 1, "too_long": 1},
+        "skipped": {"duplicate_id": 1, "too_long": 2},
         "failed": {
             "broken_json": 1,
             "empty_content": 1,
@@ -93,10 +98,13 @@ def test_every_kind_of_bad_row_is_accounted_for_to_the_row(
         },
     }
     rejects = (tmp_path / "run" / "synth" / "rejects.jsonl").read_text().splitlines()
-    assert len(rejects) == 7
+    assert len(rejects) == 8
     rows = list(conversations.read_conversations(tmp_path / "run" / "synth"))
     assert [row.input_ids for row in rows] == [(*b"hello", 2, 7, 8, 2), (*b"busy", 2, 7, 8, 2)]
-    assert "prompts in" in capsys.readouterr().err, "the closing table"
+    table = capsys.readouterr().err
+    assert "prompts in" in table
+    assert re.search(r"answer tokens allowed \(max_tokens\) +│ +1,024", table)
+    assert re.search(r"row tokens, 100 % of rows up to +│ +9", table)
 
 
 def test_text_that_spells_a_control_token_is_left_out_unless_allowed(
@@ -204,6 +212,47 @@ def test_shares_fill_one_artifact_and_the_last_one_completes_it(
     assert {"rejects-00000.jsonl", "rejects-00001.jsonl", "rejects-00002.jsonl"} <= set(
         manifest(tmp_path)["files"]
     )
+
+
+def test_two_shards_by_the_command_line_each_report_under_their_own_name(
+    tmp_path: Path, target: Path, server: str
+) -> None:
+    write_prompts(tmp_path, {f"r{i}": f"hello {i}" for i in range(5)})
+    words = [sys.executable, "-m", "stages.synth", "--workspace", str(tmp_path)]
+    words += ["--target", str(target), "--prompts", "prompts.jsonl", "--endpoints", server]
+    for index in (0, 1):
+        subprocess.run(
+            [*words, "--num_shards", "2", "--shard_index", str(index)], cwd=ROOT, check=True
+        )
+    status = {
+        path.name: json.loads(path.read_text())
+        for path in sorted((tmp_path / "run" / "status").glob("*.json"))
+    }
+    assert {name: each["state"] for name, each in status.items()} == {
+        "synth-0.json": "done",
+        "synth-1.json": "done",
+    }
+    assert [each["progress"]["total"] for each in status.values()] == [3, 2]
+    assert manifest(tmp_path)["counts"]["ok"] == 5
+
+
+def test_a_part_is_written_by_its_rows_and_by_its_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(name: str) -> tuple[conversations.Conversation, ...]:
+        text = ({"role": "user", "content": "q"},)
+        ids = conversations.Conversation(name, name, "", "", text, (1, 2), ((1, 2),), "stop", 1, 1)
+        return (ids,)
+
+    clock = iter((100.0, 100.0, 159.0, 160.0, 170.0, 170.0, 230.0))  # a part's first row asks twice
+    monkeypatch.setattr("stages.synth.parts.time.monotonic", lambda: next(clock))
+    writer = parts.PartWriter(tmp_path, 0, max_rows=3, max_age_s=60)
+    written = []
+    for name in "abcde":
+        writer.add(row(name))
+        written.append(len(list(tmp_path.glob("*.parquet"))))
+    assert written == [0, 0, 1, 1, 2]
+    assert parts.done_ids(tmp_path) == {"a", "b", "c", "d", "e"}
 
 
 def test_answers_that_were_removed_meanwhile_are_asked_again(
