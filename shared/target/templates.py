@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shared.contracts.conversations import spans_of
-from shared.prompts.messages import Message
+from shared.prompts.rows import Message
 
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
