@@ -96,24 +96,12 @@ def _request(base_url: str, path: str, key: str, body: Any = None) -> Any:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code >= 500:
-            raise _unreachable(base_url, f"{path} answers {error.code}") from error
-        is_denied = error.code in (401, 403)
+            raise RetryableError(f"{base_url}{path} answers {error.code}.") from error
         raise UserError(
-            f"{base_url}{path} answers {error.code} {error.reason}.",
-            code="endpoint-denied" if is_denied else "endpoint-not-vllm",
-            remedy=f"Put the server's key into ${KEY_VARIABLE}."
-            if is_denied
-            else "Give the address of a vLLM server.",
-            facts={"endpoint": base_url, "status": error.code},
+            f"{base_url}{path} answers {error.code} {error.reason}. It must be a vLLM server"
+            + (f", and its key goes into ${KEY_VARIABLE}." if error.code in (401, 403) else ".")
         ) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _unreachable(base_url, str(error)) from error
-
-
-def _unreachable(base_url: str, reason: str) -> RetryableError:
-    return RetryableError(
-        f"{base_url} does not answer: {reason}.",
-        code="endpoint-unreachable",
-        remedy="Check that the server is up and that synth.endpoints is right.",
-        facts={"endpoint": base_url},
-    )
+        raise RetryableError(
+            f"{base_url} does not answer: {error}. Is it up, and is synth.endpoints right?"
+        ) from error
