@@ -40,7 +40,7 @@ def request(
     }
 
 
-def cell(
+def under_load(
     requests: list[dict[str, Any]],
     *,
     wall_s: float,
@@ -48,8 +48,9 @@ def cell(
     temperature: float = 0.0,
     max_tokens: int = 256,
     depth: int = 3,
+    queue_s: float = 0.0,
 ) -> dict[str, Any]:
-    """A cell of one closed loop; the engine had counted a warm-up before it."""
+    """One closed loop under a load; the engine had counted a warm-up before it."""
     before = after = None
     if requests[0]["counters"]:
         parts = [Counters(**row["counters"]) for row in requests]
@@ -62,11 +63,12 @@ def cell(
         warm = Counters(5, 5 * depth, 2, (2, *[0] * (depth - 1)))
         before, after = asdict(warm), asdict(total([warm, *parts], num_speculative_tokens=depth))
     return {
-        "cell": {"concurrency": concurrency, "temperature": temperature, "max_tokens": max_tokens},
+        "load": {"concurrency": concurrency, "temperature": temperature, "max_tokens": max_tokens},
         "segments": [
             {
                 "category": None,
                 "wall_s": wall_s,
+                "queue_s": queue_s,
                 "counters_before": before,
                 "counters_after": after,
                 "requests": requests,
@@ -75,9 +77,9 @@ def cell(
     }
 
 
-def engine(*cells: dict[str, Any], **more: Any) -> dict[str, Any]:
+def engine(*loads: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A raw measurement of one engine."""
-    return {"vllm_version": "0.0.0", "start_s": 1.0, "cells": list(cells), **more}
+    return {"vllm_version": "0.0.0", "start_s": 1.0, "loads": list(loads), **more}
 
 
 def head_requests(scale: float = 1.0) -> list[dict[str, Any]]:
@@ -104,7 +106,6 @@ def lossless(**more: Any) -> dict[str, Any]:
         "identical": 4,
         "ties": 0,
         "wrong": 0,
-        "not_scored": 0,
         "noise_logits": None,
         "contexts_scored": 0,
         "changes_measured": 0,

@@ -87,26 +87,24 @@ def make_synth(workspace: Path, *, num_rows: int = 40, copies: int = 1) -> None:
 def make_bench(workspace: Path) -> None:
     """A finished bench artifact of the run's export, from measurements made up by hand."""
     from stages.bench.config import BenchConfig
-    from stages.bench.report import gates, report
-    from stages.bench.report import html as page
-    from stages.bench.report import lineage as making
-    from tests.measurements import baseline_requests, cell, engine, head_requests, lossless
+    from stages.bench.report import gates, html, lineage, report
+    from tests.measurements import baseline_requests, engine, head_requests, lossless, under_load
 
     flags = {"recipe": str(workspace / "recipe.yaml"), "workspace": str(workspace)}
     config = build(BenchConfig, flags)
     export = require_parent(config.paths.export, stage="train", config=config)
     artifact = Artifact(config.paths.stage("bench"), config, parents={"train": export})
     results = {
-        "head": engine(cell(head_requests(), wall_s=6.0)),
-        "baseline": engine(cell(baseline_requests(), wall_s=12.0), lossless=lossless()),
+        "head": engine(under_load(head_requests(), wall_s=6.0)),
+        "baseline": engine(under_load(baseline_requests(), wall_s=12.0), lossless=lossless()),
     }
-    lineage = {"prompts": "abc", "head_fingerprint": export["fingerprint"]}
+    measured = {"prompts": "abc", "head_fingerprint": export["fingerprint"]}
     with artifact.work():
-        found = report.build(config, results, lineage=lineage)
-        found["making"] = making.of_run(config.paths)
+        found = report.build(config, results, measured=measured)
+        found["lineage"] = lineage.of_run(config.paths)
         found["gates"] = gates.judge(config, found, None)
         files.write_json(artifact.folder / "report.json", found)
-        files.write_text(artifact.folder / "report.html", page.render(found))
+        files.write_text(artifact.folder / "report.html", html.render(found))
         files.write_text(artifact.folder / "rejects.jsonl", "")
         counts = {"in": 4, "ok": 4, "skipped": {}, "failed": {}}
         names = ["report.json", "report.html", "rejects.jsonl"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`report.json`, which bench writes and others read: its version, and how it is opened."""
+"""`report.json`, which bench writes and others read: its version and its shape."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from pydantic import Field
 from shared.errors import UserError
 from shared.io.records import Shape, read_record, require_shape
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _ABSENT: Any = None
 _AGAIN = "Measure again with this version of eyrie."
 
@@ -40,6 +40,7 @@ class _Measured(Shape):
 
 class _Engine(_Measured):
     tokens_per_s: float
+    tokens_per_step: float | None = None
     categories: dict[str, _Measured]
 
 
@@ -55,6 +56,7 @@ class _Load(Shape):
 
 class _Row(_Load):
     drafter: str
+    tokens_per_step: float | None
     num_speculative_tokens: int
     acceptance_length: float | None
     tokens_per_s: float
@@ -72,11 +74,10 @@ class _Lossless(Shape):
     compared: int
     ties: int
     wrong: int
-    not_scored: int
 
 
 class _Report(_Load):
-    """What is shown and compared of a report."""
+    """The keys that readers use."""
 
     run: str
     target: str
@@ -91,7 +92,7 @@ class _Report(_Load):
     best: list[_Best]
     lossless: _Lossless | None
     warnings: list[str]
-    lineage: dict[str, Any]
+    measured: dict[str, Any]
     provenance: dict[str, Any]
 
 
@@ -105,7 +106,9 @@ def read_report(path: Path) -> dict[str, Any]:
     version = report.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: expected a bench report of schema version {SCHEMA_VERSION}, found {version!r}. "
-            f"{_AGAIN}"
+            f"{path}: expected a bench report of schema version {SCHEMA_VERSION}, found {version!r}.",
+            code="report-schema",
+            remedy=_AGAIN,
+            facts={"path": str(path), "expected": SCHEMA_VERSION, "found": version},
         )
     return require_shape(report, _Report, where=str(path), remedy=_AGAIN)

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What lies in `export/`: the exact config.json and tensors that engines load, and their check.
 
-Comes in: a head's shape, or the folder of an exported head. Goes out: what must be there, or the
-name of what is not as agreed. Cost: reading the head's weights once.
+In: a head's shape, or the folder of an exported head. Out: what must be there, or the name of what is
+not as agreed. Costs one reading of the head's weights. Heads of other makers are `head_folder`'s.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from shared.contracts.head_config import HeadConfig
+from shared.contracts.head_folder import read_head
 from shared.contracts.layers import to_output_ids
 from shared.errors import OutputError, UserError
-from shared.io.files import read_json, require_file
+from shared.io.files import require_file
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -90,22 +89,24 @@ def expected_tensors(config: HeadConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_export(folder: Path) -> HeadConfig:
-    """Read an exported folder back; its config, if engines can serve it.
+    """Read an exported folder of ours back; its config, if engines can serve it.
 
     Raises:
         OutputError: a key, a tensor, a shape, a dtype or a value is not as agreed.
     """
-    raw = read_json(folder / "config.json")
     try:
         require_file(folder / "model.safetensors")
+        head = read_head(folder)
+        raw = head.config
         config = HeadConfig.from_json(
             raw,
             aux_layers=tuple(raw["eagle_aux_hidden_state_layer_ids"]),
             draft_vocab_size=raw["draft_vocab_size"],
             where=folder / "config.json",
         )
-        expected, dtype = config_json(config, dtype=raw["torch_dtype"]), DTYPES[raw["torch_dtype"]]
-        weights = load_file(folder / "model.safetensors")
+        dtype = DTYPES[raw["torch_dtype"]]
+        expected = config_json(config, dtype=raw["torch_dtype"])
+        weights = head.tensors()
     except (
         UserError,
         KeyError,
@@ -114,23 +115,33 @@ def check_export(folder: Path) -> HeadConfig:
         ArithmeticError,
         AttributeError,
         OSError,
-        SafetensorError,
     ) as error:
-        raise OutputError(f"{folder}: expected an exported draft head, found: {error!r}") from error
-    for key in sorted(expected.keys() | raw.keys()):
+        raise _not_as_agreed(
+            folder, f"expected an exported draft head, found: {error!r}"
+        ) from error
+    wrong = [
         # A null is not the same as no key: engines that read with a default take the null.
-        if raw.get(key, "no such key") != expected.get(key, "no such key"):
-            raise OutputError(
-                f"{folder / 'config.json'}: expected {key} = {expected.get(key, 'no such key')!r}, "
-                f"found {raw.get(key, 'no such key')!r}. Export again."
-            )
-    _check_tensors(folder, config, weights, dtype)
+        f"expected {key} = {expected.get(key, 'no such key')!r}, found {raw.get(key, 'no such key')!r}"
+        for key in sorted(expected.keys() | raw.keys())
+        if raw.get(key, "no such key") != expected.get(key, "no such key")
+    ]
+    if wrong:
+        raise _not_as_agreed(folder / "config.json", "; ".join(wrong))
+    if wrong := _wrong_tensors(config, weights, dtype):
+        raise _not_as_agreed(folder / "model.safetensors", "; ".join(wrong))
     return config
 
 
-def _check_tensors(
-    folder: Path, config: HeadConfig, weights: dict[str, Tensor], dtype: torch.dtype
-) -> None:
+def _not_as_agreed(path: Path, problem: str) -> OutputError:
+    return OutputError(
+        f"{path}: {problem}.",
+        code="export-not-as-agreed",
+        remedy="Export again.",
+        facts={"path": str(path)},
+    )
+
+
+def _wrong_tensors(config: HeadConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
     dtypes = {"d2t": torch.int64, "t2d": torch.bool}
     expected = {
         name: (shape, dtypes.get(name, dtype)) for name, shape in expected_tensors(config).items()
@@ -150,7 +161,4 @@ def _check_tensors(
         ids = weights["d2t"] + torch.arange(config.draft_vocab_size)
         if not torch.equal(ids, weights["t2d"].nonzero().flatten()):
             wrong.append("d2t: draft_id + d2t[draft_id] must be the ascending ids that t2d marks")
-    if wrong:
-        raise OutputError(
-            f"{folder / 'model.safetensors'}: " + "; ".join(wrong) + ". Export again."
-        )
+    return wrong

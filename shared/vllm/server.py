@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's own OpenAI-compatible server as a child process on loopback.
 
-In: its options by name. Out: an address, a key and whether it lives. Started as a module,
+In: its options by name. Out: an address, a key and whether it lives. It is started as a module,
 `python -m vllm.entrypoints.openai.api_server`, since the `vllm` command needs a distribution of that
-very name; nothing here imports vLLM. The key is random, lives for this process, and goes in by the
-environment, so that neither a log nor the process list shows it.
+very name; nothing here imports vLLM. The key is random, lives for this process, and is passed in the
+environment, so that neither a log nor the process list shows it. What the server prints goes to this
+process's stderr; its last lines are kept to tell why it ended.
 """
 
+import collections
 import contextlib
 import http.client
 import json
@@ -15,30 +17,29 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from shared.errors import RetryableError, UserError
+from shared.errors import EyrieError, RetryableError
 from shared.runtime.process import die_with_parent, end_group, stop_if_requested
+from shared.vllm import engine_start
 
 MODEL_NAME = "target"
 _MODULE = "vllm.entrypoints.openai.api_server"
 _GRACE_S = 20.0
 _POLL_S = 0.2
+_DEATH_S = 10.0  # from the engine's end to the server's own
+_KEPT_LINES = 400
 _ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",  # its own progress would drown the stage's
     "VLLM_NO_USAGE_STATS": "1",
 }
-
-
-def base_of(url: str) -> str:
-    """A server's address without a slash or `/v1` at its end: people give it either way."""
-    return url.rstrip("/").removesuffix("/v1")
 
 
 def is_healthy(base_url: str) -> bool:
@@ -57,6 +58,22 @@ class ChildServer:
         self._process = process
         self.base_url = f"http://127.0.0.1:{port}"
         self.api_key = api_key
+        self._lines: collections.deque[bytes] = collections.deque(maxlen=_KEPT_LINES)
+        self._copier = threading.Thread(target=self._copy, args=(process.stdout,), daemon=True)
+        self._copier.start()
+
+    def _copy(self, output: IO[bytes]) -> None:
+        for line in output:
+            self._lines.append(line)
+            # A closed terminal or a full disk must not end the server.
+            with contextlib.suppress(OSError):
+                os.write(2, line)
+
+    def last_words(self) -> str:
+        """The last lines that the server and its own processes printed."""
+        if self.exit_code() is not None:
+            self._copier.join(timeout=2.0)
+        return b"".join(list(self._lines)).decode(errors="replace")
 
     def exit_code(self) -> int | None:
         """None while the process lives."""
@@ -65,37 +82,31 @@ class ChildServer:
     def is_healthy(self) -> bool:
         return self.exit_code() is None and is_healthy(self.base_url)
 
+    def death(self) -> EyrieError | None:
+        """Why the server ended while it was in use; None where it lives on."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(timeout=0 if self.is_healthy() else _DEATH_S)
+            return engine_start.server_death(code, self.last_words())
+        return None
+
     def wait_until_ready(self, *, stage: str, timeout_s: float) -> None:
         """Return once /health answers.
 
         Raises:
-            UserError: the process gave up by itself; its own words are in the log above.
+            UserError: the process gave up by itself.
             RetryableError: it was killed, or lives and did not answer in time.
         """
         deadline = time.monotonic() + timeout_s
         while not self.is_healthy():
             stop_if_requested("nothing was asked yet")
-            code = self.exit_code()
-            if code is not None and code < 0:
-                raise RetryableError(
-                    f"the vLLM server was ended by signal {-code} before it was ready.",
-                    code="server-killed",
-                    remedy="Signal 9 often means that memory ran out; else run it again.",
-                    facts={"signal": -code},
-                )
-            if code is not None:
-                raise UserError(
-                    f"the vLLM server ended with code {code} before it was ready.",
-                    code="server-refused",
-                    remedy="The log above has the reason: usually a target or a head that this vLLM "
-                    "does not support, too little memory for the longest row, or an unknown server "
-                    "option.",
-                )
+            if (code := self.exit_code()) is not None:
+                raise engine_start.server_start_error(code, self.last_words())
             if time.monotonic() > deadline:
                 raise RetryableError(
                     f"the vLLM server was not ready after {timeout_s:.0f} s.",
-                    code="server-slow",
+                    code="engine-start-timeout",
                     remedy=f"Raise {stage}.startup_timeout_s if the target is large.",
+                    facts={"timeout_s": timeout_s},
                 )
             time.sleep(_POLL_S)
 
@@ -104,9 +115,9 @@ class ChildServer:
 def start_server(
     options: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> Iterator[ChildServer]:
-    """A server for the length of the block, its workers ended after it; ready is another matter.
+    """A server for the length of the block; its own processes are ended after it.
 
-    Arguments:
+    Args:
         options: vLLM's own names (`max-model-len`); None and false are left out, true is a flag.
         environment: on top of this process's.
     """
@@ -125,6 +136,8 @@ def start_server(
     process = subprocess.Popen(
         [sys.executable, "-m", _MODULE, *_flags(own | dict(options))],
         env={**defaults, **os.environ, **(environment or {}), "VLLM_API_KEY": api_key},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         start_new_session=True,
         preexec_fn=die_with_parent,
     )

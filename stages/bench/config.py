@@ -19,7 +19,7 @@ class BenchConfig(StageConfig):
     In:  <workspace>/<run>/export/ (or --head) and prompts that no training has seen.
     Out: <workspace>/<run>/bench/report.json and report.html; exit 3 where a gate is missed.
     num_speculative_tokens, concurrency, temperature and max_tokens may each be a list: every
-    combination is measured, and the gates ask the first of each.
+    combination is measured, and the gates judge the first value of each.
     """
 
     section: ClassVar[str] = "bench"
@@ -35,58 +35,69 @@ class BenchConfig(StageConfig):
     )
 
     prompts: Source | None = identity(
-        None, "Held-out prompts: file, folder, glob or hub data set; default: 40 of our own."
+        None,
+        "Held-out prompts: a file, folder, glob or hub data set; default: 40 that come with bench.",
     )
-    max_prompts: int | None = identity(None, "Measure the first so many of the prompts.", ge=1)
+    max_prompts: int | None = identity(
+        None, "Number of prompts to measure, from the first on; default: all.", ge=1
+    )
     head: str | None = identity(
-        None, "A head from elsewhere, a folder or a hub id, instead of the run's export."
+        None, "Another EAGLE-3 head than the run's export: a folder or a hub id."
     )
-    head_revision: str | None = identity(None, "Hub revision of that head.")
-    mode: Literal["in_process", "served"] = identity(
-        "in_process", "vLLM inside a process of bench's, or its server, asked over HTTP."
-    )
+    head_revision: str | None = identity(None, "Hub revision of bench.head.")
+    mode: Literal["served"] = identity("served", "How engines run: vLLM's own server, over HTTP.")
     endpoint: str | None = identity(
         None,
-        "An existing vLLM server with the head, as http://host:8000; key: $EYRIE_ENDPOINT_KEY.",
+        "A running vLLM server with the head, http://host:8000; its key: $EYRIE_ENDPOINT_KEY.",
     )
     baseline_endpoint: str | None = identity(
-        None, "The same target served without the head; key: $EYRIE_BASELINE_ENDPOINT_KEY."
+        None, "The same target served without the head; its key: $EYRIE_BASELINE_ENDPOINT_KEY."
     )
-    num_speculative_tokens: Counts = identity((3,), "Draft length K, one or a list.", min_length=1)
-    concurrency: Counts = identity((1,), "Requests in flight, one or a list.", min_length=1)
+    num_speculative_tokens: Counts = identity(
+        (3,), "Draft length K in tokens; one or a list.", min_length=1
+    )
+    concurrency: Counts = identity((1,), "Requests in flight; one or a list.", min_length=1)
     temperature: Temperatures = identity(
-        (0.0,), "Sampling temperature, one or a list; 0 is greedy.", min_length=1
+        (0.0,), "Sampling temperature; one or a list; 0 is greedy.", min_length=1
     )
-    max_tokens: Counts = identity((256,), "Longest answer, one or a list.", min_length=1)
-    dtype: str = identity("auto", "The engine's dtype.")
-    compare_ngram: bool = identity(False, "Measure vLLM's own ngram proposer at the same K too.")
+    max_tokens: Counts = identity((256,), "Longest answer in tokens; one or a list.", min_length=1)
+    dtype: str = identity("auto", "dtype of the engine: auto, bfloat16, float16 or float32.")
+    compare_ngram: bool = identity(False, "Also measure vLLM's ngram proposer at the same K.")
     speculative_args: dict[str, Any] = identity(
-        {}, "More keys of vLLM's speculative_config, for the head's engine alone."
+        {}, "Further keys of vLLM's speculative_config, for the head's engine only."
     )
 
-    min_acceptance_length: float = identity(2.1, "Gate: a lower acceptance length is exit 3.", ge=0)
+    min_acceptance_length: float = identity(
+        2.1, "Gate: required acceptance length; a lower one is exit 3.", ge=0
+    )
     min_gain_over_ngram: float | None = identity(
-        None, "Gate: least acceptance length above the ngram proposer's; needs compare_ngram."
+        None, "Gate: required gain in tokens per step over the ngram proposer; needs compare_ngram."
     )
     min_speedup: float | None = identity(
-        None, "Gate: least speed-up; off by default, since on a tiny target drafting may cost more."
+        None, "Gate: required speed-up; off by default, since drafting costs more on a tiny target."
     )
-    earlier_report: str | None = identity(None, "Gate: a report.json to hold this run against.")
+    earlier_report: str | None = identity(None, "Gate: a report.json to compare this run with.")
     max_regression: float = identity(
-        0.05, "Gate: largest share lost of the earlier acceptance length and speed-up.", ge=0, le=1
+        0.05, "Gate: allowed loss against the earlier report (0.05 is 5 %).", ge=0, le=1
     )
     max_wrong_answers: int | None = identity(
-        0, "Gate: greedy answers that part from the baseline's without a tie; null asks nothing."
+        0, "Gate: allowed greedy answers that differ from the baseline's without a tie; null: any."
     )
 
-    # What an engine is made of is what bench measures: here it is no mere means.
-    tensor_parallel_size: int = identity(1, "GPUs that share the target's layers.", ge=1)
-    engine_args: dict[str, Any] = identity({}, "More vLLM engine options by their own names.")
-    startup_timeout_s: float = operational(1800.0, "Longest wait for a server's start.", gt=0)
-    request_timeout_s: float = operational(600.0, "Longest wait for one served answer.", gt=0)
-    engine_timeout_s: float = operational(
-        3600.0, "Longest time for one engine's measurement.", gt=0
+    # Operational in other stages, but here the engine itself is what is measured.
+    tensor_parallel_size: int = identity(1, "Number of GPUs that share the target's layers.", ge=1)
+    engine_args: dict[str, Any] = identity(
+        {}, "Further vLLM engine options by their own names, as {max_num_batched_tokens: 16384}."
     )
+    startup_timeout_s: float = operational(1800.0, "Longest wait for a server's start.", gt=0)
+    request_timeout_s: float = operational(600.0, "Longest wait for one answer.", gt=0)
+
+    @pydantic.field_validator("mode", mode="before")
+    @classmethod
+    def _only_served(cls, value: object) -> object:
+        if value == "in_process":
+            raise ValueError("bench measures vLLM's server alone; leave bench.mode out")
+        return value
 
     @pydantic.field_validator("prompts", mode="before")
     @classmethod
@@ -106,11 +117,11 @@ class BenchConfig(StageConfig):
     @pydantic.model_validator(mode="after")
     def _one_way_to_the_engine(self) -> "BenchConfig":
         if self.baseline_endpoint and not self.endpoint:
-            raise ValueError("baseline_endpoint is for an endpoint with the head; none is given")
+            raise ValueError("baseline_endpoint needs an endpoint with the head")
         if self.endpoint and (self.head or self.compare_ngram or self.speculative_args):
             raise ValueError(
-                "an endpoint serves its own head: head, compare_ngram and speculative_args "
-                "cannot be given with it"
+                "an endpoint serves its own head: leave out head, compare_ngram and "
+                "speculative_args"
             )
         if self.endpoint and len(self.num_speculative_tokens) > 1:
             raise ValueError("an endpoint has one draft length; give num_speculative_tokens once")
@@ -122,18 +133,20 @@ class BenchConfig(StageConfig):
 
     @property
     def measured_through(self) -> str:
-        """`in_process`, `served` or `endpoint`."""
+        """`served` or `endpoint`."""
         return "endpoint" if self.endpoint else self.mode
 
 
 class CompareConfig(CommandConfig):
-    """Sets two finished benches side by side: a table here, and a page with figures.
+    """Compares two finished benches side by side: a table here, and a page with figures.
 
     Each is a run's name in the workspace, a bench folder or a report.json.
     """
 
     positional: ClassVar[tuple[str, ...]] = ("first", "second")
 
-    first: str = pydantic.Field(description="The earlier run: a name, a folder or a report.json.")
+    first: str = pydantic.Field(
+        description="The earlier run: a name, a bench folder or a report.json."
+    )
     second: str = pydantic.Field(description="The later run.")
-    out: Path = pydantic.Field(Path("compare.html"), description="Where the page goes.")
+    out: Path = pydantic.Field(Path("compare.html"), description="Path of the page to write.")

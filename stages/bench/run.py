@@ -16,7 +16,7 @@ from typing import Any
 from shared.artifacts.checksums import require_unchanged
 from shared.artifacts.manifest import Artifact, require_parent
 from shared.contracts.bench_report import read_report
-from shared.errors import OutputError, UserError
+from shared.errors import UserError
 from shared.io import files
 from shared.paths import require_input
 from shared.prompts import sources
@@ -25,12 +25,11 @@ from shared.prompts.sources import Source
 from shared.runtime.status import Accounting, Status
 from shared.target import model as target
 from shared.target.tokenizer import require_chat_template, tokenizer_hash
-from stages.bench import head_check as head
+from stages.bench import head_check
 from stages.bench.config import BenchConfig, CompareConfig
-from stages.bench.measure import in_process, plans
-from stages.bench.measure.cells import Conversation, cells
-from stages.bench.report import gates, report
-from stages.bench.report import lineage as making
+from stages.bench.measure import plans
+from stages.bench.measure.loads import Conversation
+from stages.bench.report import gates, lineage, report
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 REPORT, PAGE = "report.json", "report.html"
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Subject:
-    """What is measured, found and checked: the target's folder and the head's, or neither."""
+    """What is measured: the target's folder and the head's, both checked, or neither."""
 
     target: Path | None = None
     head: Path | None = None
@@ -57,8 +56,8 @@ class Subject:
         if self.head is not None and (train := self.parents.get("train")):
             require_unchanged(self.head, train, train["files"])
 
-    def lineage(self) -> dict[str, Any]:
-        """What was measured, by fingerprint and hash; how the head was made is `making`'s."""
+    def measured(self) -> dict[str, Any]:
+        """What was measured, by fingerprint and hash; how the head was made is `lineage`'s."""
         train = self.parents.get("train")
         known = (
             {"head_fingerprint": train["fingerprint"], "training": train["facts"]} if train else {}
@@ -95,25 +94,25 @@ def run(config: BenchConfig) -> None:
         started_s = time.monotonic()
         results = _measure(config, subject, conversations, artifact.folder)
         measured_s = time.monotonic() - started_s
-        lineage = subject.lineage()
-        found = report.build(config, results, lineage=lineage, warnings=subject.warnings)
-        found["seconds"] = round(measured_s, 1)
-        if subject.parents:  # a head from elsewhere was not made here
-            found["making"] = making.of_run(config.paths)
-        found["gates"] = gates.judge(config, found, earlier)
-        _write(found, artifact.folder)
-        if missed := gates.shortfalls(found["gates"]):
-            raise OutputError(f"{'; '.join(missed)}. The whole report: {artifact.folder / REPORT}")
+        result = report.build(
+            config, results, measured=subject.measured(), warnings=subject.warnings
+        )
+        result["seconds"] = round(measured_s, 1)
+        if subject.parents:  # a head from elsewhere was not made by this run
+            result["lineage"] = lineage.of_run(config.paths)
+        result["gates"] = gates.judge(config, result, earlier)
+        _write(result, artifact.folder)
+        gates.require_met(result, artifact.folder / REPORT)
         artifact.finish(
             [REPORT, PAGE, "rejects.jsonl"],
             counts=accounting.as_dict(),
-            facts=found["head"]["acceptance"],
-            engine=f"vllm {found['vllm_version']}",
+            facts=result["head"]["acceptance"],
+            engine=f"vllm {result['vllm_version']}",
         )
 
 
 def find_subject(config: BenchConfig) -> Subject:
-    """The target and the head, checked before any engine starts; nothing here for an endpoint.
+    """The target and the head, checked before any engine starts; neither for an endpoint.
 
     Raises:
         UserError: missing, of another target, or certain to be misread by vLLM.
@@ -136,19 +135,19 @@ def find_subject(config: BenchConfig) -> Subject:
     subject.target = folder
     subject.inputs["target"] = target.weights_hash(folder)
     subject.inputs["tokenizer"] = tokenizer_hash(folder)
-    subject.warnings = head.check(subject.head, target.read_config(folder))
+    subject.warnings = head_check.check(subject.head, target.read_config(folder))
     return subject
 
 
 def _forget(folder: Path) -> None:
-    """A report of an earlier try must not outlive this one."""
+    """Delete the report of an earlier attempt, which this one may not replace."""
     for name in (REPORT, PAGE):
         with files.writing(folder / name):
             (folder / name).unlink(missing_ok=True)
 
 
 def _earlier_report(config: BenchConfig, inputs: dict[str, str]) -> dict[str, Any] | None:
-    """The report to hold this run against, which becomes one of its inputs."""
+    """The report to compare this run with, which becomes one of its inputs."""
     if config.earlier_report is None:
         return None
     path = require_input(config.earlier_report, config.workspace, label="bench.earlier_report")
@@ -168,7 +167,9 @@ def _conversations(
     for row in rows:
         if len(found) == config.max_prompts:
             break
-        if isinstance(row, BadRow):
+        if isinstance(row, BadRow) and row.reason.startswith("duplicate"):
+            accounting.skip(row.row, row.reason, row.detail)
+        elif isinstance(row, BadRow):
             accounting.fail(row.row, row.reason, row.detail)
         else:
             found.append(plans.conversation_of(row))
@@ -186,66 +187,60 @@ def _measure(
     config: BenchConfig, subject: Subject, conversations: list[Conversation], folder: Path
 ) -> dict[str, dict[str, Any]]:
     """One engine after another; the raw measurement under each engine's name."""
-    if subject.target is None or subject.head is None:
-        shared = plans.plan_for_endpoint(config, conversations)
-        drafters = plans.endpoint_drafters(config)
-    else:
-        shared = plans.plan_for_all(config, subject.target, conversations)
-        drafters = plans.speculative_configs(config, subject.head)
+    # Here, not above: a benchmark that is done already must not wait for the client.
+    from stages.bench.measure import measurement
+
+    plan = plans.plan_of(config, subject.target, conversations)
+    drafters = plans.drafters_of(config, subject.head)
+    if subject.head is not None:
+        head_check.check_in_vllm(plan, subject.head, drafters["head"] or {}, folder / "raw")
     status = Status(config.paths.status("bench"), period_s=0.0)
     results: dict[str, dict[str, Any]] = {}
     for number, (name, speculative) in enumerate(drafters.items()):
-        status.progress(number, len(drafters), "engines", measuring=name, loads=len(cells(config)))
-        plan = {**shared, "speculative": speculative}
+        status.progress(number, len(drafters), "engines", measuring=name, loads=len(plan.loads))
         heads = {key: raw for key, raw in results.items() if key.startswith("head")}
         others = heads if name == "baseline" else {}
-        if config.endpoint or config.mode == "served":
-            # Here, not above: a benchmark that is done already must not wait for the client.
-            from stages.bench.measure import served
-
-            results[name] = served.measure(config, name, plan, folder, others=others)
-            continue
-        plan["references"] = {key: str(folder / "raw" / f"{key}.json") for key in others}
-        results[name] = in_process.measure(name, plan, folder, timeout_s=config.engine_timeout_s)
+        results[name] = measurement.measure(plan, name, speculative, folder, others=others)
     return results
 
 
-def _write(found: Mapping[str, Any], folder: Path) -> None:
+def _write(result: Mapping[str, Any], folder: Path) -> None:
     # Here, not above: a benchmark that is done already must not wait for matplotlib.
-    from stages.bench.report import html as page
-    from stages.bench.report import terminal as show
+    from stages.bench.report import html, terminal
 
-    drawn = page.render(found)
-    files.write_json(folder / REPORT, found)
-    files.write_text(folder / PAGE, drawn)
-    show.show(found)
+    page = html.render(result)
+    files.write_json(folder / REPORT, result)
+    files.write_text(folder / PAGE, page)
+    terminal.show(result)
 
 
 def compare(config: CompareConfig) -> None:
-    """Two reports side by side: printed, and drawn on a page.
+    """Two reports side by side, in the terminal and on a page.
 
     Raises:
         UserError: one of them is no bench report.
     """
-    from stages.bench.report import html as page
-    from stages.bench.report import terminal as show
+    from stages.bench.report import html, terminal
 
     first, second = (
         read_report(_report_path(name, config.workspace)) for name in (config.first, config.second)
     )
-    show.compare(first, second)
-    files.write_text(config.out, page.render_comparison(first, second))
+    terminal.compare(first, second)
+    files.write_text(config.out, html.render_comparison(first, second))
     logger.info("the page: %s", config.out)
 
 
 def _report_path(name: str, workspace: Path) -> Path:
     """The report that a run's name, a bench folder or a file means."""
-    places = [workspace / name / "bench" / REPORT, Path(name) / "bench" / REPORT]
-    places += [workspace / name / REPORT, Path(name) / REPORT, workspace / name, Path(name)]
-    for place in places:
-        if place.is_file():
-            return place
+    candidates = [workspace / name / "bench" / REPORT, Path(name) / "bench" / REPORT]
+    candidates += [workspace / name / REPORT, Path(name) / REPORT, workspace / name, Path(name)]
+    for path in candidates:
+        if path.is_file():
+            return path
     raise UserError(
         f"expected a run's name, a bench folder or a report.json, found nothing for {name!r} in "
-        f"{workspace} or here."
+        f"{workspace} or here.",
+        code="report-missing",
+        remedy="Run bench first, or give the report's path.",
+        facts={"name": name},
     )

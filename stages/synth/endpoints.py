@@ -2,24 +2,20 @@
 """Running servers: each is checked to serve the target before it gets a prompt."""
 
 import functools
-import http.client
-import json
 import logging
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
-from shared.errors import RetryableError, UserError
+from shared.errors import UserError
 from shared.target.tokenizer import load_tokenizer
-from shared.vllm.server import base_of, is_healthy
+from shared.vllm.http import Address
+from shared.vllm.server import is_healthy
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
 
 KEY_VARIABLE = "EYRIE_ENDPOINT_KEY"
 PROBE = [{"role": "user", "content": "Do these two share one tokenizer? 12 345, naïve, \\n\\n"}]
-_TIMEOUT_S = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +31,10 @@ def connect(config: SynthConfig, target: Path) -> list[Endpoint]:
     expected = _local_ids(config, target)
     found = []
     for url in config.endpoints:
-        base_url = base_of(url)
-        served = _request(base_url, "/v1/models", key)["data"][0]
-        _require_same(config, base_url, served, expected, key)
+        address = Address(url, key, KEY_VARIABLE)
+        base_url = address.base_url
+        served = address.json("/v1/models")["data"][0]
+        _require_same(config, address, served, expected)
         logger.info("%s serves %s", base_url, served["id"])
         found.append(
             Endpoint(
@@ -57,11 +54,10 @@ def _local_ids(config: SynthConfig, target: Path) -> list[int]:
     return list(encoded["input_ids"])
 
 
-def _require_same(
-    config: SynthConfig, base_url: str, served: Any, expected: list[int], key: str
-) -> None:
+def _require_same(config: SynthConfig, address: Address, served: Any, expected: list[int]) -> None:
+    base_url = address.base_url
     body = {"model": served["id"], "messages": PROBE, "add_generation_prompt": True}
-    found = _request(base_url, "/tokenize", key, body)["tokens"]
+    found = address.json("/tokenize", body)["tokens"]
     if found != expected:
         raise UserError(
             f"{base_url} serves {served['id']}, which turns a probe message into {len(found)} "
@@ -80,28 +76,3 @@ def _require_same(
             remedy="Start it with a longer --max-model-len, or lower run.max_length_tokens.",
             facts={"endpoint": base_url, "max_model_len": longest},
         )
-
-
-def _request(base_url: str, path: str, key: str, body: Any = None) -> Any:
-    request = urllib.request.Request(
-        f"{base_url}{path}",
-        data=json.dumps(body).encode() if body is not None else None,
-        headers={
-            "Content-Type": "application/json",
-            **({"Authorization": f"Bearer {key}"} if key else {}),
-        },
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        if error.code >= 500:
-            raise RetryableError(f"{base_url}{path} answers {error.code}.") from error
-        raise UserError(
-            f"{base_url}{path} answers {error.code} {error.reason}. It must be a vLLM server"
-            + (f", and its key goes into ${KEY_VARIABLE}." if error.code in (401, 403) else ".")
-        ) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise RetryableError(
-            f"{base_url} does not answer: {error}. Is it up, and is synth.endpoints right?"
-        ) from error

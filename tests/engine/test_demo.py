@@ -5,17 +5,19 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from shared.config import build
 from shared.contracts import conversations, hidden_states
 from shared.io.safetensors_files import read_header
+from shared.prompts.sources import read_source
 from shared.runtime.processor import has_bfloat16
-from tests.conftest import ROOT, make_target, ops
+from stages.bench.config import BenchConfig
+from stages.bench.measure import measurement, plans
+from tests.conftest import make_target, ops
 from tests.engine.conftest import RECIPE, Demo
 
 pytestmark = pytest.mark.engine
@@ -27,10 +29,10 @@ LIMIT_S = 12 * 60 if has_bfloat16() else 20 * 60
 def test_the_demo_reaches_its_bars_in_time(demo: Demo) -> None:
     report = json.loads((demo.run / "bench" / "report.json").read_text())
     head = report["head"]["acceptance"]
-    ngram = report["ngram"]["acceptance"]
     assert report["num_speculative_tokens"] == 3
     assert head["acceptance_length"] >= 3.0
-    assert head["acceptance_length"] - ngram["acceptance_length"] >= 1.5
+    per_step = [report[name]["tokens_per_step"] for name in ("head", "ngram")]
+    assert per_step[0] - per_step[1] >= 1.5
     assert demo.seconds is None or demo.seconds < LIMIT_S
 
 
@@ -48,7 +50,7 @@ def test_figures_follow_from_vllms_own_counters(demo: Demo) -> None:
     """Computed here from the raw readings, by other code than bench's."""
     report = json.loads((demo.run / "bench" / "report.json").read_text())
     raw = json.loads((demo.run / "bench" / "raw" / "head.json").read_text())
-    ((segment,),) = (cell["segments"] for cell in raw["cells"])
+    ((segment,),) = (load["segments"] for load in raw["loads"])
     before, after = segment["counters_before"], segment["counters_after"]
     drafts = after["num_drafts"] - before["num_drafts"]
     accepted = after["num_accepted_tokens"] - before["num_accepted_tokens"]
@@ -86,24 +88,22 @@ def test_greedy_answers_are_identical_or_part_at_a_tie(demo: Demo) -> None:
 def test_a_planted_wrong_token_is_caught(demo: Demo, tmp_path: Path) -> None:
     """The demo's own answers, one token of one of them changed: the plain engine names it."""
     raw = json.loads((demo.run / "bench" / "raw" / "head.json").read_text())
-    rows = raw["cells"][0]["segments"][0]["requests"]
-    plan = json.loads((demo.run / "bench" / "raw" / "baseline.plan.json").read_text())
+    rows = raw["loads"][0]["segments"][0]["requests"]
     kept = {row["id"] for row in rows[:6]}
     victim = rows[2]
     position = len(victim["token_ids"]) // 2
     right = victim["token_ids"][position]
     victim["token_ids"][position] = (right + 7) % 800
-    (tmp_path / "head.json").write_text(json.dumps(raw))
-    plan["references"] = {"head": str(tmp_path / "head.json")}
-    plan["conversations"] = [c for c in plan["conversations"] if c["id"] in kept]
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    command = [sys.executable, "-m", "stages.bench.measure.engine", "plan.json", "out.json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lossless = json.loads((tmp_path / "out.json").read_text())["lossless"]
+    config = build(BenchConfig, {"recipe": str(RECIPE), "workspace": str(demo.workspace)})
+    conversations = [
+        conversation
+        for row in read_source(config.prompts, demo.workspace, label="bench.prompts")
+        if (conversation := plans.conversation_of(row)).id in kept
+    ]
+    plan = plans.plan_of(config, demo.target, conversations)
+    lossless = measurement.measure(plan, "baseline", None, tmp_path, others={"head": raw})[
+        "lossless"
+    ]
     assert lossless["compared"] == 6
     wrong = [d for d in lossless["divergences"] if d["verdict"] != "tie"]
     ((name, turn, at, expected),) = [

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures of one engine under one load, overall and by category.
 
-In: a cell of a raw measurement. Out: JSON values for the report. Formulas: acceptance as in
+In: one load of a raw measurement. Out: JSON values for the report. Formulas: acceptance as in
 `metrics`, statistics as in `summary`, and
 
     tokens/s        = answer tokens / wall seconds (engine start and warm-up left out)
     speed-up        = tokens/s with the drafter / without, at the same load
-    of a category   = the same of its requests' own time, since its wall time is not its own
+    of a category   = the same of its requests' own time, at concurrency 1 alone: in a larger batch
+                      that time depends on the other categories in it
+    tokens per step = decoded tokens / target steps, steps without a draft included: the figure in
+                      which a head and the ngram proposer compare
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,21 +31,24 @@ def counters_of(raw: Mapping[str, Any]) -> Counters:
     )
 
 
-def requests_of(cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Every answer of a cell."""
-    return [row for segment in cell["segments"] for row in segment["requests"]]
+def requests_of(measured: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every answer under a load."""
+    return [row for segment in measured["segments"] for row in segment["requests"]]
 
 
-def throughput(cell: Mapping[str, Any]) -> Entry:
+def throughput(measured: Mapping[str, Any]) -> Entry:
     """Tokens, wall time and latencies; what a baseline has."""
-    requests = requests_of(cell)
+    requests = requests_of(measured)
     tokens = sum(len(request["token_ids"]) for request in requests)
-    wall_s = sum(segment["wall_s"] for segment in cell["segments"])
+    wall_s = sum(segment["wall_s"] for segment in measured["segments"])
+    queue_s = sum(segment["queue_s"] for segment in measured["segments"])
+    spent_s = sum(request["latency_s"] or 0.0 for request in requests)
     return {
         "requests": len(requests),
         "output_tokens": tokens,
         "wall_s": wall_s,
         "tokens_per_s": tokens / wall_s,
+        "queued_share": min(queue_s / spent_s, 1.0) if spent_s else 0.0,
         **summary.latencies(requests),
         "categories": {
             name: {
@@ -63,19 +69,19 @@ def _by_category(requests: Requests) -> dict[str, list[Mapping[str, Any]]]:
     return groups
 
 
-def drafted(cell: Mapping[str, Any], *, depth: int, always_drafts: bool, seed: int) -> Entry:
+def drafted(measured: Mapping[str, Any], *, depth: int, always_drafts: bool, seed: int) -> Entry:
     """The same and the acceptance, from the counters' differences.
 
     Raises:
         OutputError: vLLM's counters contradict each other, or the requests' do not add up to them.
     """
-    found = throughput(cell)
-    requests = requests_of(cell)
+    found = throughput(measured)
+    requests = requests_of(measured)
     parts = {
         segment["category"]: delta(
             counters_of(segment["counters_before"]), counters_of(segment["counters_after"])
         )
-        for segment in cell["segments"]
+        for segment in measured["segments"]
     }
     counted = total(parts.values(), num_speculative_tokens=depth)
     per_category = _category_counters(requests, parts, counted, depth)
@@ -91,8 +97,7 @@ def drafted(cell: Mapping[str, Any], *, depth: int, always_drafts: bool, seed: i
         if name in per_category and (always_drafts or per_category[name].num_drafts):
             found["categories"][name]["acceptance"] = figures(per_category[name], rows)
             found["categories"][name]["counters"] = asdict(per_category[name])
-    if not always_drafts:
-        found["tokens_per_step"] = _tokens_per_step(requests)
+    found["tokens_per_step"] = _tokens_per_step(requests)
     return found
 
 
@@ -112,13 +117,15 @@ def _category_counters(
     if together != counted:
         raise OutputError(
             f"vLLM's speculative-decoding counters: the requests add up to {together}, the engine "
-            f"counted {counted}. Something else ran on it: measure again on an idle one."
+            f"counted {counted}; something else ran on it.",
+            code="counters-of-others",
+            remedy="Measure again on an idle server.",
         )
     return by_category
 
 
 def _tokens_per_step(requests: Requests) -> float | None:
-    """Decoded tokens per target step, undrafted steps included; None where vLLM does not tell."""
+    """Decoded tokens per target step, undrafted ones included; None without counts by request."""
     if any(request["counters"] is None for request in requests):
         return None
     steps = sum(
@@ -130,27 +137,27 @@ def _tokens_per_step(requests: Requests) -> float | None:
 
 def add_speedup(
     entry: Entry,
-    cell: Mapping[str, Any],
+    measured: Mapping[str, Any],
     baseline: Entry,
-    baseline_cell: Mapping[str, Any],
+    baseline_measured: Mapping[str, Any],
     seed: int,
 ) -> None:
     """Speed-up over the baseline at the same load, with its interval, overall and by category."""
-    requests, plain = requests_of(cell), requests_of(baseline_cell)
+    requests, plain = requests_of(measured), requests_of(baseline_measured)
     speedup = entry["tokens_per_s"] / baseline["tokens_per_s"]
     entry["speedup"] = speedup
     entry["speedup_interval"] = summary.speedup_interval(
         requests, plain, speedup=speedup, seed=seed
     )
+    if measured["load"]["concurrency"] > 1:
+        return
     theirs = _by_category(plain)
     for name, rows in _by_category(requests).items():
         of_category = entry["categories"][name]
         before = baseline["categories"].get(name, {}).get("request_tokens_per_s")
         after = of_category["request_tokens_per_s"]
-        ratio = after / before if after and before else None
-        of_category["speedup"] = ratio
-        of_category["speedup_interval"] = (
-            summary.speedup_interval(rows, theirs[name], speedup=ratio, seed=seed)
-            if ratio
-            else None
-        )
+        if before and after:
+            of_category["speedup"] = after / before
+            of_category["speedup_interval"] = summary.speedup_interval(
+                rows, theirs[name], speedup=after / before, seed=seed
+            )

@@ -2,9 +2,9 @@
 """Turns vLLM's speculative-decoding counters into acceptance figures.
 
 In: counters read before and after a measurement. Out: acceptance length, rate and per-position
-figures, or an OutputError where the counters contradict themselves. Costs nothing. The surprise:
-vLLM counts a verification in full even where the answer ends inside it, so `accepted` may exceed
-the tokens handed out, and a step in which a drafter (n-gram) proposes nothing is not counted.
+figures, or an OutputError where the counters contradict each other. vLLM counts a verification in
+full even where the answer ends inside it, so `accepted` may exceed the tokens of the answer. A step in
+which a drafter (ngram) proposes nothing is not counted.
 
 Worked example, K = 3, one answer of max_tokens = 6: the prefill yields token 1, a draft with 2 hits
 yields tokens 2 to 4, a draft with 3 hits yields 5 to 8, of which 5 and 6 are kept. Counters:
@@ -66,9 +66,9 @@ def delta(before: Counters, after: Counters) -> Counters:
     """
     early, late = before.num_accepted_tokens_per_pos, after.num_accepted_tokens_per_pos
     if len(early) != len(late):
-        raise OutputError(
-            f"the counters cover {len(early)} draft positions before and {len(late)} after; "
-            "expected two readings of one engine."
+        raise _contradiction(
+            f"expected two readings of one engine, found {len(early)} draft positions before and "
+            f"{len(late)} after"
         )
     difference = Counters(
         after.num_drafts - before.num_drafts,
@@ -82,9 +82,8 @@ def delta(before: Counters, after: Counters) -> Counters:
         difference.num_accepted_tokens,
     )
     if min(*scalars, *difference.num_accepted_tokens_per_pos) < 0:
-        raise OutputError(
-            f"a speculative-decoding counter ran backwards (before {before}, after {after}): "
-            "the engine was restarted in between. Run the measurement again."
+        raise _contradiction(
+            f"one ran backwards (before {before}, after {after}): the engine was restarted in between"
         )
     return difference
 
@@ -141,7 +140,15 @@ def check(counters: Counters, *, num_speculative_tokens: int, always_drafts: boo
     }
     for expectation, failed in faults.items():
         if failed:
-            raise OutputError(f"vLLM's speculative-decoding counters: {expectation}; {counters}.")
+            raise _contradiction(f"{expectation}; {counters}")
+
+
+def _contradiction(problem: str) -> OutputError:
+    return OutputError(
+        f"vLLM's speculative-decoding counters: {problem}.",
+        code="counters-inconsistent",
+        remedy="Measure again; if it is the same, report vLLM's version.",
+    )
 
 
 def acceptance(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics over prompts: what a measurement says beyond its own prompts.
+"""Statistics over prompts: how far a measurement holds beyond its own prompts.
 
 In: one row a request (tokens, times, draft counters). Out: medians, 99th percentiles and 95 %
 intervals. The interval is Efron's percentile bootstrap (Efron and Tibshirani, An Introduction to
 the Bootstrap, 1993, chapter 13): whole conversations are drawn anew with replacement, since the turns of
-one conversation and the tokens of one answer are not independent. The surprise: a ratio of sums,
+one conversation and the tokens of one answer are not independent. Every figure is a ratio of sums,
 never a mean of ratios, so that a long answer counts as much as its tokens.
 
 Worked example, two conversations with (accepted, drafts) = (1, 2) and (6, 3): acceptance length

@@ -6,13 +6,13 @@ position, and whether it is a tie. After a first divergence the two texts are di
 nothing is compared beyond it, nor a later turn whose prompt already differs.
 
 A verification scores K+1 tokens of a row in one pass where plain decoding scores one, and bf16
-rounds otherwise in another batch shape. So a divergence is a *tie* where the two tokens are the
+rounds differently in another batch shape. So a divergence is a *tie* where the two tokens are the
 target's top two in that very context and their gap is no larger than the noise that batch shapes
-alone make. The plain engine tells both: every context in question (and others, for a broader
-measure) is scored in four shapes, each as a prompt's end and as the end of a short decode, alone
-and together with all the others. The noise is the largest change of a context's top-two gap between
-the shapes. The surprise: a wrong token is nearly never among the top two, so it is caught however
-large the noise is.
+alone make. The plain engine measures both. Every divergent context is scored once, alone. The noise is
+measured on up to 256 of them and some others, in four shapes: as a prompt's end and as the end of a
+short decode, each alone and together with all the others. It is the largest change of a context's
+top-two gap between the shapes. A wrong token is nearly never among the top two, so it is caught
+however large the noise is.
 
 Worked example: baseline [5, 6, 7], head [5, 9, 7]: position 1, context = prompt + [5]. Logprobs
 there: 6 at -0.70, 9 at -0.72; gap 0.02. Noise 0.05: a tie. With noise 0.01, or with 9 not among the
@@ -28,10 +28,10 @@ from shared.errors import UserError
 from stages.bench.figures.metrics import first_divergence
 
 LEAD_TOKENS = 8  # decoded before a context's end, in two of the four shapes
-MAX_CONTEXTS = 256  # scored at most; the divergences of a sweep share many of theirs
+NOISE_CONTEXTS = 256  # divergent contexts that the noise is measured on, at most
 MORE_CONTEXTS = 16  # undisturbed answers scored too, so that few divergences give a fair noise
-LEAST_TOGETHER = 8  # few contexts are repeated, so that together is another batch than alone
-TOP = 5  # logprobs asked for
+MIN_TOGETHER = 8  # few contexts are repeated, so that together is another batch than alone
+TOP = 5  # logprobs requested
 
 Logprobs = Mapping[int, float]  # token id -> logprob, the TOP best
 
@@ -67,7 +67,7 @@ class Divergence:
     position: int  # index into the answer
     baseline_token: int | None
     head_token: int | None
-    verdict: str = "not scored"  # tie, wrong or not scored
+    verdict: str = ""  # tie or wrong, once judged
     gap: float | None = None  # logits between the two tokens; None: not both among the best
     context: tuple[int, ...] = ()  # prompt and the answer up to the position
 
@@ -75,7 +75,7 @@ class Divergence:
 def compare(
     baseline: Sequence[Mapping[str, Any]], head: Sequence[Mapping[str, Any]], **where: Any
 ) -> tuple[int, int, list[Divergence]]:
-    """(answers compared, answers whose prompts differ, first divergences) of one cell.
+    """(answers compared, answers whose prompts differ, first divergences) of one load.
 
     A later turn's prompt holds the answer before it, so it differs where that did.
 
@@ -83,12 +83,12 @@ def compare(
         UserError: a first prompt differs, so that the two do not serve the same target.
     """
     ours = {(row["id"], row["turn"]): row for row in head}
-    compared, apart, found = 0, 0, []
+    compared, prompts_differ, found = 0, 0, []
     for row in baseline:
         other = ours.get((row["id"], row["turn"]))
         if other is None or other["prompt_token_ids"] != row["prompt_token_ids"]:
             _require_later_turn(row, other)
-            apart += 1
+            prompts_differ += 1
             continue
         compared += 1
         left, right = row["token_ids"], other["token_ids"]
@@ -106,16 +106,18 @@ def compare(
                 context=(*row["prompt_token_ids"], *left[:position]),
             )
         )
-    return compared, apart, found
+    return compared, prompts_differ, found
 
 
 def _require_later_turn(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> None:
     if other is not None and row["turn"] == 0:
         found, expected = len(other["prompt_token_ids"]), len(row["prompt_token_ids"])
         raise UserError(
-            f"prompt {row['id']}: with the head it is {found} tokens, without it {expected}, and not "
-            "the same ones. The two servers have another tokenizer, chat template or target: give "
-            "as bench.baseline_endpoint one that serves what bench.endpoint serves."
+            f"prompt {row['id']} has {found} tokens with the head and {expected} without it, and not "
+            "the same ones: the two servers differ in tokenizer, chat template or target.",
+            code="endpoints-differ",
+            remedy="Give a bench.baseline_endpoint that serves what bench.endpoint serves.",
+            facts={"prompt": row["id"], "with_head": found, "without_head": expected},
         )
 
 
@@ -140,38 +142,38 @@ def judge(
         undisturbed: rows of the baseline, for contexts beside the divergent ones.
         ask: scores probes on the plain engine.
     """
-    places: dict[tuple[int, ...], int] = {}  # a divergent context -> its place in `contexts`
-    contexts: list[_Context] = []
-    for divergence in divergences:
-        if divergence.context not in places and len(contexts) < MAX_CONTEXTS:
-            places[divergence.context] = len(contexts)
-            contexts.append(_Context(divergence.context, min(LEAD_TOKENS, divergence.position)))
+    divergent = {
+        divergence.context: _Context(divergence.context, min(LEAD_TOKENS, divergence.position))
+        for divergence in divergences
+    }
+    scored = ask([context.at_once() for context in divergent.values()], 1)
+    best = {ids: scores.logprobs[0] for ids, scores in zip(divergent, scored, strict=True)}
+    contexts = list(divergent.values())[:NOISE_CONTEXTS]
     for row in undisturbed[:MORE_CONTEXTS]:
         ids = (*row["prompt_token_ids"], *row["token_ids"][:-1])
         contexts.append(_Context(ids, min(LEAD_TOKENS, max(len(row["token_ids"]) - 1, 0))))
-    crowd = contexts * math.ceil(LEAST_TOGETHER / len(contexts))
+    changes = _noise_changes(contexts, ask)
+    noise = max(changes, default=0.0)
+    judged = [_verdict(divergence, best[divergence.context], noise) for divergence in divergences]
+    return judged, {
+        "noise_logits": noise,
+        "contexts_scored": len(best),
+        "changes_measured": len(changes),
+    }
+
+
+def _noise_changes(contexts: Sequence[_Context], ask: Ask) -> list[float]:
+    """The changes of the top-two gaps between four batch shapes, over all contexts."""
+    crowd = [*contexts] * math.ceil(MIN_TOGETHER / len(contexts))
     at_once, decoded = [c.at_once() for c in crowd], [c.decoded() for c in crowd]
     shapes = [
-        [ask(at_once[: len(contexts)], 1), ask(at_once, len(crowd))],
-        [ask(decoded[: len(contexts)], 1), ask(decoded, len(crowd))],
+        [ask(probes[: len(contexts)], 1), ask(probes, len(probes))] for probes in (at_once, decoded)
     ]
-    changes = [
+    return [
         change
         for index, context in enumerate(contexts)
         for change in _changes(index, context, shapes)
     ]
-    noise = max(changes, default=0.0)
-    judged = [
-        _verdict(divergence, shapes[0][0][places[divergence.context]].logprobs[0], noise)
-        if divergence.context in places
-        else divergence
-        for divergence in divergences
-    ]
-    return judged, {
-        "noise_logits": noise,
-        "contexts_scored": len(contexts),
-        "changes_measured": len(changes),
-    }
 
 
 def _top_two_gap(best: Logprobs, pair: tuple[int, int]) -> float | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparison of a whole measurement: every greedy cell of every head against the baseline's."""
+"""The comparison of a whole measurement: every greedy load of every head against the baseline's."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -10,29 +10,30 @@ from stages.bench.lossless.divergence import Ask, Divergence, compare, judge
 Raw = Mapping[str, Any]
 
 
-def _greedy_cells(raw: Raw) -> Iterable[tuple[tuple[int, int], list[Any]]]:
-    """((concurrency, max_tokens), rows) of each cell at temperature 0."""
-    for entry in raw["cells"]:
-        cell = entry["cell"]
-        if cell["temperature"] == 0:
+def _greedy_loads(raw: Raw) -> Iterable[tuple[tuple[int, int], list[Any]]]:
+    """((concurrency, max_tokens), rows) of each load at temperature 0."""
+    for entry in raw["loads"]:
+        load = entry["load"]
+        if load["temperature"] == 0:
             rows = [row for segment in entry["segments"] for row in segment["requests"]]
-            yield (cell["concurrency"], cell["max_tokens"]), rows
+            yield (load["concurrency"], load["max_tokens"]), rows
 
 
 def judged(baseline: Raw, others: Mapping[str, Raw], ask: Ask) -> dict[str, Any] | None:
-    """What the report says of losslessness; None where nothing was greedy.
+    """The report's section on losslessness; None where nothing was greedy.
 
     Costs nothing where every answer is identical; otherwise a few short requests.
     """
-    plain = dict(_greedy_cells(baseline))
+    plain = dict(_greedy_loads(baseline))
     if not plain:
         return None
-    compared, apart, found = 0, 0, list[Divergence]()
+    compared, prompts_differ, found = 0, 0, list[Divergence]()
     for name, other in others.items():
-        for (concurrency, longest), rows in _greedy_cells(other):
-            where = {"engine": name, "concurrency": concurrency, "max_tokens": longest}
-            same, differing, parted = compare(plain[concurrency, longest], rows, **where)
-            compared, apart, found = compared + same, apart + differing, found + parted
+        for (concurrency, max_tokens), rows in _greedy_loads(other):
+            where = {"engine": name, "concurrency": concurrency, "max_tokens": max_tokens}
+            counts = compare(plain[concurrency, max_tokens], rows, **where)
+            compared, prompts_differ = compared + counts[0], prompts_differ + counts[1]
+            found += counts[2]
     noise: dict[str, Any] = {"noise_logits": None, "contexts_scored": 0, "changes_measured": 0}
     if found:
         touched = {(d.id, d.turn) for d in found}
@@ -43,11 +44,10 @@ def judged(baseline: Raw, others: Mapping[str, Raw], ask: Ask) -> dict[str, Any]
     shown = [{k: v for k, v in asdict(d).items() if k != "context"} for d in found]
     return {
         "compared": compared,
-        "prompts_differ": apart,
+        "prompts_differ": prompts_differ,
         "identical": compared - len(found),
         "ties": verdicts.count("tie"),
         "wrong": verdicts.count("wrong"),
-        "not_scored": verdicts.count("not scored"),
         **noise,
         "divergences": shown,
     }

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a vLLM server's `/metrics`: Prometheus' text format, by prometheus-client's own parser.
 
-In: the text. Out: the speculative-decoding counters, what runs, what was answered. The surprise:
-one sample for each data-parallel rank, so everything is summed, and a counter's sample carries
-`_total` while its family does not.
+In: the text. Out: the speculative-decoding counters, what runs, what was answered. A server has one
+sample for each data-parallel rank, so everything is summed. A counter's sample carries `_total`
+while its family does not.
 """
 
 import math
@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stages.bench.figures.metrics import Counters
 
 _DRAFTING = "vllm:spec_decode_num_"
+_QUEUE = "vllm:request_queue_time_seconds_sum"
 _READ = {
     f"{_DRAFTING}drafts",
     f"{_DRAFTING}draft_tokens",
@@ -22,6 +23,7 @@ _READ = {
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:request_success",
+    _QUEUE,
 }
 
 
@@ -32,6 +34,7 @@ class Reading:
     counters: Counters | None  # None where it does not draft
     unfinished: int  # requests running or waiting
     answered: int  # requests ended since the server started
+    queue_s: float  # time that requests spent waiting for a place in the batch
     text: str
 
 
@@ -69,4 +72,5 @@ def parse(text: str) -> Reading:
             tuple(int(per_pos[position]) for position in sorted(per_pos)),
         )
     unfinished = sums["vllm:num_requests_running"] + sums["vllm:num_requests_waiting"]
-    return Reading(counters, int(unfinished), int(sums["vllm:request_success_total"]), text)
+    answered = int(sums["vllm:request_success_total"])
+    return Reading(counters, int(unfinished), answered, sums[_QUEUE], text)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine is told to do, and what must hold before one is started for it.
+"""What an engine is asked to do, and what must hold before one is started for it.
 
-In: a config and its conversations. Out: a plan (JSON values) for each engine. Costs the
-tokenisation of the prompts. The surprise: the longest row is planned, not assumed. Near
-max_model_len vLLM drafts zeros and counts them, so an answer's end needs 3 K more positions.
+In: a config and its conversations. Out: the plan that all engines share, and how each one drafts. Costs
+the tokenisation of the prompts. Near max_model_len vLLM drafts zeros and counts them, so the longest
+row is computed and its end gets 3 K more positions.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,46 @@ from shared.target.templates import for_template
 from shared.target.tokenizer import load_tokenizer
 from stages.bench.config import BenchConfig
 from stages.bench.figures.metrics import needed_model_len
-from stages.bench.measure.cells import Conversation, Message, by_category, cells
+from stages.bench.measure.loads import Conversation, Load, Message, by_category, loads_of
 
 # Never measured: they only make the engine allocate and compile what it will need.
 WARMUP_TEXTS = ("Hello there.", "What is the capital of a country?", "Tell me something short.")
 WARMUP_TOKENS = 16  # enough for several drafts and verifications, and for a CUDA graph's first use
 UNCATEGORISED = "uncategorised"
-_LEAST_BATCH = 8  # so that the logit noise between batch sizes can be measured at concurrency 1
+_MIN_BATCH = 8  # so that the logit noise between batch sizes can be measured at concurrency 1
 _HISTORY_ROOM = 4
 _TURN_SLACK_TOKENS = 16  # a template's words around an answer that becomes history
 
+Speculative = dict[str, Any] | None  # vLLM's speculative_config; None is the plain target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every engine of a measurement is asked to do."""
+
+    config: BenchConfig
+    conversations: list[Conversation]
+    loads: list[Load]
+    target: Path | None = None  # None for an existing endpoint, as the sizes below
+    max_model_len: int = 0
+    max_num_seqs: int = 0
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
 
 def conversation_of(prompt: Prompt) -> Conversation:
-    """The steps of a prompt: what is asked before each answer that it does not give itself.
+    """The steps of a prompt: the messages before each answer that the prompt does not give itself.
 
     A row's own answers are history; its last turn is asked even where the row has the answer.
     Example: turns q1/a1, q2, q3 are two steps, (q1, a1, q2) and (q3,).
     """
-    steps, said = [], list[Message]()
+    steps, messages = [], list[Message]()
     for turn in prompt.turns:
-        said += turn.asked
+        messages += turn.asked
         if turn.answer is not None and turn is not prompt.turns[-1]:
-            said.append(turn.answer)
+            messages.append(turn.answer)
             continue
-        steps.append(tuple(said))
-        said = []
+        steps.append(tuple(messages))
+        messages = []
     category = prompt.category or UNCATEGORISED
     return Conversation(prompt.sample_id, category, tuple(steps), prompt.tools)
 
@@ -66,7 +81,10 @@ def check_warmup(conversations: Sequence[Conversation]) -> None:
     if found := [c.id for c in conversations if c.key() in warm]:
         raise UserError(
             f"bench.prompts: expected none of the warm-up's texts {list(WARMUP_TEXTS)}, found them "
-            f"in {found[:5]}. Remove these prompts."
+            f"in {found[:5]}.",
+            code="prompt-is-warmup",
+            remedy="Remove these prompts.",
+            facts={"prompts": found[:20]},
         )
 
 
@@ -103,30 +121,39 @@ def check_room(name: str, prompt_tokens: int, max_tokens: int, depth: int, limit
     needed = needed_model_len(prompt_tokens, max_tokens=max_tokens, num_speculative_tokens=depth)
     if limit < needed:
         raise UserError(
-            f"bench: expected max_model_len >= {needed} (prompt {name} of {prompt_tokens} tokens + "
-            f"max_tokens {max_tokens} + 3 x {depth} drafted), found {limit}; nearer the limit vLLM "
-            "drafts zeros and counts them. Raise it, lower max_tokens or drop the longest prompts."
+            f"bench: prompt {name} of {prompt_tokens} tokens needs {needed} positions (max_tokens "
+            f"{max_tokens} and 3 x {depth} drafted tokens with it), and the engine has {limit}; "
+            "nearer its limit vLLM drafts zeros and counts them.",
+            code="row-too-long",
+            remedy="Raise max_model_len, lower max_tokens or num_speculative_tokens, or drop the "
+            "longest prompts.",
+            facts={"prompt": name, "needed": needed, "limit": limit},
         )
 
 
-def _row_lengths(
-    config: BenchConfig, folder: Path, conversations: Sequence[Conversation]
-) -> tuple[int, int]:
-    """(positions that the longest row needs, positions to give it).
+def _longest_row(
+    config: BenchConfig, folder: Path, conversations: Sequence[Conversation], limit: int | None
+) -> int:
+    """The positions to give to every row: the longest one's, or the target's limit.
 
-    A row of one turn needs what it says. An answer that becomes history is tokenised anew from its
+    A row of one turn needs its own length. An answer that becomes history is tokenised anew from its
     text, and text that is no language may then take more tokens than it had: it gets room.
+
+    Raises:
+        UserError: the target cannot hold a row; it is named.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=config.run.trust_remote_code)
     answer, depth = max(config.max_tokens), max(config.num_speculative_tokens)
-    needed, roomy = 0, 0
+    longest = 0
     for conversation in [*conversations, *warmup()]:
         asked = [message for step in conversation.steps for message in step]
         tokens = len(prompt_ids(tokenizer, asked, conversation.tools, config.run.template_kwargs))
-        own = needed_model_len(tokens, max_tokens=answer, num_speculative_tokens=depth)
         history = (len(conversation.steps) - 1) * (answer + _TURN_SLACK_TOKENS)
-        needed, roomy = max(needed, own + history), max(roomy, own + _HISTORY_ROOM * history)
-    return needed, roomy
+        if limit is not None:
+            check_room(conversation.id, tokens + history, answer, depth, limit)
+        own = needed_model_len(tokens, max_tokens=answer, num_speculative_tokens=depth)
+        longest = max(longest, own + _HISTORY_ROOM * history)
+    return longest if limit is None else min(longest, limit)
 
 
 def check_urls(config: BenchConfig) -> None:
@@ -140,68 +167,71 @@ def check_urls(config: BenchConfig) -> None:
         if url is not None and not is_plain_url(url):
             raise UserError(
                 f"bench.{name}: expected http://host:port without credentials, which would stand in "
-                f"the report; a key comes from $EYRIE_{name.upper()}_KEY."
+                "the report.",
+                code="endpoint-address",
+                remedy=f"Give the address alone, and the key in $EYRIE_{name.upper()}_KEY.",
+                facts={"setting": f"bench.{name}"},
             )
 
 
-def plan_for_endpoint(config: BenchConfig, conversations: list[Conversation]) -> dict[str, Any]:
-    """What a client of somebody else's server needs to know."""
-    return {
-        "cells": [asdict(cell) for cell in cells(config)],
-        "conversations": [asdict(conversation) for conversation in conversations],
-        "warmup": [asdict(conversation) for conversation in warmup()],
-        "chat_template_kwargs": config.run.template_kwargs,
-    }
-
-
-def endpoint_drafters(config: BenchConfig) -> dict[str, dict[str, Any] | None]:
-    """The servers of `endpoint` and `baseline_endpoint`, by their engines' names."""
-    depth = config.num_speculative_tokens[0]
-    drafters: dict[str, dict[str, Any] | None] = {"head": {"num_speculative_tokens": depth}}
-    return {**drafters, "baseline": None} if config.baseline_endpoint else drafters
-
-
-def plan_for_all(
-    config: BenchConfig, folder: Path, conversations: list[Conversation]
-) -> dict[str, Any]:
-    """What every engine's plan shares.
+def _check_batch(config: BenchConfig) -> None:
+    """Refuse a load that the engine's batch cannot hold: the rest would wait in its queue.
 
     Raises:
-        UserError: the target cannot hold the longest row.
+        UserError: with both numbers.
     """
-    needed, roomy = _row_lengths(config, folder, conversations)
-    limit = int(target.read_config(folder).raw.get("max_position_embeddings") or roomy)
-    if needed > limit:
+    names = {name.replace("-", "_"): value for name, value in config.engine_args.items()}
+    limit, wanted = names.get("max_num_seqs"), max(config.concurrency)
+    if isinstance(limit, int) and limit < wanted:
         raise UserError(
-            f"bench: the longest row needs {needed} positions (prompt, answers of "
-            f"{max(config.max_tokens)} tokens, 3 x {max(config.num_speculative_tokens)} drafted), and "
-            f"{folder} has max_position_embeddings {limit}. Lower max_tokens or "
-            "num_speculative_tokens, or drop the longest prompts."
+            f"bench.engine_args: max_num_seqs {limit} holds fewer requests than bench.concurrency "
+            f"{wanted} has in flight; the others would wait, at a load of {limit}.",
+            code="batch-below-concurrency",
+            remedy="Raise max_num_seqs or leave it out, or lower bench.concurrency.",
+            facts={"max_num_seqs": limit, "concurrency": wanted},
         )
-    return {
-        "target": str(folder),
-        "trust_remote_code": config.run.trust_remote_code,
-        "dtype": config.dtype,
-        "tensor_parallel": config.tensor_parallel_size,
-        "max_model_len": min(roomy, limit),
-        "max_num_seqs": max(*config.concurrency, _LEAST_BATCH),
-        "seed": config.run.seed,
-        "chat_template_kwargs": config.run.template_kwargs,
-        "cells": [asdict(cell) for cell in cells(config)],
-        "conversations": [asdict(conversation) for conversation in conversations],
-        "warmup": [asdict(conversation) for conversation in warmup()],
-        "engine_args": config.engine_args,
-        "references": {},
-    }
 
 
-def speculative_configs(config: BenchConfig, head: Path) -> dict[str, dict[str, Any] | None]:
-    """The speculative_config of each engine to measure; None is the plain target.
+def plan_of(config: BenchConfig, folder: Path | None, conversations: list[Conversation]) -> Plan:
+    """What all engines share.
+
+    Args:
+        folder: the target's; None where existing servers are measured.
+
+    Raises:
+        UserError: the target cannot hold the longest row, or the engine not the load.
+    """
+    loads, template_kwargs = loads_of(config), config.run.template_kwargs
+    if folder is None:
+        return Plan(config, conversations, loads, template_kwargs=template_kwargs)
+    _check_batch(config)
+    limit = target.read_config(folder).raw.get("max_position_embeddings")
+    longest = _longest_row(config, folder, conversations, int(limit) if limit else None)
+    return Plan(
+        config,
+        conversations,
+        loads,
+        target=folder,
+        max_model_len=longest,
+        max_num_seqs=max(*config.concurrency, _MIN_BATCH),
+        template_kwargs=template_kwargs,
+    )
+
+
+def drafters_of(config: BenchConfig, head: Path | None) -> dict[str, Speculative]:
+    """How each engine drafts, by the engine's name.
 
     The heads come first, since one that the engine refuses must not cost a baseline. Names are
     `head`, `ngram` and `baseline`, with `-k5` for a draft length that is not the first.
+
+    Args:
+        head: the head's folder; None where existing servers are measured.
     """
-    drafters: dict[str, dict[str, Any] | None] = {}
+    if head is None:
+        depth = config.num_speculative_tokens[0]
+        known: dict[str, Speculative] = {"head": {"num_speculative_tokens": depth}}
+        return {**known, "baseline": None} if config.baseline_endpoint else known
+    drafters: dict[str, Speculative] = {}
     for depth in config.num_speculative_tokens:
         drafters[engine_name(config, "head", depth)] = {
             "method": "eagle3",
@@ -226,6 +256,6 @@ def engine_name(config: BenchConfig, drafter: str, depth: int) -> str:
     return drafter if depth == config.num_speculative_tokens[0] else f"{drafter}-k{depth}"
 
 
-def depth_of(speculative: Mapping[str, Any] | None) -> int:
+def depth_of(speculative: Speculative) -> int:
     """K, or 0 for the plain target."""
     return int(speculative["num_speculative_tokens"]) if speculative else 0

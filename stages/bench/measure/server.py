@@ -1,61 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vLLM server of the stage's own, set up as the in-process engine is, for a served measurement."""
+"""A vLLM server of the stage's own for the length of one measurement."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from shared.errors import RetryableError
+from shared.vllm.http import Address
 from shared.vllm.server import start_server
-from stages.bench.measure.client import Server
+from stages.bench.config import BenchConfig
+from stages.bench.measure.plans import Plan, Speculative
 
-_MIN_TOKEN_BUDGET = 8192  # as the in-process engine's
+_MIN_TOKEN_BUDGET = 8192  # tokens per step; vLLM warns below it when it drafts
 
 
-def options(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The server's options: what `engine.build` gives to the in-process engine."""
-    speculative = plan["speculative"]
+def options(plan: Plan, speculative: Speculative) -> dict[str, Any]:
+    """The server's options: equal for all drafters except for the drafting itself."""
+    config = plan.config
     values: dict[str, Any] = {
-        "model": plan["target"],
-        "trust-remote-code": plan["trust_remote_code"],
-        "dtype": plan["dtype"],
-        "tensor-parallel-size": plan["tensor_parallel"],
-        "max-model-len": plan["max_model_len"],
-        "max-num-seqs": plan["max_num_seqs"],
-        "max-num-batched-tokens": max(plan["max_model_len"], _MIN_TOKEN_BUDGET),
+        "model": plan.target,
+        "trust-remote-code": config.run.trust_remote_code,
+        "dtype": config.dtype,
+        "tensor-parallel-size": config.tensor_parallel_size,
+        "max-model-len": plan.max_model_len,
+        "max-num-seqs": plan.max_num_seqs,
+        "max-num-batched-tokens": max(plan.max_model_len, _MIN_TOKEN_BUDGET),
         "no-enable-chunked-prefill": True,
+        # A cached prefix would be computed once and then served free of charge to the next drafter.
         "no-enable-prefix-caching": True,
-        "seed": plan["seed"],
+        "seed": config.run.seed,
     }
     if speculative:
         values["speculative-config"] = speculative
         values["per-request-spec-decode-metrics"] = "summary"
-    return values | {name.replace("_", "-"): value for name, value in plan["engine_args"].items()}
+    for name, value in config.engine_args.items():
+        flag = name.replace("_", "-")
+        values |= {f"no-{flag}": True} if value is False else {flag: value}
+    return values
 
 
 @contextlib.contextmanager
-def serve(
-    plan: Mapping[str, Any], *, startup_timeout_s: float, request_timeout_s: float
-) -> Iterator[Server]:
-    """A ready server for the length of the block.
+def serve(plan: Plan, speculative: Speculative) -> Iterator[Address]:
+    """The address of a ready server for the length of the block.
 
     Raises:
-        UserError: the server refuses the plan.
-        RetryableError: it died, in the block too, or took too long.
+        UserError: the server refuses the plan, or runs out of memory.
+        RetryableError: it died, in the block too, or took too long to start.
     """
-    with start_server(options(plan)) as child:
-        child.wait_until_ready(stage="bench", timeout_s=startup_timeout_s)
+    config: BenchConfig = plan.config
+    with start_server(options(plan, speculative)) as child:
+        child.wait_until_ready(stage="bench", timeout_s=config.startup_timeout_s)
         try:
-            yield Server(
-                child.base_url,
-                child.api_key,
-                request_timeout_s=request_timeout_s,
-                chat_template_kwargs=plan["chat_template_kwargs"],
-            )
+            yield Address(child.base_url, child.api_key)
         except RetryableError as error:
-            if (code := child.exit_code()) is not None:
-                raise RetryableError(
-                    f"the vLLM server died (code {code}) while it was measured. The log above "
-                    "says why; run the same command again, or give it more memory."
-                ) from error
+            if death := child.death():
+                raise death from error
             raise

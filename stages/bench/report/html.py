@@ -13,8 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from stages.bench.report import plots
-from stages.bench.report import terminal as show
+from stages.bench.report import plots, terminal
 
 Report = Mapping[str, Any]
 
@@ -91,28 +90,28 @@ def render(report: Report) -> str:
                 "Whiskers: 95 % interval; under the dashed line drafting costs.",
             )
         )
-    figures += _of_training(report.get("making") or {})
+    figures += _of_training(report.get("lineage") or {})
     return _TEMPLATES.get_template("report.html.j2").render(
         report=report,
         number=Numbers(report),
         figures=[(Markup(svg), caption) for svg, caption in figures],
-        load=show.load(report),
+        load=terminal.describe_load(report),
         as_json=json.dumps(report, indent=2, ensure_ascii=False),
     )
 
 
-def _of_training(making: Report) -> list[tuple[str, str]]:
+def _of_training(lineage: Report) -> list[tuple[str, str]]:
     """The curves of the training, where the run has them."""
     drawn = []
-    if making.get("loss"):
-        svg = plots.over_steps(making["loss"], "Training loss", "soft cross-entropy (nats)")
+    if lineage.get("loss"):
+        svg = plots.over_steps(lineage["loss"], "Training loss", "soft cross-entropy (nats)")
         drawn.append(
             (svg, "Weighted over the TTT steps; it keeps falling after acceptance peaked.")
         )
-    if making.get("walks"):
+    if lineage.get("walks"):
         title, unit = "Walked acceptance length", "acceptance length (tokens per target step)"
-        svg = plots.over_steps(making["walks"], title, unit)
-        drawn.append((svg, "On held-out answers while training; the head of the best one is this."))
+        svg = plots.over_steps(lineage["walks"], title, unit)
+        drawn.append((svg, "On held-out answers while training; this head is the best checkpoint."))
     return drawn
 
 
@@ -139,10 +138,10 @@ def render_comparison(first: Report, second: Report) -> str:
     return _TEMPLATES.get_template("compare.html.j2").render(
         names=names,
         reports=[first, second],
-        loads=[show.load(report) for report in (first, second)],
+        loads=[terminal.describe_load(report) for report in (first, second)],
         rows=[
-            (name, left, right, show.change(left, right))
-            for name, left, right in show.side_by_side(first, second)
+            (name, left, right, terminal.change(left, right))
+            for name, left, right in terminal.side_by_side(first, second)
         ],
         figures=[(Markup(svg), caption) for svg, caption in figures],
         none=NOT_MEASURED,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the head that is measured was made: what the artifacts that it descends from say of themselves.
+"""How the measured head was made, from the manifests of the artifacts that it descends from.
 
-In: the folder of the run. Out: the report's section `making`: a stage's rows, times, settings and engine
-(stages may run different ones, and whoever reads the figures shall see which), and the training's curves.
-Costs reading four manifests and the training's history. Nothing here decides anything: what a stage
-did not tell is left out, and so is an ancestor that was deleted or made anew since.
+In: the folder of the run. Out: the report's section `lineage`: each stage's rows, times, settings and
+engine (stages may run different ones), and the training's curves. Costs reading four manifests and
+the training's history. A fact that a stage did not record is left out, and so is an ancestor that was
+deleted or replaced since.
 """
 
 import datetime
@@ -21,7 +21,7 @@ from shared.runtime.status import read_status
 
 _STAGES = ("synth", "dump", "train")
 _ENGINES = ("vllm", "vllm-cpu")
-# Facts that a reader of the page wants of each stage.
+# The facts of each stage that the page shows.
 _FACTS = {
     "synth": ("rows", "tokens", "trained_tokens"),
     "dump": ("tokens", "agreement", "logprob_gap"),
@@ -30,14 +30,14 @@ _FACTS = {
 
 
 def of_run(paths: RunPaths) -> dict[str, Any]:
-    """What is known of the head's way here.
+    """The stages that made the head.
 
-    `stages`: one entry a stage; `seconds`: of all of them, null where one is not known; `loss` and
-    `walks`: [step, value] as training went.
+    `stages`: one entry for each stage; `seconds`: of all of them, null where one is not known; `loss`
+    and `walks`: [step, value] over the training.
     """
     ancestors = _ancestors(paths)
     stages = [_entry(paths, stage, ancestors[stage]) for stage in _STAGES if stage in ancestors]
-    # A training that went on since is another head's.
+    # A training that was continued since made another head.
     path = paths.stage("train") / "history.jsonl"
     curves = _curves(path) if "train" in ancestors else {"loss": [], "walks": []}
     times = [entry["seconds"] for entry in stages]
@@ -95,7 +95,7 @@ def _made_by(provenance: Mapping[str, Any]) -> str:
 
 
 def _seconds(status: Path, finished: str) -> float | None:
-    """From the first word of a stage's status to its manifest; None where the status is gone."""
+    """From the start in a stage's status to its manifest; None where the status is gone."""
     try:
         started_s = read_status(status)["started_s"]
         ended_s = datetime.datetime.fromisoformat(finished).timestamp()
@@ -114,5 +114,5 @@ def _curves(path: Path) -> dict[str, list[list[float]]]:
                 if key in record:
                     curves[name].append([int(record["step"]), float(record[key])])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # a line that a kill cut
+            continue  # a line that a crash cut
     return curves

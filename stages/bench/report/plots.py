@@ -2,7 +2,7 @@
 """The report's figures as SVG texts: matplotlib draws, the page embeds.
 
 Text stays text (`svg.fonttype: none`), so that a browser's search and a test find it. Every figure
-has a title and named axes with units; what is not measured leaves a gap, never a zero.
+has a title and named axes with units; a value that was not measured leaves a gap, never a zero.
 """
 
 import io
@@ -137,7 +137,7 @@ def _by_category(axes: Axes, series: Series, categories: Sequence[str]) -> None:
                 error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
             )
             axes.text(0.06, y, f"{length:.2f}", va="center", fontsize=8, color="white")
-    axes.axvline(1.0, color=QUIET, linestyle="--", linewidth=1)  # what no draft at all would be
+    axes.axvline(1.0, color=QUIET, linestyle="--", linewidth=1)  # without a drafter
     axes.set_yticks(range(len(categories)), [printable(category) for category in categories])
     axes.set_ylim(-0.6, max(len(categories), 4) - 0.4)  # few categories are not drawn fat
     axes.invert_yaxis()

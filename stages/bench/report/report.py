@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """From raw measurements to `report.json`.
 
-    baseline, head, ngram   the figures at the first load and the first K: what the gates ask
+    baseline, head, ngram   the figures at the first load and the first K, which the gates judge
     sweep                   one row for each load, drafter and K: lengths, rates, latencies, speed-up
     best                    the K to serve with at each load
     lossless                greedy answers against the baseline's, every divergence with its verdict
     gates                   name, value, bound and whether it is met
-    warnings                what was found odd about the head or the measurement
-    seconds                 what measuring took, engine starts and all
-    making                  how the head was made, where this run made it: stages, loss, walks
+    warnings                what is unusual about the head or the measurement
+    seconds                 how long measuring took, engine starts included
+    measured                what was measured, by fingerprint and hash
+    lineage                 how the head was made, where this run made it: stages, loss, walks
 
-Figures as in `figures`; an interval is [low, high] at 95 %, or null where nothing tells it.
+Figures as in `figures`; an interval is [low, high] at 95 %, or null where it cannot be computed.
 """
 
 import sys
@@ -24,6 +25,8 @@ from stages.bench.figures import figures
 from stages.bench.measure.plans import engine_name
 
 Raw = Mapping[str, Any]
+
+_MAX_QUEUED_SHARE = 0.1  # of the requests' time
 Report = dict[str, Any]
 
 
@@ -31,24 +34,24 @@ def build(
     config: BenchConfig,
     results: Mapping[str, Raw],
     *,
-    lineage: Mapping[str, Any],
+    measured: Mapping[str, Any],
     warnings: Sequence[str] = (),
 ) -> Report:
     """The whole report but for its gates.
 
     Args:
         results: the raw measurement under each engine's name.
-        lineage: what was measured, by fingerprint and hash.
+        measured: what was measured, by fingerprint and hash.
 
     Raises:
         OutputError: vLLM's counters contradict each other.
     """
-    entries = {(name, at): entry for name, at, entry in _entries(config, results)}
+    entries = {(name, index): entry for name, index, entry in _entries(config, results)}
     first = {
         name: entries[name, 0] for name in ("baseline", "head", "ngram") if (name, 0) in entries
     }
     sweep = list(_sweep(config, results, entries))
-    cell = results["head"]["cells"][0]["cell"]
+    load = results["head"]["loads"][0]["load"]
     plain = results.get("baseline", {})
     return {
         "schema_version": SCHEMA_VERSION,
@@ -57,40 +60,42 @@ def build(
         "mode": config.measured_through,
         "max_prompts": config.max_prompts,
         "num_speculative_tokens": config.num_speculative_tokens[0],
-        **cell,
+        **load,
         "vllm_version": results["head"]["vllm_version"],
         **first,
         "sweep": sweep,
         "best": _best(sweep),
         "lossless": plain.get("lossless"),
-        "warnings": [*warnings, *_cautions(first)],
-        "lineage": dict(lineage),
+        "warnings": [*warnings, *_cautions(first, sweep)],
+        "measured": dict(measured),
         "provenance": provenance.collect(argv=sys.argv),
     }
 
 
 def _entries(config: BenchConfig, results: Mapping[str, Raw]) -> Iterator[tuple[str, int, Report]]:
-    """(engine, number of the cell, figures) of everything that was measured."""
+    """(engine, index of the load, figures) of everything that was measured."""
     seed = config.run.seed
     baseline = results.get("baseline")
-    plain = [figures.throughput(cell) for cell in baseline["cells"]] if baseline else []
-    for at, entry in enumerate(plain):
-        yield "baseline", at, entry
+    plain = [figures.throughput(measured) for measured in baseline["loads"]] if baseline else []
+    for index, entry in enumerate(plain):
+        yield "baseline", index, entry
     for drafter in ("head", "ngram"):
         for depth in config.num_speculative_tokens:
             name = engine_name(config, drafter, depth)
-            for at, cell in enumerate(results.get(name, {}).get("cells", ())):
+            for index, measured in enumerate(results.get(name, {}).get("loads", ())):
                 always = drafter == "head"
-                entry = figures.drafted(cell, depth=depth, always_drafts=always, seed=seed)
+                entry = figures.drafted(measured, depth=depth, always_drafts=always, seed=seed)
                 if baseline:
-                    figures.add_speedup(entry, cell, plain[at], baseline["cells"][at], seed)
-                yield name, at, entry
+                    figures.add_speedup(
+                        entry, measured, plain[index], baseline["loads"][index], seed
+                    )
+                yield name, index, entry
 
 
 def _sweep(
     config: BenchConfig, results: Mapping[str, Raw], entries: Mapping[tuple[str, int], Report]
 ) -> Iterator[Report]:
-    for (name, at), entry in entries.items():
+    for (name, index), entry in entries.items():
         drafter, _, depth = name.partition("-k")
         known = entry.get("acceptance", {})
         yield {
@@ -98,8 +103,10 @@ def _sweep(
             "num_speculative_tokens": 0
             if drafter == "baseline"
             else int(depth or config.num_speculative_tokens[0]),
-            **results[name]["cells"][at]["cell"],
+            **results[name]["loads"][index]["load"],
             "tokens_per_s": entry["tokens_per_s"],
+            "tokens_per_step": entry.get("tokens_per_step"),
+            "queued_share": entry["queued_share"],
             "ttft_s": entry["ttft_s"],
             "tpot_s": entry["tpot_s"],
             "acceptance_length": known.get("acceptance_length"),
@@ -124,19 +131,26 @@ def _best(sweep: Sequence[Report]) -> list[Report]:
     return [{key: row[key] for key in kept} for row in loads.values()]
 
 
-def _cautions(first: Mapping[str, Report]) -> list[str]:
+def _cautions(first: Mapping[str, Report], sweep: Sequence[Report]) -> list[str]:
     """What an operator must not overlook in the figures themselves."""
     head = first["head"]
     found = []
     if head.get("speedup") is not None and head["speedup"] < 1:
         found.append(
             f"Drafting costs more than it saves here (speed-up {head['speedup']:.2f}): on a small "
-            "target or a busy machine a draft takes as long as the steps that it spares."
+            "target or a busy machine a draft takes as long as the steps that it saves."
         )
     if head["acceptance"]["acceptance_length_interval"] is None:
         found.append(
             "No interval for the acceptance length: too few prompts, or no counts by request."
         )
+    for row in sweep:
+        if row["queued_share"] > _MAX_QUEUED_SHARE:
+            found.append(
+                f"{row['drafter']} at concurrency {row['concurrency']}: requests spent "
+                f"{row['queued_share']:.0%} of their time in the server's queue, so the load in the "
+                "batch was lower. The server's max_num_seqs or KV cache is too small for it."
+            )
     if "baseline" not in first:
         found.append("No baseline was measured: there is no speed-up, and nothing was compared.")
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees in the terminal: a report's tables, and two reports side by side."""
+"""A report's tables in the terminal, and two reports side by side."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ def milliseconds(quantiles: Mapping[str, float] | None) -> str:
     return f"{1000 * quantiles['median']:.1f} / {1000 * quantiles['p99']:.1f}"
 
 
-def load(entry: Report) -> str:
+def describe_load(entry: Report) -> str:
     """A load in words."""
     return (
         f"concurrency {entry['concurrency']}, temperature {entry['temperature']:g}, "
@@ -38,7 +38,7 @@ def load(entry: Report) -> str:
 
 
 def show(found: Report) -> None:
-    """Print the report, for the person who waited."""
+    """Print the report."""
     console = Console(stderr=True, width=WIDTH)
     console.print(_engines(found))
     console.print(_categories(found))
@@ -49,34 +49,36 @@ def show(found: Report) -> None:
 
 
 def sentences(found: Report) -> Iterator[str]:
-    """What the tables do not say."""
+    """What the tables do not show."""
     if lossless := found["lossless"]:
         yield (
             f"greedy answers: {lossless['identical']} of {lossless['compared']} identical to the "
-            f"baseline's, {lossless['ties']} part at a tie, {lossless['wrong']} are wrong"
+            f"baseline's, {lossless['ties']} differ at a tie, {lossless['wrong']} are wrong"
         )
     if len(found["best"]) > 1 or len({row["num_speculative_tokens"] for row in found["sweep"]}) > 2:
         for best in found["best"]:
-            yield f"best K at {load(best)}: {best['num_speculative_tokens']}"
+            yield f"best K at {describe_load(best)}: {best['num_speculative_tokens']}"
     yield from found["warnings"]
 
 
 def _engines(found: Report) -> Table:
-    title = f"{found['run']}: K = {found['num_speculative_tokens']}, {load(found)}"
+    title = f"{found['run']}: K = {found['num_speculative_tokens']}, {describe_load(found)}"
     table = Table(title=cell(title))
-    for column in ("engine", "acceptance length", "rate", "by position", "tokens/s", "speed-up"):
+    columns = ("engine", "tokens/step", "acceptance length", "rate", "by position", "tokens/s")
+    for column in (*columns, "speed-up"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for name in ("baseline", "ngram", "head"):
         if name not in found:
             continue
         entry = found[name]
-        cells = ["1.00", "", ""]
+        cells = ["1.00", "1.00", "", ""]
         if known := entry.get("acceptance"):
-            length = (
-                f"{known['acceptance_length']:.2f}{interval(known['acceptance_length_interval'])}"
-            )
+            bounds = interval(known["acceptance_length_interval"])
+            # ngram's leaves out the steps in which it drafts nothing: it compares with nothing here.
+            length = f"{known['acceptance_length']:.2f}{bounds}" if name == "head" else ""
             positions = " ".join(f"{share:.2f}" for share in known["per_position"])
-            cells = [length, f"{known['acceptance_rate']:.2f}", positions]
+            steps = _number(entry.get("tokens_per_step"), ".2f")
+            cells = [steps, length, f"{known['acceptance_rate']:.2f}", positions]
         table.add_row(name, *cells, f"{entry['tokens_per_s']:.1f}", _speedup(entry))
     return table
 
@@ -108,20 +110,19 @@ def _sweep(found: Report) -> Table:
         "concurrency",
         "temp.",
         "max_tokens",
-        "acceptance length",
+        "tokens/step",
         "tokens/s",
     )
     for column in (*columns, "speed-up", "TPOT ms"):
         table.add_column(column, justify="left" if column == "drafter" else "right")
     for row in found["sweep"]:
-        length = row["acceptance_length"]
         table.add_row(
             cell(row["drafter"]),
             str(row["num_speculative_tokens"] or ""),
             str(row["concurrency"]),
             f"{row['temperature']:g}",
             str(row["max_tokens"]),
-            f"{length:.2f}" if length else "",
+            _number(row["tokens_per_step"], ".2f"),
             f"{row['tokens_per_s']:.1f}",
             _speedup(row),
             milliseconds(row["tpot_s"]),
@@ -138,6 +139,7 @@ def side_by_side(first: Report, second: Report) -> Iterator[tuple[str, float | N
         yield "acceptance rate", head["acceptance"]["acceptance_rate"]
         for position, share in enumerate(head["acceptance"]["per_position"], start=1):
             yield f"accepted at position {position}", share
+        yield "tokens per step", head.get("tokens_per_step")
         yield "tokens/s", head["tokens_per_s"]
         yield "speed-up", head.get("speedup")
         for name in ("ttft_s", "tpot_s"):
@@ -162,8 +164,8 @@ def compare(first: Report, second: Report) -> None:
     Console(width=WIDTH).print(table)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def change(left: float | None, right: float | None) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 from shared.errors import UserError
 from shared.paths import RunPaths, find_input
 from shared.prompts import sources
-from shared.vllm.server import base_of, is_healthy
+from shared.vllm.http import Address
+from shared.vllm.server import is_healthy
 from shared.vllm.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_within
 from stages.ops.chain import containers
 from stages.ops.chain.estimates import prompt_sources
@@ -170,7 +171,7 @@ def _inputs(step: Step, workspace: Path) -> Iterator[str]:
 def _endpoints(step: Step) -> Iterator[str]:
     asked = ("endpoint", "baseline_endpoint")
     for url in [*step.settings.get("endpoints", ()), *map(step.settings.get, asked)]:
-        if url and not is_healthy(base_of(url)):
+        if url and not is_healthy(Address(url).base_url):
             yield problem(
                 f"{step.stage}'s endpoint",
                 f"a server at {url}",

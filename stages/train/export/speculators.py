@@ -56,7 +56,11 @@ def speculators_config(
         "norm_before_residual": False,
         "norm_before_fc": False,
         "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
-        "transformer_layer_config": {key: ours[key] for key in _LAYER_KEYS},
+        "transformer_layer_config": {
+            **{key: ours[key] for key in _LAYER_KEYS},
+            # vLLM merges this part alone into what it reads, and expects three without it.
+            "num_aux_hidden_states": len(config.aux_layers),
+        },
         "speculators_config": {
             "algorithm": "eagle3",
             "proposal_methods": [

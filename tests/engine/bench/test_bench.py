@@ -27,7 +27,7 @@ from shared.config import build
 from shared.io import files
 from shared.prompts.rows import Prompt, Turn
 from stages.bench.config import BenchConfig
-from stages.bench.measure import plans
+from stages.bench.measure import measurement, plans
 from tests import recompute
 from tests.conftest import ROOT
 from tests.heads import write_random_head
@@ -134,7 +134,7 @@ def test_acceptance_at_set_rates_is_what_is_reported(place: Path) -> None:
 def test_a_head_that_never_agrees_is_1_and_misses_the_gate(place: Path) -> None:
     done = bench(place, "never", "--target", "constant", "--head", "never", "--max_tokens", "24")
     assert done.returncode == 3, done.stderr[-3000:]
-    assert "acceptance length 1.000 is 1.100 under the gate 2.1" in done.stderr
+    assert "[gate-missed] acceptance length 1.000 is 1.100 under the gate 2.1" in done.stderr
     assert "Traceback" not in done.stderr
     found = report_of(place, "never")
     assert found["head"]["acceptance"]["acceptance_length"] == 1.0
@@ -158,6 +158,7 @@ def test_a_head_that_always_agrees_is_k_plus_1_at_every_k_and_load(place: Path) 
     }
     assert lengths == {(3, 1): 4.0, (3, 4): 4.0, (5, 1): 6.0, (5, 4): 6.0}
     # 23 tokens after the prefill's: 6 drafts of 4, so that the last is counted whole.
+    assert found["head"]["tokens_per_step"] == pytest.approx(23 / 6)
     assert found["head"]["acceptance"]["num_drafts"] == 6 * 12
     assert {row["concurrency"] for row in found["best"]} == {1, 4}
     baseline = next(row for row in found["sweep"] if row["drafter"] == "baseline")
@@ -168,7 +169,7 @@ def test_a_head_that_always_agrees_is_k_plus_1_at_every_k_and_load(place: Path) 
 
 def test_served_figures_are_those_of_the_raw_metrics(place: Path) -> None:
     """The two servers' own `/metrics` texts, computed again by tests/recompute.py."""
-    flags = ("--target", "constant", "--head", "always", "--mode", "served", "--max_tokens", "24")
+    flags = ("--target", "constant", "--head", "always", "--max_tokens", "24")
     done = bench(place, "served", *flags, "--concurrency", "3")
     assert done.returncode == 0, done.stderr[-3000:]
     found = report_of(place, "served")
@@ -180,7 +181,7 @@ def test_served_figures_are_those_of_the_raw_metrics(place: Path) -> None:
     assert {name: acceptance[name] for name in again} == again
     assert again["acceptance_length"] == 4.0
     assert recompute.counts((raw / "baseline.0.0.after.prom").read_text()) == {}
-    (segment,) = files.read_json(raw / "head.json")["cells"][0]["segments"]
+    (segment,) = files.read_json(raw / "head.json")["loads"][0]["segments"]
     drafts = [row["counters"]["num_drafts"] for row in segment["requests"]]
     assert sum(drafts) == again["num_drafts"]
     assert {row["turn"] for row in segment["requests"]} == {0, 1}
@@ -266,14 +267,14 @@ def test_an_existing_endpoint(place: Path) -> None:
 
 
 def engines_of(workspace: Path) -> list[int]:
-    """Processes of bench's engine for this workspace, by what they were started with."""
+    """The vLLM servers that bench started for this workspace."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             words = (entry / "cmdline").read_bytes().split(b"\0")
-            if b"stages.bench.measure.engine" in words and str(workspace).encode() in b" ".join(
-                words
-            ):
+            if b"vllm.entrypoints.openai.api_server" in words and str(
+                workspace
+            ).encode() in b" ".join(words):
                 found.append(int(entry.name))
     return found
 
@@ -283,30 +284,19 @@ def test_a_killed_engine_is_75(place: Path) -> None:
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     folder = place / "killed" / "bench"
     deadline = time.monotonic() + 120
-    while not engines_of(folder) and time.monotonic() < deadline:
+    while not (folder / "raw" / "head.0.0.before.prom").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(3)
-    (engine,) = engines_of(folder)
+    (engine,) = engines_of(place)
     os.kill(engine, signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     done = subprocess.CompletedProcess(words, process.returncode, "", stderr)
-    refused(done, 75, "the engine's process ended with code -9 and left no result", folder)
+    refused(done, 75, "[engine-died] the vLLM server died in use", folder)
 
 
 def test_more_draft_tokens_than_vllm_verifies(place: Path) -> None:
     flags = ("--target", "tiny", "--head", "head", "--max_tokens", "8", "--max_prompts", "2")
     done = bench(place, "deep", *flags, "--num_speculative_tokens", "129")
     refused(done, 2, "expected at most 128", place / "deep" / "bench")
-
-
-def measured(plan: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
-    """One engine's raw measurement, straight from its process."""
-    files.write_json(folder / f"{name}.plan.json", plan)
-    words = [sys.executable, "-m", "stages.bench.measure.engine"]
-    words += [str(folder / f"{name}.plan.json"), str(folder / f"{name}.json")]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(files.read_json(folder / f"{name}.json"))
 
 
 def test_planted_tokens_are_a_tie_or_wrong_by_the_targets_own_logits(
@@ -323,20 +313,15 @@ def test_planted_tokens_are_a_tie_or_wrong_by_the_targets_own_logits(
         Prompt(f"p{n}", (Turn(({"role": "user", "content": f"Number {n}?"},)),)) for n in range(5)
     ]
     conversations = [plans.conversation_of(prompt) for prompt in prompts]
-    plan = plans.plan_for_all(build(BenchConfig, flags), target, conversations)
-    plan["speculative"] = None
-    raw = measured(plan, tmp_path, "plain")
-    answers = raw["cells"][0]["segments"][0]["requests"]
+    plan = plans.plan_of(build(BenchConfig, flags), target, conversations)
+    raw = measurement.measure(plan, "plain", None, tmp_path, others={})
+    answers = raw["loads"][0]["segments"][0]["requests"]
     twin, stranger = answers[1]["token_ids"], answers[3]["token_ids"]
     assert {token for answer in answers for token in answer["token_ids"]} <= {10, 11, 20, 21}
     right = (twin[5], stranger[9])
     twin[5] ^= 1  # 10 and 11, 20 and 21
     stranger[9] = 400
-    files.write_json(tmp_path / "planted.json", raw)
-    again = measured(
-        {**plan, "references": {"head": str(tmp_path / "planted.json")}}, tmp_path, "again"
-    )
-    lossless = again["lossless"]
+    lossless = measurement.measure(plan, "again", None, tmp_path, others={"head": raw})["lossless"]
     found = [
         (d["id"], d["position"], d["baseline_token"], d["verdict"]) for d in lossless["divergences"]
     ]

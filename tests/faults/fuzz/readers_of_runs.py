@@ -15,16 +15,13 @@ from shared.paths import RunPaths
 from shared.runtime.status import Status
 from stages.bench.config import BenchConfig
 from stages.bench.measure import exposition
-from stages.bench.report import gates, report
-from stages.bench.report import html as page
-from stages.bench.report import lineage as making
-from stages.bench.report import terminal as show
+from stages.bench.report import gates, html, lineage, report, terminal
 from stages.dump.config import DumpConfig
 from stages.ops.look import status as ops_status
 from stages.synth.config import SynthConfig
 from stages.train.loop.history import _step_of
 from tests.faults.fuzz.reader import Reader, written
-from tests.measurements import baseline_requests, cell, engine, head_requests, lossless
+from tests.measurements import baseline_requests, engine, head_requests, lossless, under_load
 
 
 def _dump_config(folder: Path) -> DumpConfig:
@@ -49,7 +46,7 @@ def _make_manifest(folder: Path) -> Path:
 def _read_manifest(path: Path) -> None:
     folder = path.parents[2]
     require_parent(path.parent, stage="synth", config=_dump_config(folder))
-    making.of_run(RunPaths(folder, "run"))
+    lineage.of_run(RunPaths(folder, "run"))
     ops_status.read_states(RunPaths(folder, "run"))
 
 
@@ -84,7 +81,7 @@ def _make_history(folder: Path) -> Path:
 
 
 def _read_history(path: Path) -> None:
-    making._curves(path)
+    lineage._curves(path)
     for line in files.read_text(path).splitlines():
         _step_of(line)
 
@@ -100,7 +97,7 @@ def _make_status(folder: Path) -> Path:
 
 def _read_status(path: Path) -> None:
     Status(path)._earlier()
-    making._seconds(path, "2026-01-01T00:00:00+00:00")
+    lineage._seconds(path, "2026-01-01T00:00:00+00:00")
     paths = RunPaths(path.parents[2], "run")
     ops_status._table(paths, ops_status.read_states(paths))
 
@@ -108,20 +105,20 @@ def _read_status(path: Path) -> None:
 def _make_report(folder: Path) -> Path:
     config = build(BenchConfig, {"target": "tiny"})
     results = {
-        "head": engine(cell(head_requests(), wall_s=6.0)),
-        "baseline": engine(cell(baseline_requests(), wall_s=12.0), lossless=lossless()),
+        "head": engine(under_load(head_requests(), wall_s=6.0)),
+        "baseline": engine(under_load(baseline_requests(), wall_s=12.0), lossless=lossless()),
     }
-    found = report.build(config, results, lineage={"prompts": "abc"})
+    found = report.build(config, results, measured={"prompts": "abc"})
     found["gates"] = gates.judge(config, found, None)
     return written(folder / "report.json", found)
 
 
 def _read_report(path: Path) -> None:
     found = read_report(path)
-    _ = show._engines(found), show._categories(found), show._sweep(found)
-    _ = list(show.sentences(found)), list(show.side_by_side(found, found))
+    _ = terminal._engines(found), terminal._categories(found), terminal._sweep(found)
+    _ = list(terminal.sentences(found)), list(terminal.side_by_side(found, found))
     gates.judge(build(BenchConfig, {"target": "tiny", "max_regression": "0.1"}), found, found)
-    page._TEMPLATES.get_template("compare.html.j2")
+    html._TEMPLATES.get_template("compare.html.j2")
 
 
 METRICS = """\

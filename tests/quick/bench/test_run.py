@@ -10,17 +10,18 @@ import pytest
 
 from shared.config import build
 from shared.errors import UserError
+from stages.bench import head_check
 from stages.bench.config import BenchConfig
-from stages.bench.measure import in_process
-from stages.bench.report import html as page
+from stages.bench.measure import measurement
+from stages.bench.report import html
 from stages.bench.run import run
 from tests.heads import write_random_head
-from tests.measurements import baseline_requests, cell, engine, head_requests, lossless
+from tests.measurements import baseline_requests, engine, head_requests, lossless, under_load
 from tests.models import tiny_llama
 
 MEASURED = {
-    "head": engine(cell(head_requests(), wall_s=6.0)),
-    "baseline": engine(cell(baseline_requests(), wall_s=12.0), lossless=lossless()),
+    "head": engine(under_load(head_requests(), wall_s=6.0)),
+    "baseline": engine(under_load(baseline_requests(), wall_s=12.0), lossless=lossless()),
 }
 
 
@@ -39,10 +40,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace = tmp_path_factory.mktemp("measured")
     target = tiny_llama(workspace / "tiny", max_length_tokens=512)
     write_random_head(workspace / "head", target=target, draft_vocab_size=128)
-    (workspace / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
+    row = '{"id": "q", "prompt": "Why?"}\n'
+    (workspace / "prompts.jsonl").write_text(2 * row)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_process, "measure", lambda name, *_, **__: MEASURED[name])
-        patch.setattr(page, "render", lambda _: "drawn elsewhere")
+        patch.setattr(measurement, "measure", lambda _, name, *__, **___: MEASURED[name])
+        patch.setattr(head_check, "check_in_vllm", lambda *_: None)
+        patch.setattr(html, "render", lambda _: "drawn elsewhere")
         run(config(workspace, name="before"))
         run(held_against(workspace))
     return workspace
@@ -55,7 +58,7 @@ def workspace(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(in_process, "measure", never)
+    monkeypatch.setattr(measurement, "measure", never)
     return Path(shutil.copytree(measured, tmp_path / "workspace"))
 
 
@@ -64,9 +67,19 @@ def refused(config: BenchConfig, key: str) -> None:
         run(config)
 
 
+def test_a_second_row_of_the_same_id_is_skipped_and_counted(workspace: Path) -> None:
+    manifest = json.loads((workspace / "run" / "bench" / "manifest.json").read_text())
+    assert manifest["counts"] == {
+        "in": 2,
+        "ok": 1,
+        "skipped": {"duplicate_id": 1},
+        "failed": {},
+    }
+
+
 def test_the_same_is_measured_once(workspace: Path) -> None:
     run(held_against(workspace))
-    run(held_against(workspace, startup_timeout_s="9", engine_timeout_s="9"))
+    run(held_against(workspace, startup_timeout_s="9", request_timeout_s="9"))
 
 
 def test_what_an_engine_is_made_of_is_measured(workspace: Path) -> None:

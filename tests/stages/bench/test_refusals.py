@@ -31,6 +31,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 HEAD = ("--head", "head")
+CROWDED = ("--concurrency", "6", "--engine_args", "{max_num_seqs: 2}")
 FEW = ("--max_tokens", "16")
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
@@ -44,10 +45,17 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
         ("lost", (*HEAD, "--prompts", "lost.jsonl"), 2, "bench.prompts: expected a file"),
         ("stranger", ("--head", "stranger"), 2, "found one for another target"),
         ("headless", ("--head", "./none"), 2, "bench.head: expected a model's folder"),
-        ("long", (*HEAD, "--max_tokens", "4096"), 2, "max_position_embeddings 128"),
-        ("deep", (*HEAD, *FEW, "--num_speculative_tokens", "64"), 2, "max_position_embeddings 128"),
-        ("old", (*HEAD, *FEW, "--earlier_report", "old.json"), 2, "schema version 2, found 1"),
+        ("long", (*HEAD, "--max_tokens", "4096"), 2, "the engine has 128"),
+        ("deep", (*HEAD, *FEW, "--num_speculative_tokens", "64"), 2, "the engine has 128"),
+        ("old", (*HEAD, *FEW, "--earlier_report", "old.json"), 2, "schema version 3, found 1"),
         ("away", ("--endpoint", NOWHERE), 75, f"the server at {NOWHERE} does not answer"),
+        ("mode", (*HEAD, "--mode", "in_process"), 2, "leave bench.mode out"),
+        (
+            "queue",
+            (*HEAD, *FEW, "--concurrency", "6", "--engine_args", "{max_num_seqs: 2}"),
+            2,
+            "max_num_seqs 2",
+        ),
         ("secret", ("--endpoint", "http://me:word@host"), 2, "$EYRIE_ENDPOINT_KEY"),
     ],
 )

@@ -343,7 +343,7 @@ PLANTED: dict[str, tuple[Plant, tuple[str, str], str]] = {
     ),
     "a report of another head": (
         lambda run: damage_json(
-            run, "bench/report.json", lambda r: r["lineage"].update(head_fingerprint="f" * 64)
+            run, "bench/report.json", lambda r: r["measured"].update(head_fingerprint="f" * 64)
         ),
         ("bench", "head"),
         "measured the head ffffffffffff",

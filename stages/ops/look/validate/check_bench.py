@@ -54,7 +54,7 @@ def ask_figures(run: RunView) -> str:
 
 def ask_head(run: RunView) -> str:
     """What was measured is the head that lies in export/."""
-    measured = read_report(run.paths.report)["lineage"].get("head_fingerprint")
+    measured = read_report(run.paths.report)["measured"].get("head_fingerprint")
     if measured is None:
         return "a head from elsewhere, or an endpoint's"
     export = run.manifest("export")["fingerprint"]

@@ -8,7 +8,7 @@ import pytest
 from shared.errors import UserError
 from stages.bench.lossless import judge as lossless
 from stages.bench.lossless.divergence import Probe, Scored, compare, judge
-from tests.measurements import cell, engine, request
+from tests.measurements import engine, request, under_load
 
 BASELINE, HEAD = [5, 6, 7], [5, 9, 7]
 
@@ -80,7 +80,7 @@ def test_a_first_turn_with_another_prompt_is_another_target() -> None:
     """No answer before it can have made it differ."""
     where = {"engine": "head", "concurrency": 1, "max_tokens": 3}
     other = row("a", BASELINE, prompt_token_ids=[1, 2])
-    told = "prompt a: with the head it is 2 tokens, without it 3, .* bench.baseline_endpoint"
+    told = "prompt a has 2 tokens with the head and 3 without it, .* bench.baseline_endpoint"
     with pytest.raises(UserError, match=told):
         compare([row("a", BASELINE)], [other], **where)
 
@@ -90,31 +90,31 @@ def test_the_noise_is_measured_alone_and_together_in_four_shapes() -> None:
     _, _, found = compare([row("a", BASELINE)], [row("a", HEAD)], **where)
     target = Target(noise=0.25)
     _, noise = judge(found, [row(f"other-{n}", BASELINE) for n in range(30)], target)
-    assert target.asked == [(17, 1), (17, 17), (17, 1), (17, 17)]  # the divergence and 16 others
+    assert target.asked == [(1, 1), (17, 1), (17, 17), (17, 1), (17, 17)]  # it and 16 others
     assert noise["noise_logits"] == pytest.approx(0.25)
-    assert noise["contexts_scored"] == 17
+    assert noise["contexts_scored"] == 1
 
 
 def test_identical_answers_cost_no_request() -> None:
     def never(probes: list[Probe], concurrency: int) -> list[Scored]:
         raise AssertionError("nothing to ask")
 
-    plain = engine(cell([row("a", BASELINE)], wall_s=1.0))
+    plain = engine(under_load([row("a", BASELINE)], wall_s=1.0))
     found = lossless.judged(plain, {"head": plain}, never)
     assert found is not None
     assert (found["compared"], found["identical"], found["wrong"]) == (1, 1, 0)
 
 
-def test_only_greedy_cells_are_compared() -> None:
-    warm = engine(cell([row("a", BASELINE)], wall_s=1.0, temperature=0.7))
-    other = engine(cell([row("a", HEAD)], wall_s=1.0, temperature=0.7))
+def test_only_greedy_loads_are_compared() -> None:
+    warm = engine(under_load([row("a", BASELINE)], wall_s=1.0, temperature=0.7))
+    other = engine(under_load([row("a", HEAD)], wall_s=1.0, temperature=0.7))
     assert lossless.judged(warm, {"head": other}, Target()) is None
 
 
 def test_counts_add_up_over_heads() -> None:
-    plain = engine(cell([row("a", BASELINE), row("b", BASELINE)], wall_s=1.0))
-    one = engine(cell([row("a", HEAD), row("b", BASELINE)], wall_s=1.0))
-    two = engine(cell([row("a", BASELINE), row("b", [5, 400, 7])], wall_s=1.0))
+    plain = engine(under_load([row("a", BASELINE), row("b", BASELINE)], wall_s=1.0))
+    one = engine(under_load([row("a", HEAD), row("b", BASELINE)], wall_s=1.0))
+    two = engine(under_load([row("a", BASELINE), row("b", [5, 400, 7])], wall_s=1.0))
     found = lossless.judged(plain, {"head": one, "head-k5": two}, Target(noise=0.5))
     assert found is not None
     counts = {name: found[name] for name in ("compared", "identical", "ties", "wrong")}
@@ -125,16 +125,13 @@ def test_counts_add_up_over_heads() -> None:
     ]
 
 
-def test_the_divergences_of_a_sweep_share_their_contexts_and_too_many_are_said(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("stages.bench.lossless.divergence.MAX_CONTEXTS", 1)
-    rows = [row("a", BASELINE), row("b", BASELINE, prompt_token_ids=[4])]
-    drafted = [row("a", HEAD), row("b", HEAD, prompt_token_ids=[4])]
-    plain, head = engine(cell(rows, wall_s=1.0)), engine(cell(drafted, wall_s=1.0))
+def test_every_divergence_is_judged_and_a_sweep_shares_its_contexts() -> None:
+    rows = [row(f"{n}", BASELINE, prompt_token_ids=[4, n]) for n in range(300)]
+    drafted = [row(f"{n}", HEAD, prompt_token_ids=[4, n]) for n in range(300)]
+    plain, head = engine(under_load(rows, wall_s=1.0)), engine(under_load(drafted, wall_s=1.0))
     target = Target(noise=0.5)
     found = lossless.judged(plain, {"head": head, "head-k5": head}, target)
     assert found is not None
-    assert (found["ties"], found["wrong"], found["not_scored"]) == (2, 0, 2)
-    # One context, though two heads part there; it is repeated to be in company.
-    assert target.asked[:2] == [(1, 1), (8, 8)]
+    assert (found["ties"], found["wrong"], found["contexts_scored"]) == (600, 0, 300)
+    # Each context once, though two heads diverge there; the noise on 256 of them.
+    assert target.asked == [(300, 1), (256, 1), (256, 256), (256, 1), (256, 256)]

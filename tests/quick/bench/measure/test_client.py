@@ -5,13 +5,15 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from shared.errors import RetryableError, UserError
+from shared.vllm.http import Address
 from stages.bench.measure import client
-from stages.bench.measure.cells import Cell, Conversation
 from stages.bench.measure.client import Server
+from stages.bench.measure.loads import Conversation, Load
 from tests.quick.bench.measure.test_exposition import TEXT
 
 IDLE = TEXT.replace('model_name="target"} 1.0', 'model_name="target"} 0.0').replace(
@@ -26,6 +28,7 @@ class Canned(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.texts = texts
         self.keys: list[str | None] = []
+        self.bodies: list[dict[str, Any]] = []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -42,7 +45,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """The first half of a streamed answer, and whatever text is to follow it."""
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.keys.append(self.headers["Authorization"])
+        self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -71,7 +75,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         threading.Thread(target=canned.serve_forever, daemon=True).start()
         running.append(canned)
         address = f"http://127.0.0.1:{canned.server_address[1]}/v1/"
-        server = Server(address, "key", request_timeout_s=10)
+        server = Server(Address(address, "key"), request_timeout_s=10)
         server.canned = canned  # type: ignore[attr-defined]
         return server
 
@@ -93,7 +97,7 @@ def test_what_it_serves_and_the_key_is_sent(serve) -> None:  # type: ignore[no-u
 
 
 def test_a_busy_server_is_to_be_measured_later(serve) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(RetryableError, match="3 requests still run, 0 answers"):
+    with pytest.raises(RetryableError, match="3 requests still running and 0 answers"):
         serve(metrics=[TEXT]).read_idle()
 
 
@@ -102,15 +106,15 @@ ASKED = Conversation("a", "", (({"role": "user", "content": "Why?"},),))
 
 def test_half_an_answer_is_none(serve) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(RetryableError, match="ended an answer in its middle"):
-        serve(metrics=[IDLE]).play([ASKED], Cell(1, 0.0, 8), max_tokens=8, depth=0)
+        serve(metrics=[IDLE]).play([ASKED], Load(1, 0.0, 8), max_tokens=8)
 
 
 def test_an_error_inside_an_answer_is_told_and_may_be_tried_again(serve) -> None:  # type: ignore[no-untyped-def]
     """vLLM has said 200 by then, so it sends the error as a chunk."""
     error = {"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}
     server = serve(completions=[f"data: {json.dumps(error)}\n\ndata: [DONE]\n\n"])
-    with pytest.raises(RetryableError, match=r"in its middle \(EngineCore died\). Its log says"):
-        server.play([ASKED], Cell(1, 0.0, 8), max_tokens=8, depth=0)
+    with pytest.raises(RetryableError, match=r"in its middle \(EngineCore died\)\. Its log says"):
+        server.play([ASKED], Load(1, 0.0, 8), max_tokens=8)
 
 
 def test_a_server_that_comes_to_rest_is_waited_for(serve) -> None:  # type: ignore[no-untyped-def]
@@ -120,7 +124,7 @@ def test_a_server_that_comes_to_rest_is_waited_for(serve) -> None:  # type: igno
 def test_somebody_elses_answers_between_two_readings(serve) -> None:  # type: ignore[no-untyped-def]
     server = serve(metrics=[IDLE])  # it has ended 7 requests in all
     assert server.read_idle(answered=7).answered == 7
-    with pytest.raises(RetryableError, match="2 answers were not asked by us"):
+    with pytest.raises(RetryableError, match="2 answers to others"):
         server.read_idle(answered=5)
 
 
@@ -129,3 +133,19 @@ def test_what_is_no_vllm(serve) -> None:  # type: ignore[no-untyped-def]
         serve(models=[MODELS], metrics=["up 1\n"]).connect()
     with pytest.raises(UserError, match="404"):
         serve(models=[MODELS]).connect()
+
+
+def test_a_long_answer_is_read_whole_and_the_template_gets_its_switches(serve) -> None:  # type: ignore[no-untyped-def]
+    """A line of a stream may hold the ids of a whole long prompt."""
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "token_ids": [8]}]}
+    first = {"prompt_token_ids": list(range(100_000)), "choices": []}
+    lines = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in (first, end))
+    server = serve(completions=[f"{lines}data: [DONE]\n\n"])
+    server._template_kwargs = {"enable_thinking": False}
+    (row,) = server.play([ASKED], Load(1, 0.5, 8), max_tokens=8)
+    assert row["token_ids"] == [7, 8]
+    assert len(row["prompt_token_ids"]) == 100_000
+    (body,) = server.canned.bodies
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert (body["temperature"], body["top_p"], body["top_k"]) == (0.5, 1.0, -1)
+    assert "Bearer key" in server.canned.keys

@@ -2,7 +2,6 @@
 """Prompts of the benchmarks that everybody knows, and what an engine is told to do with them."""
 
 import collections
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from shared.prompts.rows import Prompt, parse_row
 from shared.prompts.sources import Source, read_source
 from stages.bench.config import BenchConfig
 from stages.bench.measure import plans
-from stages.bench.measure.cells import Cell, Conversation, cells
+from stages.bench.measure.loads import Load, loads_of
 from stages.bench.run import OWN_PROMPTS
 from tests.models import tiny_llama
 
@@ -44,7 +43,6 @@ def test_the_steps_of_known_shapes(row: dict[str, Any], steps: Any) -> None:
     made = plans.conversation_of(parse_row(row))
     assert made.steps == steps
     assert made.category == row.get("category", "uncategorised")
-    assert Conversation.from_json(json.loads(json.dumps(made.__dict__))) == made
 
 
 def test_a_rows_own_answers_are_history_and_its_last_turn_is_asked() -> None:
@@ -72,16 +70,21 @@ def test_a_measured_prompt_that_warms_up_is_refused() -> None:
         plans.check_warmup([warm])
 
 
-def test_every_combination_is_a_cell_and_the_first_is_the_gates() -> None:
+def test_every_combination_is_a_load_and_the_first_is_the_gates() -> None:
     flags = {"concurrency": "[1,8]", "temperature": "[0,0.7]", "max_tokens": "64"}
     config = build(BenchConfig, {"target": "x", **flags})
-    assert cells(config) == [Cell(1, 0.0, 64), Cell(8, 0.0, 64), Cell(1, 0.7, 64), Cell(8, 0.7, 64)]
+    assert loads_of(config) == [
+        Load(1, 0.0, 64),
+        Load(8, 0.0, 64),
+        Load(1, 0.7, 64),
+        Load(8, 0.7, 64),
+    ]
 
 
 def test_the_engines_of_a_sweep() -> None:
     flags = {"num_speculative_tokens": "[3,5]", "compare_ngram": "true"}
     config = build(BenchConfig, {"target": "x", "speculative_args": "{a: 1}", **flags})
-    drafters = plans.speculative_configs(config, Path("/head"))
+    drafters = plans.drafters_of(config, Path("/head"))
     assert list(drafters) == ["head", "head-k5", "ngram", "ngram-k5", "baseline"]
     assert [plans.depth_of(speculative) for speculative in drafters.values()] == [3, 5, 3, 5, 0]
     assert drafters["head-k5"] == {
@@ -100,10 +103,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan(workspace: Path, rows: list[dict[str, Any]], **flags: str) -> dict[str, Any]:
+def plan(workspace: Path, rows: list[dict[str, Any]], **flags: str) -> plans.Plan:
     config = build(BenchConfig, {"target": "tiny", "workspace": str(workspace), **flags})
     conversations = [plans.conversation_of(parse_row(row)) for row in rows]
-    return plans.plan_for_all(config, workspace / "tiny", conversations)
+    return plans.plan_of(config, workspace / "tiny", conversations)
 
 
 def test_the_longest_row_is_planned(workspace: Path) -> None:
@@ -113,23 +116,23 @@ def test_the_longest_row_is_planned(workspace: Path) -> None:
     text = "Why does the moon have phases, and who first wrote down the right reason?"
     asked = len(plans.prompt_ids(tokenizer, [user(text)], (), {}))
     short = plan(workspace, [{"prompt": text}], max_tokens="[8,32]", num_speculative_tokens="[3,5]")
-    assert short["max_model_len"] == asked + 32 + 3 * 5
+    assert short.max_model_len == asked + 32 + 3 * 5
     both = plan(workspace, [{"prompt": text}, {"turns": [text, text]}], max_tokens="32")
-    assert both["max_model_len"] > 2 * asked + 2 * 32 + 9  # the first answer is history then
+    assert both.max_model_len > 2 * asked + 2 * 32 + 9  # the first answer is history then
     # A warm-up that is longer than every measured prompt needs its room too.
     warm = max(len(plans.prompt_ids(tokenizer, c.steps[0], (), {})) for c in plans.warmup())
     tiny = plan(workspace, [{"prompt": "Hi"}], max_tokens="32", num_speculative_tokens="3")
-    assert tiny["max_model_len"] == warm + 32 + 3 * 3
+    assert tiny.max_model_len == warm + 32 + 3 * 3
 
 
 def test_a_row_that_the_target_cannot_hold_is_refused(workspace: Path) -> None:
-    with pytest.raises(UserError, match="max_position_embeddings 256"):
+    with pytest.raises(UserError, match="the engine has 256"):
         plan(workspace, [{"prompt": "Why?"}], max_tokens="16", num_speculative_tokens="100")
 
 
 def test_room_for_the_drafts_at_the_end() -> None:
     plans.check_room("x", 33, 31, 3, 73)
-    with pytest.raises(UserError, match="max_model_len >= 73"):
+    with pytest.raises(UserError, match="needs 73 positions"):
         plans.check_room("x", 33, 31, 3, 72)
 
 
@@ -138,3 +141,30 @@ def test_groups() -> None:
     made = [plans.conversation_of(parse_row(row)) for row in rows]
     assert plans.groups(made, one_loop=True) == [(None, made)]
     assert plans.groups(made, one_loop=False) == [("a", made[::2]), ("b", made[1::2])]
+
+
+def test_a_load_above_the_engines_batch_is_refused(workspace: Path) -> None:
+    for name in ("max_num_seqs", "max-num-seqs"):
+        with pytest.raises(UserError, match="max_num_seqs 2 holds fewer requests") as refused:
+            plan(workspace, [{"prompt": "Why?"}], concurrency="6", engine_args=f"{{{name}: 2}}")
+        assert refused.value.code == "batch-below-concurrency"
+    flags = {"concurrency": "2", "engine_args": "{max_num_seqs: 2}", "max_tokens": "16"}
+    enough = plan(workspace, [{"prompt": "Why?"}], **flags)
+    assert enough.max_num_seqs == 8
+
+
+def test_a_switched_off_option_is_switched_off(workspace: Path) -> None:
+    from stages.bench.measure.server import options
+
+    own = "{async_scheduling: false, seed: 7}"
+    made = plan(workspace, [{"prompt": "Why?"}], engine_args=own, max_tokens="16")
+    flags = options(made, None)
+    assert flags["no-async-scheduling"] is True
+    assert "async-scheduling" not in flags
+    assert flags["seed"] == 7
+
+
+def test_the_prompt_that_is_too_long_is_named(workspace: Path) -> None:
+    rows = [{"id": "short", "prompt": "Why?"}, {"id": "long", "prompt": "why " * 400}]
+    with pytest.raises(UserError, match="prompt long of"):
+        plan(workspace, rows, max_tokens="16")

@@ -15,9 +15,15 @@ from shared.config import build
 from shared.io import files
 from stages.bench import run
 from stages.bench.config import BenchConfig, CompareConfig
-from stages.bench.report import gates, report
-from stages.bench.report import html as page
-from tests.measurements import baseline_requests, cell, engine, head_requests, lossless, request
+from stages.bench.report import gates, html, report
+from tests.measurements import (
+    baseline_requests,
+    engine,
+    head_requests,
+    lossless,
+    request,
+    under_load,
+)
 
 CHROMIUM = shutil.which("chromium")
 IN_CI = bool(os.environ.get("CI") or os.environ.get("EYRIE_CI"))
@@ -33,7 +39,7 @@ OFFLINE = (
 # Continuous integration must have a browser; elsewhere its absence is no fault of ours.
 needs_browser = pytest.mark.skipif(CHROMIUM is None and not IN_CI, reason="no chromium here")
 
-MAKING = {
+LINEAGE = {
     "stages": [
         {
             "stage": "train",
@@ -72,9 +78,9 @@ def made(name: str = "demo", *, scale: float = 1.0) -> dict[str, Any]:
     flags |= {"num_speculative_tokens": "[3,5]", "concurrency": "[1,8]", "max_wrong_answers": "0"}
     config = build(BenchConfig, flags)
 
-    def cells(rows: list[dict[str, Any]], *seconds: float, depth: int = 3) -> list[dict[str, Any]]:
+    def loads(rows: list[dict[str, Any]], *seconds: float, depth: int = 3) -> list[dict[str, Any]]:
         pairs = zip((1, 8), seconds, strict=True)
-        return [cell(rows, wall_s=scale * s, concurrency=c, depth=depth) for c, s in pairs]
+        return [under_load(rows, wall_s=scale * s, concurrency=c, depth=depth) for c, s in pairs]
 
     divergence = {"engine": "head", "concurrency": 8, "max_tokens": 256, "id": "<b>&", "turn": 0}
     divergence |= {"position": 17, "baseline_token": 5, "head_token": 6}
@@ -86,16 +92,16 @@ def made(name: str = "demo", *, scale: float = 1.0) -> dict[str, Any]:
         identical=2, ties=1, wrong=1, noise_logits=0.03125, contexts_scored=17, divergences=parted
     )
     results = {
-        "head": engine(*cells(head_requests(), 6.0, 2.5)),
-        "head-k5": engine(*cells(deeper(), 5.5, 3.1, depth=5)),
-        "ngram": engine(*cells(head_requests(scale=1.5), 9.0, 4.0)),
-        "ngram-k5": engine(*cells(deeper(), 9.5, 4.4, depth=5)),
-        "baseline": engine(*cells(baseline_requests(), 12.0, 4.0), lossless=of_baseline),
+        "head": engine(*loads(head_requests(), 6.0, 2.5)),
+        "head-k5": engine(*loads(deeper(), 5.5, 3.1, depth=5)),
+        "ngram": engine(*loads(head_requests(scale=1.5), 9.0, 4.0)),
+        "ngram-k5": engine(*loads(deeper(), 9.5, 4.4, depth=5)),
+        "baseline": engine(*loads(baseline_requests(), 12.0, 4.0), lossless=of_baseline),
     }
     found = report.build(
-        config, results, lineage={"prompts": "abc"}, warnings=["norm_output is true"]
+        config, results, measured={"prompts": "abc"}, warnings=["norm_output is true"]
     )
-    found["making"], found["seconds"] = MAKING, 33.25
+    found["lineage"], found["seconds"] = LINEAGE, 33.25
     found["gates"] = gates.judge(config, found, None)
     return dict(json.loads(json.dumps(found)))  # as a reader of report.json gets it
 
@@ -132,7 +138,7 @@ def resolve(found: Any, path: str) -> Any:
 @needs_browser
 def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
     found = made()
-    (tmp_path / "report.html").write_text(page.render(found))
+    (tmp_path / "report.html").write_text(html.render(found))
     with opened(tmp_path / "report.html") as view:
         shown = view.eval_on_selector_all(
             "[data-path]",
@@ -146,8 +152,8 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
         settings = view.locator("details").first.text_content()
         wide = view.evaluate("document.documentElement.scrollWidth")
     assert len(shown) > 100
-    for path, digits, scale, cell_text, visible in shown:
-        assert cell_text == f"{resolve(found, path) * float(scale):.{int(digits)}f}", path
+    for path, digits, scale, shown_text, visible in shown:
+        assert shown_text == f"{resolve(found, path) * float(scale):.{int(digits)}f}", path
         assert visible, path
     paths = {path for path, *_ in shown}
     for needed in (
@@ -158,10 +164,10 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
         "/head/categories/coding/ttft_s/p99",
         "/lossless/wrong",
         "/gates/0/value",
-        "/making/stages/0/seconds",
-        "/making/stages/0/facts/final_loss",
-        "/making/stages/0/reasons/too_long",
-        "/making/seconds",
+        "/lineage/stages/0/seconds",
+        "/lineage/stages/0/facts/final_loss",
+        "/lineage/stages/0/reasons/too_long",
+        "/lineage/seconds",
         "/seconds",
     ):
         assert needed in paths
@@ -195,7 +201,7 @@ TITLES = {
 @needs_browser
 def test_every_figure_has_a_title_axes_with_units_and_its_values(tmp_path: Path) -> None:
     found = made()
-    (tmp_path / "report.html").write_text(page.render(found))
+    (tmp_path / "report.html").write_text(html.render(found))
     with opened(tmp_path / "report.html") as view:
         figures = view.eval_on_selector_all(
             "figure",
@@ -252,10 +258,10 @@ def test_two_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_page_without_a_baseline_draws_no_speedup() -> None:
     config = build(BenchConfig, {"target": "x", "endpoint": "http://localhost:1"})
-    results = {"head": engine(cell(head_requests(), wall_s=6.0))}
-    found = report.build(config, results, lineage={})
+    results = {"head": engine(under_load(head_requests(), wall_s=6.0))}
+    found = report.build(config, results, measured={})
     found["gates"] = gates.judge(config, found, None)
-    text = page.render(found)
+    text = html.render(found)
     assert "Speed-up over draft length" not in text
     assert "nothing was compared" in text
     assert "How the head was made" not in text
@@ -268,5 +274,5 @@ def test_what_is_no_report_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found nothing for 'one'"):
         run.compare(build(CompareConfig, settings))
     files.write_json(tmp_path / "one" / "bench" / "report.json", {"schema_version": 1})
-    with pytest.raises(UserError, match="expected a bench report of schema version 2, found 1"):
+    with pytest.raises(UserError, match="expected a bench report of schema version 3, found 1"):
         run.compare(build(CompareConfig, settings))

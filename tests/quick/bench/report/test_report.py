@@ -11,11 +11,11 @@ from stages.bench.config import BenchConfig
 from stages.bench.report import gates, report
 from tests.measurements import (
     baseline_requests,
-    cell,
     engine,
     head_requests,
     lossless,
     request,
+    under_load,
 )
 
 
@@ -25,14 +25,14 @@ def config(**flags: str) -> BenchConfig:
 
 def results(**more: Any) -> dict[str, Any]:
     return {
-        "head": engine(cell(head_requests(), wall_s=6.0)),
-        "baseline": engine(cell(baseline_requests(), wall_s=12.0), lossless=lossless()),
+        "head": engine(under_load(head_requests(), wall_s=6.0)),
+        "baseline": engine(under_load(baseline_requests(), wall_s=12.0), lossless=lossless()),
         **more,
     }
 
 
 def made(settings: BenchConfig | None = None, **more: Any) -> dict[str, Any]:
-    found = report.build(settings or config(), results(**more), lineage={"prompts": "abc"})
+    found = report.build(settings or config(), results(**more), measured={"prompts": "abc"})
     found["gates"] = gates.judge(settings or config(), found, None)
     return found
 
@@ -69,9 +69,9 @@ def test_categories_add_up_to_the_whole() -> None:
 def test_requests_that_do_not_add_up_are_refused() -> None:
     rows = head_requests()
     stranger = request("stranger", "coding", [1, 0, 0, 0], tokens=2, latency_s=1.0)
-    counted = cell([*rows, stranger], wall_s=6.0)
+    counted = under_load([*rows, stranger], wall_s=6.0)
     counted["segments"][0]["requests"] = rows  # the engine counted one request more
-    with pytest.raises(OutputError, match="Something else ran on it"):
+    with pytest.raises(OutputError, match="something else ran on it"):
         made(head=engine(counted))
 
 
@@ -79,10 +79,10 @@ def test_an_engine_without_counts_by_request_is_read_by_category() -> None:
     segments = []
     for category in ("coding", "writing"):
         rows = [row for row in head_requests() if row["category"] == category]
-        (segment,) = cell(rows, wall_s=3.0)["segments"]
+        (segment,) = under_load(rows, wall_s=3.0)["segments"]
         blind = [{**row, "counters": None} for row in rows]
         segments.append({**segment, "category": category, "requests": blind})
-    by_category = {**cell(head_requests(), wall_s=6.0), "segments": segments}
+    by_category = {**under_load(head_requests(), wall_s=6.0), "segments": segments}
     head = made(head=engine(by_category))["head"]
     whole = made()["head"]
     assert head["counters"] == whole["counters"]
@@ -96,12 +96,12 @@ def test_an_engine_without_counts_by_request_is_read_by_category() -> None:
 def test_a_sweep_names_the_best_k_of_each_load() -> None:
     settings = config(num_speculative_tokens="[3,5]", concurrency="[1,8]")
 
-    def cells(*seconds: float, rows: Any = head_requests, depth: int = 3) -> dict[str, Any]:
-        made_cells = [
-            cell(rows(), wall_s=wall_s, concurrency=concurrency, depth=depth)
+    def loads(*seconds: float, rows: Any = head_requests, depth: int = 3) -> dict[str, Any]:
+        made_loads = [
+            under_load(rows(), wall_s=wall_s, concurrency=concurrency, depth=depth)
             for wall_s, concurrency in zip(seconds, (1, 8), strict=True)
         ]
-        return engine(*made_cells, lossless=lossless())
+        return engine(*made_loads, lossless=lossless())
 
     def deeper() -> list[dict[str, Any]]:
         return [
@@ -112,11 +112,11 @@ def test_a_sweep_names_the_best_k_of_each_load() -> None:
     found = report.build(
         settings,
         {
-            "head": cells(6.0, 3.0),
-            "head-k5": cells(5.0, 4.0, rows=deeper, depth=5),
-            "baseline": cells(12.0, 4.0, rows=baseline_requests),
+            "head": loads(6.0, 3.0),
+            "head-k5": loads(5.0, 4.0, rows=deeper, depth=5),
+            "baseline": loads(12.0, 4.0, rows=baseline_requests),
         },
-        lineage={},
+        measured={},
     )
     rows = {(r["drafter"], r["num_speculative_tokens"], r["concurrency"]) for r in found["sweep"]}
     assert rows == {
@@ -134,11 +134,11 @@ def test_a_sweep_names_the_best_k_of_each_load() -> None:
 
 
 def test_a_slow_head_and_a_missing_baseline_are_said() -> None:
-    slow = made(head=engine(cell(head_requests(scale=4.0), wall_s=24.0)))
+    slow = made(head=engine(under_load(head_requests(scale=4.0), wall_s=24.0)))
     assert any(
         "Drafting costs more than it saves here (speed-up 0.50)" in w for w in slow["warnings"]
     )
-    alone = report.build(config(), {"head": results()["head"]}, lineage={})
+    alone = report.build(config(), {"head": results()["head"]}, measured={})
     assert any("No baseline was measured" in warning for warning in alone["warnings"])
     assert "speedup" not in alone["head"]
 
@@ -159,7 +159,9 @@ def test_a_missed_gate_is_named_with_its_shortfall(flags: dict[str, str], told: 
 
 
 def test_a_wrong_answer_misses_a_gate_unless_nobody_asks() -> None:
-    wrong = engine(cell(baseline_requests(), wall_s=12.0), lossless=lossless(wrong=1, identical=3))
+    wrong = engine(
+        under_load(baseline_requests(), wall_s=12.0), lossless=lossless(wrong=1, identical=3)
+    )
     told = gates.shortfalls(made(baseline=wrong)["gates"])
     assert told == ["answers that differ without a tie 1.000 is 1.000 over the gate 0"]
     lenient = config(max_wrong_answers="null")
@@ -168,10 +170,10 @@ def test_a_wrong_answer_misses_a_gate_unless_nobody_asks() -> None:
 
 def test_no_answer_compared_is_no_answer_right() -> None:
     none = engine(
-        cell(baseline_requests(), wall_s=12.0),
+        under_load(baseline_requests(), wall_s=12.0),
         lossless=lossless(compared=0, identical=0, prompts_differ=4),
     )
-    told = "answers that differ without a tie was not measured, and the gate asks for 0"
+    told = "answers that differ without a tie was not measured, and the gate requires 0"
     assert gates.shortfalls(made(baseline=none)["gates"]) == [told]
     lenient = config(max_wrong_answers="null")
     assert gates.shortfalls(made(lenient, baseline=none)["gates"]) == []
@@ -179,7 +181,7 @@ def test_no_answer_compared_is_no_answer_right() -> None:
 
 def test_a_regression_against_an_earlier_report() -> None:
     earlier = made()
-    slower = {"head": engine(cell(head_requests(), wall_s=6.6))}  # speed-up 1.82 of 2.0
+    slower = {"head": engine(under_load(head_requests(), wall_s=6.6))}  # speed-up 1.82 of 2.0
     settings = config(max_regression="0.1")
     found = made(settings, **slower)
     assert gates.shortfalls(gates.judge(settings, found, earlier)) == []
@@ -201,8 +203,7 @@ def test_an_earlier_report_of_another_load_is_refused(tmp_path: Any) -> None:
     ("flags", "told"),
     [
         ({"target": "other"}, "target: tiny then, other now"),
-        ({"mode": "served"}, "mode: in_process then, served now"),
-        ({"endpoint": "http://x"}, "mode: in_process then, endpoint now"),
+        ({"endpoint": "http://x"}, "mode: served then, endpoint now"),
         ({"max_prompts": "3"}, "max_prompts: 2 then, 3 now"),
     ],
 )
@@ -211,15 +212,15 @@ def test_an_earlier_report_of_something_else_is_refused(
 ) -> None:
     few = {"max_prompts": "2"}
     earlier = made(config(**few))
-    assert (earlier["mode"], earlier["max_prompts"]) == ("in_process", 2)
+    assert (earlier["mode"], earlier["max_prompts"]) == ("served", 2)
     gates.check_comparable(config(**few), "abc", earlier, tmp_path)
-    with pytest.raises(UserError, match=rf"measured otherwise \({told}\)"):
+    with pytest.raises(UserError, match=rf"measured something else \({told}\)"):
         gates.check_comparable(config(**{**few, **flags}), "abc", earlier, tmp_path)
 
 
 def test_a_gate_on_what_was_not_measured_is_not_met() -> None:
-    gate = {"name": "speed-up", "value": None, "bound": "least", "limit": 1.0, "met": False}
-    assert gates.shortfalls([gate]) == ["speed-up was not measured, and the gate asks for 1"]
+    gate = {"name": "speed-up", "value": None, "bound": "min", "limit": 1.0, "met": False}
+    assert gates.shortfalls([gate]) == ["speed-up was not measured, and the gate requires 1"]
 
 
 @pytest.mark.parametrize(
@@ -227,11 +228,12 @@ def test_a_gate_on_what_was_not_measured_is_not_met() -> None:
     [
         ({"concurrency": "[4,4]"}, "must differ"),
         ({"num_speculative_tokens": "0"}, "greater than or equal to 1"),
-        ({"baseline_endpoint": "http://x"}, "baseline_endpoint is for an endpoint"),
+        ({"baseline_endpoint": "http://x"}, "baseline_endpoint needs an endpoint"),
         ({"endpoint": "http://x", "head": "y"}, "an endpoint serves its own head"),
         ({"endpoint": "http://x", "min_speedup": "1.1"}, "needs a baseline"),
         ({"endpoint": "http://x", "num_speculative_tokens": "[2,3]"}, "one draft length"),
         ({"min_gain_over_ngram": "1"}, "needs compare_ngram"),
+        ({"mode": "in_process"}, "bench measures vLLM's server alone; leave bench.mode out"),
     ],
 )
 def test_settings_that_contradict_each_other(flags: dict[str, str], told: str) -> None:

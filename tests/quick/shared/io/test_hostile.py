@@ -311,9 +311,9 @@ class Payload:
 
 
 def _head(path: Path) -> object:
-    from stages.bench.head_check import _pickled
+    from shared.contracts.head_folder import _unpickled
 
-    return _pickled(path)
+    return _unpickled(path)
 
 
 PT_READERS: dict[str, Callable[[Path], object]] = {
@@ -378,10 +378,8 @@ def test_no_message_forges_a_line_or_steers_a_terminal(monkeypatch: pytest.Monke
 
 def test_tables_and_plots_take_foreign_words_as_words() -> None:
     from stages.bench.config import BenchConfig
-    from stages.bench.report import html as page
-    from stages.bench.report import report
-    from stages.bench.report import terminal as show
-    from tests.measurements import baseline_requests, cell, engine, head_requests
+    from stages.bench.report import html, report, terminal
+    from tests.measurements import baseline_requests, engine, head_requests, under_load
 
     names = {"coding": "[/b][link=x]\x1b[2J", "writing": "<script>$\\frac{$"}
 
@@ -390,19 +388,19 @@ def test_tables_and_plots_take_foreign_words_as_words() -> None:
 
     config = build(BenchConfig, {"target": "t", "workspace": "/nowhere"})
     results = {
-        "head": engine(cell(renamed(head_requests()), wall_s=6.0)),
-        "baseline": engine(cell(renamed(baseline_requests()), wall_s=12.0)),
+        "head": engine(under_load(renamed(head_requests()), wall_s=6.0)),
+        "baseline": engine(under_load(renamed(baseline_requests()), wall_s=12.0)),
     }
-    found = report.build(config, results, lineage={})
+    found = report.build(config, results, measured={})
     found["gates"] = []
     console = Console(file=io.StringIO(), width=200)
-    console.print(show._categories(found))
+    console.print(terminal._categories(found))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[/b][link=x]\\x1b[2J" in shown
     assert "\x1b" not in shown
-    html = page.render(found)
-    assert "<script>$" not in html
-    assert "&lt;script&gt;$" in html
+    page = html.render(found)
+    assert "<script>$" not in page
+    assert "&lt;script&gt;$" in page
 
 
 def test_a_targets_config_cannot_write_into_a_recipe() -> None:

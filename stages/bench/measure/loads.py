@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: the cells of a sweep, and the conversations that every cell plays.
+"""What is measured: the loads of a sweep, and the conversations that every load plays.
 
-A cell is one setting of concurrency, temperature and answer length on a running engine; K and the
-drafter are the engine's own, so each of those is another engine. A conversation is a list of steps:
-messages to add before the target speaks again. An MT-Bench question is two steps of one message.
+A load is one setting of concurrency, temperature and answer length on a running engine. K and the
+drafter belong to the engine, so each of those is another engine. A conversation is a list of steps:
+the messages to add before the target speaks again. An MT-Bench question is two steps of one message.
 
-Worked example: concurrency (1, 8), temperature (0,), max_tokens (256,) and K (3, 5) are two cells
+Worked example: concurrency (1, 8), temperature (0,), max_tokens (256,) and K (3, 5) are two loads
 on each of three engines: the baseline, the head with K = 3 and the head with K = 5.
 """
 
@@ -20,7 +20,7 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Load:
     """One load on an engine."""
 
     concurrency: int
@@ -28,10 +28,12 @@ class Cell:
     max_tokens: int
 
 
-def cells(config: BenchConfig) -> list[Cell]:
-    """Every cell of the sweep; the first is the one that the gates ask."""
+def loads_of(config: BenchConfig) -> list[Load]:
+    """Every load of the sweep; the gates ask the first one."""
     axes = itertools.product(config.temperature, config.max_tokens, config.concurrency)
-    return [Cell(concurrency, temperature, longest) for temperature, longest, concurrency in axes]
+    return [
+        Load(concurrency, temperature, max_tokens) for temperature, max_tokens, concurrency in axes
+    ]
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,8 @@ class Conversation:
     steps: tuple[tuple[Message, ...], ...]
     tools: tuple[dict[str, Any], ...] = ()
 
-    @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> "Conversation":
-        return cls(raw["id"], raw["category"], tuple(map(tuple, raw["steps"])), tuple(raw["tools"]))
-
     def key(self) -> str:
-        """The text of what is asked first, to tell whether two conversations begin alike."""
+        """The text of the first question, to tell whether two conversations begin alike."""
         return repr(self.steps[0])
 
 

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one reader of anybody's EAGLE-3 head: its config as vLLM reads it, its tensors by name and shape.
+
+In: a folder in our layout, NVIDIA ModelOpt's or the speculators library's. Out: a `Head`. Costs
+milliseconds, since weights are read only when they are asked for.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from shared.errors import UserError
+from shared.io.files import read_json, require_file
+from shared.io.records import Shape, require_shape
+from shared.io.safetensors_files import read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Nested(Shape):
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+
+
+class _Config(Shape):
+    hidden_size: Positive
+    vocab_size: Positive
+    draft_vocab_size: Positive | None = None
+    target_hidden_size: Positive | None = None
+    num_hidden_layers: Annotated[int, Field(gt=0, le=64)] = 1
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+    eagle_config: _Nested | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """Anybody's EAGLE-3 head: ours, ModelOpt's or the speculators library's.
+
+    Attributes:
+        layout: `eagle3`, or `speculators` where config.json is nested.
+        config: what vLLM reads, flat.
+        shapes: of each tensor, by its name in the file.
+    """
+
+    folder: Path
+    layout: str
+    config: dict[str, Any]
+    shapes: dict[str, list[int]]
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config["hidden_size"])
+
+    @property
+    def target_hidden_size(self) -> int:
+        return int(self.config.get("target_hidden_size") or self.hidden_size)
+
+    @property
+    def draft_vocab_size(self) -> int:
+        return int(self.config.get("draft_vocab_size") or self.config["vocab_size"])
+
+    @property
+    def nested(self) -> dict[str, Any]:
+        """`eagle_config`, or nothing."""
+        return self.config.get("eagle_config") or {}
+
+    @property
+    def aux_layers(self) -> list[int] | None:
+        """The aux layers in vLLM's numbering; None where only `eagle_config` or nothing names them."""
+        return self.config.get("eagle_aux_hidden_state_layer_ids") or None
+
+    @property
+    def nested_aux_layers(self) -> list[int] | None:
+        return self.nested.get("eagle_aux_hidden_state_layer_ids") or None
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """Every tensor on the CPU, the layer's under our names (`midlayer.*`).
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        found: dict[str, Tensor] = {}
+        for path in _weight_files(self.folder):
+            found |= _read_tensors(path)
+        return {our_name(name): tensor for name, tensor in found.items()}
+
+    def d2t(self) -> "Tensor | None":
+        """[D] offsets; None where the draft vocabulary is the target's."""
+        for path in _weight_files(self.folder):
+            if (found := _read_tensors(path, only="d2t").get("d2t")) is not None:
+                return found
+        return None
+
+
+def our_name(name: str) -> str:
+    """`layers.0.mlp.up_proj.weight` is our `midlayer.mlp.up_proj.weight`."""
+    return name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name
+
+
+def read_head(folder: Path) -> Head:
+    """A head's config, flat as vLLM makes it, and its tensors' shapes; costs milliseconds.
+
+    Raises:
+        UserError: no config or weights, or no EAGLE-3 head.
+    """
+    where = folder / "config.json"
+    raw = read_json(where)
+    if not isinstance(raw, dict):
+        raise _no_head(folder, f"config.json holds a {type(raw).__name__}")
+    kind = raw.get("speculators_model_type")
+    if kind is not None:
+        inner = raw.get("transformer_layer_config")
+        if kind != "eagle3" or not isinstance(inner, dict):
+            raise _no_head(folder, f"speculators_model_type {kind!r}")
+        outer = {key: value for key, value in raw.items() if value is not None}
+        raw = {**inner, **{key: outer[key] for key in outer.keys() - {"eagle_config"}}}
+    if missing := {"hidden_size", "vocab_size"} - raw.keys():
+        raise _no_head(folder, f"no {sorted(missing)} in config.json")
+    require_shape(raw, _Config, where=str(where), remedy="Export the head again.")
+    shapes: dict[str, list[int]] = {}
+    for path in _weight_files(folder):
+        shapes |= _read_shapes(path)
+    return Head(folder, "eagle3" if kind is None else "speculators", raw, shapes)
+
+
+def _no_head(folder: Path, found: str) -> UserError:
+    return UserError(
+        f"{folder}: expected an EAGLE-3 head (config.json and *.safetensors or pytorch_model.bin), "
+        f"found {found}.",
+        code="head-not-eagle3",
+        remedy="Give the folder of an EAGLE-3 head; other kinds of drafters are not measured.",
+        facts={"head": str(folder), "found": found},
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that vLLM loads: safetensors, or pickles where there are none."""
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not found:
+        raise _no_head(folder, "no weights")
+    return found
+
+
+def _read_shapes(path: Path) -> dict[str, list[int]]:
+    if path.suffix == ".bin":
+        return {name: list(tensor.shape) for name, tensor in _read_tensors(path).items()}
+    header = read_header(path)
+    return {name: facts["shape"] for name, facts in header.items() if name != "__metadata__"}
+
+
+def _read_tensors(path: Path, *, only: str | None = None) -> "dict[str, Tensor]":
+    """The tensors of one file, by name.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix == ".bin":
+        found = _unpickled(path)
+        return {name: found[name] for name in found if only in (None, name)}
+    require_file(path)
+    try:
+        with safe_open(path, "pt") as weights:
+            names = [name for name in weights.keys() if only in (None, name)]  # noqa: SIM118 - no mapping
+            return {name: weights.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: expected a head's tensors, found: {error}.",
+            code="head-damaged",
+            remedy="Restore the file, or export the head again.",
+            facts={"path": str(path)},
+        ) from error
+
+
+def _unpickled(path: Path) -> "dict[str, Tensor]":
+    """The tensors of a `.bin`, by name."""
+    from shared.io.tensor_files import is_dense, load_tensors, wrong
+
+    label, remedy = "a head's tensors", "Give it as safetensors."
+    tensors = load_tensors(path, label=label, remedy=remedy)
+    if not isinstance(tensors, dict) or not all(map(is_dense, tensors.values())):
+        raise wrong(path, TypeError("something else"), label=label, remedy=remedy)
+    return {str(name): tensor for name, tensor in tensors.items()}
