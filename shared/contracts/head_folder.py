@@ -84,13 +84,13 @@ class Head:
             UserError: a file is damaged.
         """
         found: dict[str, Tensor] = {}
-        for path in _weight_files(self.folder):
+        for path in weight_files(self.folder):
             found |= _read_tensors(path)
         return {our_name(name): tensor for name, tensor in found.items()}
 
     def d2t(self) -> "Tensor | None":
         """[D] offsets; None where the draft vocabulary is the target's."""
-        for path in _weight_files(self.folder):
+        for path in weight_files(self.folder):
             if (found := _read_tensors(path, only="d2t").get("d2t")) is not None:
                 return found
         return None
@@ -122,7 +122,7 @@ def read_head(folder: Path) -> Head:
         raise _no_head(folder, f"no {sorted(missing)} in config.json")
     require_shape(raw, _Config, where=str(where), remedy="Export the head again.")
     shapes: dict[str, list[int]] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         shapes |= _read_shapes(path)
     return Head(folder, "eagle3" if kind is None else "speculators", raw, shapes)
 
@@ -137,7 +137,7 @@ def _no_head(folder: Path, found: str) -> UserError:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that vLLM loads: safetensors, or pickles where there are none."""
     found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not found:

@@ -175,19 +175,26 @@ def _build(
     from stages.train.objective import vocabulary
 
     counts = hidden_states.read_token_freq(config.paths.stage("dump"), target_config.vocab_size)
-    warm = warm_start.load(config, tensors.embed_tokens) if config.init_from else None
-    if warm is not None:
+    num_layers = target_config.num_layers
+    aux_layers = layers.resolve_aux_layers(config.run.aux_layers, num_layers)
+    warm = None
+    if config.init_from:
+        default = layers.resolve_aux_layers(None, num_layers)
+        warm = warm_start.load(config, tensors.embed_tokens, tensors.lm_head, aux_layers, default)
         vocabulary.take_over(folder, warm.token_ids(), target_config.vocab_size)
     draft = vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
     raw = dict(target_config.settings)
     if config.intermediate_size is not None:
         raw["intermediate_size"] = config.intermediate_size
-    aux_layers = layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers)
-    head_config = HeadConfig.from_json(
-        raw,
-        aux_layers=aux_layers,
-        draft_vocab_size=draft.size,
-        where=target_config.folder / "config.json",
+    head_config = (
+        warm.config
+        if warm
+        else HeadConfig.from_json(
+            raw,
+            aux_layers=aux_layers,
+            draft_vocab_size=draft.size,
+            where=target_config.folder / "config.json",
+        )
     )
     vocab.check(draft)
     head = DraftHead(
@@ -197,7 +204,7 @@ def _build(
         lm_head=tensors.lm_head[draft.token_ids].float(),
     )
     if warm is not None:
-        warm_start.copy(warm, head, str(config.init_from))
+        head.load_state_dict(warm.state_dict())
     return head
 
 

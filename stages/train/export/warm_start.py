@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`init_from`: another training begins with the weights of an exported head, and its vocabulary.
+"""`init_from`: a training starts from the weights of a finished head, and keeps its vocabulary.
 
-Not a resume, which continues the same training: step, optimizer and data position start anew. The
-vocabulary is kept, since it says what the rows of lm_head mean.
+Any head that vLLM serves as classic EAGLE-3 can be started from, in our layout, NVIDIA ModelOpt's or the
+speculators library's; other variants are refused by name. This is no resume: step, optimizer and data
+position start anew. The vocabulary is kept, since it says what the rows of lm_head mean, and so is the
+head's own shape and rotary embedding.
 """
 
-import dataclasses
+import hashlib
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from shared.contracts.head_folder import Head, read_head, weight_files
 from shared.errors import UserError
 from shared.io import files
-from shared.paths import require_input
+from shared.target import model as target
 from stages.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -19,57 +24,146 @@ if TYPE_CHECKING:
 
     from stages.train.model import DraftHead
 
-WEIGHTS = "model.safetensors"
+# What train makes: a head whose config says otherwise has other maths.
+_CLASSIC: dict[str, Any] = {
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "norm_before_residual": False,
+    "norm_before_fc": False,
+    "fc_norm": False,
+    "norm_output": False,
+    "parallel_drafting": False,
+    "quantization_config": None,
+}
+
+logger = logging.getLogger(__name__)
 
 
 def _folder(config: TrainConfig) -> Path:
-    return require_input(str(config.init_from), config.workspace, label="train.init_from")
+    return target.locate(
+        str(config.init_from), config.workspace, revision=None, label="train.init_from"
+    )
 
 
 def fingerprint(config: TrainConfig) -> dict[str, str]:
-    """The hash of the weights that are taken over, as an input of the artifact.
+    """The hash of the head that is taken over, as an input of the artifact.
 
     Raises:
-        UserError: no such folder, or it holds no weights.
+        UserError: no such folder, or it holds no head.
     """
     if config.init_from is None:
         return {}
-    path = _folder(config) / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"train.init_from: expected an exported head, found no {path}.")
-    return {"init_from": files.sha256(path)}
+    folder = _folder(config)
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", *weight_files(folder)):
+        digest.update(files.sha256(path).encode())
+    return {"init_from": digest.hexdigest()}
 
 
-def load(config: TrainConfig, embed_tokens: "Tensor") -> "DraftHead":
+def load(
+    config: TrainConfig,
+    embed_tokens: "Tensor",
+    lm_head: "Tensor",
+    aux_layers: Sequence[int],
+    default_aux_layers: Sequence[int],
+) -> "DraftHead":
     """The head of `init_from`.
 
-    Raises:
-        UserError: it is no head for this target, or for another size of vocabulary.
-    """
-    from stages.train.model import load_head
-
-    head = load_head(_folder(config), embed_tokens)
-    if head.config.draft_vocab_size != config.run.draft_vocab_size:
-        raise UserError(
-            f"train.init_from keeps the vocabulary of {config.init_from}: expected "
-            f"run.draft_vocab_size {head.config.draft_vocab_size} for it, found "
-            f"{config.run.draft_vocab_size}."
-        )
-    return head
-
-
-def copy(warm: "DraftHead", head: "DraftHead", name: str) -> None:
-    """Take over the weights.
+    Args:
+        embed_tokens: [V, H] the target's.
+        lm_head: [V, H] the target's, for a head without its own.
+        aux_layers: whose states the run dumped, in vLLM's numbering.
+        default_aux_layers: the layers of a head that names none.
 
     Raises:
-        UserError: the heads differ in shape, or were trained on other layers.
+        UserError: it is no head for this target and these states, of a variant that train does not
+            make, or for another size of vocabulary.
     """
-    theirs, ours = dataclasses.asdict(warm.config), dataclasses.asdict(head.config)
-    different = [
-        f"{key}: {theirs[key]} there, {ours[key]} here" for key in ours if theirs[key] != ours[key]
-    ]
-    if different:
-        raise UserError(
-            f"train.init_from: {name} is another kind of head ({'; '.join(different)})."
+    from shared.contracts.head_config import HeadConfig
+    from stages.train.model import DraftHead
+
+    head = read_head(_folder(config))
+    _require_classic(head)
+    _require_aux_layers(head, list(aux_layers), list(default_aux_layers))
+    shape = HeadConfig.from_json(
+        head.config,
+        aux_layers=tuple(aux_layers),
+        draft_vocab_size=head.draft_vocab_size,
+        where=head.folder / "config.json",
+    )
+    expected = {"vocabulary": embed_tokens.shape[0], "hidden size": embed_tokens.shape[1]}
+    found = {"vocabulary": shape.vocab_size, "hidden size": shape.hidden_size}
+    expected["run.draft_vocab_size"] = config.run.draft_vocab_size
+    found["run.draft_vocab_size"] = shape.draft_vocab_size
+    if config.intermediate_size is not None:
+        expected["train.intermediate_size"] = config.intermediate_size
+        found["train.intermediate_size"] = shape.intermediate_size
+    if found != expected:
+        raise _unfit(head, f"it has {found}, and this run {expected}", "Set the run to the head's.")
+    tensors = _own_tensors(head, embed_tokens, lm_head)
+    d2t = tensors.get("d2t")
+    warm = DraftHead(shape, embed_tokens=embed_tokens, d2t=None if d2t is None else d2t.long())
+    wanted = {name: list(tensor.shape) for name, tensor in warm.state_dict().items()}
+    given = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if "t2d" in wanted:
+        tensors["t2d"], given["t2d"] = warm.t2d, wanted["t2d"]  # follows from d2t
+    if wrong := sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n)):
+        lines = [f"{name}: {given.get(name)}, expected {wanted.get(name)}" for name in wrong]
+        raise _unfit(head, f"its tensors are not a classic head's ({'; '.join(lines)})")
+    warm.load_state_dict(tensors)
+    return warm
+
+
+def _unfit(head: Head, problem: str, remedy: str = "Start from another head.") -> UserError:
+    return UserError(
+        f"train.init_from: {head.folder}: {problem}.",
+        code="warm-start-unfit",
+        remedy=remedy,
+        facts={"head": str(head.folder)},
+    )
+
+
+def _require_classic(head: Head) -> None:
+    stated = {**head.nested, **head.config}
+    if head.layout == "speculators":  # where vLLM takes true for a missing key
+        stated.setdefault("norm_before_residual", True)
+    if "norm_before_fc" in head.nested:  # vLLM reads this one first
+        stated["norm_before_fc"] = head.nested["norm_before_fc"]
+    other = {
+        name: stated[name]
+        for name, classic in _CLASSIC.items()
+        if (stated.get(name) or classic) != classic
+    }
+    if other:
+        raise _unfit(head, f"it is a variant of EAGLE-3 that train does not make: {other}")
+
+
+def _require_aux_layers(head: Head, ours: list[int], default: list[int]) -> None:
+    """The head's layers are the run's; in `eagle_config` alone either numbering may be meant."""
+    theirs = head.aux_layers or head.nested_aux_layers or default
+    shifted = [layer + 1 for layer in theirs]
+    if theirs != ours and (head.aux_layers is not None or shifted != ours):
+        raise _unfit(
+            head,
+            f"it reads the aux layers {theirs}, and dump captured {ours}",
+            f"Set run.aux_layers to {theirs} and dump again, or start from another head.",
         )
-    head.load_state_dict(warm.state_dict())
+
+
+def _own_tensors(head: Head, embed_tokens: "Tensor", lm_head: "Tensor") -> "dict[str, Tensor]":
+    import torch
+
+    tensors = {name: tensor for name, tensor in head.tensors().items() if name != "t2d"}
+    own = tensors.pop("embed_tokens.weight", None)
+    if own is not None and not (
+        own.shape == embed_tokens.shape
+        and torch.allclose(own.float(), embed_tokens.float(), atol=1e-2)
+    ):
+        logger.warning(
+            "train.init_from: %s has embeddings of its own; the target's replace them", head.folder
+        )
+    if "lm_head.weight" not in tensors and head.draft_vocab_size == len(lm_head):
+        tensors["lm_head.weight"] = lm_head
+    return tensors

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training starts from any layout of a classic head; every other head is refused by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared.config import build
+from shared.contracts.layers import to_output_ids
+from shared.errors import UserError
+from stages.train.config import TrainConfig
+from stages.train.export import warm_start
+from stages.train.export.speculators import export_speculators
+from stages.train.model import DraftHead
+from tests.heads import write_random_head
+from tests.models import tiny_llama
+
+AUX, DEFAULT = (1, 3, 5), (2, 4, 5)
+Config = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("warm")
+    target = tiny_llama(folder / "tiny")
+    write_random_head(folder / "ours", target=target, draft_vocab_size=128, aux_layers=AUX)
+    write_random_head(folder / "full", target=target, aux_layers=AUX)
+    head = start(folder, "ours")
+    names = ["LlamaForCausalLM"]
+    export_speculators(
+        head,
+        folder / "theirs",
+        target="t",
+        target_architectures=names,
+        provenance={},
+        dtype="float32",
+    )
+    return folder
+
+
+def start(place: Path, name: str, **flags: str) -> DraftHead:
+    settings = {"target": "tiny", "workspace": str(place), "draft_vocab_size": "128", **flags}
+    config = build(TrainConfig, {**settings, "init_from": name})
+    assert warm_start.fingerprint(config)["init_from"]
+    lm_head = torch.arange(512 * 128).reshape(512, 128).float()
+    return warm_start.load(config, torch.zeros(512, 128), lm_head, AUX, DEFAULT)
+
+
+def changed(
+    place: Path,
+    folder: Path,
+    change: Callable[[Config], None],
+    *,
+    source: str = "ours",
+    **more: Any,
+) -> str:
+    """A copy of a head with another config and further tensors; None leaves one out."""
+    config = json.loads((place / source / "config.json").read_text())
+    weights = {**load_file(place / source / "model.safetensors"), **more}
+    change(config)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def same(left: DraftHead, right: DraftHead) -> bool:
+    theirs = right.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in left.state_dict().items())
+
+
+def test_our_own_speculators_export(place: Path) -> None:
+    assert same(start(place, "theirs"), start(place, "ours"))
+
+
+def test_a_modelopt_head(place: Path, tmp_path: Path) -> None:
+    """`layers.0` names, no t2d, the aux layers in eagle_config alone and in the other numbering."""
+    weights = load_file(place / "ours" / "model.safetensors")
+    layer = {
+        name.replace("midlayer.", "layers.0."): tensor
+        for name, tensor in weights.items()
+        if name.startswith("midlayer.")
+    }
+    without = dict.fromkeys((name for name in weights if name.startswith("midlayer.")), None)
+
+    def modelopt(config: Config) -> None:
+        del config["eagle_aux_hidden_state_layer_ids"]
+        config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = to_output_ids(AUX)
+
+    head = changed(place, tmp_path / "head", modelopt, **layer, **without, t2d=None)
+    assert same(start(place, head), start(place, "ours"))
+
+
+def test_a_head_in_a_pickle(place: Path, tmp_path: Path) -> None:
+    head = changed(place, tmp_path / "head", lambda config: None)
+    weights = load_file(tmp_path / "head" / "model.safetensors")
+    (tmp_path / "head" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "head" / "pytorch_model.bin")
+    assert same(start(place, head), start(place, "ours"))
+
+
+def test_a_full_vocabulary_without_an_lm_head_gets_the_targets(place: Path, tmp_path: Path) -> None:
+    head = changed(
+        place, tmp_path / "head", lambda config: None, source="full", **{"lm_head.weight": None}
+    )
+    assert start(place, head, draft_vocab_size="512").lm_head.weight[1, 1] == 129
+
+
+def test_a_head_keeps_its_own_rope_and_eps(place: Path, tmp_path: Path) -> None:
+    def other(config: Config) -> None:
+        config.update(rope_theta=5e5, rms_norm_eps=1e-5, max_position_embeddings=128)
+        config["rope_parameters"]["rope_theta"] = 5e5
+
+    kept = start(place, changed(place, tmp_path / "head", other)).config
+    assert (kept.rope_theta, kept.rms_norm_eps, kept.max_position_embeddings) == (5e5, 1e-5, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "reported"),
+    [
+        (lambda c: c.update(norm_before_residual=True), "'norm_before_residual': True"),
+        (lambda c: c.update(fc_norm=True), "'fc_norm': True"),
+        (lambda c: c["eagle_config"].update(norm_before_fc=True), "'norm_before_fc': True"),
+        (lambda c: c.update(num_hidden_layers=2), "'num_hidden_layers': 2"),
+        (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[2, 4, 5]), r"aux layers \[2, 4, 5\]"),
+        (lambda c: c.update(vocab_size=600), "'vocabulary': 600"),
+        (lambda c: c.update(intermediate_size=64), "mlp.down_proj.weight"),
+    ],
+)
+def test_another_kind_of_head_is_refused(
+    place: Path, tmp_path: Path, change: Callable[[Config], None], reported: str
+) -> None:
+    with pytest.raises(UserError, match=reported) as refused:
+        start(place, changed(place, tmp_path / "head", change))
+    assert refused.value.code == "warm-start-unfit"
+
+
+def test_another_size_of_vocabulary_is_refused(place: Path) -> None:
+    with pytest.raises(UserError, match=r"'run.draft_vocab_size': 64"):
+        start(place, "ours", draft_vocab_size="64")
+
+
+def test_what_is_no_head_is_refused(place: Path) -> None:
+    with pytest.raises(UserError, match="found no weights") as refused:
+        (place / "bare").mkdir(exist_ok=True)
+        (place / "bare" / "config.json").write_text('{"hidden_size": 8, "vocab_size": 8}')
+        start(place, "bare")
+    assert refused.value.code == "head-not-eagle3"
