@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, told: report.json, the page, the terminal, the gates."""
+"""The measurement as report.json, page and terminal tables, and its gates."""

@@ -330,3 +330,12 @@ def test_planted_tokens_are_a_tie_or_wrong_by_the_targets_own_logits(
     assert lossless["divergences"][0]["gap"] == 0.0
     assert lossless["noise_logits"] < 0.5
     assert lossless["changes_measured"] > 20
+
+
+def test_a_cache_too_small_for_one_row_is_2_with_vllms_own_words(place: Path) -> None:
+    flags = ("--target", "tiny", "--head", "head", "--max_tokens", "200", "--max_prompts", "1")
+    done = bench(place, "small", *flags, "--engine_args", "{kv_cache_memory_bytes: 20000}")
+    refused(
+        done, 2, "[engine-start-refused] the vLLM server did not start", place / "small" / "bench"
+    )
+    assert "KV cache" in done.stderr

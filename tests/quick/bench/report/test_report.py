@@ -239,3 +239,43 @@ def test_a_gate_on_what_was_not_measured_is_not_met() -> None:
 def test_settings_that_contradict_each_other(flags: dict[str, str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         config(**flags)
+
+
+def test_ngram_is_compared_by_tokens_per_step_and_not_by_acceptance_length() -> None:
+    """ngram drafts in one step of many: 3 accepted of its one draft, and 26 steps without any."""
+    seldom = [
+        request(f"{category}-{n}", category, [0, 0, 0, 1], tokens=30, latency_s=1.0)
+        for category in ("coding", "writing")
+        for n in range(2)
+    ]
+    settings = config(compare_ngram="true", min_gain_over_ngram="1.0")
+    found = made(settings, ngram=engine(under_load(seldom, wall_s=9.0)))
+    assert found["ngram"]["acceptance"]["acceptance_length"] == 4.0  # above the head's 2.45
+    assert found["ngram"]["tokens_per_step"] == pytest.approx(29 / 26)
+    # The head: 2 answers of 10 drafts and 29 tokens, 2 of 10 drafts, 20 tokens and 9 steps more.
+    assert found["head"]["tokens_per_step"] == pytest.approx(4 * 29 / (2 * 10 + 2 * 19))
+    assert gates.shortfalls(found["gates"]) == [
+        f"tokens per step above ngram's {2 - 29 / 26:.3f} is {29 / 26 - 1:.3f} under the gate 1"
+    ]
+
+
+def test_a_load_that_waited_in_the_queue_is_reported_as_such() -> None:
+    crowded = under_load(head_requests(), wall_s=6.0, concurrency=6, queue_s=3.0)
+    found = made(config(concurrency="6"), head=engine(crowded))
+    assert found["head"]["queued_share"] == pytest.approx(3.0 / 6.0)
+    (warning,) = (text for text in found["warnings"] if "queue" in text)
+    assert warning.startswith("head at concurrency 6: requests spent 50% of their time")
+    assert not any("queue" in text for text in made()["warnings"])
+
+
+def test_a_category_has_no_speedup_of_its_own_in_a_larger_batch() -> None:
+    measured = {
+        name: engine(under_load(rows, wall_s=wall_s, concurrency=8), lossless=lossless())
+        for name, rows, wall_s in (
+            ("head", head_requests(), 6.0),
+            ("baseline", baseline_requests(), 12.0),
+        )
+    }
+    head = made(config(concurrency="8"), **measured)["head"]
+    assert head["speedup"] == pytest.approx(2.0)
+    assert "speedup" not in head["categories"]["coding"]
