@@ -40,6 +40,18 @@ REFUSALS = (
     OSError,
     RuntimeError,
 )
+# Options of the engine that decide how models are read.
+_READING = (
+    "code_revision",
+    "config_format",
+    "hf_config_path",
+    "hf_overrides",
+    "kv_cache_dtype",
+    "load_format",
+    "quantization",
+    "tokenizer",
+    "tokenizer_mode",
+)
 _WRITES = ("aten::copy_", "aten::fill_", "aten::zero_")
 _READS = {"aten::copy_": 1, "aten::_to_copy": 0}  # operator -> index of the argument that is read
 
@@ -119,6 +131,7 @@ def _unwritten(
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    options = {name.replace("-", "_"): value for name, value in question["engine_args"].items()}
     try:
         config = EngineArgs(
             model=question["target"],
@@ -127,6 +140,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
             max_model_len=question["max_model_len"],
             speculative_config=question["speculative"],
             enforce_eager=True,
+            **{name: options[name] for name in _READING if name in options},
         ).create_engine_config()
         with set_current_vllm_config(config):
             model: Any = _draft_model(config)

@@ -195,7 +195,13 @@ def check_in_vllm(plan: Plan, folder: Path, speculative: dict[str, Any], work: P
     _check_options(plan, answer, speculative["num_speculative_tokens"])
     version = answer["vllm_version"]
     if refusal := answer.get("refusal"):
-        raise _misread(head, f"vLLM {version} refuses its config: {refusal[:500]}", refusal=refusal)
+        raise UserError(
+            f"vLLM {version} refuses the head {head.folder} with the target {plan.target}: "
+            f"{refusal[:500]}.",
+            code="head-refused-by-vllm",
+            remedy="Mend the config.json that it names, or measure what this vLLM supports.",
+            facts={"head": str(head.folder), "vllm": version, "refusal": refusal[:2000]},
+        )
     _check_parameters(head, answer)
     num_used = len(answer["aux_layers"] or (0, 0, 0))  # vLLM's own default is three layers
     if answer["num_aux_states"] not in (None, num_used):
