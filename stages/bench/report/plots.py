@@ -5,9 +5,10 @@ Text stays text (`svg.fonttype: none`), so that a browser's search and a test fi
 has a title and named axes with units; a value that was not measured leaves a gap, never a zero.
 """
 
+import functools
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from shared.runtime.log import printable
 
+P = ParamSpec("P")
 Row = Mapping[str, Any]
 Series = Mapping[str, Mapping[str, Any]]  # a name in the legend -> an engine's figures
 
@@ -47,15 +49,20 @@ STYLE: Any = {
 SIZE_INCHES = (5.6, 3.6)
 
 
-def _draw(draw: Any, *arguments: Any, size: tuple[float, float] = SIZE_INCHES) -> str:
-    """The SVG of what `draw(axes, ...)` draws."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure.subplots(), *arguments)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]  # an inline picture has no XML head
+def _as_svg(draw: Callable[Concatenate[Axes, P], None]) -> Callable[P, str]:
+    """The function that returns as SVG what `draw` draws."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+            draw(figure.subplots(), *args, **kwargs)
+            text = io.StringIO()
+            figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+        svg = text.getvalue()
+        return svg[svg.index("<svg") :]  # an inline picture has no XML head
+
+    return drawn
 
 
 def _name(axes: Axes, title: str, x: str, y: str) -> None:
@@ -64,12 +71,9 @@ def _name(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
 
 
-def by_position(series: Series) -> str:
+@_as_svg
+def by_position(axes: Axes, series: Series) -> None:
     """Share of drafts accepted up to each position; points: given that the one before was."""
-    return _draw(_by_position, series)
-
-
-def _by_position(axes: Axes, series: Series) -> None:
     width = 0.8 / len(series)
     depth = 0
     for index, (name, entry) in enumerate(series.items()):
@@ -106,16 +110,15 @@ def _by_position(axes: Axes, series: Series) -> None:
     )
 
 
-def by_category(series: Series) -> str:
+@_as_svg
+def by_category(axes: Axes, series: Series) -> None:
     """Acceptance length of each category with its 95 % interval."""
     categories = list(
         dict.fromkeys(name for entry in series.values() for name in entry["categories"])
     )
     height = max(SIZE_INCHES[1], 1.4 + 0.3 * len(categories) * len(series))
-    return _draw(_by_category, series, categories, size=(SIZE_INCHES[0], height))
-
-
-def _by_category(axes: Axes, series: Series, categories: Sequence[str]) -> None:
+    if figure := axes.get_figure(root=True):
+        figure.set_size_inches(SIZE_INCHES[0], height)
     width = 0.76 / len(series)
     longest = 1.0
     for index, (name, entry) in enumerate(series.items()):
@@ -186,12 +189,10 @@ def _grouped(rows: Iterable[Row], x: str, y: str, bounds: str | None = None) -> 
     return lines
 
 
-def over_concurrency(rows: Iterable[Row]) -> str:
+@_as_svg
+def over_concurrency(axes: Axes, rows: Iterable[Row]) -> None:
     """Output tokens/s over the requests in flight, a line for each drafter and K."""
-    return _draw(_over_concurrency, _grouped(rows, "concurrency", "tokens_per_s"))
-
-
-def _over_concurrency(axes: Axes, lines: Mapping[str, Any]) -> None:
+    lines = _grouped(rows, "concurrency", "tokens_per_s")
     _lines(axes, lines)
     ticks = sorted({point[0] for points in lines.values() for point in points})
     if len(ticks) > 2:
@@ -207,15 +208,11 @@ def _over_concurrency(axes: Axes, lines: Mapping[str, Any]) -> None:
     )
 
 
-def over_depth(rows: Iterable[Row]) -> str:
+@_as_svg
+def over_depth(axes: Axes, rows: Iterable[Row]) -> None:
     """Speed-up over the draft length, a line for each concurrency."""
     rows = [{**row, "line": f"{row['concurrency']} in flight"} for row in rows]
-    return _draw(
-        _over_depth, _grouped(rows, "num_speculative_tokens", "speedup", "speedup_interval")
-    )
-
-
-def _over_depth(axes: Axes, lines: Mapping[str, Any]) -> None:
+    lines = _grouped(rows, "num_speculative_tokens", "speedup", "speedup_interval")
     _lines(axes, lines)
     axes.axhline(1.0, color=QUIET, linestyle="--", linewidth=1)
     axes.set_xticks(sorted({point[0] for points in lines.values() for point in points}))
@@ -227,12 +224,9 @@ def _over_depth(axes: Axes, lines: Mapping[str, Any]) -> None:
     )
 
 
-def over_steps(points: Sequence[Sequence[float]], title: str, y: str) -> str:
+@_as_svg
+def over_steps(axes: Axes, points: Sequence[Sequence[float]], title: str, y: str) -> None:
     """A value of the training over its steps; points are (step, value)."""
-    return _draw(_over_steps, points, title, y)
-
-
-def _over_steps(axes: Axes, points: Sequence[Sequence[float]], title: str, y: str) -> None:
     steps, values = [point[0] for point in points], [point[1] for point in points]
     marker = "o" if len(points) < 30 else ""
     axes.plot(steps, values, color=COLOURS[0], linewidth=1.8, marker=marker, markersize=4)

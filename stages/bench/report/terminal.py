@@ -61,12 +61,18 @@ def sentences(found: Report) -> Iterator[str]:
     yield from found["warnings"]
 
 
+def _table(title: str, columns: str) -> Table:
+    """An empty table; the first of the comma-separated columns holds names."""
+    table = Table(title=cell(title))
+    for index, column in enumerate(columns.split(", ")):
+        table.add_column(cell(column), justify="right" if index else "left")
+    return table
+
+
 def _engines(found: Report) -> Table:
     title = f"{found['run']}: K = {found['num_speculative_tokens']}, {describe_load(found)}"
-    table = Table(title=cell(title))
-    columns = ("engine", "tokens/step", "acceptance length", "rate", "by position", "tokens/s")
-    for column in (*columns, "speed-up"):
-        table.add_column(column, justify="left" if column == "engine" else "right")
+    columns = "engine, tokens/step, acceptance length, rate, by position, tokens/s, speed-up"
+    table = _table(title, columns)
     for name in ("baseline", "ngram", "head"):
         if name not in found:
             continue
@@ -90,9 +96,8 @@ def _speedup(entry: Report) -> str:
 
 
 def _categories(found: Report) -> Table:
-    table = Table(title="the head by category")
-    for column in ("category", "requests", "acceptance length", "speed-up", "TTFT ms", "TPOT ms"):
-        table.add_column(column, justify="left" if column == "category" else "right")
+    columns = "category, requests, acceptance length, speed-up, TTFT ms, TPOT ms"
+    table = _table("the head by category", columns)
     for name, entry in found["head"]["categories"].items():
         known = entry.get("acceptance")
         bounds = interval(known["acceptance_length_interval"]) if known else ""
@@ -103,18 +108,8 @@ def _categories(found: Report) -> Table:
 
 
 def _sweep(found: Report) -> Table:
-    table = Table(title="every load")
-    columns = (
-        "drafter",
-        "K",
-        "concurrency",
-        "temp.",
-        "max_tokens",
-        "tokens/step",
-        "tokens/s",
-    )
-    for column in (*columns, "speed-up", "TPOT ms"):
-        table.add_column(column, justify="left" if column == "drafter" else "right")
+    columns = "drafter, K, concurrency, temp., max_tokens, tokens/step, tokens/s, speed-up, TPOT ms"
+    table = _table("every load", columns)
     for row in found["sweep"]:
         table.add_row(
             cell(row["drafter"]),
