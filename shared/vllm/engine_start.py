@@ -71,6 +71,13 @@ def last_exception(text: str) -> str:
     return causes[-1][:500] if causes else ""
 
 
+def _cause(exit_code: int, text: str) -> str:
+    """In a few words: the signal, or the exception, or at least the exit code."""
+    if exit_code < 0:
+        return f"signal {-exit_code}"
+    return last_exception(text) or f"exit code {exit_code}"
+
+
 def server_start_error(exit_code: int, text: str) -> EyrieError:
     """The error for vLLM's server that ended before it was ready.
 
@@ -81,8 +88,7 @@ def server_start_error(exit_code: int, text: str) -> EyrieError:
     codes = [exit_code] if exit_code < 0 else reported_exit_codes(text)
     if not codes and _FAILED in text and not any(words in text for words in _OWN_WORDS):
         codes = [-9]  # vLLM looked before the kernel knew, and the process left no words of its own
-    cause = last_exception(text)
-    problem = f"the vLLM server did not start ({cause or f'exit code {exit_code}'})."
+    problem = f"the vLLM server did not start ({_cause(exit_code, text)})."
     if not was_killed(codes) and any(words in text for words in _MAY_PASS):
         return RetryableError(
             problem,
@@ -99,7 +105,7 @@ def server_start_error(exit_code: int, text: str) -> EyrieError:
 
 def server_death(exit_code: int, text: str) -> EyrieError:
     """The error for vLLM's server that ended while it was in use."""
-    problem = f"the vLLM server died in use ({last_exception(text) or f'exit code {exit_code}'})."
+    problem = f"the vLLM server died in use ({_cause(exit_code, text)})."
     if exit_code >= 0 and any(words in text for words in _OUT_OF_MEMORY):
         return UserError(
             problem,
