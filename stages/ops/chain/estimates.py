@@ -17,8 +17,10 @@ from rich.table import Table
 from shared.artifacts.manifest import read_manifest
 from shared.contracts import layers
 from shared.errors import EyrieError, UserError
+from shared.io import safetensors_files
 from shared.paths import RunPaths, find_input
 from shared.prompts import sources
+from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Source
 from shared.runtime.status import read_status
 from shared.runtime.tables import cell
@@ -29,7 +31,7 @@ from stages.ops.chain.machine import Machine
 from stages.ops.chain.processes import Step
 
 # Counting more rows than this takes longer than a person waits for a plan.
-_ROWS_COUNTED = 200_000
+_MAX_ROWS = 200_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Estimates:
         self.paths = paths
         self.machine = machine
         self._rows: dict[str, int | None] = {}
+        self._bench_answers = 0
 
     def rows(self) -> list[Estimate]:
         return [self._done(step) if step.done else self._ahead(step) for step in self.steps]
@@ -74,7 +77,10 @@ class Estimates:
         manifest = read_manifest(folder)
         if manifest is None:
             raise UserError(
-                f"{folder}: its manifest went away just now. Run the same command again."
+                f"{folder}: its manifest was removed while it was read.",
+                code="manifest-removed",
+                remedy="Run the same command again.",
+                facts={"folder": str(folder)},
             )
         rows = self._rows[step.stage] = int(manifest["counts"]["ok"])
         size = sum(entry["bytes"] for entry in manifest["files"].values())
@@ -104,17 +110,19 @@ class Estimates:
         if listed := prompt_sources(step):
             if any(sources.is_on_hub(source, self.paths.workspace) for source in listed):
                 return None
-            read = (
-                row
-                for source in listed
-                for row in sources.read_source(source, self.paths.workspace)
+            limits = [each.get("max_samples") for each in step.settings.get("sources", ())]
+            read = itertools.chain.from_iterable(
+                itertools.islice(sources.read_source(source, self.paths.workspace), limit)
+                for source, limit in itertools.zip_longest(listed, limits)
             )
+            total = step.settings.get("max_samples") or step.settings.get("max_prompts")
             try:
-                rows = sum(1 for _ in itertools.islice(read, _ROWS_COUNTED))
+                rows = list(itertools.islice(read, min(total or _MAX_ROWS, _MAX_ROWS)))
             except EyrieError:  # preflight says what is wrong with it
                 return None
-            most = step.settings.get("max_samples") or step.settings.get("max_prompts")
-            return min(rows, most or rows)
+            if step.stage == "bench":
+                self._bench_answers = sum(map(_answers, rows))
+            return len(rows)
         parent = {"dump": "synth", "train": "dump"}.get(step.stage)
         if parent is None or step.settings.get("states"):
             return None
@@ -126,7 +134,7 @@ class Estimates:
     def _tokens(self, step: Step, rows: int) -> int:
         longest = int(step.run["max_length_tokens"])
         if step.stage == "bench":
-            return rows * max(step.settings["max_tokens"])
+            return (self._bench_answers or rows) * max(step.settings["max_tokens"])
         made = read_manifest(self.paths.stage("synth"))
         if made and step.stage != "synth" and "tokens" in made["facts"]:
             tokens = int(made["facts"]["tokens"])
@@ -174,7 +182,10 @@ class Estimates:
         if step.settings.get("states"):
             return "of three tensors of the target"
         parts = sizes.gpus_a_copy(step)
-        size = sizes.weight_bytes(config.folder) // parts
+        try:
+            size = sizes.weight_bytes(safetensors_files.list_tensors(config.folder)) // parts
+        except EyrieError:  # preflight says what is wrong with it
+            return ""
         where = "a GPU" if self.machine.gpus else "of memory"
         return f"{sizes.shown_bytes(size)} {where} for weights, and the KV cache"
 
@@ -184,6 +195,12 @@ class Estimates:
             return "unknown"
         seconds, then_rows, run = found
         return f"about {_duration(seconds * rows / then_rows)} (as {run} took)"
+
+
+def _answers(row: Prompt | BadRow) -> int:
+    """Answers that bench measures for a row: one per turn that brings none, and the last turn's."""
+    turns = row.turns if isinstance(row, Prompt) else ()
+    return sum(turn.answer is None or turn is turns[-1] for turn in turns)
 
 
 def earlier(paths: RunPaths, step: Step) -> tuple[float, int, str] | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from shared.contracts import layers
 from shared.errors import EyrieError, UserError
+from shared.io import safetensors_files
+from shared.io.safetensors_files import TensorInfo
 from shared.paths import RunPaths, find_input
 from shared.target import model as target
 from shared.target.model import TargetConfig
@@ -18,7 +20,6 @@ from stages.ops.chain.processes import Step
 
 # A GPU gives a model less than all of its memory: vLLM's own default share.
 _GPU_SHARE = 0.9
-_HUB_TIMEOUT_S = 10.0
 
 
 def problem(label: str, expected: str, found: str, remedy: str) -> str:
@@ -43,56 +44,95 @@ def targets(step: Step) -> Iterator[str]:
 def target_problems(
     name: str, left: Sequence[Step], paths: RunPaths, machine: Machine
 ) -> Iterator[str]:
-    """What is wrong with one target of the stages that are left."""
+    """What is wrong with one target of the stages that are left.
+
+    A target on the hub is judged by its config.json and its tensors' headers.
+    """
     users = [step for step in left if name in targets(step)]
     run = users[0].run
-    folder = find_input(name, paths.workspace)
-    if folder is None:
-        folder, problem = _from_hub(name, run["target_revision"])
-        if folder is None:
-            if problem:
-                yield problem
-            return
     try:
-        config = target.read_config(folder)
-        if any(step.stage in ("synth", "bench") for step in users):
+        folder, tensors = _find(name, run["target_revision"], paths)
+        config = target.read_config(folder, trust_remote_code=run["trust_remote_code"])
+        is_whole = tensors is None
+        if is_whole and any(step.stage in ("synth", "bench") for step in users):
             require_chat_template(folder)
+        if tensors is None:
+            tensors = safetensors_files.list_tensors(folder)
     except EyrieError as error:
         yield str(error)
         return
-    yield from _fits_target(run, config)
-    yield from _memory(folder, users, machine)
+    fits = [*_fits_target(run, config)]
+    yield from fits
+    if not fits and any(step.stage in ("dump", "train") for step in users):
+        yield from _trainable(users, config, tensors)
+    yield from _memory(sizes.weight_bytes(tensors), users, machine)
     yield from _disk(left, config, paths)
 
 
-def _from_hub(name: str, revision: str | None) -> tuple[Path | None, str]:
-    """(its folder in the cache, what is wrong); neither where it can be fetched."""
+def _trainable(
+    users: Sequence[Step], config: TargetConfig, tensors: Mapping[str, TensorInfo]
+) -> Iterator[str]:
+    """What dump and train would refuse after hours: an output layer or a head that cannot be."""
+    from shared.target.adapter import output_layer
+
+    try:
+        output_layer(config, tensors)
+        for step in users:
+            if step.stage == "train":
+                sizes.head_config(step.run, config, step.settings)
+    except UserError as error:
+        yield str(error)
+
+
+def _find(
+    name: str, revision: str | None, paths: RunPaths
+) -> tuple[Path, dict[str, TensorInfo] | None]:
+    """(the folder of its config.json, its tensors where only their headers were fetched).
+
+    Raises:
+        UserError: there is no such target, or it has no safetensors files.
+        RetryableError: the hub cannot be reached.
+    """
+    folder = find_input(name, paths.workspace)
+    if folder is not None:
+        return folder, None
     if name.count("/") != 1 or name.startswith((".", "/")):
-        expected = "a model's folder in the workspace or here, or a hub id (organisation/name)"
-        return None, problem("run.target", expected, name, "Correct the recipe.")
+        raise UserError(
+            "run.target: expected a model's folder in the workspace or here, or a hub id "
+            f"(organisation/name), found {name}.",
+            code="target-not-found",
+            remedy="Correct the recipe.",
+            facts={"target": name},
+        )
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub import errors as hub
+    from huggingface_hub import errors as hub_errors
+
+    from shared.target import hub
 
     try:
         kept = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
-        return Path(kept), ""
-    except hub.LocalEntryNotFoundError:
+        if any(Path(kept).glob("*.safetensors")):
+            return Path(kept), None
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError):
         pass
-    except hub.HFValidationError as error:
-        return None, problem("run.target", "a folder or a hub id", name, str(error))
     if constants.HF_HUB_OFFLINE:
-        remedy = "Fill the cache (HF_HOME) beforehand, or unset HF_HUB_OFFLINE."
-        return None, problem("run.target", f"{name} in the hub's cache", "none, offline", remedy)
-    try:
-        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
-        remedy = "Correct the name, or give HF_TOKEN where it is private."
-        return None, problem("run.target", f"{name} on the hub", str(error).split("\n")[0], remedy)
-    except (hub.HfHubHTTPError, OSError) as error:
-        remedy = "Check the network, or fill the cache (HF_HOME) beforehand."
-        return None, problem("run.target", f"the hub, for {name}", type(error).__name__, remedy)
-    return None, ""
+        raise UserError(
+            f"run.target: expected {name} in the hub's cache, found none, offline.",
+            code="target-not-cached",
+            remedy="Fill the cache (HF_HOME) beforehand, or unset HF_HUB_OFFLINE.",
+            facts={"target": name},
+        )
+    path = hub.fetch_config(name, revision)
+    tensors = hub.fetch_tensors(name, revision)
+    if tensors is None:
+        raise UserError(
+            f"run.target: expected safetensors files in {name} on the hub, found none.",
+            code="safetensors-missing",
+            remedy="Choose a target whose weights are in safetensors files, or convert them.",
+            facts={"target": name},
+        )
+    return path.parent, tensors
 
 
 def _fits_target(run: Mapping[str, Any], config: TargetConfig) -> Iterator[str]:
@@ -107,7 +147,7 @@ def _fits_target(run: Mapping[str, Any], config: TargetConfig) -> Iterator[str]:
             str(run["draft_vocab_size"]),
             "Lower it.",
         )
-    longest = config.raw.get("max_position_embeddings")
+    longest = config.raw.get("max_position_embeddings")  # a class's default says little
     scaling = config.raw.get("rope_scaling") or config.raw.get("rope_parameters") or {}
     if longest and "factor" not in scaling and run["max_length_tokens"] > longest:
         yield problem(
@@ -136,8 +176,7 @@ def _needs_own_code(config: TargetConfig) -> bool:
     return config.model_type not in CONFIG_MAPPING_NAMES
 
 
-def _memory(folder: Path, users: Sequence[Step], machine: Machine) -> Iterator[str]:
-    weights = sizes.weight_bytes(folder)
+def _memory(weights: int, users: Sequence[Step], machine: Machine) -> Iterator[str]:
     for step in users:
         if step.stage == "train" or step.settings.get("states"):  # three tensors of it are read
             continue

@@ -2,12 +2,12 @@
 """Bytes that a chain's stages hold and write, from the target's config and the stages' settings."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from shared.artifacts.manifest import read_manifest
 from shared.contracts import layers
 from shared.contracts.head_config import HeadConfig
+from shared.io.safetensors_files import TensorInfo, tensor_bytes
 from shared.paths import RunPaths
 from shared.target.model import TargetConfig
 from stages.ops.chain.processes import Step
@@ -17,9 +17,9 @@ STATE_BYTES_A_WEIGHT = 16
 CHECKPOINT_BYTES_A_WEIGHT = 12
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the target's weights as they lie in `folder`."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weight_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of the target's weights as they are stored."""
+    return sum(map(tensor_bytes, tensors.values()))
 
 
 def gpus_a_copy(step: Step) -> int:
@@ -38,7 +38,7 @@ def head_config(
     Raises:
         UserError: the target's config.json lacks a size, or the recipe does not fit it.
     """
-    raw = dict(config.raw)
+    raw = dict(config.settings)
     if train.get("intermediate_size") is not None:
         raw["intermediate_size"] = train["intermediate_size"]
     return HeadConfig.from_json(

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from shared.config import build
 from shared.errors import EXIT_STOPPED, UserError
@@ -43,6 +45,11 @@ CONFIG = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-6,
 }
+TENSORS = {
+    "model.embed_tokens.weight": torch.zeros(512, 64).bfloat16(),
+    "model.norm.weight": torch.ones(64).bfloat16(),
+    "lm_head.weight": torch.zeros(512, 64).bfloat16(),
+}  # 131,200 bytes
 RECIPE: dict[str, dict[str, Any]] = {
     "run": {"target": "model", "max_length_tokens": 64, "draft_vocab_size": 128},
     "synth": {"prompts": "prompts.jsonl"},
@@ -61,7 +68,7 @@ def workspace(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    (folder / "model.safetensors").write_bytes(bytes(1000))
+    save_file(TENSORS, folder / "model.safetensors")
     prompts = [json.dumps({"prompt": f"say {n}"}) for n in range(5)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     write(tmp_path, {})
@@ -152,7 +159,7 @@ def test_what_can_be_seen_is_named(workspace: Path, monkeypatch: pytest.MonkeyPa
     assert len(found) == 3  # synth, dump and bench load the target; train does not
     assert all("a GPU for the target's weights" in line for line in found)
     halves = steps(workspace, {name: {"tensor_parallel_size": 4} for name in ("synth", "bench")})
-    found = problems(halves, workspace, Machine((("Toy", 5000),) * 2, 64 * GIB, GIB))
+    found = problems(halves, workspace, Machine((("Toy", 100_000),) * 2, 64 * GIB, GIB))
     assert ["expected 4 GPUs" in line for line in found] == [True, True]
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
@@ -161,12 +168,12 @@ def test_what_can_be_seen_is_named(workspace: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_target_that_hf_spreads_over_the_gpus_is_shared_by_them_all(workspace: Path) -> None:
-    pair = Machine((("Toy", 600),) * 2, 64 * GIB, GIB)  # a half fits one, the whole none
+    pair = Machine((("Toy", 100_000),) * 2, 64 * GIB, GIB)  # a half fits one, the whole none
     assert [line.split("'")[0] for line in problems(steps(workspace), workspace, pair)] == [
         "synth",
         "bench",
     ]
-    alone = Machine((("Toy", 600),), 64 * GIB, GIB)
+    alone = Machine((("Toy", 100_000),), 64 * GIB, GIB)
     (told,) = [x for x in problems(steps(workspace), workspace, alone) if x.startswith("dump's")]
     assert "Take a machine with more" in told
     roomy = Machine((("Toy", GIB),) * 2, 64 * GIB, GIB)
@@ -309,7 +316,7 @@ def test_estimates_worked_by_hand(workspace: Path) -> None:
 def ops(workspace: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stages.ops", "run", *words, "--workspace", str(workspace)]
     command += ["--recipe", str(workspace / "recipe.yaml")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_a_dry_run_shows_the_plan_and_makes_nothing(workspace: Path) -> None:
