@@ -33,7 +33,10 @@ def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
     if num_layers < MIN_LAYERS_FOR_DEFAULT:
         raise UserError(
             f"the default aux layers need a target of at least {MIN_LAYERS_FOR_DEFAULT} layers, "
-            f"found {num_layers}. Set run.aux_layers in the recipe, for example [1, 2, 3]."
+            f"found {num_layers}.",
+            code="aux-layers-no-default",
+            remedy="Set run.aux_layers in the recipe, for example [1, 2, 3].",
+            facts={"num_layers": num_layers},
         )
     return (2, num_layers // 2, num_layers - 3)
 
@@ -53,7 +56,10 @@ def resolve_aux_layers(requested: Sequence[int] | None, num_layers: int) -> tupl
     if not ids or not ascending or ids[0] < 0 or ids[-1] >= num_layers:
         raise UserError(
             f"run.aux_layers: expected distinct ids in ascending order, each 0 <= id < {num_layers} "
-            f"(the target's layers), found {list(ids)}."
+            f"(the target's layers), found {list(ids)}.",
+            code="aux-layers-invalid",
+            remedy="Correct them, or leave them out for the default.",
+            facts={"aux_layers": list(ids), "num_layers": num_layers},
         )
     return ids
 

@@ -52,6 +52,8 @@ def output_layer(target: TargetConfig, tensors: Mapping[str, TensorInfo]) -> Out
         UserError: no class knows it, its rules are none of ours, or its tensors do not fit.
     """
     facts = class_facts(target)
+    if facts.has_head_bias:
+        raise _biased(target, facts)
     prefix = _text_prefix(target, facts, tensors)
     norm = f"{prefix}{facts.final_norm}"
     layer = OutputLayer(
@@ -109,13 +111,8 @@ def _lm_head(
     owners = [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
     embedding = f"{prefix}{facts.embedding}.weight"
     for head in (f"{owner}.{facts.lm_head}".lstrip(".") for owner in owners):
-        if facts.has_head_bias or f"{head}.bias" in tensors:
-            raise UserError(
-                f"{target.folder}: lm_head has a bias, which the losses do not know.",
-                code="target-head-bias",
-                remedy="Choose another target.",
-                facts={"class": facts.name},
-            )
+        if f"{head}.bias" in tensors:
+            raise _biased(target, facts)
         if f"{head}.weight" in tensors:
             return f"{head}.weight"
         if packed := [name for name in tensors if name.startswith(f"{head}.")]:
@@ -155,6 +152,15 @@ def _check(
             remedy="config.json and the weights must be of one model: restore both.",
             facts={"tensor": name, "expected": shape},
         )
+
+
+def _biased(target: TargetConfig, facts: ClassFacts) -> UserError:
+    return UserError(
+        f"{target.folder}: lm_head has a bias, which the losses do not know.",
+        code="target-head-bias",
+        remedy="Choose another target.",
+        facts={"class": facts.name},
+    )
 
 
 def _quantized(target: TargetConfig, name: str, how: str) -> UserError:

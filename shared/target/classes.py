@@ -96,6 +96,15 @@ def model_class(target: TargetConfig, config: PreTrainedConfig) -> type[PreTrain
     )
 
 
+def loadable_class(target: TargetConfig) -> type[PreTrainedModel]:
+    """The class whose `from_pretrained` loads the target.
+
+    Raises:
+        UserError: as `class_config` and `model_class`.
+    """
+    return model_class(target, _inner(class_config(target)))
+
+
 def settings(target: TargetConfig) -> dict[str, Any]:
     """The text part's settings: what config.json says, and its class's own values for the rest.
 

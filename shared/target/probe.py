@@ -103,8 +103,8 @@ def probe(model_class: type[Any], config: Any) -> ClassFacts:
     """
     model = build(model_class, config)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    owner = _parent_of(model, head)
-    decoder = _parent_of(model, embedding)
+    owner = parent_of(model, head)
+    decoder = parent_of(model, embedding)
     size, width = embedding.weight.shape
     names = _name_of(decoder, embedding), _name_of(owner, head)
     layers = _layers(decoder, config.get_text_config(decoder=True).num_hidden_layers)
@@ -131,7 +131,12 @@ def _name_of(owner: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, child in owner.named_children() if child is wanted)
 
 
-def _parent_of(model: nn.Module, wanted: nn.Module) -> nn.Module:
+def parent_of(model: nn.Module, wanted: nn.Module) -> nn.Module:
+    """The module that `wanted` is a direct child of.
+
+    Raises:
+        UnknownRuleError: there is none.
+    """
     for module in model.modules():
         if any(child is wanted for child in module.children()):
             return module
@@ -285,7 +290,7 @@ def _logit_rule(
     setattr(owner, inner, _Decoder(states, getattr(owner, inner)))
     # Rows: so small that no cap shows, as large as logits are, so large that nothing but the cap does.
     line = torch.linspace(-1, 1, size)
-    stand_in = _Head(torch.stack([line * 1e-2, line * 50, line.sign() * 1e7])[None])
+    stand_in = _Head(torch.stack([line * 1e-4, line * 50, line.sign() * 1e7])[None])
     setattr(owner, _name_of(owner, head), stand_in)
     logits = owner(input_ids=torch.zeros(1, _ROWS, dtype=torch.long), use_cache=False).logits
     given = stand_in.given

@@ -38,7 +38,7 @@ def choose(config: DumpConfig, target: TargetConfig, aux_layers: tuple[int, ...]
     if name == "hf":
         from stages.dump.backends.hf import require_known
 
-        require_known(target.folder, trust_remote_code=config.run.trust_remote_code, why=why)
+        require_known(target, why=why)
     logger.info("backend: auto takes %s: %s", name, why)
     return name
 

@@ -18,18 +18,17 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.contracts.layers import resolve_aux_layers
 from shared.errors import UserError
 from shared.runtime.processor import has_bfloat16, keep_freed_memory
+from shared.target.classes import class_facts, loadable_class
+from shared.target.model import TargetConfig, read_config
+from shared.target.probe import parent_of
 from stages.dump.backends.base import Captured, CaptureSettings, Row
 
 logger = logging.getLogger(__name__)
 
-# Names in transformers of a decoder's list of layers, and of the norm behind the last of them.
-LAYER_NAMES = ("layers", "h", "blocks")
-NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
 # Rows are sorted by length this many batches at a time: little padding, and still a stream.
 SORTED_BATCHES = 16
 # More tokens a batch leave a processor's caches: 8192 were a quarter slower.
@@ -62,7 +61,9 @@ class HfCapture(CaptureSettings):
             keep_freed_memory()
             self.max_num_batched_tokens = min(self.max_num_batched_tokens, CPU_BATCH_TOKENS)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            target = read_config(Path(self.target), trust_remote_code=self.trust_remote_code)
+            facts = class_facts(target)
+            model = loadable_class(target).from_pretrained(
                 self.target,
                 dtype=compute_dtype(self.dtype, device),
                 trust_remote_code=self.trust_remote_code,
@@ -77,7 +78,9 @@ class HfCapture(CaptureSettings):
                 facts={"target": str(self.target)},
             ) from error
         self._model = model.eval()
-        self._decoder, layers, norm = find_decoder(model)
+        self._decoder = parent_of(model, model.get_input_embeddings())
+        layers = getattr(self._decoder, facts.layers)
+        norm = getattr(self._decoder, facts.final_norm)
         self.require_num_layers(len(layers))
         self._taken: dict[int, torch.Tensor] = {}
         self._hooks = ExitStack()
@@ -167,49 +170,21 @@ def compute_dtype(dtype: str, device: str) -> str | torch.dtype:
     return dtype
 
 
-def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
-    """The text decoder of `model`, its layers and its final norm, vision models included.
-
-    Raises:
-        UserError: none of the known names is there.
-    """
-    candidates = [model.get_decoder(), model.base_model, getattr(model, "model", None)]
-    for decoder in filter(None, candidates):
-        layers = [getattr(decoder, name) for name in LAYER_NAMES if hasattr(decoder, name)]
-        norms = [getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name)]
-        if layers and norms:
-            return decoder, layers[0], norms[0]
-    raise UserError(
-        f"{type(model).__name__}: expected a decoder with one of {LAYER_NAMES} and one of "
-        f"{NORM_NAMES}, found neither.",
-        code="no-decoder",
-        remedy="backend: hf cannot capture this target; set backend: vllm.",
-        facts={"model": type(model).__name__},
-    )
-
-
-def require_known(target: Path, *, trust_remote_code: bool, why: str) -> None:
-    """Refuse a target whose config transformers has no causal model for.
+def require_known(target: TargetConfig, *, why: str) -> None:
+    """Refuse a target that transformers has no usable class for.
 
     Raises:
         UserError: with `why`, the reason that vLLM gave.
     """
-
-    def refused(reason: str) -> UserError:
-        return UserError(
-            f"no backend can capture {target}. vLLM: {why} hf: {reason}",
+    try:
+        class_facts(target)
+    except UserError as error:
+        raise UserError(
+            f"no backend can capture {target.folder}. vLLM: {why} hf: {error.problem}",
             code="no-backend",
             remedy="Choose another target, or capture with newer versions of vLLM or transformers.",
-            facts={"target": str(target)},
-        )
-
-    try:
-        config = AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise refused(str(error)) from error
-    known = AutoModelForCausalLM._model_mapping
-    if type(config) not in known and not getattr(config, "auto_map", None):
-        raise refused(f"transformers has no causal model for {type(config).__name__}.")
+            facts={"target": str(target.folder)},
+        ) from error
 
 
 def _windows(

@@ -7,9 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from shared.target.model import read_config
+from shared.target.tensors import read_tensors
 from stages.dump.backends import hf as backend_hf
 from stages.dump.backends.base import Row
 from stages.dump.backends.hf import HfCapture, compute_dtype
+from tests import targets
 from tests.models import tiny_llama, tiny_moe, tiny_sliding
 
 AUX_LAYERS = (2, 4, 5)
@@ -45,3 +48,20 @@ def test_a_padded_batch_gives_each_row_s_own_states(
         assert gap < 2**-8, f"row {index} of {len(ids)} tokens: {gap:.4f}"
         normed = model.model.norm(found[index][:, -1].float())
         assert (normed - told[-1][0]).norm() / told[-1].norm() < 2**-8
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "cohere", "mpt", "gpt_neox", "nanochat"])
+@torch.inference_mode()
+def test_other_families_give_their_final_state(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vision targets, other names of layers and norms: the logits from the state are the model's."""
+    monkeypatch.setattr(backend_hf, "has_bfloat16", lambda: False)
+    model = targets.make(name, tmp_path)
+    ids = [5, 17, 101, 7, 300, 42]
+    settings = {"target": tmp_path, "aux_layers": AUX_LAYERS, "num_layers": targets.NUM_LAYERS}
+    with HfCapture(**settings, max_length_tokens=64, max_num_batched_tokens=64) as capture:
+        (one,) = capture.run([Row(ids)])
+    rebuilt = read_tensors(read_config(tmp_path)).logits(one.states[:, -1])
+    expected = model(input_ids=torch.tensor([ids])).logits[0]
+    assert (rebuilt - expected).norm() / expected.norm() < 0.01

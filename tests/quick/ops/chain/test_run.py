@@ -253,6 +253,42 @@ def test_a_target_without_what_it_needs_is_named(workspace: Path) -> None:
     assert problems(steps(workspace, {"run": {"trust_remote_code": True}}), workspace) == []
 
 
+@pytest.mark.parametrize(
+    ("config", "without", "message"),
+    [
+        ({}, "lm_head.weight", "expected a tensor lm_head.weight, since LlamaForCausalLM does not"),
+        ({}, "model.norm.weight", "expected the tensors embed_tokens.weight and norm.weight"),
+        ({"vocab_size": 500}, "", r"model.embed_tokens.weight of shape \[500, 64\]"),
+        ({"architectures": ["PhiForCausalLM"], "model_type": "phi"}, "", "lm_head has a bias"),
+        (
+            {"model_type": "mine", "architectures": ["Mine"]},
+            "",
+            "no class for the model_type 'mine'",
+        ),
+        ({"hidden_act": "none of it"}, "", "transformers' class for llama does not take it"),
+    ],
+)
+def test_a_target_that_train_cannot_take_is_named_before_the_first_stage(
+    workspace: Path, config: dict[str, Any], without: str, message: str
+) -> None:
+    import re
+
+    tensors = {name: value for name, value in TENSORS.items() if name != without}
+    save_file(tensors, workspace / "model" / "model.safetensors")
+    (workspace / "model" / "config.json").write_text(json.dumps(CONFIG | config))
+    (found,) = problems(steps(workspace), workspace)
+    assert re.search(message, found)
+
+
+def test_a_quantised_output_layer_sends_to_the_original(workspace: Path) -> None:
+    packed = TENSORS | {"lm_head.weight": torch.zeros(512, 32, dtype=torch.uint8)}
+    save_file(packed, workspace / "model" / "model.safetensors")
+    (found,) = problems(steps(workspace), workspace)
+    assert (
+        "expected lm_head.weight in 16 or 32 bits, found U8. Name the 16-bit original in" in found
+    )
+
+
 def test_scaled_positions_reach_further_than_the_config_says(workspace: Path) -> None:
     long = steps(workspace, {"run": {"max_length_tokens": 999}})
     assert len(problems(long, workspace)) == 1
@@ -311,6 +347,23 @@ def test_estimates_worked_by_hand(workspace: Path) -> None:
     size = 16 * weights + 4 * (512 + 128) * 64
     assert by_stage["train"].memory == f"{size / 1e6:.1f} MB and activations"
     assert {row.time for row in found} == {"unknown"}
+
+
+def test_estimates_heed_a_source_s_limit_and_bench_s_turns(workspace: Path) -> None:
+    (workspace / "turns.jsonl").write_text(json.dumps({"turns": ["first", "second"]}))
+    (workspace / "more.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}')
+    changes = {
+        "synth": {
+            "prompts": None,
+            "sources": [{"path": "prompts.jsonl", "max_samples": 2}, {"path": "more.jsonl"}],
+        },
+        "bench": {"prompts": "turns.jsonl"},
+    }
+    chain = steps(workspace, changes)
+    found = estimates.Estimates(chain, RunPaths(workspace, "run"), CPU).rows()
+    by_stage = {row.stage: row for row in found}
+    assert by_stage["synth"].work == "4 rows, at most 256 tokens"
+    assert by_stage["bench"].work == "1 rows, at most 512 tokens"  # two answers of 256
 
 
 def ops(workspace: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter against transformers: logits from the final state, for families nobody listed in it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 
 from shared.errors import UserError
+from shared.io.safetensors_files import TensorInfo, list_tensors
+from shared.target.adapter import output_layer
 from shared.target.model import read_config
+from shared.target.probe import UnknownRuleError, norm_rule
 from shared.target.tensors import read_tensors
 from tests import targets
+from tests.quick.shared.target import targets_page
 
 REFUSED = {"phi": "target-head-bias"}
 IDS = torch.tensor([[5, 17, 101, 7, 300, 42]])
@@ -33,6 +38,7 @@ def final_state_and_logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("name", targets.FAMILIES)
 def test_logits_are_the_models_own(name: str, tmp_path: Path) -> None:
     model = targets.make(name, tmp_path)
+    assert targets_page.row(name, tmp_path) in targets_page.PAGE.read_text().splitlines()
     config = read_config(tmp_path)
     if name in REFUSED:
         with pytest.raises(UserError) as refused:
@@ -44,3 +50,57 @@ def test_logits_are_the_models_own(name: str, tmp_path: Path) -> None:
     assert expected.std() > 0.1
     assert (tensors.logits(final) - expected).abs().max() < 1e-4
     assert torch.equal(tensors.embed_tokens, model.get_input_embeddings().weight)
+
+
+def test_the_page_lists_these_families_alone() -> None:
+    lines = targets_page.PAGE.read_text().removeprefix(targets_page.HEAD).splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == list(targets.FAMILIES)
+
+
+def test_names_are_found_under_any_prefix_and_further_models_are_not_taken(tmp_path: Path) -> None:
+    """A speech model beside the text model, and a layer that predicts one token more."""
+    targets.make("qwen3", tmp_path)
+    config = read_config(tmp_path)
+    plain = list_tensors(tmp_path)
+    moved = {f"thinker.{name}": tensor for name, tensor in plain.items()}
+    small: TensorInfo = {"dtype": "BF16", "shape": [64]}
+    for name in ("talker.model.norm.weight", "talker.model.embed_tokens.weight", "mtp.norm.weight"):
+        moved[name] = small
+    layer = output_layer(config, moved)
+    assert layer.embedding == "thinker.model.embed_tokens.weight"
+    assert layer.norm_weight == "thinker.model.norm.weight"
+    assert layer.lm_head == "thinker.lm_head.weight"
+
+
+@pytest.mark.parametrize("explicit", [None, False])
+def test_lm_head_is_the_embedding_where_the_class_ties_them(
+    tmp_path: Path, explicit: bool | None
+) -> None:
+    targets.make("gemma2", tmp_path)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    raw.pop("tie_word_embeddings", None)
+    path.write_text(json.dumps(raw | ({} if explicit is None else {"tie_word_embeddings": False})))
+    if explicit is None:
+        tensors = read_tensors(read_config(tmp_path))
+        assert tensors.lm_head is tensors.embed_tokens
+        return
+    with pytest.raises(UserError) as refused:
+        read_tensors(read_config(tmp_path))
+    assert refused.value.code == "target-head-missing"
+
+
+class OddNorm(torch.nn.Module):
+    """Divides by the sum of magnitudes, as no rule of ours does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.weight * states / states.abs().sum(-1, keepdim=True)
+
+
+def test_a_norm_that_is_none_of_ours_is_refused() -> None:
+    with pytest.raises(UnknownRuleError, match="neither an RMSNorm nor a LayerNorm"):
+        norm_rule(OddNorm(), 8)
