@@ -74,6 +74,11 @@ class RunChainConfig(CommandConfig):
             raise ValueError("only, from and skip together leave no stage to run")
         if (self.by == "kubernetes") != (self.overlay is not None):
             raise ValueError("by kubernetes and overlay need each other")
+        if self.overlay and (self.dry_run or self.overwrite):
+            raise ValueError(
+                "by kubernetes takes neither dry_run nor overwrite: see `kubectl diff -k`, or put "
+                "--overwrite into the Job's args"
+            )
         return self
 
     @property

@@ -215,3 +215,11 @@ def test_the_two_flags_need_each_other(tmp_path: Path, flags: tuple[str, ...]) -
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "need each other" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--overwrite"])
+def test_a_flag_that_would_be_passed_over_is_refused(cluster: Cluster, flag: str) -> None:
+    code, log = cluster.run(flag)
+    assert code == 2
+    assert "neither dry_run nor overwrite" in log
+    assert not (cluster.folder / "commands.txt").exists()
