@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many requests in flight against one or more servers; what may yet succeed is asked again.
+"""Many requests in flight against one or more servers; failures that may pass are retried.
 
 vLLM answers `return_token_ids` with the prompt's ids and each choice's ids, so nothing is ever
 tokenised here. Plain aiohttp: the openai client costs several milliseconds of processor time a
@@ -33,44 +33,44 @@ _TOO_LONG = ("context length", "maximum model length")
 
 
 class BusyError(Exception):
-    """429 or 5xx: the same request may yet succeed."""
+    """429 or 5xx: a retry of the same request may succeed."""
 
 
-_MAY_YET_SUCCEED = (BusyError, aiohttp.ClientError, TimeoutError)
+_RETRIED = (BusyError, aiohttp.ClientError, TimeoutError)
 
 
 class ServerDiedError(Exception):
-    """No server answers any more; the rows in flight are to be asked again."""
+    """No server answers any more; the rows in flight must be sent again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """A server: its address, the name of its model, its key, and how to tell what became of it."""
+    """A server: its address, its model's name, its key, and how to ask for its state."""
 
     base_url: str
     model: str
     api_key: str  # empty where there is none
-    exit_code: Callable[[], int | None]  # of a process of ours; asked before each request
-    is_healthy: Callable[[], bool]  # it answers /health; asked after a failure
+    exit_code: Callable[[], int | None]  # of a process that we started; checked before each request
+    is_healthy: Callable[[], bool]  # it answers /health; checked after a failure
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one prompt: rows, or a refusal."""
+    """The result for one prompt: rows, or a refusal."""
 
     prompt: Prompt
     rows: tuple[Conversation, ...] = ()
     refused: Refused | None = None
 
 
-def _message(said: dict[str, Any]) -> Message:
-    message: Message = {"role": "assistant", "content": said.get("content") or ""}
-    reasoning = said.get("reasoning") or said.get("reasoning_content")
+def _message(raw: dict[str, Any]) -> Message:
+    message: Message = {"role": "assistant", "content": raw.get("content") or ""}
+    reasoning = raw.get("reasoning") or raw.get("reasoning_content")
     if reasoning:
         message["reasoning_content"] = reasoning
-    if said.get("tool_calls"):
+    if raw.get("tool_calls"):
         message["tool_calls"] = [
-            {key: call[key] for key in ("id", "type", "function")} for call in said["tool_calls"]
+            {key: call[key] for key in ("id", "type", "function")} for call in raw["tool_calls"]
         ]
     return message
 
@@ -93,10 +93,10 @@ def _reply(response: dict[str, Any]) -> Reply:
 
 
 class Client:
-    """Asks the endpoints in turn.
+    """Sends requests to the endpoints in turn.
 
     Args:
-        special: control tokens that no message may spell out; None where the recipe allows it.
+        special: control tokens that no message may contain as text; None if the recipe allows it.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Client:
     ) -> None:
         self.config = config
         self._endpoints = endpoints
-        self._asked = 0
+        self._sent = 0
         self._reasoning_end = reasoning_end
         self._special = special
         self._session = aiohttp.ClientSession(
@@ -138,7 +138,7 @@ class Client:
             options["tool_choice"] = "auto" if config.tool_call_parser else "none"
         return options
 
-    async def _ask(self, prompt: Prompt, messages: Sequence[Message], turn: int) -> Reply:
+    async def _request(self, prompt: Prompt, messages: Sequence[Message], turn: int) -> Reply:
         """One answer.
 
         Raises:
@@ -146,7 +146,7 @@ class Client:
             ServerDiedError: it is gone.
         """
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_MAY_YET_SUCCEED),
+            retry=tenacity.retry_if_exception_type(_RETRIED),
             stop=tenacity.stop_after_attempt(self.config.max_retries + 1),
             wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=20),
             reraise=True,
@@ -155,20 +155,20 @@ class Client:
         try:
             async for attempt in retrying:
                 with attempt:
-                    endpoint = self._endpoints[self._asked % len(self._endpoints)]
-                    self._asked += 1
+                    endpoint = self._endpoints[self._sent % len(self._endpoints)]
+                    self._sent += 1
                     if (code := endpoint.exit_code()) is not None:
                         raise ServerDiedError(f"code {code}")
                     return await self._post(endpoint, {"model": endpoint.model, **body})
-        except _MAY_YET_SUCCEED as error:
+        except _RETRIED as error:
             healthy = [await asyncio.to_thread(each.is_healthy) for each in self._endpoints]
             if not any(healthy):
                 ended = [code for each in self._endpoints if (code := each.exit_code()) is not None]
-                told = f"code {ended[0]}" if ended else str(error) or type(error).__name__
-                raise ServerDiedError(told) from error
+                reason = f"code {ended[0]}" if ended else str(error) or type(error).__name__
+                raise ServerDiedError(reason) from error
             reason = "timeout" if isinstance(error, TimeoutError) else "server_error"
             raise Refused(reason, str(error)[:500]) from error
-        raise RuntimeError("tenacity ends with an answer or an error")
+        raise RuntimeError("tenacity returns an answer or raises")
 
     async def _post(self, endpoint: Endpoint, body: dict[str, Any]) -> Reply:
         async with self._session.post(
@@ -180,7 +180,7 @@ class Client:
             if response.status == 200:
                 return _reply(json.loads(content))
             text = content.decode(errors="replace")
-            if endpoint.api_key:  # what a server complains of is written down; it may repeat this
+            if endpoint.api_key:  # the server's message is logged, and it may repeat the key
                 text = text.replace(endpoint.api_key, "(the key)")
             text = text[:500]
         if response.status == 429 or response.status >= 500:
@@ -196,10 +196,10 @@ class Client:
         """
 
         async def ask(messages: Sequence[Message], turn: int) -> Reply:
-            # Also what the target itself said, in other tokens, in an earlier turn.
+            # Checks earlier answers of the target as well: it may have spelled one in plain tokens.
             if self._special and (token := self._special.first_in([messages, prompt.tools])):
                 raise Refused(REASON, token)
-            return await self._ask(prompt, messages, turn)
+            return await self._request(prompt, messages, turn)
 
         try:
             played: Played = await play(prompt, ask, self.config)
@@ -207,9 +207,9 @@ class Client:
             return Outcome(prompt, refused=refused)
         rows = tuple(to_rows(prompt, played, reasoning_end=self._reasoning_end))
         if not rows:
-            said = played.turns[-1].reply
-            reason = "only_reasoning" if said.answer_ids else "empty_answer"
-            return Outcome(prompt, refused=Refused(reason, said.finish_reason))
+            reply = played.turns[-1].reply
+            reason = "only_reasoning" if reply.answer_ids else "empty_answer"
+            return Outcome(prompt, refused=Refused(reason, reply.finish_reason))
         return Outcome(prompt, rows)
 
 

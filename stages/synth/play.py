@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One prompt played with the target, turn by turn, and what was said as rows.
+"""Plays one prompt with the target, turn by turn, and turns the result into rows.
 
 Ids are the server's own. A conversation becomes one row where each turn's prompt begins with all ids
 before it; where it does not (the template drops earlier reasoning, or tokenises an answer otherwise
@@ -26,7 +26,7 @@ Ids = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the server answered."""
+    """The server's answer."""
 
     message: Message
     prompt_ids: Ids
