@@ -167,7 +167,7 @@ def _conversations(
     for row in rows:
         if len(found) == config.max_prompts:
             break
-        if isinstance(row, BadRow) and row.reason.startswith("duplicate"):
+        if isinstance(row, BadRow) and row.is_skipped:
             accounting.skip(row.row, row.reason, row.detail)
         elif isinstance(row, BadRow):
             accounting.fail(row.row, row.reason, row.detail)
