@@ -11,16 +11,17 @@ Worked example: a prompt of 3 tokens and an answer of 2 (its end-of-turn token i
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
 from shared.io.files import atomic_path, require_file
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 PART_GLOB = "part-*.parquet"
-_MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls")
+_MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,17 @@ def spans_of(mask: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """
     edges = [i for i, pair in enumerate(itertools.pairwise([0, *mask, 0])) if pair[0] != pair[1]]
     return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+def text_columns(messages: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], ...]:
+    """Messages as the Parquet columns hold them, which is text: tool calls as JSON."""
+    rows = []
+    for message in messages:
+        row = {key: message[key] for key in _MESSAGE_KEYS if message.get(key)}
+        if "tool_calls" in row:
+            row["tool_calls"] = json.dumps(row["tool_calls"], ensure_ascii=False)
+        rows.append({"content": "", **row})
+    return tuple(rows)
 
 
 def arrow_schema() -> Any:

@@ -1,151 +1,147 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished conversation as token ids, and which of them the assistant said.
+"""Where a target keeps its chat templates, and which one a run uses.
 
-For conversations that nobody regenerates: there is no server to tell the ids, so the target's own
-chat template does. Where it marks the assistant's part (`{% generation %}`), one call gives ids and
-mask. Where it does not, each turn is rendered with and without its answer, and what the answer adds
-is the span; every prefix must hold as text and as tokens, else the row is refused, not guessed.
-
-Worked example, a template `<user>q<end><assistant>a<end>` of one token a piece:
-
-    whole conversation   <user> q <end> <assistant> a <end>      ids 1 10 2 3 20 2
-    asked, with prompt   <user> q <end> <assistant>              ids 1 10 2 3
-    span                                            a <end>      [4, 6)
+In order: the recipe's `run.chat_template`; `chat_template.jinja`; `chat_template` in
+`tokenizer_config.json`, one or a list of named ones; `chat_template.json` or `processor_config.json`, as
+processors have it. `additional_chat_templates/<name>.jinja` adds named ones.
 """
 
-import dataclasses
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from shared.contracts.conversations import spans_of
-from shared.prompts.rows import Message
+from shared.config import RunConfig
+from shared.errors import UserError
+from shared.io.files import read_json, read_text, sha256, write_text
+from shared.paths import find_input
 
-_MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TEMPLATE_PATTERNS = (
+    "*.jinja",
+    "chat_template*",
+    "processor_config.json",
+    "additional_chat_templates/*.jinja",
+)
+_DEFAULT = "default"
 
-Span = tuple[int, int]
-
-
-class TemplateMismatch(ValueError):
-    """The template does not tell which tokens the assistant said."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Renderer:
-    tokenizer: Any
-    messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...] | None
-
-    def text(self, end: int, *, answering: bool) -> str:
-        """The first `end` messages; `answering` adds what stands before an answer."""
-        return str(self._apply(self.messages[:end], add_generation_prompt=answering))
-
-    def _apply(self, messages: Sequence[Message], **how: Any) -> Any:
-        return self.tokenizer.apply_chat_template(
-            list(messages), tools=self.tools, tokenize=False, **how
-        )
-
-    def ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def marked(self) -> tuple[list[int], list[int]]:
-        """Ids and mask from the template's own marks."""
-        encoded = self.tokenizer.apply_chat_template(
-            list(self.messages),
-            tools=self.tools,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+Template = str | dict[str, str]
 
 
-def for_template(message: Message) -> Message:
-    """The message as templates expect it: a tool call's arguments as a mapping, not as JSON."""
-    if "tool_calls" not in message:
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = dict(call["function"])
-        if isinstance(function.get("arguments"), str):
-            try:
-                function["arguments"] = json.loads(function["arguments"])
-            except ValueError as error:
-                raise TemplateMismatch(f"a tool call's arguments are no JSON: {error}") from error
-        calls.append({**call, "function": function})
-    return {**message, "tool_calls": calls}
-
-
-def tokenize_conversation(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]] | None = None,
-    *,
-    last_only: bool = False,
-) -> tuple[tuple[int, ...], tuple[Span, ...]]:
-    """Token ids of a conversation, and the half-open ranges that the assistant said.
+def find_template(folder: Path, chosen: str | None, workspace: Path) -> Template:
+    """The template's text, or the named ones where a target has several.
 
     Args:
-        last_only: only the last answer's range; what to ask where the template shows earlier
-            answers otherwise than it showed them when they were the last (dropped reasoning).
+        chosen: `run.chat_template`: a file, or the name of one of the target's templates.
 
     Raises:
-        TemplateMismatch: the template refuses the messages, or its prefixes do not hold.
+        UserError: there is none, or none of that name, or several without a default.
     """
-    from jinja2 import TemplateError
+    named = dict(_named_templates(folder))
+    if chosen is not None:
+        path = find_input(chosen, workspace)
+        if path is not None and path.is_file():
+            return _template_in(path)
+        if chosen in named:
+            return named[chosen]
+        raise UserError(
+            f"run.chat_template: expected a file or one of {folder}'s templates "
+            f"({', '.join(sorted(named)) or 'it has none'}), found {chosen!r}.",
+            code="chat-template-not-found",
+            remedy="Give the path of a Jinja file, relative to the workspace or absolute.",
+            facts={"chat_template": chosen, "named": sorted(named)},
+        )
+    if not named:
+        raise UserError(
+            f"{folder}: expected a chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json), found none.",
+            code="no-chat-template",
+            remedy="Put the model family's template there, or set run.chat_template to its file: "
+            "without one, messages cannot become tokens.",
+            facts={"target": str(folder)},
+        )
+    if _DEFAULT not in named:
+        raise UserError(
+            f"{folder}: expected a default among its chat templates, found {sorted(named)} alone.",
+            code="chat-template-not-chosen",
+            remedy=f"Set run.chat_template to one of them, e.g. {min(named)}.",
+            facts={"target": str(folder), "named": sorted(named)},
+        )
+    return named if len(named) > 1 else named[_DEFAULT]
 
-    shown = tuple(for_template(message) for message in messages)
-    answers = [i for i, message in enumerate(shown) if message["role"] == "assistant"]
-    if not answers:
-        raise TemplateMismatch("the conversation has no answer")
-    if last_only:
-        shown, answers = shown[: answers[-1] + 1], answers[-1:]
-    renderer = _Renderer(tokenizer, shown, tuple(tools) if tools else None)
+
+def require_chat_template(
+    folder: Path, chosen: str | None = None, workspace: Path = Path()
+) -> None:
+    """Refuse a target that cannot turn messages into tokens.
+
+    Raises:
+        UserError: as `find_template`.
+    """
+    find_template(folder, chosen, workspace)
+
+
+def template_inputs(folder: Path, run: RunConfig, workspace: Path) -> dict[str, str]:
+    """The recipe's own template as an input of an artifact: its text, wherever the file lies."""
+    if run.chat_template is None:
+        return {}
+    path = find_input(run.chat_template, workspace)
+    if path is not None and path.is_file():
+        return {"chat_template": sha256(path)}
+    require_chat_template(folder, run.chat_template, workspace)
+    return {}  # one of the target's own: the tokenizer's hash covers it
+
+
+def template_file(folder: Path, run: RunConfig, workspace: Path, into: Path) -> Path | None:
+    """What vLLM's `--chat-template` needs: None where the server finds the template by itself.
+
+    Args:
+        into: file to write the template to, where it is no file of its own.
+    """
+    by_itself = (folder / "chat_template.jinja").exists() or "chat_template" in _json(
+        folder / "tokenizer_config.json"
+    )
+    if run.chat_template is None and by_itself:
+        return None
+    path = find_input(run.chat_template, workspace) if run.chat_template else None
+    if path is not None and path.is_file() and path.suffix != ".json":
+        return path
+    template = find_template(folder, run.chat_template, workspace)
+    write_text(into, template if isinstance(template, str) else template[_DEFAULT])
+    return into
+
+
+def _named_templates(folder: Path) -> Iterator[tuple[str, str]]:
+    """Every template by name; a later one replaces an earlier one of its name."""
+    for name in ("processor_config.json", "chat_template.json", "tokenizer_config.json"):
+        yield from _named(_json(folder / name).get("chat_template"))
+    for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        yield path.stem, read_text(path)
+    if (folder / "chat_template.jinja").exists():
+        yield _DEFAULT, read_text(folder / "chat_template.jinja")
+
+
+def _named(value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str) and value:
+        yield _DEFAULT, value
+    elif isinstance(value, dict):
+        yield from ((str(name), text) for name, text in value.items() if isinstance(text, str))
+    elif isinstance(value, list):
+        for each in value:
+            if isinstance(each, dict) and isinstance(each.get("template"), str):
+                yield str(each.get("name", _DEFAULT)), each["template"]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value = read_json(path) if path.exists() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _template_in(path: Path) -> Template:
+    text = read_text(path)
+    if path.suffix != ".json":
+        return text
     try:
-        if _MARKS_ANSWERS.search(tokenizer.get_chat_template(tools=renderer.tools)):
-            ids, mask = renderer.marked()
-            spans = spans_of(mask)
-            if len(spans) < len(answers):
-                raise TemplateMismatch(f"{len(answers)} answers, {len(spans)} marked by template")
-            return tuple(ids), spans[-1:] if last_only else spans
-        return _by_prefixes(renderer, answers)
-    # A template is a program that came with the target: it may fail like any other.
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
-        if isinstance(error, TemplateMismatch):
-            raise
-        raise TemplateMismatch(f"the template refuses the messages: {error}") from error
-
-
-def _by_prefixes(
-    renderer: _Renderer, answers: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[Span, ...]]:
-    whole = renderer.text(len(renderer.messages), answering=False)
-    ids = renderer.ids(whole)
-    spans = []
-    for turn in answers:
-        asked = renderer.text(turn, answering=True)
-        answered = renderer.text(turn + 1, answering=False)
-        if not (answered.startswith(asked) and whole.startswith(answered)):
-            raise TemplateMismatch(f"message {turn} is shown otherwise in the whole conversation")
-        before, after = renderer.ids(asked), renderer.ids(answered)
-        if ids[: len(before)] != before or ids[: len(after)] != after:
-            raise TemplateMismatch(f"message {turn}: tokens reach over the answer's edge")
-        start, end = len(before), _end_of_turn(renderer.tokenizer, ids, len(before), len(after))
-        if start < end:
-            spans.append((start, end))
-    return tuple(ids), tuple(spans)
-
-
-def _end_of_turn(tokenizer: Any, ids: Sequence[int], start: int, end: int) -> int:
-    """One past the answer's last special token: what the template adds after it, nobody said."""
-    special = {token_id for token_id, t in tokenizer.added_tokens_decoder.items() if t.special}
-    marks = [position for position in range(start, end) if ids[position] in special]
-    return marks[-1] + 1 if marks else end
+        named = dict(_named(json.loads(text).get("chat_template")))
+    except (ValueError, AttributeError):
+        named = {}
+    return named.get(_DEFAULT) or named or text

@@ -24,7 +24,8 @@ from shared.prompts.rows import BadRow
 from shared.prompts.sources import Source
 from shared.runtime.status import Accounting, Status
 from shared.target import model as target
-from shared.target.tokenizer import require_chat_template, tokenizer_hash
+from shared.target.templates import require_chat_template, template_inputs
+from shared.target.tokenizer import tokenizer_hash
 from stages.bench import head_check
 from stages.bench.config import BenchConfig, CompareConfig
 from stages.bench.measure import plans
@@ -131,7 +132,8 @@ def find_subject(config: BenchConfig) -> Subject:
         )
         subject.inputs["head"] = target.weights_hash(subject.head)
     folder = target.locate(config.run.target, config.workspace, revision=config.run.target_revision)
-    require_chat_template(folder)
+    require_chat_template(folder, config.run.chat_template, config.workspace)
+    subject.inputs |= template_inputs(folder, config.run, config.workspace)
     subject.target = folder
     subject.inputs["target"] = target.weights_hash(folder)
     subject.inputs["tokenizer"] = tokenizer_hash(folder)

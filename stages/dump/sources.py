@@ -2,7 +2,7 @@
 """Where the rows come from: synth's artifact of the same run, finished conversations, or states.
 
 Conversations that nobody regenerates get their token ids and answer spans from the target's own chat
-template (`shared/target/templates.py`); a row for which the template cannot tell them is left out, with its
+template (`shared/conversations`); a row for which the template cannot tell them is left out, with its
 reason. The target did not say these answers, so they are no measure of its states. Hidden states
 that were made elsewhere bring ids and masks along.
 """
@@ -11,28 +11,24 @@ import abc
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shared.artifacts.checksums import require_unchanged
 from shared.artifacts.manifest import require_parent
+from shared.config import RunConfig
 from shared.contracts import conversations, layers
 from shared.contracts.conversations import Conversation, spans_of
 from shared.errors import UserError
 from shared.paths import find_input
 from shared.prompts import sources
-from shared.prompts.rows import BadRow, Prompt, is_name
+from shared.prompts.rows import BadRow, is_name
 from shared.runtime.status import Accounting
 from shared.target import model as target
-from shared.target.special_tokens import REASON, Policy, SpecialTokens
-from shared.target.templates import TemplateMismatch, tokenize_conversation
-from shared.target.tokenizer import (
-    load_tokenizer,
-    require_chat_template,
-    tokenizer_hash,
-    vocabulary_hash,
-)
+from shared.target.special_tokens import Policy
+from shared.target.templates import require_chat_template, template_inputs
+from shared.target.tokenizer import load_chat_tokenizer, tokenizer_hash, vocabulary_hash
 from stages.dump.config import DumpConfig
 
 _WHAT = "dump.conversations"
@@ -110,30 +106,30 @@ class PlainRows(RowSource):
     source: sources.Source
     workspace: Path
     inputs: Mapping[str, str]
-    trust_remote_code: bool
+    run: RunConfig
     special_token_text: Policy
     parents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     is_greedy: bool = False
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
-        tokenizer = load_tokenizer(target_folder, trust_remote_code=self.trust_remote_code)
-        special = SpecialTokens(tokenizer) if self.special_token_text == "skip" else None
+        # Here, not above: an artifact that is done already must not wait for a tokenizer.
+        from shared.conversations.reader import ConversationReader, Refused
+
+        tokenizer = load_chat_tokenizer(target_folder, self.run, self.workspace)
+        reader = ConversationReader(tokenizer, self.run, self.special_token_text)
         read = sources.read_source(self.source, self.workspace, label=_WHAT)
         for prompt in sources.without_duplicates(read):
             if isinstance(prompt, BadRow):
                 account = accounting.skip if prompt.is_skipped else accounting.fail
                 account(prompt.row, prompt.reason, prompt.detail)
                 continue
-            if special and (token := special.first_in([prompt.conversation, prompt.tools])):
-                accounting.skip(prompt.sample_id, REASON, token)
-                continue
             try:
-                yield tokenized(tokenizer, prompt)
-            except TemplateMismatch as mismatch:
-                accounting.skip(prompt.sample_id, "template_mismatch", str(mismatch)[:200])
+                yield from reader.rows(prompt)
+            except Refused as refused:
+                accounting.skip(prompt.sample_id, refused.reason, refused.detail)
 
     def require_target(self, target_folder: Path, target_hash: str) -> None:
-        require_chat_template(target_folder)
+        require_chat_template(target_folder, self.run.chat_template, self.workspace)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +161,19 @@ class StateRows(RowSource):
             except UserError as error:
                 accounting.fail(sample_id, "unreadable", str(error))
                 continue
-            yield _row(sample_id, ids, spans_of(mask))
+            answered = sum(mask)
+            yield Conversation(
+                sample_id=sample_id,
+                conversation_id=sample_id,
+                source="",
+                category="",
+                messages=(),
+                input_ids=tuple(ids),
+                loss_spans=spans_of(mask),
+                finish_reason="",
+                num_prompt_tokens=len(ids) - answered,
+                num_completion_tokens=answered,
+            )
 
     def require_target(self, target_folder: Path, target_hash: str) -> None:
         """Nothing in the files names a target; their sizes and `parity` tell."""
@@ -174,46 +182,6 @@ class StateRows(RowSource):
 def state_files(folder: Path) -> list[Path]:
     """Every `.pt` below `folder`, in an order that never changes."""
     return sorted(folder.rglob("*.pt"))
-
-
-def tokenized(tokenizer: Any, prompt: Prompt) -> Conversation:
-    """A finished conversation as a row.
-
-    Where the template shows earlier answers otherwise than it showed them when they were the last
-    (reasoning is dropped from them), only the last answer's tokens are what the target would say.
-
-    Raises:
-        TemplateMismatch: the template does not tell which tokens are the answers.
-    """
-    messages, tools = prompt.conversation, prompt.tools or None
-    try:
-        ids, spans = tokenize_conversation(tokenizer, messages, tools)
-    except TemplateMismatch:
-        ids, spans = tokenize_conversation(tokenizer, messages, tools, last_only=True)
-    return _row(prompt.sample_id, ids, spans, source=prompt.source, category=prompt.category)
-
-
-def _row(
-    sample_id: str,
-    ids: Sequence[int],
-    spans: Sequence[tuple[int, int]],
-    *,
-    source: str = "",
-    category: str = "",
-) -> Conversation:
-    answered = sum(end - start for start, end in spans)
-    return Conversation(
-        sample_id=sample_id,
-        conversation_id=sample_id,
-        source=source,
-        category=category,
-        messages=(),
-        input_ids=tuple(ids),
-        loss_spans=tuple(spans),
-        finish_reason="",
-        num_prompt_tokens=len(ids) - answered,
-        num_completion_tokens=answered,
-    )
 
 
 def open_source(config: DumpConfig) -> RowSource:
@@ -231,8 +199,12 @@ def open_source(config: DumpConfig) -> RowSource:
         return PlainRows(
             source,
             config.workspace,
-            {"conversations": digest, "tokenizer": tokenizer_hash(target_folder)},
-            trust_remote_code=config.run.trust_remote_code,
+            {
+                "conversations": digest,
+                "tokenizer": tokenizer_hash(target_folder),
+                **template_inputs(target_folder, config.run, config.workspace),
+            },
+            run=config.run,
             special_token_text=config.special_token_text,
         )
     folder = config.paths.stage("synth")

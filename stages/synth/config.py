@@ -17,6 +17,7 @@ _OWN_OPTIONS = {
     "revision": "run.target_revision",
     "max-model-len": "run.max_length_tokens",
     "seed": "run.seed",
+    "chat-template": "run.chat_template",
     "trust-remote-code": "run.trust_remote_code",
     "dtype": "synth.dtype",
     "tensor-parallel-size": "synth.tensor_parallel_size",
@@ -30,7 +31,6 @@ _OWN_OPTIONS = {
 }
 # Server options that change what the target answers, and so belong to the fingerprint.
 _CHANGE_ANSWERS = {
-    "chat-template",
     "hf-overrides",
     "kv-cache-dtype",
     "load-format",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.target.templates import template_file
 from shared.vllm.server import MODEL_NAME, start_server
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
@@ -27,6 +28,9 @@ def _options(config: SynthConfig, target: Path) -> dict[str, Any]:
         "tool-call-parser": config.tool_call_parser,
         "enable-auto-tool-choice": config.tool_call_parser is not None,
         "seed": config.run.seed,
+        "chat-template": template_file(
+            target, config.run, config.workspace, config.paths.root / "chat_template.jinja"
+        ),
         # The recipe says how to sample; the target's generation_config.json must not.
         "generation-config": "vllm",
         "trust-remote-code": config.run.trust_remote_code,

@@ -17,7 +17,7 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from shared.contracts.conversations import Conversation
+from shared.contracts.conversations import Conversation, text_columns
 from shared.prompts.rows import Message, Prompt, Turn
 from stages.synth.config import SynthConfig
 
@@ -184,7 +184,7 @@ def to_rows(prompt: Prompt, played: Played, *, reasoning_end: Ids = ()) -> list[
                 conversation_id=prompt.sample_id,
                 source=prompt.source,
                 category=prompt.category,
-                messages=as_text(last.messages),
+                messages=text_columns(last.messages),
                 input_ids=last.reply.prompt_ids + last.reply.answer_ids,
                 loss_spans=tuple(spans),
                 # Why a conversation ended early is how it finished, on its last row.
@@ -195,16 +195,3 @@ def to_rows(prompt: Prompt, played: Played, *, reasoning_end: Ids = ()) -> list[
             )
         )
     return rows
-
-
-def as_text(messages: Sequence[Message]) -> tuple[dict[str, str], ...]:
-    """Messages for the Parquet columns, which hold text: tool calls as JSON."""
-    plain = []
-    for message in messages:
-        row = {"role": message["role"], "content": message.get("content") or ""}
-        if message.get("reasoning_content"):
-            row["reasoning_content"] = message["reasoning_content"]
-        if message.get("tool_calls"):
-            row["tool_calls"] = json.dumps(message["tool_calls"], ensure_ascii=False)
-        plain.append(row)
-    return tuple(plain)

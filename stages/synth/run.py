@@ -19,7 +19,8 @@ from shared.runtime.process import Share, stop_if_requested
 from shared.runtime.status import Accounting, Status
 from shared.target import model as target
 from shared.target.special_tokens import REASON as SPECIAL_TOKEN
-from shared.target.tokenizer import require_chat_template, tokenizer_hash, vocabulary_hash
+from shared.target.templates import require_chat_template, template_inputs
+from shared.target.tokenizer import tokenizer_hash, vocabulary_hash
 from stages.synth import mixture, parts
 from stages.synth.config import SynthConfig
 
@@ -42,7 +43,9 @@ def run(config: SynthConfig) -> None:
         config.run.target, config.workspace, revision=config.run.target_revision
     )
     target.read_config(target_folder, trust_remote_code=config.run.trust_remote_code)
-    require_chat_template(target_folder)
+    if config.server_args.get("tokenizer-mode") != "mistral":  # which brings its own rendering
+        require_chat_template(target_folder, config.run.chat_template, config.workspace)
+    inputs |= template_inputs(target_folder, config.run, config.workspace)
     inputs["target"] = target.weights_hash(target_folder)
     inputs["tokenizer"] = tokenizer_hash(target_folder)
     artifact = Artifact(config.paths.stage("synth"), config, inputs=inputs)

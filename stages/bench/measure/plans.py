@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import is_plain_url
+from shared.conversations.template import ChatTemplate
 from shared.errors import UserError
 from shared.prompts.rows import Prompt
 from shared.target import model as target
-from shared.target.templates import for_template
-from shared.target.tokenizer import load_tokenizer
+from shared.target.tokenizer import load_chat_tokenizer
 from stages.bench.config import BenchConfig
 from stages.bench.figures.metrics import needed_model_len
 from stages.bench.measure.loads import Conversation, Load, Message, by_category, loads_of
@@ -102,14 +102,7 @@ def prompt_ids(
     template_kwargs: Mapping[str, Any],
 ) -> list[int]:
     """A chat as the engine gets it, up to where the target speaks."""
-    encoded = tokenizer.apply_chat_template(
-        [for_template(message) for message in messages],
-        tools=list(tools) or None,
-        add_generation_prompt=True,
-        return_dict=True,
-        **template_kwargs,
-    )
-    return list(encoded["input_ids"])
+    return ChatTemplate(tokenizer, template_kwargs).prompt_ids(messages, tools)
 
 
 def check_room(name: str, prompt_tokens: int, max_tokens: int, depth: int, limit: int) -> None:
@@ -142,7 +135,7 @@ def _longest_row(
     Raises:
         UserError: the target cannot hold a row; it is named.
     """
-    tokenizer = load_tokenizer(folder, trust_remote_code=config.run.trust_remote_code)
+    tokenizer = load_chat_tokenizer(folder, config.run, config.workspace)
     answer, depth = max(config.max_tokens), max(config.num_speculative_tokens)
     longest = 0
     for conversation in [*conversations, *warmup()]:

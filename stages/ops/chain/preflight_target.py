@@ -13,7 +13,7 @@ from shared.io.safetensors_files import TensorInfo
 from shared.paths import RunPaths, find_input
 from shared.target import model as target
 from shared.target.model import TargetConfig
-from shared.target.tokenizer import require_chat_template
+from shared.target.templates import require_chat_template
 from stages.ops.chain import sizes
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.processes import Step
@@ -55,7 +55,7 @@ def target_problems(
         config = target.read_config(folder, trust_remote_code=run["trust_remote_code"])
         is_whole = tensors is None
         if is_whole and any(step.stage in ("synth", "bench") for step in users):
-            require_chat_template(folder)
+            require_chat_template(folder, run["chat_template"], paths.workspace)
         if tensors is None:
             tensors = safetensors_files.list_tensors(folder)
     except EyrieError as error:

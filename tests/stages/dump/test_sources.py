@@ -81,7 +81,7 @@ def test_json_lines(workspace: Path) -> None:
     assert manifest["counts"] == {
         "in": 5,
         "ok": 2,
-        "skipped": {"template_mismatch": 1},
+        "skipped": {"no_answer": 1},
         "failed": {"broken_json": 1, "two_assistant_turns": 1},
     }
     assert manifest["parents"] == {}
@@ -142,11 +142,13 @@ def test_parquet(workspace: Path) -> None:
     assert answers(workspace, shard, 0).count("<|im_end|>") == 2
 
 
-def test_where_earlier_answers_change_the_last_alone_is_trained(workspace: Path) -> None:
+def test_where_earlier_answers_change_each_answer_is_a_row(workspace: Path) -> None:
     (workspace / "tiny" / "chat_template.jinja").write_text(UNSTABLE_TEMPLATE)
     (workspace / "chats.jsonl").write_text(json.dumps(ROWS[0]))
     _, shard = run(workspace, "chats.jsonl")
-    assert answers(workspace, shard, 0) == "An immutable one.<|im_end|>"
+    assert shard.sample_ids == ["good/0", "good/1"]
+    assert answers(workspace, shard, 0) == "A mutable sequence.<|im_end|>"
+    assert answers(workspace, shard, 1) == "An immutable one.<|im_end|>"
 
 
 def test_nothing_there_or_no_template_is_refused(workspace: Path) -> None:

@@ -63,7 +63,7 @@ def test_damaged_or_foreign_parquet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="part-00000"):
         list(conversations.read_part(path))
     pq.write_table(pa.table({"x": [1]}), path)
-    with pytest.raises(UserError, match="schema version 1, found version none"):
+    with pytest.raises(UserError, match="schema version 2, found version none"):
         list(conversations.read_part(path))
     conversations.write_part(path, [row(loss_spans=((3, 9),))])
     with pytest.raises(UserError, match="do not fit"):

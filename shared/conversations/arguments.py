@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a tool call's arguments end in rendered text: as JSON, as JSON in a string, or item by item."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+_DECODER = json.JSONDecoder()
+
+
+def arguments_end(text: str, start: int, stop: int, arguments: Any) -> int | None:
+    """One past the arguments in `text[start:stop]`; None where they are not all there.
+
+    Args:
+        arguments: a mapping, or text that is no JSON object.
+    """
+    window = text[start:stop]
+    if isinstance(arguments, str):
+        index = window.find(arguments)
+        return start + index + len(arguments) if index >= 0 else None
+    for index, value, end in _json_values(window):
+        if value == arguments or _is_json_of(value, arguments):
+            return start + index + end
+    for items in (arguments.items(), sorted(arguments.items())):
+        if (found := _after_items(window, 0, items)) is not None:
+            return start + found
+    return None
+
+
+def _json_values(window: str) -> Iterator[tuple[int, Any, int]]:
+    for index, character in enumerate(window):
+        if character in '{"':
+            try:
+                value, end = _DECODER.raw_decode(window[index:])
+            except (ValueError, RecursionError):
+                continue
+            yield index, value, end
+
+
+def _is_json_of(value: Any, arguments: Any) -> bool:
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return False
+    try:
+        return bool(json.loads(value) == arguments)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _after_items(window: str, position: int, items: Any) -> int | None:
+    """The position after every key and value in turn, however they are spelled."""
+    for key, value in items:
+        index = window.find(str(key), position)
+        if index < 0:
+            return None
+        found = _after_value(window, index + len(str(key)), value)
+        if found is None:
+            return None
+        position = found
+    return position
+
+
+def _after_value(window: str, position: int, value: Any) -> int | None:
+    ends = [
+        index + len(text)
+        for text in _spellings(value)
+        if (index := window.find(text, position)) >= 0
+    ]
+    if ends:
+        return min(ends)
+    if isinstance(value, dict):
+        return _after_items(window, position, value.items())
+    if isinstance(value, list):
+        for each in value:
+            found = _after_value(window, position, each)
+            if found is None:
+                return None
+            position = found
+        return position
+    return None
+
+
+def _spellings(value: Any) -> set[str]:
+    if isinstance(value, str):
+        escaped = {json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)}
+        return {value, value.strip(), repr(value)[1:-1], *escaped}
+    return {
+        str(value),
+        json.dumps(value),
+        json.dumps(value, ensure_ascii=False),
+        json.dumps(value, separators=(",", ":"), ensure_ascii=False),
+    }

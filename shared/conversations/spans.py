@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token ids of a finished conversation, and the ranges of them that the assistant said.
+
+What is trained of an answer is what the target would have generated: its text and the token that ends
+its turn. Where an answer has reasoning or tool calls, the marks around them are generated too, back to
+where the engine's prompt ends. What the template adds (headers, an empty thinking block, the line end
+or the final token after a turn's end) is context. Each range is proved twice: as text, against the
+same rendering with placeholders (`placeholders.py`); as tokens, by decoding it again.
+
+Worked example, a template `<user>q<end><assistant>a<end>` of one token a piece:
+
+    whole conversation   <user> q <end> <assistant> a <end>      ids 1 10 2 3 20 2
+    prompt               <user> q <end> <assistant>              ids 1 10 2 3
+    span                                            a <end>      [4, 6)
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from shared.conversations.arguments import arguments_end
+from shared.conversations.placeholders import Located, Piece, locate, replaced, require_all
+from shared.conversations.template import (
+    ChatTemplate,
+    Shape,
+    TemplateMismatch,
+    common_length,
+    parsed_arguments,
+    shapes_for,
+)
+from shared.prompts.rows import Message
+
+Span = tuple[int, int]
+_PROBE = "Zq0y0qZ"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """Some messages as token ids, and the half-open ranges that the assistant said."""
+
+    messages: tuple[Message, ...]
+    input_ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+
+def tokenize(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Any] = (),
+    *,
+    train_reasoning: bool = True,
+) -> list[Tokenized]:
+    """A finished conversation as one row, or as one row per answer.
+
+    One row per answer where the template shows an earlier answer, or what precedes it, otherwise
+    than it did when that answer was given (reasoning is dropped from history): each was said so.
+
+    Raises:
+        TemplateMismatch: for an answer, naming it: no row of the conversation can be trusted.
+    """
+    ends = [index + 1 for index, each in enumerate(messages) if each["role"] == "assistant"]
+    if not ends:
+        raise TemplateMismatch("the conversation has no answer")
+    try:
+        whole = messages[: ends[-1]]
+        return [_in_some_shape(template, whole, tools, train_reasoning, last_only=False)]
+    except TemplateMismatch:
+        parts = (messages[:end] for end in ends)
+        return [
+            _in_some_shape(template, part, tools, train_reasoning, last_only=True) for part in parts
+        ]
+
+
+def _in_some_shape(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    train_reasoning: bool,
+    *,
+    last_only: bool,
+) -> Tokenized:
+    problem: TemplateMismatch | None = None
+    for shape in shapes_for(messages, asks_for_none=template.asks_for_none(tools)):
+        try:
+            rendering = _Rendering(template, tuple(messages), tuple(tools), shape, train_reasoning)
+            return rendering.tokenized(last_only=last_only)
+        except TemplateMismatch as error:
+            problem = problem or error  # the usual form's is the one to tell
+    raise problem or TemplateMismatch("the conversation has no messages")
+
+
+class _Rendering:
+    """One conversation in one form."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: tuple[Message, ...],
+        tools: tuple[Any, ...],
+        shape: Shape,
+        train_reasoning: bool,
+    ) -> None:
+        self.template, self.messages, self.tools, self.shape = template, messages, tools, shape
+        self.train_reasoning = train_reasoning
+        self.whole = self._render(messages)
+        self.ids = template.ids(self.whole)
+
+    @property
+    def _ends(self) -> frozenset[str]:
+        return self.template.end_tokens(self.shape.as_parts, bool(self.tools))
+
+    def _render(self, messages: Sequence[Message], *, asking: bool = False) -> str:
+        return self.template.render(messages, self.tools, shape=self.shape, asking=asking)
+
+    def tokenized(self, *, last_only: bool) -> Tokenized:
+        """Ids and spans: of every answer, or of the last one as it was given.
+
+        Raises:
+            TemplateMismatch: an answer is not shown whole, or its tokens are not its own.
+        """
+        answers = [i for i, each in enumerate(self.messages) if each["role"] == "assistant"]
+        answers = answers[-1:] if last_only else answers
+        located = self._located(answers)
+        spans = []
+        for number, index in enumerate(answers):
+            own = [each for each in located if each.piece.message == index]
+            # A tool's result may repeat the name of its call.
+            own = [
+                each for n, each in enumerate(own) if each.piece not in [o.piece for o in own[:n]]
+            ]
+            later = [each.start for each in located if each.piece.message > index]
+            limit = min(later, default=len(self.whole))
+            spans.append(self._span(index, own, limit, may_search=last_only))
+            if number and spans[-1][0] < spans[-2][1]:
+                raise TemplateMismatch(f"message {index} does not follow the answer before it")
+        return Tokenized(self.messages, tuple(self.ids), tuple(spans))
+
+    def _located(self, answers: Sequence[int]) -> list[Located]:
+        changed, pieces = replaced(self.messages, answers, self.whole)
+        try:
+            skeleton = self._render(changed)
+            located = locate(skeleton, self.whole, pieces)
+        except TemplateMismatch:
+            if any(piece.kind != "content" for piece in pieces.values()):
+                raise
+            return [self._after_prompt(piece) for piece in pieces.values()]
+        require_all(pieces, located, reasoning=self.train_reasoning)
+        return located
+
+    def _after_prompt(self, piece: Piece) -> Located:
+        """A content that stands just after what precedes it: for templates that look into it."""
+        start = self._prompt_end(piece.message)
+        if start is None:
+            raise TemplateMismatch(f"{piece} is shown otherwise than it was given")
+        plain, _ = self._around_plain_answer(piece.message)
+        start = max(start, len(plain) if self.whole.startswith(plain) else 0)
+        for text in (piece.text, piece.text.strip()):
+            index = self.whole.find(text, start)
+            if index >= 0 and not self.whole[start:index].strip():
+                return Located(piece, index, index + len(text))
+        raise TemplateMismatch(f"{piece} is shown otherwise than it was given")
+
+    def _prompt_end(self, index: int) -> int | None:
+        """Where the engine's prompt for this answer ends, if the text begins with that prompt."""
+        asked = self._render(self.messages[:index], asking=True)
+        return len(asked) if self.whole.startswith(asked) else None
+
+    def _header(self, index: int) -> str:
+        """What the template adds when it asks for this answer."""
+        asked = self._render(self.messages[:index], asking=True)
+        return asked[common_length(asked, self._render(self.messages[:index])) :]
+
+    def _header_end(self, index: int, before: int) -> int | None:
+        """One past this answer's header, which ends before `before`; None if it is not there."""
+        header = self._header(index)
+        previous = common_length(self.whole, self._render(self.messages[:index]))
+        at = self.whole.rfind(header, previous, before) if header else -1
+        said = self.messages[index - 1]["content"].strip()
+        if said and said in self.whole[at:before]:  # an earlier answer's header
+            return None
+        return at + len(header) if at >= 0 else None
+
+    def _around_plain_answer(self, index: int) -> tuple[str, str]:
+        """The text before and after a plain answer in this answer's place; '' if it is not shown."""
+        probe = {"role": "assistant", "content": _PROBE}
+        before, _, after = self._render([*self.messages[:index], probe]).partition(_PROBE)
+        return ("", "") if _PROBE in after else (before, after)
+
+    def _span(
+        self, index: int, located: Sequence[Located], limit: int, *, may_search: bool
+    ) -> Span:
+        trained = [
+            each for each in located if each.piece.kind != "reasoning" or self.train_reasoning
+        ]
+        if not trained:
+            raise TemplateMismatch(f"message {index} says nothing")
+        self._require_no_filler(index)
+        prompt_end = self._prompt_end(index)
+        if prompt_end is None and not may_search:
+            raise TemplateMismatch(f"message {index} is shown otherwise than when it was given")
+        if prompt_end is None:
+            prompt_end = self._header_end(index, located[0].start)
+        if prompt_end is not None and prompt_end > located[0].start:
+            raise TemplateMismatch(f"message {index} begins within the prompt for it")
+        start = self._start(index, located, trained, prompt_end)
+        end = self._end(index, trained, limit)
+        return self._tokens(index, start, end, prompt_end)
+
+    def _require_no_filler(self, index: int) -> None:
+        """Refuse a template that writes words of its own where the content is empty.
+
+        Where the template asks for None (`empty_as_none`), both cases may look quite different.
+        """
+        message = self.messages[index]
+        if message["content"].strip() or self.shape.empty_as_none:
+            return
+        before = self.messages[:index]
+        filled = self._render([*before, {**message, "content": _PROBE}]).replace(_PROBE, "", 1)
+        if "".join(filled.split()) != "".join(self._render([*before, message]).split()):
+            raise TemplateMismatch(f"message {index}: its empty content is shown as something else")
+
+    def _start(
+        self,
+        index: int,
+        located: Sequence[Located],
+        trained: Sequence[Located],
+        prompt_end: int | None,
+    ) -> int:
+        lead = trained[0]
+        if lead is not located[0] or lead.piece.kind == "content":
+            if any(each.start > lead.start for each in located if each not in trained):
+                raise TemplateMismatch(f"message {index}: its reasoning follows its answer")
+            masked = located[0] if lead.piece.kind == "name" and lead is not located[0] else None
+            return self._after_reasoning(index, masked, lead) if masked else lead.start
+        plain, _ = self._around_plain_answer(index)
+        if plain and self.whole.startswith(plain):
+            return max(len(plain), prompt_end or 0)
+        if prompt_end is None:
+            raise TemplateMismatch(f"{lead.piece}: the template does not show where that begins")
+        if not self._header(index):  # it is still to come
+            return max(prompt_end, common_length(self.whole, plain))
+        return prompt_end
+
+    def _after_reasoning(self, index: int, masked: Located, lead: Located) -> int:
+        """Where a call begins that follows reasoning: after what closes that before any answer."""
+        texts = {"reasoning_content": _PROBE, "content": _PROBE}
+        probe = {"role": "assistant", **texts}
+        parts = self._render([*self.messages[:index], probe]).split(_PROBE)
+        gap = self.whole[masked.end : lead.start]
+        closed = len(parts) == 3 and gap.startswith(parts[1])
+        return masked.end + len(parts[1]) if closed else lead.start
+
+    def _end(self, index: int, trained: Sequence[Located], limit: int) -> int:
+        calls = self.messages[index].get("tool_calls", ())
+        if calls:
+            return self._end_of_calls(index, trained, limit)
+        last = trained[-1].end
+        token = self.template.token_at(self.whole, last)
+        if token in self._ends:
+            return self.whole.index(token, last) + len(token)
+        if self._ends:
+            after = self.whole[last : last + 20]
+            raise TemplateMismatch(f"message {index}: {after!r} stands between it and its end")
+        return last
+
+    def _end_of_calls(self, index: int, trained: Sequence[Located], limit: int) -> int:
+        shown = self._render(self.messages[: index + 1])
+        is_prefix = self.whole.startswith(shown)
+        stop = min(limit, len(shown)) if is_prefix else limit
+        last = self._arguments_end(index, trained, stop)
+        ends = [at + len(t) for t in self._ends if (at := self.whole.find(t, last, stop)) >= 0]
+        if not ends and is_prefix:
+            tail = self.whole[last:stop]
+            if not self._ends:
+                _, after = self._around_plain_answer(index)
+                return last + len(tail.removesuffix(after).rstrip())
+            special = [tail.rindex(t) + len(t) for t in self.template.special if t in tail]
+            return last + max(special, default=len(tail.rstrip()))
+        following = [each["content"].strip() for each in self.messages[index + 1 : index + 2]]
+        if not ends or any(text and text in self.whole[last : min(ends)] for text in following):
+            raise TemplateMismatch(f"message {index}: its tool calls have no end")
+        return min(ends)
+
+    def _arguments_end(self, index: int, trained: Sequence[Located], stop: int) -> int:
+        """One past the last piece, each call's arguments seen beside its name."""
+        before, last = 0, max(each.end for each in trained)
+        for number, call in enumerate(self.messages[index]["tool_calls"]):
+            names = [each for each in trained if each.piece.kind == "name"]
+            name = next(each for each in names if each.piece.call == number)
+            others = [each.start for each in names if each.piece.call > number]
+            until = min([*others, stop])
+            arguments = parsed_arguments(call["function"].get("arguments"))
+            end = arguments_end(self.whole, name.end, until, arguments)
+            if end is None and arguments_end(self.whole, before, name.start, arguments) is None:
+                raise TemplateMismatch(
+                    f"message {index}: a tool call's arguments are left out by the template"
+                )
+            before = end or name.end
+            last = max(last, before)
+        return last
+
+    def _tokens(self, index: int, start: int, end: int, prompt_end: int | None) -> Span:
+        """The characters `start` to `end` as a range of tokens that are theirs alone.
+
+        A token that joins the white space before an answer with its first word is the answer's.
+        """
+        starts = [start]
+        if prompt_end is not None and self.whole[prompt_end:start].isspace():
+            starts.append(prompt_end)
+        first = next((at for at in map(self._token_index, starts) if at is not None), None)
+        last = self._token_index(end)
+        if first is None or last is None:
+            raise TemplateMismatch(f"message {index}: a token reaches over the answer's edge")
+        text = self.template.text(self.ids[first:last])
+        if "".join(text.split()) != "".join(self.whole[start:end].split()):
+            raise TemplateMismatch(f"message {index}: its tokens do not spell its text")
+        return first, last
+
+    def _token_index(self, position: int) -> int | None:
+        """How many tokens end at this character; None where one reaches over it."""
+        ids = self.template.ids(self.whole[:position])
+        return len(ids) if self.ids[: len(ids)] == ids else None

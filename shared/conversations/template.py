@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chat template with its variables: messages in, text and token ids out.
+
+Templates differ in how they take a message: content as text or as parts, arguments of a tool call as
+a mapping or as JSON text, an empty content as "" or as None, reasoning under one of three keys. A
+`Shape` is one such form; a reader tries them in order and keeps the first that shows all was said.
+Templates that print today's date get a fixed one: the same row must give the same ids tomorrow.
+"""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from shared.prompts.rows import Message
+
+# Llama 3's own default, which its template prints where no date is given.
+FIXED_DATE = datetime.datetime(2024, 7, 26)
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_PROBE = tuple(f"Zq0x{number}qZ" for number in range(4))
+
+
+class TemplateMismatch(ValueError):
+    """The template does not show which tokens the assistant said."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A form in which messages are given to the template."""
+
+    as_parts: bool = False
+    arguments_as_text: bool = False
+    empty_as_none: bool = False
+    one_reasoning_key: bool = False
+
+    def __call__(self, message: Message) -> Message:
+        shaped = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+        if reasoning := message.get("reasoning_content"):
+            keys = REASONING_KEYS[:1] if self.one_reasoning_key else REASONING_KEYS
+            shaped |= dict.fromkeys(keys, reasoning)
+        if calls := message.get("tool_calls"):
+            shaped["tool_calls"] = [self._call(call) for call in calls]
+            if self.empty_as_none and not message["content"]:
+                return {**shaped, "content": None}
+        if self.as_parts:
+            shaped["content"] = [{"type": "text", "text": message["content"]}]
+        return shaped
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = dict(call["function"])
+        arguments = parsed_arguments(function.get("arguments"))
+        is_text = isinstance(arguments, str)
+        if self.arguments_as_text and not is_text:
+            raw = function.get("arguments")
+            arguments = raw if isinstance(raw, str) else json.dumps(arguments, ensure_ascii=False)
+        elif is_text and not self.arguments_as_text:
+            raise TemplateMismatch("a tool call's arguments are no JSON object")
+        return {**call, "function": {**function, "arguments": arguments}}
+
+
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items two sequences share at their beginning."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def parsed_arguments(raw: Any) -> Any:
+    """A tool call's arguments as a mapping; text that is no JSON object stays text."""
+    if not isinstance(raw, str):
+        return {} if raw is None else raw
+    try:
+        value = json.loads(raw or "{}")
+    except (ValueError, RecursionError):
+        return raw
+    return value if isinstance(value, dict) else raw
+
+
+def shapes_for(messages: Sequence[Message], *, asks_for_none: bool = True) -> Iterator[Shape]:
+    """Every form in which these messages can be given, the usual one first."""
+    has_calls = any(message.get("tool_calls") for message in messages)
+    has_reasoning = any(message.get("reasoning_content") for message in messages)
+    both, one = (False, True), (False,)
+    choices = [both, both if has_calls else one]
+    choices += [both if has_calls and asks_for_none else one, both if has_reasoning else one]
+    return itertools.starmap(Shape, sorted(itertools.product(*choices), key=sum))
+
+
+class ChatTemplate:
+    """The chat template of one tokenizer, rendered with the run's variables.
+
+    Args:
+        variables: `run.template_kwargs`.
+    """
+
+    def __init__(self, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self._variables = {"strftime_now": FIXED_DATE.strftime, **(variables or {})}
+        added = [token for token in tokenizer.added_tokens_decoder.values() if str(token)]
+        by_length = sorted({str(token) for token in added}, key=len, reverse=True)
+        self._added = re.compile(r"\s*(" + ("|".join(map(re.escape, by_length)) or "(?!)") + ")")
+        self.special = {str(token) for token in added if token.special}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] = (),
+        *,
+        shape: Shape = Shape(),
+        asking: bool = False,
+    ) -> str:
+        """The conversation as text; `asking` adds what stands before the next answer.
+
+        Raises:
+            TemplateMismatch: the template refuses the messages, or fails on them.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [shape(message) for message in messages],
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    add_generation_prompt=asking,
+                    **self._variables,
+                )
+            )
+        # A template is a program that came with the target: it may fail like any other.
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
+            if isinstance(error, TemplateMismatch):
+                raise
+            raise TemplateMismatch(f"the template refuses the messages: {error}") from error
+
+    def asks_for_none(self, tools: Sequence[Any] = ()) -> bool:
+        """Whether the template tells None from an empty text."""
+        source = self.tokenizer.get_chat_template(tools=list(tools) or None)
+        return "none" in source.lower()
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        """The tokens that an engine gets before it answers: in the first form that renders.
+
+        Raises:
+            TemplateMismatch: the template refuses the messages in every form.
+        """
+        problem = TemplateMismatch("no messages")
+        for shape in shapes_for(messages):
+            try:
+                return self.ids(self.render(messages, tools, shape=shape, asking=True))
+            except TemplateMismatch as error:
+                problem = error
+        raise problem
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of rendered text: the template has written the special tokens already."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text that token ids stand for."""
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def token_at(self, text: str, position: int) -> str:
+        """The added token at `position`, after white space at most; '' if there is none."""
+        match = self._added.match(text, position)
+        return match[1] if match else ""
+
+    @functools.cache  # noqa: B019 - one template lives as long as its stage
+    def end_tokens(self, as_parts: bool, has_tools: bool) -> frozenset[str]:
+        """The tokens that end an answer: in the middle of a conversation, and at its end.
+
+        Asked of the template by two turns of its own. A token that begins the next message's header
+        ends nothing: those begin with the token of the assistant's header, or name a role.
+
+        Raises:
+            TemplateMismatch: the template does not show a plain answer as it is.
+        """
+        shape = Shape(as_parts=as_parts)
+        ask, answer, more, last = _PROBE
+        texts = (("user", ask), ("assistant", answer), ("user", more), ("assistant", last))
+        messages = [{"role": role, "content": content} for role, content in texts]
+        tool = {"name": "probe", "description": "", "parameters": {"type": "object"}}
+        tools = [{"type": "function", "function": tool}] if has_tools else []
+        try:
+            whole = self.render(messages, tools, shape=shape)
+            asked = self.render(messages[:3], tools, shape=shape)
+            header = self.render(messages[:3], tools, shape=shape, asking=True).removeprefix(asked)
+        except TemplateMismatch:  # one turn is what every template takes
+            whole, header = self.render(messages[:2], tools, shape=shape) + last, ""
+        if whole.count(answer) != 1 or whole.count(last) != 1:
+            raise TemplateMismatch("the template changes or repeats an answer of one plain word")
+        tail = whole[whole.index(last) + len(last) :]
+        final = self.token_at(tail, 0)
+        if tail.strip() and not final and self._added.search(tail):
+            raise TemplateMismatch(f"the template adds text to each answer: {tail[:40]!r}")
+        middle = self.token_at(whole, whole.index(answer) + len(answer))
+        opening = self.token_at(header, 0)
+        names_role = any(role in middle.lower() for role in ("user", "human", "assistant"))
+        is_header = middle != final and (opening in ("", middle) or names_role)
+        if not middle or not final or is_header:
+            return frozenset()  # what ends the conversation alone ends no turn
+        return frozenset({middle, final})

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained of five conversations under each family's template, to the character."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from shared.config import RunConfig
+from shared.conversations.reader import ConversationReader, Refused
+from shared.prompts.rows import Prompt
+from tests.quick.shared.conversations.gallery import FOLDER, ROWS, tokenizer_of
+
+EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / "expected.yaml").read_text())
+# Reasoning masked, thinking switched off: what the two other settings make of two families.
+SETTINGS = {
+    ("qwen3", "drop", "thinking"): [["No.<|im_end|>", "Yes.<|im_end|>"]],
+    ("qwen3", "disable", "thinking"): [["No.<|im_end|>"], ["Yes.<|im_end|>"]],
+    ("qwen3", "disable", "multi"): [["First.<|im_end|>"], ["Second.<|im_end|>"]],
+    ("qwen3.5", "disable", "plain"): [["The Rhone.<|im_end|>"]],
+    ("qwen3-keeps-thinking", "drop", "thinking"): [["No.<|im_end|>", "Yes.<|im_end|>"]],
+    ("gpt-oss", "drop", "thinking"): [["No.<|end|>", "Yes.<|return|>"]],
+    ("chatml", "drop", "thinking"): [["No.<|im_end|>", "Yes.<|im_end|>"]],
+}
+
+
+def trained(template: str, prompt: Prompt, reasoning: str = "keep") -> Any:
+    tokenizer = tokenizer_of(FOLDER / f"{template}.jinja")
+    run = RunConfig.model_validate({"target": "t", "reasoning": reasoning})
+    try:
+        rows = ConversationReader(tokenizer, run, "skip").rows(prompt)
+    except Refused as refused:
+        return refused.detail
+    texts = [[tokenizer.decode(row.input_ids[a:b]) for a, b in row.loss_spans] for row in rows]
+    for row in rows:  # the ids are those that the template's own call gives
+        assert len(row.loss_spans) > 0
+        assert [span[0] for span in row.loss_spans] == sorted(span[0] for span in row.loss_spans)
+    return texts
+
+
+@pytest.mark.parametrize("template", sorted(EXPECTED))
+def test_each_family(template: str) -> None:
+    assert {name: trained(template, prompt) for name, prompt in ROWS.items()} == EXPECTED[template]
+
+
+def test_every_template_has_expectations() -> None:
+    assert sorted(EXPECTED) == sorted(path.stem for path in FOLDER.glob("*.jinja"))
+    assert len(EXPECTED) >= 24
+
+
+@pytest.mark.parametrize(("template", "reasoning", "row"), SETTINGS)
+def test_reasoning_masked_or_switched_off(template: str, reasoning: str, row: str) -> None:
+    expected = SETTINGS[template, reasoning, row]
+    assert trained(template, ROWS[row], reasoning) == expected
+
+
+def test_ids_are_those_of_the_tokenizers_own_call() -> None:
+    tokenizer = tokenizer_of(FOLDER / "chatml-marked.jinja")
+    (row,) = ConversationReader(tokenizer, RunConfig(target="t"), "skip").rows(ROWS["multi"])
+    encoded = tokenizer.apply_chat_template(
+        list(ROWS["multi"].conversation), return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert list(row.input_ids) == encoded["input_ids"]
+    assert row.loss_mask() == encoded["assistant_masks"]
