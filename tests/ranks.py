@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from shared.contracts.head_config import HeadConfig
 from shared.target.tensors import FinalNorm
-from stages.train.data.dataset import Batch, Sample, split_step
+from stages.train.data.batch import Batch
+from stages.train.data.dataset import Sample, split_step
 from stages.train.loop import distributed
 from stages.train.loop.optimizer import make_optimizer
 from stages.train.loop.step import TrainingStep, train_step
@@ -108,7 +109,7 @@ def run_case(accelerator: Accelerator, how: str, case: str, folder: Path) -> Non
     loss, sums = train_step(
         accelerator, module, optimizer, micros, num_steps=NUM_STEPS, max_grad_norm=1e9
     )
-    carried = accelerator.reduce(sums.carried)
+    in_vocab_slots = accelerator.reduce(sums.in_vocab_slots)
     total = accelerator.reduce(loss)
     named = distributed.head_of(module).named_parameters()
     gradients = {name: full(parameter.grad).clone() for name, parameter in named}
@@ -116,7 +117,11 @@ def run_case(accelerator: Accelerator, how: str, case: str, folder: Path) -> Non
     tokens = gather_object([own_tokens])
     state = distributed.gather_state(module, optimizer)
     if accelerator.is_main_process:
-        found = {"loss": total.item(), "carried": carried.tolist(), "gradients": gradients}
+        found = {
+            "loss": total.item(),
+            "in_vocab_slots": in_vocab_slots.tolist(),
+            "gradients": gradients,
+        }
         torch.save({**found, "weights": state["weights"]}, folder / f"{case}.pt")
         (folder / f"{case}-tokens.json").write_text(json.dumps(tokens))
 

@@ -182,7 +182,7 @@ def ttt_loss(
     return {
         "loss": total / sum(step_weight),
         "means": means,
-        "carried": [len(step) for step in losses],
+        "in_vocab_slots": [len(step) for step in losses],
         "counted": counted,
         "hits": hits,
     }

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of a draft head, read from a target's config.json or an exported head's."""
+"""The shape of a draft head: derived from a target's config.json, or read from an exported head's."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shared.contracts.rope import resolve_rope
 from shared.errors import UserError
+
+MAX_HEAD_DIM = 256  # of vLLM's attention backends
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """The shape of a draft head. The activation is SiLU and no layer has a bias: what engines load.
+    """The shape of a draft head. SiLU and no biases: engines load nothing else.
 
     `aux_layers` are in vLLM's numbering: id i is the state entering layer i of the target.
     """
@@ -30,27 +35,29 @@ class HeadConfig:
     rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        sizes = {
+        wrong = {
             name: value
             for name, value in vars(self).items()
             if isinstance(value, int | float) and not (value > 0 and math.isfinite(value))
         }
-        if sizes:
-            raise UserError(f"expected the sizes of a decoder, each above 0, found {sizes}.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                "the draft head needs num_attention_heads to be a multiple of num_key_value_heads, "
-                f"found {self.num_attention_heads} and {self.num_key_value_heads}."
+        if wrong:
+            raise _refusal(
+                f"expected sizes above 0, found {wrong}.",
+                facts={key: str(value) for key, value in wrong.items()},
+            )
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads or self.hidden_size % heads or self.head_dim % 2:
+            raise _refusal(
+                "expected attention heads that divide hidden_size, key-value heads that divide "
+                f"attention heads, and an even head_dim; found hidden_size {self.hidden_size}, "
+                f"{heads} heads, {kv_heads} key-value heads, head_dim {self.head_dim}."
             )
         if not 0 < self.draft_vocab_size <= self.vocab_size:
-            raise UserError(
-                f"expected a draft vocabulary of 1 to {self.vocab_size} tokens (the target's), "
-                f"found {self.draft_vocab_size}. Lower run.draft_vocab_size."
-            )
+            raise draft_vocab_too_large(self.draft_vocab_size, self.vocab_size)
         if self.hidden_size != self.target_hidden_size:
-            raise UserError(
-                "engines share the target's embeddings with the draft head, so its hidden size "
-                f"must be the target's {self.target_hidden_size}, found {self.hidden_size}."
+            raise _refusal(
+                f"expected the target's hidden size {self.target_hidden_size}, since engines share "
+                f"the target's embeddings with the draft head; found {self.hidden_size}."
             )
 
     @property
@@ -66,46 +73,129 @@ class HeadConfig:
     @classmethod
     def from_json(
         cls,
-        raw: dict[str, Any],
+        raw: Mapping[str, Any],
         *,
         aux_layers: tuple[int, ...],
         draft_vocab_size: int,
         where: object = "config.json",
     ) -> "HeadConfig":
-        """Shaped like the config.json in `raw`: a Llama-like target's, or an exported head's.
+        """A head for the target whose config.json (its text part) is `raw`.
+
+        The target's shape, made legal where no Llama head may have it: attention heads that divide
+        the hidden size, full rotary, a rope type that transformers and vLLM read alike.
+
+        Raises:
+            UserError: a size is missing or no number, or the rope type is unknown.
+        """
+        with _refused(where):
+            return cls._from(_legal(raw), aux_layers, draft_vocab_size)
+
+    @classmethod
+    def from_export(
+        cls,
+        raw: Mapping[str, Any],
+        *,
+        aux_layers: tuple[int, ...],
+        draft_vocab_size: int,
+        where: object = "config.json",
+    ) -> "HeadConfig":
+        """The head whose own config.json is `raw`, exactly as it is.
 
         Rotary parameters lie in `rope_parameters` (transformers 5) or in `rope_theta` and
         `rope_scaling` (transformers 4); both are read.
 
-        Args:
-            where: the file that `raw` is from, for the message.
-
         Raises:
-            UserError: a size is missing or not a number.
+            UserError: a size is missing or no number, or engines would rotate otherwise than train.
         """
-        try:
-            rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-            theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-            plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-            heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-            return cls(
-                hidden_size=hidden,
-                target_hidden_size=int(raw.get("target_hidden_size") or hidden),
-                intermediate_size=int(raw["intermediate_size"]),
-                num_attention_heads=heads,
-                num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-                head_dim=int(raw.get("head_dim") or hidden // heads),
-                vocab_size=int(raw["vocab_size"]),
-                draft_vocab_size=draft_vocab_size,
-                rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
-                rope_theta=float(theta),
-                rope_scaling=None if plain else rope,
-                max_position_embeddings=int(raw["max_position_embeddings"]),
-                aux_layers=tuple(aux_layers),
-            )
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            raise UserError(
-                f"{where}: expected the sizes of a decoder, found: {error!r}"
-            ) from error
-        except UserError as error:
-            raise UserError(f"{where}: no draft head has this shape: {error}") from error
+        with _refused(where):
+            config = cls._from(raw, aux_layers, draft_vocab_size)
+            rope = {**(raw.get("rope_parameters") or {}), **(raw.get("rope_scaling") or {})}
+            stated = str(rope.get("rope_type") or rope.get("type") or "default")
+            resolved = (config.rope_scaling or {}).get("rope_type", "default")
+            partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+            if stated != resolved or float(partial) != 1:
+                raise ValueError(
+                    f"rope type {stated} on {partial} of the head: engines differ in it"
+                )
+            return config
+
+    @classmethod
+    def _from(
+        cls, raw: Mapping[str, Any], aux_layers: tuple[int, ...], draft_vocab_size: int
+    ) -> "HeadConfig":
+        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+        head_dim = int(raw.get("head_dim") or hidden // heads)
+        theta, scaling = resolve_rope(raw, head_dim)
+        return cls(
+            hidden_size=hidden,
+            target_hidden_size=int(raw.get("target_hidden_size") or hidden),
+            intermediate_size=int(raw["intermediate_size"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
+            head_dim=head_dim,
+            vocab_size=int(raw["vocab_size"]),
+            draft_vocab_size=draft_vocab_size,
+            rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=int(raw["max_position_embeddings"]),
+            aux_layers=tuple(aux_layers),
+        )
+
+
+def _legal(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The target's config with attention heads that divide the hidden size.
+
+    As many as the target has, or the next fewer. They keep its power of two, which tensor parallel
+    sizes divide. Worked example: hidden 5120, 24 heads (8 * 3), 4 key-value heads: 16 heads.
+    """
+    hidden, wanted = int(raw["hidden_size"]), int(raw["num_attention_heads"])
+    if min(hidden, wanted) <= 0:
+        raise ValueError(f"hidden_size {hidden} and num_attention_heads {wanted}")
+    kv_heads = int(raw.get("num_key_value_heads") or wanted)
+    fitting = [heads for heads in range(1, wanted + 1) if hidden % heads == 0]
+    even = [heads for heads in fitting if heads % (wanted & -wanted) == 0]
+    heads = max(even or fitting)
+    head_dim = int(raw.get("head_dim") or hidden // heads)
+    legal = {**raw, "num_attention_heads": heads, "head_dim": min(head_dim, MAX_HEAD_DIM)}
+    legal["num_key_value_heads"] = math.gcd(heads, kv_heads)
+    if isinstance(raw.get("intermediate_size"), list):  # one for each layer
+        legal["intermediate_size"] = max(raw["intermediate_size"])
+    return legal
+
+
+def draft_vocab_too_large(draft_vocab_size: int, vocab_size: int) -> UserError:
+    """The refusal of a draft vocabulary that the target does not have the tokens for."""
+    return UserError(
+        f"run.draft_vocab_size: expected 1 to {vocab_size} (the target's tokens), found "
+        f"{draft_vocab_size}.",
+        code="draft-vocab-size",
+        remedy="Lower run.draft_vocab_size.",
+        facts={"max": vocab_size, "found": draft_vocab_size},
+    )
+
+
+def _refusal(problem: str, facts: Mapping[str, Any] | None = None) -> UserError:
+    return UserError(problem, code="head-shape", facts=facts)
+
+
+@contextlib.contextmanager
+def _refused(where: object) -> Iterator[None]:
+    """Errors of a block as one refusal of the file `where`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{where}: no draft head can have this shape: {error.problem}",
+            code=error.code,
+            remedy=error.remedy,
+            facts={"file": str(where), **error.facts},
+        ) from error
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{where}: expected the sizes of a decoder, found {found}.",
+            code="head-config",
+            remedy="Set run.target to a decoder whose config.json states them.",
+            facts={"file": str(where)},
+        ) from error

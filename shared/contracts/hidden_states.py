@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dump -> train: the target's hidden states as `.pt` shards that map straight into memory.
+"""dump -> train: the target's hidden states as `.pt` shards that are mapped into memory.
 
 Legend: T tokens of a shard, N its samples, A aux layers, H the target's hidden size.
 
@@ -11,13 +11,13 @@ Legend: T tokens of a shard, N its samples, A aux layers, H the target's hidden 
         "sample_ids":    list[str]
     }
 
-With `state_dtype: fp8` (`shared/contracts/fp8.py`) three entries take the place of `hidden_states`:
+With `state_dtype: fp8` (`shared/contracts/fp8.py`) three entries replace `hidden_states`:
 
         "hidden_states": float8_e4m3fn [T, A, H]  aux layers
         "scales":        bfloat16 [T, A]
         "final_states":  bfloat16 [T, H]
 
-The other layout, `samples`, has a file a sample, as speculators 0.3 writes and reads; S its tokens:
+The other layout, `samples`, has one file per sample of S tokens, as in speculators 0.3:
 
     samples/data_7.pt = {
         "input_ids":     int64 [S]
@@ -25,10 +25,10 @@ The other layout, `samples`, has a file a sample, as speculators 0.3 writes and 
         "loss_mask":     int64 [S]
     }                                          fp8: aux layers float8 [S, H], "scales" bfloat16 [S, A]
 
-They lie in a folder of their own, since speculators reads every `.pt` below the one it is given.
+They have a folder of their own, since speculators reads every `.pt` below its folder.
 
-Tensors and plain lists only, loaded with weights_only=True and mmap=True: opening a shard reads
-nothing but its directory, and a file that holds anything else is refused unread.
+Files have only tensors and plain lists, and are loaded with weights_only=True and mmap=True. Opening a
+shard reads nothing but its directory; a file with anything else is refused unread.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ SCHEMA_VERSION = 1
 DATA_CONFIG = "data_config.json"
 TOKEN_FREQ = "token_freq.pt"
 SAMPLES = "samples"
-_AGAIN = "Restore the file, or delete it and run dump again."
+_REMEDY = "Restore the file, or delete it and run dump again."
 
 
 class _HiddenStates(Shape):
@@ -70,12 +70,12 @@ class _DataConfig(Shape):
 
 
 def read_data_config(dump_folder: Path) -> dict[str, Any]:
-    """What dump says of its states.
+    """Read dump's description of its states.
 
     Raises:
-        UserError: the file is missing, or without what a reader of the states needs.
+        UserError: the file is missing, or a key that readers need.
     """
-    return read_record(dump_folder / DATA_CONFIG, _DataConfig, remedy=_AGAIN)
+    return read_record(dump_folder / DATA_CONFIG, _DataConfig, remedy=_REMEDY)
 
 
 def shard_name(index: int) -> str:
@@ -108,9 +108,9 @@ class Shard:
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def states(self, rows: slice) -> torch.Tensor:
-        """The states [S, A+1, H] of a sample's rows, mapped, and on their way from the disk.
+        """The mapped states [S, A+1, H] of a sample; the kernel starts to read them from the disk.
 
-        A reader that asks for a few samples before it copies the first keeps the disk busy.
+        A caller that asks for several samples before it copies the first keeps the disk busy.
         """
         states = self.hidden_states[rows]
         _fetch(states)
@@ -125,10 +125,10 @@ class Shard:
 
 
 def _fetch(tensor: torch.Tensor) -> None:
-    """Ask the kernel for all pages of a mapped, contiguous tensor at once.
+    """Ask the kernel to read all pages of a mapped, contiguous tensor.
 
-    Without it every fault reads some 128 KiB and waits; the disk would be idle in between. Advice:
-    where it is refused, reading is slower and just as right.
+    Otherwise every page fault reads about 128 KiB and waits, and the disk is idle in between. If the
+    kernel refuses, reading is only slower.
     """
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     length = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
@@ -145,7 +145,7 @@ def write_shard(
     sample_ids: Sequence[str],
     state_dtype: str = "bfloat16",
 ) -> None:
-    """Write samples as one shard, whole or not at all; `states` is [T, A+1, H], or a list to join."""
+    """Write samples as one shard, atomically; `states` is [T, A+1, H], or a list to concatenate."""
     if not isinstance(states, torch.Tensor):
         states = torch.cat(list(states))
     lengths = torch.tensor([0, *(len(ids) for ids in input_ids)], dtype=torch.int64)
@@ -196,8 +196,8 @@ def _check(shard: Shard, num_states: int, hidden_size: int) -> None:
         isinstance(sample_id, str) for sample_id in shard.sample_ids
     ):
         raise ValueError("sample_ids: expected a list of names")
-    found = (shard.input_ids.shape, shard.loss_mask.shape, shard.offsets.shape)
-    if found != ((num_tokens,), (num_tokens,), (len(shard) + 1,)):
+    sizes = (shard.input_ids.shape, shard.loss_mask.shape, shard.offsets.shape)
+    if sizes != ((num_tokens,), (num_tokens,), (len(shard) + 1,)):
         raise ValueError("loss_mask or offsets do not fit input_ids and sample_ids")
     ends = shard.offsets.tolist()
     if ends[0] != 0 or ends[-1] != num_tokens or any(a >= b for a, b in itertools.pairwise(ends)):
@@ -211,9 +211,9 @@ def read_shard(path: Path, *, num_states: int, hidden_size: int) -> Shard:
         num_states: A + 1.
 
     Raises:
-        UserError: not such a file, or the tensors do not fit each other or the data_config.
+        UserError: not such a file, or the tensors do not fit each other or data_config.json.
     """
-    label, remedy = "a shard of hidden states", _AGAIN
+    label, remedy = "a shard of hidden states", _REMEDY
     raw = load_tensors(path, label=label, remedy=remedy)
     try:
         if not isinstance(raw, dict):
@@ -232,9 +232,14 @@ def read_token_freq(dump_folder: Path, vocab_size: int) -> torch.Tensor:
         UserError: the file is missing, damaged, or of another vocabulary.
     """
     path = dump_folder / TOKEN_FREQ
-    label, remedy = f"counts of {vocab_size} tokens", _AGAIN
+    label, remedy = f"counts of {vocab_size} tokens", _REMEDY
     counts = load_tensors(path, label=label, remedy=remedy, mmap=False)
     if not is_dense(counts, torch.int64) or counts.shape != (vocab_size,) or counts.min() < 0:
-        raise UserError(f"{path}: expected {label}. {remedy}")
+        raise UserError(
+            f"{path}: expected {label}.",
+            code="token-counts",
+            remedy=remedy,
+            facts={"file": str(path), "vocab_size": vocab_size},
+        )
     checked: torch.Tensor = counts
     return checked

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states, one conversation a file: the layout `samples`, and NVIDIA ModelOpt's own.
+"""Hidden states with one file per conversation: the layout `samples`, and NVIDIA ModelOpt's.
 
     samples:   {input_ids long [S], hidden_states list of A+1 [S, H], loss_mask long [S]}
                fp8: the aux layers float8 [S, H], and scales bfloat16 [S, A]
     ModelOpt:  {input_ids [S], hidden_states [S, H], aux_hidden_states [S, A*H], loss_mask [S]}
 
-Only ids and mask are held; the states are mapped from the file where a batch asks for them.
+Only ids and mask stay in memory; the states are mapped from the file for each batch.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from shared.io.tensor_files import is_dense, load_tensors, wrong
 
 @dataclasses.dataclass(frozen=True)
 class RowFile:
-    """One file, with the face of a shard that holds one sample."""
+    """One file, with the interface of a shard of one sample."""
 
     path: Path
     num_states: int  # A + 1
@@ -49,7 +49,7 @@ class RowFile:
 
     @property
     def hidden_states(self) -> Tensor:
-        """[S, A+1, H] bfloat16, read anew each time: aux layers in order, then the final one."""
+        """[S, A+1, H] bfloat16, read at each call: aux layers in order, then the final one."""
         raw = self._load()
         parts = raw["hidden_states"]
         if "aux_hidden_states" in raw:
@@ -65,7 +65,7 @@ class RowFile:
         return self.hidden_states[:, -1]
 
     def states(self, rows: slice) -> Tensor:
-        """The states of `rows`; a file holds one sample, so these are all."""
+        """The states of `rows`, which are all of them."""
         return self.hidden_states[rows]
 
     def rows(self, index: int) -> slice:
@@ -93,15 +93,15 @@ class RowFile:
             raise ValueError(f"loss_mask {list(raw['loss_mask'].shape)} for {tokens} input_ids")
         mask = raw["loss_mask"]
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError("loss_mask: expected 0 and 1 alone")
+            raise ValueError("loss_mask: expected only 0 and 1")
         size = self.hidden_size
-        found = _shapes(raw.get("hidden_states"))
+        shapes = _shapes(raw.get("hidden_states"))
         expected = [[tokens, size]] * self.num_states
         if "aux_hidden_states" in raw:
-            found = [*_shapes(raw["aux_hidden_states"]), *found]
+            shapes = [*_shapes(raw["aux_hidden_states"]), *shapes]
             expected = [[tokens, (self.num_states - 1) * size], [tokens, size]]
-        if found != expected:
-            raise ValueError(f"states: expected the shapes {expected}, found {found}")
+        if shapes != expected:
+            raise ValueError(f"states: expected the shapes {expected}, found {shapes}")
         self._check_scales(raw, tokens)
 
     def _check_scales(self, raw: dict[str, Any], tokens: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shared.runtime.process import stop_if_requested
-from shared.runtime.processor import has_bfloat16
+from shared.runtime.processor import faster_dtype, has_bfloat16
 from stages.demo.dialogues import Dialogue
 from stages.demo.model import END, opened
 from stages.demo.muon import Muon
@@ -27,7 +27,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and labels, both int64 [B
 logger = logging.getLogger(__name__)
 
 
-# Without bfloat16 a step takes three times as long; the target stays good enough to draft for.
+# A CPU without bfloat16 is older and slower; the target stays good enough to draft for.
 DEFAULT_STEPS = 640 if has_bfloat16() else 400
 
 
@@ -68,7 +68,7 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
             inner,
             lr=0.01,
             weight_decay=0.05,
-            dtype=torch.bfloat16 if has_bfloat16() else torch.float32,
+            dtype=faster_dtype(),
         ),
         torch.optim.AdamW(outer, lr=0.008, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
@@ -91,7 +91,7 @@ def train(model: LlamaForCausalLM, data: Iterator[Batch], *, steps: int) -> floa
     for step in range(1, steps + 1):
         stop_if_requested("nothing was kept, the target is made whole or not at all")
         ids, labels = next(data)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=faster_dtype() == torch.bfloat16):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
             counted = labels[:, 1:] != _IGNORED
             logits = model.lm_head(hidden[counted])  # [answer tokens, V]

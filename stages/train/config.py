@@ -12,7 +12,7 @@ RANK_VARIABLE = "RANK"  # as torchrun and accelerate set it
 
 
 def rank() -> int:
-    """This process's number among those that train together; 0 where it trains alone."""
+    """The rank of this process; 0 if it trains alone."""
     return int(os.environ.get(RANK_VARIABLE) or 0)
 
 
@@ -37,35 +37,54 @@ class TrainConfig(StageConfig):
 
     epochs: int = identity(2, "Passes over the training samples.", ge=1)
     batch_tokens: int = identity(
-        16384, "Tokens of one optimizer step, of all ranks and micro-batches together.", ge=8
+        16384, "Tokens per optimizer step, over all ranks and micro-batches.", ge=8
     )
     learning_rate: float = identity(1e-4, "Peak learning rate of AdamW.", gt=0)
-    warmup_fraction: float = identity(0.02, "Share of the steps that warm up.", ge=0, lt=1)
-    schedule: Literal["cosine", "linear"] = identity("cosine", "How the learning rate decays.")
-    min_lr_fraction: float = identity(0.1, "Share of the peak that decay ends at.", ge=0, le=1)
-    beta1: float = identity(0.9, "AdamW's first beta.", ge=0, lt=1)
-    beta2: float = identity(0.95, "AdamW's second beta.", ge=0, lt=1)
-    weight_decay: float = identity(0.0, "AdamW's weight decay.", ge=0)
-    max_grad_norm: float = identity(1.0, "Gradients are clipped to this norm.", gt=0)
-    ttt_steps: int = identity(4, "TTT steps: how deep a chain is trained.", ge=1)
-    loss_decay: float = identity(0.9, "Weight of step k's loss is loss_decay**k.", gt=0, le=1)
-    intermediate_size: int | None = identity(None, "The head's MLP width; default the target's.")
-    num_layers: int = identity(1, "Decoder layers of the head; only 1 is served.", ge=1)
-    init_from: str | None = identity(
-        None, "Warm start: an exported head whose weights and vocabulary are taken over."
+    warmup_fraction: float = identity(
+        0.02, "Share of the steps over which the learning rate rises to its peak.", ge=0, lt=1
     )
-    train_lm_head: bool = identity(True, "Train lm_head from the target's rows; else keep them.")
-    mixed_precision: Literal["no", "bf16"] = identity(
-        "no", "bf16 runs matrix products in bfloat16."
+    schedule: Literal["cosine", "linear"] = identity(
+        "cosine", "Decay of the learning rate after its peak."
+    )
+    min_lr_fraction: float = identity(
+        0.1, "Final learning rate, as a share of the peak.", ge=0, le=1
+    )
+    beta1: float = identity(0.9, "Beta 1 of AdamW.", ge=0, lt=1)
+    beta2: float = identity(0.95, "Beta 2 of AdamW.", ge=0, lt=1)
+    weight_decay: float = identity(0.0, "Weight decay of AdamW.", ge=0)
+    max_grad_norm: float = identity(1.0, "Gradients are clipped to this norm.", gt=0)
+    ttt_steps: int = identity(
+        4, "TTT steps: depth of the trained chain. At least the draft length to be served.", ge=1
+    )
+    loss_decay: float = identity(
+        0.9, "The loss of TTT step k has the weight loss_decay**k.", gt=0, le=1
+    )
+    intermediate_size: int | None = identity(
+        None, "Width of the head's MLP; default: the target's."
+    )
+    num_layers: int = identity(1, "Decoder layers of the head; engines serve only 1.", ge=1)
+    init_from: str | None = identity(
+        None,
+        "Warm start: folder of an exported head; its weights and vocabulary are the initial ones.",
+    )
+    train_lm_head: bool = identity(
+        True, "true: train lm_head, starting from the target's rows; false: keep those rows."
+    )
+    mixed_precision: Literal["auto", "no", "bf16"] = identity(
+        "auto",
+        "bf16: matrix products in bfloat16, weights in float32; no: all in float32; auto: bf16 on a "
+        "GPU that has it, on a CPU the faster one, measured once per training.",
     )
     max_samples: int | None = identity(
-        None, "Train on at most so many samples; the same ones are held out whatever it is.", ge=1
+        None, "Largest number of training samples; the held-out ones do not depend on it.", ge=1
     )
-    holdout_fraction: float = identity(0.05, "Share of the samples kept for the walk.", ge=0, lt=1)
-    max_holdout_samples: int = identity(128, "Most samples kept for the walk.", ge=1)
-    walk_tokens: int = identity(3, "Draft length K of the walked acceptance length.", ge=1)
+    holdout_fraction: float = identity(
+        0.05, "Share of the samples held out to measure the walked acceptance length.", ge=0, lt=1
+    )
+    max_holdout_samples: int = identity(128, "Largest number of held-out samples.", ge=1)
+    walk_tokens: int = identity(3, "Draft length K of the walked acceptance length (tokens).", ge=1)
     eval_every_steps: int = identity(
-        100, "Steps between two walks; the best walk is exported.", ge=1
+        100, "Steps between two walks; the head with the best walk is exported.", ge=1
     )
 
     dump_of: str | None = operational(
@@ -74,41 +93,46 @@ class TrainConfig(StageConfig):
         "are made in this run's folder; then ops run --only train,bench.",
     )
     micro_batch_tokens: int | None = operational(
-        None, "Tokens of one forward pass on one rank; less takes less memory, never other results."
+        None, "Tokens per forward pass of a rank; fewer need less memory, with the same result."
     )
     distributed: Literal["ddp", "fsdp2"] = operational(
-        "ddp", "How several ranks share a step: each holds the whole state, or a part of it."
+        "ddp", "ddp: each rank holds the whole training state; fsdp2: each holds a part of it."
     )
     recompute_activations: bool = operational(
-        False, "Compute the layer's activations again in the backward pass: slower, less memory."
+        False, "Recompute the layer's activations in the backward pass: less memory, slower."
     )
     checkpoint_every_steps: int = operational(100, "Steps between two checkpoints.", ge=1)
-    keep_checkpoints: int = operational(2, "Newest checkpoints kept, beside the best one.", ge=1)
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = operational(
-        (), "Trackers that get loss, accuracies and walks."
+    keep_checkpoints: int = operational(
+        2, "Number of newest checkpoints to keep, besides the best one.", ge=1
     )
-    profile_ranges: bool = operational(False, "Name the parts of a step for a CUDA profiler.")
-    export_dtype: Literal["bfloat16", "float32"] = identity("bfloat16", "Type of the export.")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = operational(
+        (), "Experiment trackers to log loss, accuracy and walks to."
+    )
+    profile_ranges: bool = operational(
+        False, "Mark the parts of a step with NVTX ranges for a CUDA profiler."
+    )
+    export_dtype: Literal["bfloat16", "float32"] = operational(
+        "bfloat16", "dtype of the exported weights; changing it exports again without training."
+    )
 
     @pydantic.field_validator("num_layers")
     @classmethod
     def _one_layer(cls, num_layers: int) -> int:
         if num_layers != 1:
             raise ValueError(
-                "a draft head has one layer: `midlayer.*`, the layout that vLLM, SGLang and "
-                "TensorRT-LLM all load, names one, and each further layer would be paid for at "
-                "every drafted token"
+                "a draft head has one layer: vLLM, SGLang and TensorRT-LLM load the layout "
+                "`midlayer.*`, which has one, and every drafted token would pay for more"
             )
         return num_layers
 
     @property
     def process_name(self) -> str:
-        """Ranks other than the first log beside it, under a name of their own."""
+        """Rank 0 logs as `train`, the others as `train-rank<N>`."""
         return f"train-rank{rank()}" if rank() else "train"
 
 
 class VocabConfig(TrainConfig):
-    """Makes the draft vocabulary from dump's token counts and tells what share of answers it holds.
+    """Makes the draft vocabulary from dump's token counts and logs its share of the answers.
 
     In:  <workspace>/<run>/dump/token_freq.pt.
     Out: <workspace>/<run>/train/d2t.npy and t2d.npy. A later `train` uses the same ones.
@@ -116,17 +140,19 @@ class VocabConfig(TrainConfig):
 
 
 class ExportConfig(TrainConfig):
-    """Exports a checkpoint of a training, finished or not, in a layout of your choice.
+    """Exports a checkpoint of a finished or unfinished training in either layout.
 
     In:  <workspace>/<run>/train/checkpoints/ and d2t.npy.
     Out: the folder --output; an earlier export there is replaced.
     """
 
-    checkpoint: str = operational("best", "best, latest, or the path of a checkpoint.")
+    checkpoint: str = operational("best", "best, latest, or the path of a checkpoint file.")
     format: Literal["hf", "speculators"] = operational(
-        "hf", "hf is what vLLM, SGLang and TensorRT-LLM load; speculators that library's layout."
+        "hf", "hf: for vLLM, SGLang and TensorRT-LLM; speculators: the layout of that library."
     )
     output: str | None = operational(
-        None, "The folder to write; default <workspace>/<run>/export-<format>."
+        None, "Output folder; default <workspace>/<run>/export-<format>."
     )
-    push_to: str | None = operational(None, "Upload it to this hub repository, as a private one.")
+    push_to: str | None = operational(
+        None, "Also upload to this hub repository; a new one is private."
+    )

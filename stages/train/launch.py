@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """All ranks of one node: `python -m stages.train.launch --recipe recipe.yaml`, flags as train's own.
 
-In: the machine's environment. EYRIE_RANKS ranks on this node (default: its GPUs, else one);
-EYRIE_NODES nodes (default one), of which this is number EYRIE_NODE_RANK, else JOB_COMPLETION_INDEX;
-MASTER_ADDR and MASTER_PORT of node 0 where there are several. Out: the exit code of the rank that
-failed first. The reason to have this beside torchrun: that leaves with 1 whatever its ranks left
-with, and those who start us read the codes. SIGTERM goes to every rank, which saves and leaves.
+In: the machine's environment. EYRIE_RANKS: ranks on this node (default: its visible GPUs, else 1);
+EYRIE_NODES: nodes (default 1); EYRIE_NODE_RANK, else JOB_COMPLETION_INDEX: the number of this node;
+MASTER_ADDR and MASTER_PORT of node 0 if there are several. Out: the exit code of the rank that
+failed first, while torchrun exits with 1 for every failure. SIGTERM goes to every rank; each saves
+and exits.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -32,10 +33,22 @@ from shared.runtime.process import catch_stop_signals, die_with_parent, stop_req
 
 _DEVICES = Path("/dev")
 _POLL_S = 0.2
-# A rank that lost another one hangs in a collective: it is asked to leave, then made to.
+# A rank that lost another one hangs in a collective; after this time it is killed.
 _GRACE_S = 60.0
 
 Ranks = list["subprocess.Popen[bytes]"]
+
+
+def num_gpus() -> int:
+    """GPUs that this process may use: those of $CUDA_VISIBLE_DEVICES, else all of the node.
+
+    As CUDA does, an entry of -1 ends the list.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return len(list(_DEVICES.glob("nvidia[0-9]*")))
+    names = [name.strip() for name in listed.split(",")]
+    return len(list(itertools.takewhile(lambda name: name not in ("", "-1"), names)))
 
 
 def _number(name: str, default: int) -> int:
@@ -53,17 +66,21 @@ def _free_port() -> int:
 
 
 def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
-    """What each rank of this node is told, in torchrun's names.
+    """The environment of each rank of this node, with torchrun's names.
+
+    Each rank gets its share of the cores, since torch would take all of them in every rank.
 
     Worked example, 2 nodes of 4 ranks: on node 1, LOCAL_RANK 0 is RANK 4 of WORLD_SIZE 8.
     """
     if nodes > 1 and not os.environ.get("MASTER_ADDR"):
-        sys.stderr.write("$MASTER_ADDR: needed where $EYRIE_NODES is more than one.\n")
+        sys.stderr.write("$MASTER_ADDR: required if $EYRIE_NODES is more than 1.\n")
         sys.exit(EXIT_USER)
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = os.environ.get("MASTER_PORT") or ("29500" if nodes > 1 else str(_free_port()))
     common = {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": str(ranks * nodes)}
     common["LOCAL_WORLD_SIZE"] = str(ranks)
+    if "OMP_NUM_THREADS" not in os.environ:
+        common["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     return [
         {**common, "RANK": str(node * ranks + local), "LOCAL_RANK": str(local)}
         for local in range(ranks)
@@ -71,8 +88,8 @@ def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
 
 
 def watch(processes: Ranks) -> int:
-    """Wait for all; the first failure ends the others. Returns the node's exit code."""
-    asked_to_stop = False
+    """Wait for all ranks; the first failure ends the others. Returns the node's exit code."""
+    signalled = False
     while True:
         codes = [process.poll() for process in processes]
         if all(code == EXIT_DONE for code in codes):
@@ -80,25 +97,25 @@ def watch(processes: Ranks) -> int:
         if failed := [code for code in codes if code not in (None, EXIT_DONE)]:
             _end(processes)
             return _exit_code(failed, [process.returncode for process in processes])
-        if stop_requested() and not asked_to_stop:
-            asked_to_stop = True
+        if stop_requested() and not signalled:
+            signalled = True
             _signal(processes, signal.SIGTERM)
         time.sleep(_POLL_S)
 
 
 def _exit_code(failed: Sequence[int | None], codes: Sequence[int]) -> int:
-    """The first failure's code; a rank that a signal killed (out of memory, a node) may be retried.
+    """The code that states the cause; a rank killed by a signal (out of memory) may be retried.
 
-    Ranks that lost another one end with EXIT_RETRY, so any code that says why goes before it.
+    Ranks that lost another one exit with EXIT_RETRY, so any other code takes precedence.
     """
     if stop_requested() and EXIT_STOPPED in codes:
         return EXIT_STOPPED
-    # Those that lost another one fail too, and may be seen before it.
+    # Ranks that lost another one fail too, and maybe earlier than it is noticed.
     if any(code is not None and code < 0 for code in failed):
         return EXIT_RETRY
-    told = [code for code in failed if code not in (None, EXIT_RETRY)]
-    told += [code for code in codes if code in (EXIT_BUG, EXIT_USER, EXIT_OUTPUT)]
-    return (told or failed)[0] or EXIT_RETRY
+    causes = [code for code in failed if code not in (None, EXIT_RETRY)]
+    causes += [code for code in codes if code in (EXIT_BUG, EXIT_USER, EXIT_OUTPUT)]
+    return (causes or failed)[0] or EXIT_RETRY
 
 
 def _signal(processes: Ranks, label: signal.Signals) -> None:
@@ -108,7 +125,7 @@ def _signal(processes: Ranks, label: signal.Signals) -> None:
 
 
 def _end(processes: Ranks) -> None:
-    """Let the others leave by themselves; where all were asked to stop, a save takes what it takes."""
+    """Wait for the others to exit, then kill them; after a stop signal their saves have no limit."""
     _signal(processes, signal.SIGTERM)
     deadline = math.inf if stop_requested() else time.monotonic() + _GRACE_S
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -119,9 +136,9 @@ def _end(processes: Ranks) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Start the ranks, watch them."""
+    """Start the ranks and watch them; one rank alone replaces this process."""
     command = [sys.executable, "-m", "stages.train", *arguments]
-    ranks = _number("EYRIE_RANKS", len(list(_DEVICES.glob("nvidia[0-9]*"))) or 1)
+    ranks = _number("EYRIE_RANKS", num_gpus() or 1)
     nodes = _number("EYRIE_NODES", 1)
     is_training = all(word.startswith("-") for word in arguments[:1])
     if ranks * nodes == 1 or not is_training or "--help" in arguments:

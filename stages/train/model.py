@@ -3,10 +3,11 @@
 
 In: token ids, the target's aux hidden states, where documents start, which slots to run.
 Out: one pre-norm hidden state for each slot and TTT step; `draft_logits` turns them into logits.
-Cost: keys and values for every slot once, everything else for the requested slots only; no
-[T, T] tensor on a CPU, forward or backward.
-The surprise: slot t holds the state of token t but the embedding of token t + 1, and predicts
-token t + 2. Worked example, one document [x0 .. x5], slot 2:
+Cost: keys and values for every slot once, everything else for the requested slots only; no [T, T]
+tensor, forward or backward.
+
+The surprise: slot t has the state of token t but the embedding of token t + 1, and predicts token
+t + 2. Worked example, one document [x0 .. x5], slot 2:
 
     step  state fed in           embedding  rotary position  attends to (step-0 slots; own chain)
     0     fc(g2)                 x3         2                0 1 2
@@ -17,6 +18,7 @@ Shapes: T packed tokens, N documents, R requested slots, K TTT steps, A aux laye
 V target vocabulary, D draft vocabulary, Hq / Hkv query / key heads, d head size.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,11 +33,12 @@ from shared.contracts.head_config import HeadConfig
 from shared.errors import UserError
 from shared.io.files import read_json, require_file
 from stages.train.kernels.attention import ChainAttention
-from stages.train.kernels.blocks import attention_blocks
+from stages.train.kernels.blocks import Document, attention_blocks
+from stages.train.kernels.fused import FusedChainAttention, is_fused
 from stages.train.kernels.norm import RMSNorm
 from stages.train.kernels.rotary import Rotary, Rotation
 
-INIT_STD = 0.02  # what transformers gives every linear layer of a Llama
+INIT_STD = 0.02  # as transformers initialises the linear layers of a Llama
 
 
 class Attention(nn.Module):
@@ -53,10 +56,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.widths[0], size, bias=False)
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """The stacked q, k, v weights as the half for embeddings and the half for states.
+        """The stacked q, k and v weights, split into the half for embeddings and that for states.
 
-        Each [(Hq + 2 Hkv) d, H]. The embedding half of a token is the same at every step, so it
-        is projected once and only shifted.
+        Each is [(Hq + 2 Hkv) d, H]. The embedding half is projected once for all steps, since a
+        later step sees the same embeddings shifted.
         """
         stacked = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
         embedding_half, state_half = stacked.chunk(2, dim=1)
@@ -94,13 +97,29 @@ class DraftLayer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 
+def _attention(
+    slots: Tensor, starts: Tensor, offsets: Tensor, documents: list[Document] | None
+) -> Callable[..., Tensor]:
+    """Attention of the requested slots: kernels on an accelerator, blocks on a CPU.
+
+    `starts` [T] is where each token's document starts.
+    """
+    if is_fused(slots):
+        rows = slots.to(torch.int32), starts.index_select(0, slots).to(torch.int32)
+        return lambda query, key, value, *chain: FusedChainAttention.apply(
+            query, key, value, *rows, *chain
+        )
+    blocks = documents or attention_blocks(slots, offsets)
+    return lambda query, key, value, *chain: ChainAttention.apply(query, key, value, blocks, *chain)
+
+
 class DraftHead(nn.Module):
     """A classic EAGLE-3 head; its `state_dict` has exactly the keys of the exported file.
 
     Args:
         embed_tokens: [V, H] the target's embeddings: frozen, shared, never saved with the head.
-        d2t: [D] int64 offsets, `target_id = draft_id + d2t[draft_id]`; None where D = V.
-        lm_head: [D, H] the target's rows to start from; None starts at random.
+        d2t: [D] int64 offsets, `target_id = draft_id + d2t[draft_id]`; None if D = V.
+        lm_head: [D, H] the target's rows as initial values; None initialises at random.
     """
 
     embed_tokens: Tensor
@@ -117,7 +136,7 @@ class DraftHead(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.recompute_activations = False  # the layer's, again in the backward pass
+        self.recompute_activations = False  # of the layer, in the backward pass
         self.rotary = Rotary(config)
         num_inputs = len(config.aux_layers) * config.target_hidden_size
         self.fc = nn.Linear(num_inputs, config.hidden_size, bias=False)
@@ -137,12 +156,20 @@ class DraftHead(nn.Module):
         expected = (config.vocab_size, config.hidden_size)
         if tuple(embed_tokens.shape) != expected:
             raise UserError(
-                f"the target's embeddings must be {list(expected)} for this draft head, "
-                f"found {list(embed_tokens.shape)}."
+                f"expected target embeddings of shape {list(expected)} for this draft head, found "
+                f"{list(embed_tokens.shape)}.",
+                code="head-embeddings",
+                remedy="Give the target that the head was made for.",
+                facts={"expected": list(expected), "found": list(embed_tokens.shape)},
             )
         self.register_buffer("embed_tokens", embed_tokens.detach(), persistent=False)
         if (d2t is None) != (config.draft_vocab_size == config.vocab_size):
-            raise UserError("a draft vocabulary (d2t) is needed exactly where D < V.")
+            raise UserError(
+                f"expected d2t if and only if the draft vocabulary ({config.draft_vocab_size} tokens) "
+                f"is smaller than the target's ({config.vocab_size}).",
+                code="head-d2t",
+                remedy="Give a head whose tensors and config.json belong together.",
+            )
         if d2t is not None:
             t2d = torch.zeros(config.vocab_size, dtype=torch.bool, device=d2t.device)
             t2d[d2t + torch.arange(len(d2t), device=d2t.device)] = True
@@ -150,7 +177,14 @@ class DraftHead(nn.Module):
             self.register_buffer("t2d", t2d)
 
     def forward(
-        self, tokens: Tensor, states: Tensor, *, offsets: Tensor, slots: Tensor, num_steps: int
+        self,
+        tokens: Tensor,
+        states: Tensor,
+        *,
+        offsets: Tensor,
+        slots: Tensor,
+        num_steps: int,
+        documents: list[Document] | None = None,
     ) -> list[Tensor]:
         """The pre-norm output [R, H] of the requested slots at each of `num_steps` TTT steps.
 
@@ -158,54 +192,63 @@ class DraftHead(nn.Module):
             tokens: [T] int64; tokens past the last state may follow, of the last document.
             states: [T, A*H].
             offsets: [N+1] int64, where documents start and the last one ends.
-            slots: [R] int64, ascending. Where t + 1 + k lies outside the slot's document, the
-                output is meaningless: the caller masks it.
+            slots: [R] int64, ascending. If t + 1 + k lies outside the slot's document the output
+                is meaningless, and the caller masks it.
+            documents: `attention_blocks(slots, offsets)`, if made before.
         """
         layer = self.midlayer
-        documents = attention_blocks(slots, offsets)
         rows = torch.arange(len(states), device=tokens.device)
-        positions = rows - offsets[torch.bucketize(rows, offsets, right=True) - 1]
+        starts = offsets[torch.bucketize(rows, offsets, right=True) - 1]
+        attend = _attention(slots, starts, offsets, documents)
+        positions = rows - starts
         embedding_half, state_half = layer.self_attn.halves()
-        embeddings = F.embedding(tokens, self.embed_tokens).to(self.fc.weight.dtype)
+        embeddings = self._as_input(F.embedding(tokens, self.embed_tokens))
         by_token = F.linear(layer.input_layernorm(embeddings), embedding_half)
-        residual = self.fc(states.to(self.fc.weight.dtype))  # [T, H]
+        residual = self.fc(self._as_input(states))  # [T, H]
         outputs: list[Tensor] = []
         step_0: tuple[Tensor, ...] = ()
         chain: list[Tensor] = []
         for step in range(num_steps):
             inputs = (rows + 1 + step).clamp(max=len(tokens) - 1)
-            # index_select: its backward is far cheaper than that of indexing with brackets
+            # index_select has a far cheaper backward than indexing with brackets.
             projected = F.linear(layer.hidden_norm(residual), state_half)
             projected = projected + by_token.index_select(0, inputs)
             query, key, value = self._heads(projected, positions + step)
             if step == 0:
-                # Every slot is a key at step 0; from here on only the requested slots run.
+                # Every slot is a key at step 0; after that only the requested slots run.
                 step_0 = (key, value)
                 query, residual = query.index_select(0, slots), residual.index_select(0, slots)
                 rows, positions = slots, positions[slots]
             else:
                 chain += [key, value]
-            attended = ChainAttention.apply(query, *step_0, documents, *chain)
+            attended = attend(query, *step_0, *chain)
             residual = self._after_attention(residual, attended)
             outputs.append(residual)
         return outputs
 
+    def _as_input(self, x: Tensor) -> Tensor:
+        """`x` in the dtype of products; autocast would make a copy in float32 and cast it back."""
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return x.to(torch.get_autocast_dtype(kind))
+        return x.to(self.fc.weight.dtype)
+
     def _after_attention(self, residual: Tensor, attended: Tensor) -> Tensor:
         if not (self.recompute_activations and torch.is_grad_enabled()):
             return self.midlayer.after_attention(residual, attended)
-        again: Tensor = checkpoint(
+        output: Tensor = checkpoint(
             self.midlayer.after_attention, residual, attended, use_reentrant=False
         )
-        return again
+        return output
 
     def _heads(self, projected: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n, (Hq + 2 Hkv) d] to rotated query [n, Hq, d], rotated key and value [n, Hkv, d]."""
         cos, sin = self.rotary.table(positions, projected.dtype)
         num_queries, num_keys = self.config.num_attention_heads, self.config.num_key_value_heads
-        # split, not slices: its backward is one copy
+        # The backward of split is one copy, that of slices several.
         heads = projected.unflatten(1, (-1, self.config.head_dim))
-        turned, value = heads.split([num_queries + num_keys, num_keys], dim=1)
-        query, key = Rotation.apply(turned, cos, sin).split([num_queries, num_keys], dim=1)
+        to_rotate, value = heads.split([num_queries + num_keys, num_keys], dim=1)
+        query, key = Rotation.apply(to_rotate, cos, sin).split([num_queries, num_keys], dim=1)
         return query, key, value
 
     def draft_logits(
@@ -219,8 +262,8 @@ class DraftHead(nn.Module):
     ) -> Tensor:
         """Teacher-forced logits [K, R, D] over draft ids; row (k, t) proposes token t + 2 + k.
 
-        `slots` defaults to every slot, `offsets` to one document. Give tokens [T + num_steps] to
-        have every chain fed: with shorter ones, the last token stands in for those that lack.
+        `slots` defaults to every slot, `offsets` to one document. With fewer than T + num_steps
+        tokens, the last token stands in for the missing ones.
         """
         if offsets is None:
             offsets = torch.tensor([0, len(states)], device=tokens.device)
@@ -243,7 +286,7 @@ class DraftHead(nn.Module):
 
 
 def load_head(folder: Path, embed_tokens: Tensor) -> DraftHead:
-    """The head of an exported folder: the folder's dtype, the device of `embed_tokens` [V, H].
+    """The head in an exported folder, in its own dtype, on the device of `embed_tokens` [V, H].
 
     Raises:
         UserError: the folder does not hold a head of this kind.
@@ -252,7 +295,7 @@ def load_head(folder: Path, embed_tokens: Tensor) -> DraftHead:
     require_file(folder / "model.safetensors")
     try:
         weights = load_file(folder / "model.safetensors")
-        config = HeadConfig.from_json(
+        config = HeadConfig.from_export(
             raw,
             aux_layers=tuple(raw["eagle_aux_hidden_state_layer_ids"]),
             draft_vocab_size=int(raw["draft_vocab_size"]),
@@ -261,8 +304,7 @@ def load_head(folder: Path, embed_tokens: Tensor) -> DraftHead:
         head = DraftHead(config, embed_tokens=embed_tokens, d2t=weights.get("d2t"))
         head.to(device=embed_tokens.device, dtype=weights["fc.weight"].dtype)
         head.load_state_dict(weights)
-    # Also what transformers' own rotary embedding thinks of the sizes.
-    except (
+    except (  # among them what transformers' rotary embedding raises about the sizes
         LookupError,
         TypeError,
         ValueError,
@@ -274,5 +316,10 @@ def load_head(folder: Path, embed_tokens: Tensor) -> DraftHead:
         StrictDataclassError,
         UserError,
     ) as error:
-        raise UserError(f"{folder}: expected an exported EAGLE-3 head, found: {error}") from error
+        raise UserError(
+            f"{folder}: expected an exported EAGLE-3 head, found: {error}",
+            code="head-unreadable",
+            remedy="Name the folder of a finished export.",
+            facts={"folder": str(folder)},
+        ) from error
     return head

@@ -3,11 +3,12 @@
 
 In: dump's shards and three tensors of the target (embedding, final norm, lm_head). Out: `train/`
 with the vocabulary, checkpoints and history, and `export/` with the head of the best walk. Cost:
-see the README's floor. A killed run continues from its last checkpoint, to the same weights.
+see the README's floor. A killed run continues from its last checkpoint to the same weights.
 """
 
 import contextlib
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,12 @@ from shared.artifacts.borrowed import borrow_dump
 from shared.artifacts.checksums import require_unchanged
 from shared.artifacts.manifest import MANIFEST, Artifact, require_parent
 from shared.contracts import hidden_states, layers
-from shared.errors import UserError
-from shared.io import files
+from shared.errors import RetryableError, UserError
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
 from stages.train.export import warm_start
+from stages.train.export.again import forget_other_dtype, unlink
 
 if TYPE_CHECKING:
     from shared.target.tensors import TargetTensors
@@ -35,7 +36,8 @@ def run(config: TrainConfig) -> None:
 
     Raises:
         UserError: no finished dump, a changed target, nothing to train on.
-        OutputError: the loss is no number any more, or the export fails its checks.
+        OutputError: the loss is not finite, or the export fails its checks.
+        RetryableError: another process finished this training while the ranks started.
     """
     parent, target_config = _inputs(config)
     training = Artifact(
@@ -43,23 +45,29 @@ def run(config: TrainConfig) -> None:
         config,
         parents={"dump": parent},
         inputs=warm_start.fingerprint(config),
-        mends=False,  # what training made comes from its steps alone
+        mends=False,  # only its steps can make it
     )
-    is_main = rank() == 0  # the ranks train together, and the first one keeps the folder
+    is_main = rank() == 0  # the ranks train together, rank 0 alone writes
     if not training.is_done():
-        with training.work() if is_main else contextlib.nullcontext():
-            if is_main:  # an export that is there is not of the weights to come
-                with files.writing(config.paths.export):
-                    (config.paths.export / MANIFEST).unlink(missing_ok=True)
-            outcome = _train(config, parent, target_config, training.folder)
-            if is_main:
-                counts = {"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}}
-                names = ["d2t.npy", "t2d.npy", "history.jsonl", "checkpoints/best.pt"]
-                training.finish(names, counts=counts, facts=outcome.facts())
+        with training.work() if is_main else contextlib.nullcontext(True) as is_needed:
+            if is_needed:
+                _train_and_record(config, parent, target_config, training)
+            elif int(os.environ.get("WORLD_SIZE") or 1) > 1:  # the other ranks wait for this one
+                raise RetryableError(
+                    f"another process finished {training.folder} while the ranks started.",
+                    code="train-finished-elsewhere",
+                    remedy="Run the same command again to export.",
+                )
     if not is_main:
         return
     trained = require_parent(training.folder, stage="train", config=config)
-    export = Artifact(config.paths.export, config, parents={"train": trained})
+    export = Artifact(
+        config.paths.export,
+        config,
+        parents={"train": trained},
+        inputs={"export_dtype": config.export_dtype},
+    )
+    forget_other_dtype(export)
     if export.is_done():
         return
     require_unchanged(training.folder, trained, trained["files"])
@@ -70,11 +78,24 @@ def run(config: TrainConfig) -> None:
         export.finish(names, counts=trained["counts"], facts=trained["facts"])
 
 
+def _train_and_record(
+    config: TrainConfig, parent: dict[str, Any], target_config: TargetConfig, training: Artifact
+) -> None:
+    is_main = rank() == 0
+    if is_main:
+        unlink(config.paths.export, MANIFEST)  # its weights are not those to come
+    outcome = _train(config, parent, target_config, training.folder)
+    if is_main:
+        counts = {"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}}
+        names = ["d2t.npy", "t2d.npy", "history.jsonl", "checkpoints/best.pt"]
+        training.finish(names, counts=counts, facts=outcome.facts())
+
+
 def run_vocab(config: VocabConfig) -> None:
-    """The draft vocabulary alone.
+    """Make the draft vocabulary alone.
 
     Raises:
-        UserError: no finished dump, or another vocabulary is there already.
+        UserError: no finished dump, or a different vocabulary exists.
     """
     _, target_config = _inputs(config)
     from stages.train.objective import vocabulary
@@ -86,11 +107,11 @@ def run_vocab(config: VocabConfig) -> None:
 
 
 def run_export(config: ExportConfig) -> None:
-    """Any checkpoint as a folder that engines load, and on the hub where told to.
+    """Export a checkpoint to a folder that engines load, and to the hub with --push_to.
 
     Raises:
         UserError: no such checkpoint, or the hub refuses.
-        OutputError: the head does not have what engines load.
+        OutputError: the tensors are not those that engines load.
     """
     parent, target_config = _inputs(config)
     from stages.train.export.hf import export_head, require_replaceable
@@ -125,26 +146,33 @@ def run_export(config: ExportConfig) -> None:
 def _head_of(
     config: TrainConfig, target_config: TargetConfig, folder: Path, path: Path
 ) -> tuple[Any, int]:
-    """The head of a checkpoint, and the step it is from."""
+    """The head of a checkpoint, and its step."""
     from shared.target.tensors import read_tensors
     from stages.train.loop import checkpoint
 
     state = checkpoint.load(path)
     if state is None:
-        raise UserError(f"expected a checkpoint at {path}, found none. Train first.")
+        raise UserError(
+            f"expected a checkpoint at {path}, found none.",
+            code="checkpoint-missing",
+            remedy="Train first, or set train.checkpoint to an existing file.",
+            facts={"file": str(path)},
+        )
     head = _build(config, target_config, read_tensors(target_config), folder)
     try:
         head.load_state_dict(state["weights"])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: expected the weights of this head, found: {str(error)[:500]}. Give a checkpoint "
-            "of this recipe."
+            f"{path}: expected the weights of this head, found: {str(error)[:500]}.",
+            code="checkpoint-weights",
+            remedy="Give a checkpoint of this recipe.",
+            facts={"file": str(path)},
         ) from error
     return head, int(state["step"])
 
 
 def _inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
-    """The dump's manifest and the target's config, which must belong together."""
+    """The dump's manifest and the config of the target that it was made from."""
     if config.dump_of is not None:
         borrow_dump(config.paths, config.dump_of)
     folder = config.paths.stage("dump")
@@ -153,14 +181,19 @@ def _inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
     target_config = target.read_config(located, trust_remote_code=config.run.trust_remote_code)
     if target.weights_hash(located) != parent["facts"]["target_hash"]:
         raise UserError(
-            f"{located} is not the target whose states are in {folder}: its weights changed since. "
-            "Run synth and dump again with --overwrite, or restore the target."
+            f"{located}: expected the target whose states are in {folder}; its weights have changed.",
+            code="target-changed",
+            remedy="Run synth and dump again with --overwrite, or restore the target.",
+            facts={"target": str(located)},
         )
     wanted = list(layers.resolve_aux_layers(config.run.aux_layers, target_config.num_layers))
     if wanted != parent["facts"]["aux_layers"]:
         raise UserError(
             f"{folder}: expected states of the aux layers {wanted}, found "
-            f"{parent['facts']['aux_layers']}. Run dump again with --overwrite."
+            f"{parent['facts']['aux_layers']}.",
+            code="dump-aux-layers",
+            remedy="Run dump again with --overwrite.",
+            facts={"expected": wanted, "found": parent["facts"]["aux_layers"]},
         )
     return parent, target_config
 
@@ -168,7 +201,7 @@ def _inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
 def _build(
     config: TrainConfig, target_config: TargetConfig, tensors: "TargetTensors", folder: Path
 ) -> Any:
-    """A fresh head, its vocabulary and lm_head rows from the target's."""
+    """A new head with the target's embeddings and lm_head rows, or the weights of init_from."""
     from shared.contracts import vocab
     from shared.contracts.head_config import HeadConfig
     from stages.train.model import DraftHead
@@ -199,7 +232,7 @@ def _build(
     vocab.check(draft)
     head = DraftHead(
         head_config,
-        embed_tokens=tensors.embed_tokens.float(),
+        embed_tokens=tensors.embed_tokens,
         d2t=draft.d2t if draft.size < target_config.vocab_size else None,
         lm_head=tensors.lm_head[draft.token_ids].float(),
     )
@@ -211,7 +244,7 @@ def _build(
 def _train(
     config: TrainConfig, parent: dict[str, Any], target_config: TargetConfig, folder: Path
 ) -> "Outcome":
-    # Here, not above: an artifact that is done already must not wait for torch.
+    # Imported here, so that a finished artifact does not wait for torch.
     import torch
 
     from shared.target.tensors import read_tensors
@@ -226,7 +259,7 @@ def _train(
     dump = config.paths.stage("dump")
     states = [name for name in parent["files"] if _holds_states(name)]
     require_unchanged(dump, parent, sorted(parent["files"].keys() - states))
-    # The first one makes the vocabulary that the others read.
+    # Rank 0 makes the vocabulary that the others read.
     with together(accelerator), accelerator.main_process_first():
         if accelerator.is_main_process:
             vocabulary.forget_unbound(folder)
@@ -241,13 +274,15 @@ def _train(
         manifest=parent,
     )
     if not dataset.held_out:
-        logger.warning("no walked acceptance length: it needs greedy answers and held-out samples")
+        logger.warning(
+            "no walked acceptance length: that needs greedy answers and held-out samples"
+        )
     with together(accelerator):
         return Trainer(config, tensors, head, dataset, folder, accelerator).run()
 
 
 def _holds_states(name: str) -> bool:
-    """Whether a file of dump's is large: it is looked at when it is first read whole."""
+    """Whether it is a file of states; those are checked against their checksums when first read."""
     return Path(name).name.startswith(("shard_", "data_")) and name.endswith(".pt")
 
 

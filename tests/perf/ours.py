@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from shared.contracts.head_config import HeadConfig
 from shared.target.tensors import FinalNorm
-from stages.train.data.dataset import Batch
+from stages.train.data.batch import Batch
 from stages.train.loop.distributed import product_dtype
 from stages.train.loop.optimizer import make_optimizer
 from stages.train.loop.step import TrainingStep, train_step

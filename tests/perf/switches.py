@@ -12,25 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.train import model as model_module
-from stages.train.data.dataset import Batch
-from stages.train.kernels.blocks import Document
+from stages.train.data import batch as batch_module
+from stages.train.data.batch import Batch, Plan
+from stages.train.kernels.blocks import Document, attention_blocks
 from stages.train.objective import loss as loss_module
-from stages.train.objective.loss import CountedRows
 from stages.train.objective.target_output import TargetOutput
 
 
 def _every_slot() -> None:
     """Every slot runs each step and reaches lm_head and loss, counted or not."""
-    gate = loss_module.counted_rows
+    make_plan = batch_module.make_plan
 
-    def all_rows(batch: Batch, num_steps: int) -> CountedRows:
-        rows = gate(batch, num_steps)
+    def all_rows(batch: Batch, num_steps: int, **options: bool) -> Plan:
+        rows = make_plan(batch, num_steps, **options)
         slots = torch.arange(len(batch.input_ids) - 1)
         spread = torch.zeros(2, num_steps, len(slots), dtype=torch.bool)
-        spread[:, :, rows.slots] = torch.stack((rows.counted, rows.carried))
-        return CountedRows(slots, *spread)
+        spread[:, :, rows.slots] = torch.stack((rows.counted, rows.in_vocab_slots))
+        return Plan(slots, *spread, attention_blocks(slots, batch.offsets))
 
-    loss_module.counted_rows = all_rows
+    batch_module.make_plan = all_rows
 
 
 class _StoredLoss:

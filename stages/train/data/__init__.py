@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states read and batched."""
+"""Hidden states, read and batched."""

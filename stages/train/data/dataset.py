@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """dump's files -> packed batches.
 
-Legend: T tokens of a batch, N its documents, A aux layers, H hidden size.
+Legend: T tokens of a batch, A aux layers, H hidden size.
 
-The order is a pure function of seed and epoch, so a step number alone says where the data stands.
+The order depends on seed and epoch alone, so a step number is enough to continue.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +21,14 @@ from shared.artifacts.checksums import require_unchanged
 from shared.contracts import hidden_states
 from shared.contracts.hidden_states import Shard
 from shared.contracts.row_files import RowFile
+from stages.train.data.batch import Batch
 
-BUFFER_SHARDS = 8  # their samples are mixed; each is about a GiB that the page cache should hold
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Documents one after another, without padding."""
-
-    input_ids: torch.Tensor  # [T] int64
-    loss_mask: torch.Tensor  # [T] bool
-    aux_states: torch.Tensor  # [T, A*H] bfloat16
-    final_states: torch.Tensor  # [T, H] bfloat16, before the target's final norm
-    offsets: torch.Tensor  # [N+1] int64
-    in_vocab: torch.Tensor  # [T] bool: the target's argmax at t is in the draft vocabulary
-    sample_ids: tuple[str, ...]
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on `device`, copied behind the work that runs there."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> "Batch":
-        """The same batch in page-locked memory, from which a GPU copies by itself."""
-        return self._map(torch.Tensor.pin_memory)
-
-    def silent(self) -> "Batch":
-        """The same batch with nothing in it that counts."""
-        return dataclasses.replace(self, loss_mask=torch.zeros_like(self.loss_mask))
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        tensors: dict[str, Any] = {
-            name: change(value) for name, value in vars(self).items() if name != "sample_ids"
-        }
-        return dataclasses.replace(self, **tensors)
+BUFFER_SHARDS = 8  # mixed with each other; the page cache should hold them, about 1 GiB each
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Where one document lies."""
+    """Where one document is."""
 
     sample_id: str
     shard: int
@@ -71,7 +43,7 @@ class Dataset:
     """All samples of a dump, split into training and held-out ones by a hash of their ids.
 
     Worked example: hashes order five samples as [c, a, e, b, d]. With one held out and
-    `max_samples` 2, c is held out and [a, e] train; with 3, [a, e, b] do, and c still waits.
+    `max_samples` 2, c is held out and [a, e] train; with 3, [a, e, b] train and c is still held out.
     """
 
     def __init__(
@@ -104,13 +76,13 @@ class Dataset:
         held = min(round(len(samples) * holdout_fraction), max_holdout_samples, len(samples) - 1)
         if holdout_fraction > 0 and len(samples) > 1:
             held = max(held, 1)
-        place = {sample.sample_id: index for index, sample in enumerate(by_hash)}
+        rank = {sample.sample_id: index for index, sample in enumerate(by_hash)}
         end = len(samples) if max_samples is None else held + max_samples
-        self.held_out = [sample for sample in samples if place[sample.sample_id] < held]
-        self.training = [sample for sample in samples if held <= place[sample.sample_id] < end]
+        self.held_out = [sample for sample in samples if rank[sample.sample_id] < held]
+        self.training = [sample for sample in samples if held <= rank[sample.sample_id] < end]
 
     def require_unchanged(self, shard: int) -> None:
-        """Refuse a shard whose bytes are not those that dump wrote, where its manifest is known.
+        """Compare a shard with its checksum in dump's manifest, if that was given.
 
         Raises:
             UserError: it is damaged.
@@ -119,7 +91,7 @@ class Dataset:
             require_unchanged(self._folder, self._manifest, [self._names[shard]])
 
     def set_in_vocab(self, flags: Sequence[torch.Tensor]) -> None:
-        """Take, for each shard, [T] bool: the target's argmax there is in the draft vocabulary."""
+        """Set, for each shard, [T] bool: the target's argmax is in the draft vocabulary."""
         self.in_vocab = list(flags)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
@@ -129,14 +101,20 @@ class Dataset:
             UserError: a file is damaged.
         """
         parts = [(self.shards[sample.shard], sample) for sample in samples]
-        states = torch.cat([shard.states(sample.rows) for shard, sample in parts])
-        lengths = torch.tensor([0, *(sample.num_tokens for sample in samples)])
+        # All are asked for before the first is copied, so that the disk reads ahead.
+        states = [shard.states(sample.rows) for shard, sample in parts]
+        offsets = [0, *itertools.accumulate(sample.num_tokens for sample in samples)]
+        num_aux, hidden = states[0].shape[1] - 1, states[0].shape[2]
+        aux = torch.empty(offsets[-1], num_aux, hidden, dtype=states[0].dtype)
+        final = torch.empty(offsets[-1], hidden, dtype=states[0].dtype)
+        for (start, stop), part in zip(itertools.pairwise(offsets), states, strict=True):
+            aux[start:stop], final[start:stop] = part[:, :-1], part[:, -1]
         return Batch(
             input_ids=torch.cat([shard.input_ids[sample.rows] for shard, sample in parts]).long(),
             loss_mask=torch.cat([shard.loss_mask[sample.rows] for shard, sample in parts]).bool(),
-            aux_states=states[:, :-1].flatten(1),
-            final_states=states[:, -1],
-            offsets=lengths.cumsum(0),
+            aux_states=aux.flatten(1),
+            final_states=final,
+            offsets=torch.tensor(offsets),
             in_vocab=torch.cat([self.in_vocab[s.shard][s.rows] for s in samples]),
             sample_ids=tuple(sample.sample_id for sample in samples),
         )
@@ -163,23 +141,25 @@ def pack(samples: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
 
 
 def shuffled(samples: Sequence[Sample], *, seed: int, epoch: int) -> list[Sample]:
-    """One epoch's order, by seed and epoch alone: shards in random order, drawn through a buffer.
+    """The order of one epoch, which depends on seed and epoch alone.
 
-    Samples of at most `BUFFER_SHARDS` shards are mixed at a time, so that a network volume reads
-    whole shards one after another. With no more shards than that, it is a plain shuffle.
+    Shards come in random order, and samples of at most `BUFFER_SHARDS` of them are mixed at a time,
+    so that a network volume reads whole shards in sequence. With fewer shards than that, it is a
+    plain shuffle.
     """
     source = random.Random(f"{seed}/{epoch}")
     by_shard: dict[int, list[Sample]] = {}
     for sample in samples:
         by_shard.setdefault(sample.shard, []).append(sample)
-    waiting = [by_shard[shard] for shard in sorted(by_shard)]
-    source.shuffle(waiting)
-    size = sum(len(shard) for shard in waiting[:BUFFER_SHARDS])
+    shards = [by_shard[shard] for shard in sorted(by_shard)]
+    source.shuffle(shards)
+    size = sum(len(shard) for shard in shards[:BUFFER_SHARDS])
+    waiting = deque(shards)
     buffer: list[Sample] = []
     order: list[Sample] = []
     while waiting or buffer:
         while waiting and len(buffer) < size:
-            buffer += waiting.pop(0)
+            buffer += waiting.popleft()
         drawn = source.randrange(len(buffer))
         buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
         order.append(buffer.pop())
@@ -197,12 +177,12 @@ def training_steps(
 def split_step(
     samples: Sequence[Sample], *, num_ranks: int, micro_tokens: int
 ) -> list[list[list[Sample]]]:
-    """One step's samples as [rank][micro-batch]: even in tokens, every rank with as many.
+    """One step's samples as [rank][micro-batch], balanced in tokens.
 
-    A rank with less to do gets empty micro-batches, since ranks that share weights meet in each.
+    Every rank gets the same number of micro-batches, some of them empty.
 
-    Worked example, lengths [5, 3, 4, 9], 2 ranks, 9 tokens a micro-batch: longest first to the
-    emptier rank, [9, 3] and [5, 4], so rank 0 has [[9], [3]] and rank 1 has [[5, 4], []].
+    Worked example, lengths [5, 3, 4, 9], 2 ranks, 9 tokens per micro-batch: the longest first, each
+    to the emptier rank, gives [9, 3] and [5, 4]. So rank 0 has [[9], [3]], rank 1 [[5, 4], []].
     """
     ranks: list[list[Sample]] = [[] for _ in range(num_ranks)]
     if num_ranks == 1:
@@ -214,5 +194,5 @@ def split_step(
             ranks[rank].append(sample)
             loads[rank] += sample.num_tokens
     packed = [pack(part, micro_tokens) for part in ranks]
-    most = max(len(micros) for micros in packed)
-    return [[*micros, *[[] for _ in range(most - len(micros))]] for micros in packed]
+    count = max(len(micros) for micros in packed)
+    return [[*micros, *[[] for _ in range(count - len(micros))]] for micros in packed]

@@ -1,50 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches are made in a thread, ahead of the step that takes them.
+"""Threads that make batches ahead of the training step.
 
-The states are mapped from files, so making a batch is what reads the disk. For a GPU the batch is
-put into page-locked memory, and its copy to the device runs behind the step before.
+States are mapped from files, so making a batch reads the disk. For a GPU several threads fill
+page-locked buffers, and a stream of its own copies them while the step before still runs.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
-from stages.train.data.dataset import Batch, Dataset, Sample, split_step
+import torch
 
+from stages.train.data.batch import Batch
+from stages.train.data.dataset import Dataset, Sample, split_step
+
+J = TypeVar("J")
 T = TypeVar("T")
-_END = object()
 
 
-def prefetched(items: Iterator[T], *, depth: int = 2) -> Iterator[T]:
-    """The same items in the same order, made in a thread: `depth` ready ahead, one in hand.
+def prefetched(
+    jobs: Iterator[J], make: Callable[[J], T], *, depth: int = 2, threads: int = 1
+) -> Iterator[T]:
+    """`make(job)` of each job, in order, made in threads: `depth` ready ahead, one in hand.
 
-    An error in making an item is raised where that item is taken.
+    An exception in `make` is raised when its item is taken.
     """
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        ahead = deque(thread.submit(next, items, _END) for _ in range(depth + 1))
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        ahead: deque[Future[T]] = deque()
         try:
-            while (item := ahead.popleft().result()) is not _END:
-                ahead.append(thread.submit(next, items, _END))
-                yield cast(T, item)
+            for job in jobs:
+                ahead.append(pool.submit(make, job))
+                if len(ahead) > depth:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
         finally:
-            thread.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def micro_batches(
     dataset: Dataset,
-    steps: Iterable[list[Sample]],
+    samples: list[Sample],
     *,
     rank: int,
     num_ranks: int,
     micro_tokens: int,
-    pin: bool,
-) -> Iterator[tuple[list[Sample], list[Batch]]]:
-    """For each step all its samples, and this rank's micro-batches of them."""
-    for samples in steps:
-        parts = split_step(samples, num_ranks=num_ranks, micro_tokens=micro_tokens)[rank]
-        # A rank without a sample runs along on one of the others', of which nothing counts.
-        batches = [
-            dataset.batch(part) if part else dataset.batch(samples[:1]).silent() for part in parts
-        ]
-        yield samples, [batch.pinned() for batch in batches] if pin else batches
+    num_steps: int,
+    pin: bool = False,
+    blocks: bool = True,
+) -> list[Batch]:
+    """This rank's micro-batches of one step's samples, each with its plan.
+
+    A rank without a sample gets one of another rank, in which no token counts, because ranks that
+    share weights meet in every micro-batch.
+    """
+    parts = split_step(samples, num_ranks=num_ranks, micro_tokens=micro_tokens)[rank]
+    batches = [
+        dataset.batch(part) if part else dataset.batch(samples[:1]).silent() for part in parts
+    ]
+    planned = [batch.planned(num_steps, blocks=blocks) for batch in batches]
+    return [batch.pinned() for batch in planned] if pin else planned
+
+
+def on_device(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """The micro-batches of each step on `device`, copied one step ahead."""
+    if device.type != "cuda":
+        for batches in steps:
+            yield [batch.to(device) for batch in batches]
+        return
+    stream = torch.cuda.Stream(device)
+    waiting: deque[tuple[list[Batch], torch.cuda.Event]] = deque()
+    for batches in steps:
+        with torch.cuda.stream(stream):
+            waiting.append(([batch.to(device) for batch in batches], stream.record_event()))
+        if len(waiting) > 1:
+            yield _taken(*waiting.popleft())
+    while waiting:
+        yield _taken(*waiting.popleft())
+
+
+def _taken(batches: list[Batch], copied: torch.cuda.Event) -> list[Batch]:
+    """The batches for use on the current stream, once they are copied."""
+    current = torch.cuda.current_stream()
+    current.wait_event(copied)
+    for batch in batches:
+        batch.on_stream(current)
+    return batches

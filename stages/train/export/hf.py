@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained draft head as the folder that vLLM, SGLang and TensorRT-LLM serve.
 
-In: a head. Out: `config.json`, `model.safetensors` and a model card, as one folder that appears
-whole, after it was read back and checked. Cost: the head's weights once, in memory and on disk.
-The surprise: the aux layers stand in it twice, in two numberings. vLLM reads the top-level list as
-it is (id i enters layer i); SGLang reads the nested one and adds 1, so there each id is one less.
+In: a head. Out: a folder with `config.json`, `model.safetensors` and a model card. It is read back
+and checked before it gets its final name. Cost: the head's weights once, in memory and on disk.
 
-Nothing is copied from the target's config: engines stumble over keys and nulls they do not expect.
+config.json has the aux layers in two numberings. vLLM reads the top-level list as it is (id i
+enters layer i); SGLang reads the nested list and adds 1, so each id there is one less. Nothing is
+copied from the target's config, since engines fail on keys and nulls that they do not expect.
 """
 
 import json
@@ -37,17 +37,17 @@ def export_head(
     num_draft_tokens: int = 3,
     name: str | None = None,
 ) -> None:
-    """Write the head to the folder `out`, replacing what stood there only once all is checked.
+    """Write the head to the folder `out`; what is there is replaced once the new one is checked.
 
     Args:
         target: name or path of the target, for the model card's command.
-        provenance: what the card tells of the head's making, JSON values.
+        provenance: how the head was made, JSON values for the card.
         dtype: of the weights, `bfloat16` or `float32`.
         num_draft_tokens: K of the model card's command.
-        name: what that command calls the folder, where it will be moved; default `out.name`.
+        name: the folder in that command, if it will be moved; default `out.name`.
 
     Raises:
-        OutputError: the head does not have the exact tensors that engines load.
+        OutputError: the tensors are not exactly those that engines load.
     """
     weights = {
         name: tensor.detach()
@@ -70,33 +70,36 @@ def export_head(
 
 
 def write_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file that others may read.
+    """Write a safetensors file that other users may read.
 
     Raises:
         OSError: the disk is full.
     """
     try:
         save_file(weights, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what its writer makes of a full disk
+    except SafetensorError as error:  # raised for a full disk
         raise OSError(str(error)) from error
-    # safetensors leaves 0600: another user's container, or another node, could not serve it.
+    # safetensors sets 0600; another user's container or another node could not serve the file.
     path.chmod(0o644)
 
 
 def require_replaceable(out: Path) -> None:
-    """Refuse to put a head where anything but an earlier one would be lost.
+    """Refuse to replace anything but an earlier export.
 
     Raises:
-        UserError: naming what lies there.
+        UserError: something else is there.
     """
     own = {"config.json", "model.safetensors", "README.md", MANIFEST, IDENTITY, LOCK}
     is_folder = out.is_dir() and not out.is_symlink()
     names = sorted(path.name for path in out.iterdir()) if is_folder else []
-    found = [name for name in names if name not in own or "model.safetensors" not in names]
-    if found or (out.exists() and not is_folder) or not out.absolute().name:
+    foreign = [name for name in names if name not in own or "model.safetensors" not in names]
+    if foreign or (out.exists() and not is_folder) or not out.absolute().name:
         raise UserError(
-            f"train.output: expected a new folder, or one that holds an earlier export, at {out}, "
-            f"found {found[0] if found else 'something else'} there. Name another one."
+            f"train.output: expected no folder or an earlier export at {out}, found "
+            f"{foreign[0] if foreign else 'something else'}.",
+            code="export-folder-taken",
+            remedy="Set train.output to another folder.",
+            facts={"folder": str(out), "found": foreign[:3]},
         )
 
 
@@ -108,7 +111,7 @@ def model_card(
     name: str,
     num_draft_tokens: int,
 ) -> str:
-    """README.md of the exported folder: what it is, the command that serves it, how it was made."""
+    """README.md of the exported folder: what it is, how to serve it, how it was made."""
     speculative = json.dumps(
         {"method": "eagle3", "model": name, "num_speculative_tokens": num_draft_tokens}
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained draft head in the layout of the speculators library, which vLLM serves too.
 
-In: a head. Out: `config.json`, `model.safetensors` and a model card, as one folder that appears
-whole. The surprise: vLLM takes `norm_before_residual` for true where this layout leaves it out, so
-it stands in the file. The decoder's tensors are called `layers.0.*` here, and `midlayer.*` in ours.
+In: a head. Out: a folder with `config.json`, `model.safetensors` and a model card, complete before it
+gets its final name. The file states `norm_before_residual`, since vLLM assumes true without it. The
+decoder's tensors are named `layers.0.*` here and `midlayer.*` in our own layout.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ def speculators_config(
     target_architectures: Sequence[str],
     num_draft_tokens: int,
 ) -> dict[str, Any]:
-    """The whole config.json; the decoder layer's part is an allow-list from ours."""
+    """The whole config.json; the decoder layer's part is an allow-list of our own keys."""
     ours = config_json(config, dtype=dtype)
     return {
         "architectures": ["Eagle3Speculator"],
@@ -87,9 +87,9 @@ def export_speculators(
     Args:
         target: name or path of the target.
         target_architectures: of its config.json.
-        provenance: what the card tells of the head's making, JSON values.
+        provenance: how the head was made, JSON values for the card.
         dtype: of the weights, `bfloat16` or `float32`.
-        num_draft_tokens: K that engines draft where nothing else is asked for.
+        num_draft_tokens: default K of the engines.
     """
     weights = {
         name.replace("midlayer.", "layers.0."): tensor.detach()

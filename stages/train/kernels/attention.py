@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a TTT step: step-0 keys of the same document, and the slot's own chain.
 
-In: queries of the requested slots, step-0 keys and values, the chain's, which rows see which keys.
-Out: what each query attends to. Cost: batched products over blocks of rows; a block's weights are
-made again in the backward pass, so nothing of size rows x keys outlives its block.
-The surprise: a chain has one key a step and slot, no two slots share it, so its scores are dot
-products. They stand in columns of their own before the step-0 keys, and one softmax (and its one
-gradient) sees the whole row:
+In: queries of the requested slots, keys and values of step 0 and of the chain, which rows see which
+keys. Out: the attention output of each query. Cost: batched products over blocks of rows; a block's
+weights are recomputed in the backward pass, so nothing of size rows x keys outlives its block.
 
-    own chain: step 1 .. step k, nothing up to c columns | the document's step-0 keys
+A chain has one key per step and slot, and no two slots share it, so its scores are dot products.
+They stand in columns before the step-0 keys, and one softmax (and one gradient) covers the row:
+
+    own chain: step 1 .. step k, padded to c columns | the document's step-0 keys
 
 Shapes: T packed tokens, R requested slots, r rows and s step-0 keys of a block, k chain members,
 Hq / Hkv query / key heads, G = Hq / Hkv, d head size.
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from stages.train.kernels.blocks import Block, Document, round_up
 
-# A chain's columns come in steps of so many, so that most steps have one shape; and there are always
-# some: rows of scores a power of two apart would fall on one another in a cache.
+# The chain's columns are padded to a multiple of this, so that most steps have the same shape. There
+# is always padding: rows of scores a power of two apart would evict each other from the cache.
 CHAIN_COLUMNS = 8
 
 
@@ -76,7 +76,7 @@ class ChainAttention(torch.autograd.Function):
         room = own_scores.shape[-1]
         for document in ctx.documents:
             keys, values = (_columns(x, document, room) for x in (key, value))
-            # In float32 also where products are not: many blocks add up in it.
+            # In float32 even where products are not, since many blocks add up in it.
             precision = torch.promote_types(keys.dtype, torch.float32)
             by_key, by_value = (torch.zeros_like(x, dtype=precision) for x in (keys, values))
             for block in document.blocks:
@@ -85,7 +85,7 @@ class ChainAttention(torch.autograd.Function):
                 block_grad = _rows(grad, block)
                 grad_scores = block_grad @ values[:, seen].mT  # of the weights, so far
                 grad_scores[..., :room] = _rows(own_grads, block)
-                # What softmax's own gradient calls, in place.
+                # The kernel of softmax's gradient, in place.
                 torch.ops.aten._softmax_backward_data.out(
                     grad_scores, weights, -1, weights.dtype, grad_input=grad_scores
                 )
@@ -105,20 +105,20 @@ class ChainAttention(torch.autograd.Function):
 
 
 def _columns(x: Tensor, document: Document, room: int) -> Tensor:
-    """A document's keys or values of [T, Hkv, d] as [Hkv, c + s, d], zeros where it has none."""
+    """A document's keys or values from [T, Hkv, d] as [Hkv, c + s, d], zeros in front and behind."""
     own = x[document.tokens].transpose(0, 1)
     behind = max(document.blocks[-1].num_keys - own.shape[1], 0)
     return F.pad(own, (0, 0, room, behind))
 
 
 def _tokens(by_column: Tensor, document: Document, room: int) -> Tensor:
-    """The way back: [Hkv, c + s, d] to the document's tokens [t, Hkv, d]."""
+    """The inverse of `_columns`: [Hkv, c + s, d] to the document's tokens [t, Hkv, d]."""
     tokens = document.tokens.stop - document.tokens.start
     return by_column[:, room : room + tokens].transpose(0, 1)
 
 
 def _weights(block: Block, query: Tensor, keys: Tensor, own_scores: Tensor) -> Tensor:
-    """[Hkv, r*G, c + s] each row's softmax over its own chain and the step-0 keys it sees."""
+    """[Hkv, r*G, c + s]: each row's softmax over its own chain and the step-0 keys that it sees."""
     seen = slice(own_scores.shape[-1] + block.num_keys)
     scores = _rows(query, block) @ keys[:, seen].mT
     scores[..., : own_scores.shape[-1]] = _rows(own_scores, block)
@@ -129,13 +129,13 @@ def _weights(block: Block, query: Tensor, keys: Tensor, own_scores: Tensor) -> T
 
 
 def _rows(x: Tensor, block: Block) -> Tensor:
-    """A block of [R, Hkv, G, n] as [Hkv, r*G, n], with zeros for the rows that it has too many."""
+    """A block of [R, Hkv, G, n] as [Hkv, r*G, n], with zeros for the padding rows."""
     own = x[block.rows].transpose(0, 1)
     return F.pad(own, (0, 0, 0, 0, 0, len(block.later) - own.shape[1])).flatten(1, 2)
 
 
 def _put(into: Tensor, block: Block, flat: Tensor) -> None:
-    """The way back: the first n columns of [Hkv, r*G, ...] into a block of [R, Hkv, G, n]."""
+    """The inverse of `_rows`: the first n columns of [Hkv, r*G, ...] into a block of [R, Hkv, G, n]."""
     own = into[block.rows]
     own.copy_(
         flat.unflatten(1, (len(block.later), -1))[:, : len(own), :, : own.shape[-1]].transpose(0, 1)
@@ -143,16 +143,16 @@ def _put(into: Tensor, block: Block, flat: Tensor) -> None:
 
 
 def _joined(members: Sequence[Tensor], query: Tensor) -> Tensor:
-    """The chain's keys or values, k times [R, Hkv, d], as [R, Hkv, c, d], zeros behind."""
+    """The chain's keys or values, k times [R, Hkv, d], as [R, Hkv, c, d] with zeros behind."""
     rows, heads, _, size = query.shape
     joined = query.new_zeros(rows, heads, round_up(len(members) + 1, CHAIN_COLUMNS), size)
-    for place, member in enumerate(members):
-        joined[:, :, place] = member
+    for index, member in enumerate(members):
+        joined[:, :, index] = member
     return joined
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right` for batches of matrices, in one pass where their dtypes are one."""
+    """`total += left @ right` for batches of matrices, in one pass where the dtypes are equal."""
     if total.dtype == left.dtype:
         total.baddbmm_(left, right)
     else:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of a batch's attention run together, and which keys they see.
 
-A block is computed whole and masked where a key comes after a row's own slot, so slots of a block
-are near each other. Rows and keys are counted up to round numbers (the rest is masked): a CPU makes
-new code for each shape of a bfloat16 product, at the price of a product or two.
+A block is computed whole and masked where a key comes after a row's own slot, so the slots of a
+block lie near each other. Rows and keys are padded to multiples of 32 and 64: a CPU generates code
+for each new shape of a bfloat16 product, which costs as much as one or two products.
 """
 
 import bisect
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Slots of a block are less than so many tokens apart: half as many keys a row are waste.
+# Slots of a block are less than this many tokens apart; about half as many keys per row are waste.
 SPAN_TOKENS = 192
-# An accelerator wants fewer, larger products.
+# An accelerator runs fewer, larger products faster.
 ACCELERATOR_SPAN_TOKENS = 1024
 ROUND_ROWS = 32
 ROUND_KEYS = 64
@@ -25,8 +25,8 @@ class Block(NamedTuple):
     """Rows of one document that attend together.
 
     Attributes:
-        rows: of the R requested slots; r of them, counted up.
-        num_keys: of step-0 keys, from the document's first to the last slot's, counted up: s.
+        rows: which of the R requested slots; r is their number, padded.
+        num_keys: step-0 keys, from the document's first to the last slot's own; s is padded.
         later: [r, 1, w] bool: which of the last w keys come after a row's own slot.
     """
 
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document with requested slots: which tokens are its, and the blocks of its rows."""
+    """A document with requested slots: its tokens, and the blocks of its rows."""
 
     tokens: slice
     blocks: list[Block]
@@ -45,10 +45,10 @@ class Document(NamedTuple):
 def attention_blocks(slots: Tensor, offsets: Tensor) -> list[Document]:
     """Cover "step-0 slots <= own slot, same document" with blocks of rows.
 
-    Worked example, counting up to multiples of 2: documents of 8 and 2 tokens, slots [3, 4, 6]. The
-    second document has no slot. The three are one block of r = 4 rows, of which the last is nobody's.
-    It sees the keys 0 .. 6 and, counted up, 7. Of the last w = 4, keys 4 .. 7, all come after slot
-    3, 5 .. 7 after slot 4, 7 after slot 6.
+    Worked example, padding to multiples of 2: documents of 8 and 2 tokens, slots [3, 4, 6]. The
+    second document has no slot. The three slots are one block of r = 4 rows, the last one padding.
+    It sees the keys 0 .. 6, and 7 as padding. Of the last w = 4 keys, 4 .. 7, all come after slot 3,
+    5 .. 7 after slot 4, and 7 after slot 6.
 
     Args:
         slots: [R] int64, ascending.
@@ -71,7 +71,7 @@ def attention_blocks(slots: Tensor, offsets: Tensor) -> list[Document]:
 
 
 def _later(slots: Tensor, first: int, stop: int) -> Tensor:
-    """[r, 1, w] bool: which of the keys first .. stop - 1 come after each slot; rows counted up."""
+    """[r, 1, w] bool: which of the keys first .. stop - 1 come after each slot; rows padded."""
     later = torch.arange(first, stop, device=slots.device) > slots[:, None]
     rows = later.new_zeros(round_up(len(slots), ROUND_ROWS), 1, later.shape[1])
     rows[: len(slots), 0] = later

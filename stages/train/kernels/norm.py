@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMS norm, in as few passes over memory as the device allows."""
+"""RMS norm, with as few passes over memory as the device allows."""
 
 from typing import Any
 
@@ -11,26 +11,26 @@ from stages.train.kernels.precision import at_least_float32
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's; on a CPU with fewer passes over memory, in mixed precision too."""
+    """torch's RMS norm; on a CPU a version with fewer passes, in mixed precision too."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu:
             normed: Tensor = RMSNormOnCPU.apply(x, self.weight, self.eps)
             return normed
-        # The weight in the input's dtype: in mixed precision only that is fused.
+        # The weight in the input's dtype: only then is torch's kernel fused in mixed precision.
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class RMSNormOnCPU(torch.autograd.Function):
-    """y = w x / sqrt(mean(x^2) + eps), in float32 at least inside.
+    """y = w x / sqrt(mean(x^2) + eps), computed in float32 or wider.
 
-    torch has one kernel for it on a GPU, on a CPU a dozen.
+    torch has one kernel for it on a GPU, but a dozen operations on a CPU.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         precise = at_least_float32(x)
-        with torch.autocast("cpu", enabled=False):  # it would take the sum of squares in bfloat16
+        with torch.autocast("cpu", enabled=False):  # which would sum the squares in bfloat16
             squares = torch.linalg.vecdot(precise, precise)
         scale = (squares / x.shape[-1] + eps).rsqrt_()[..., None]
         ctx.save_for_backward(x, weight, scale)

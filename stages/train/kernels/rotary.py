@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding: its angles as transformers makes them, and the rotation."""
+"""Rotary position embedding: angles as transformers and vLLM make them, and the rotation."""
 
 from typing import Any
 
@@ -12,12 +12,16 @@ from shared.contracts.head_config import HeadConfig
 
 
 class Rotary:
-    """transformers' rotary embedding with the config's scaling variant.
+    """transformers' rotary embedding of a head's config; its tables are equal to vLLM's.
 
     Not a module of the head, so that `head.to(torch.bfloat16)` leaves its frequencies in float32.
     """
 
     def __init__(self, config: HeadConfig) -> None:
+        scaling = dict(config.rope_scaling or {})
+        # For the type linear vLLM divides positions, transformers frequencies: equal but for
+        # rounding, which at position 40,000 is 1e-3.
+        self._stretch = float(scaling["factor"]) if scaling.get("rope_type") == "linear" else 1.0
         self._embedding = LlamaRotaryEmbedding(
             LlamaConfig(
                 hidden_size=config.hidden_size,
@@ -25,7 +29,7 @@ class Rotary:
                 head_dim=config.head_dim,
                 max_position_embeddings=config.max_position_embeddings,
                 rope_theta=config.rope_theta,
-                rope_scaling=dict(config.rope_scaling) if config.rope_scaling else None,
+                rope_scaling=scaling if scaling and self._stretch == 1 else None,
             )
         )
 
@@ -35,7 +39,7 @@ class Rotary:
         like = torch.empty(
             0, device=positions.device, dtype=torch.promote_types(dtype, torch.float32)
         )
-        cos, sin = self._embedding(like, positions[None])
+        cos, sin = self._embedding(like, positions[None].float() / self._stretch)
         return cos[0, :, None].to(dtype), sin[0, :, None].to(dtype)
 
 

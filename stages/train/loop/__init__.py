@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps, checkpoints, ranks."""
+"""Training steps, checkpoints, ranks."""

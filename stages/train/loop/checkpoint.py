@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resumable states of a training, each whole: `checkpoints/step_00000100.pt` and two links.
+"""Checkpoints of a training: `checkpoints/step_00000100.pt`, and links `latest.pt` and `best.pt`.
 
-fp32 weights, optimizer, scheduler, step and the random state; the data's position is the step
-itself. `latest.pt` and `best.pt` are links to such files. The tensors are whole, whatever the number
-of ranks, so another number resumes. Resuming on a CPU, with as many threads, gives the same weights
-to the bit.
+A checkpoint has the fp32 weights, optimizer, scheduler, step and random state; the step is the
+position in the data. Its tensors are not sharded, so any number of ranks can resume. On a CPU with
+the same number of threads, a resumed training gives bit-identical weights.
 
-The state is copied at once and written by a thread, while training goes on.
+The state is copied at once and a thread writes it while training goes on.
 """
 
 import concurrent.futures
@@ -24,7 +23,7 @@ _KEYS = {"step", "weights", "optimizer", "scheduler", "rng", "best", "sums"}
 
 
 class Checkpoints:
-    """The states in `folder`: the newest `keep` of them, and the best."""
+    """The checkpoints in `folder`: the newest `keep`, and the best."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         self.folder = folder
@@ -35,12 +34,12 @@ class Checkpoints:
         files.sweep_temporaries(folder)
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
-        """Keep a copy of `state` as the latest one, and as the best one if it is."""
-        self.wait()  # at most one copy waits in memory
+        """Save a copy of `state` as the latest checkpoint, and as the best one if `best`."""
+        self.wait()  # at most one copy in memory
         self._writing = self._writer.submit(self._write, _copied(state), best)
 
     def wait(self) -> None:
-        """Return once everything saved is on disk.
+        """Wait until everything is on disk.
 
         Raises:
             UserError: it could not be written.
@@ -51,11 +50,11 @@ class Checkpoints:
 
     def _write(self, state: dict[str, Any], best: bool) -> None:
         path = self.folder / _name(state["step"])
-        # A best state is often the latest one too: two names, one file.
+        # The best state is often the latest one too: two links, one file.
         if state["step"] != self._written_step:
             save_tensors(path, state)
             self._written_step = state["step"]
-        # The best one first: a latest one that names a best one finds it, whenever it is killed.
+        # First the best one: after a kill at any moment, the best step that `latest` states exists.
         for name in (BEST, LATEST) if best else (LATEST,):
             files.write_link(self.folder / name, path.name)
         with files.writing(self.folder):
@@ -70,7 +69,7 @@ class Checkpoints:
 
 
 def _copied(value: Any) -> Any:
-    """The same structure with tensors of its own on the CPU."""
+    """The same structure with copies of its tensors on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -81,7 +80,7 @@ def _copied(value: Any) -> Any:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The state, or None where there is none yet.
+    """The state in the file, or None if there is no file.
 
     Raises:
         UserError: the file is damaged.
@@ -89,30 +88,36 @@ def load(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     remedy = (
-        f"Link it to an older one beside it ({_names(path.parent)}), or delete it to train from "
-        "the start."
+        f"Link it to an older checkpoint in its folder ({_names(path.parent)}), or delete it to train "
+        "from the start."
     )
     state = load_tensors(path, label="a checkpoint", remedy=remedy, mmap=False)
     kinds = {"step": int, "weights": dict, "optimizer": dict, "scheduler": dict}
     if not isinstance(state, dict) or not state.keys() >= _KEYS:
-        raise UserError(f"{path}: expected a checkpoint with {sorted(_KEYS)}. {remedy}")
+        raise _not_a_checkpoint(path, f"the keys {sorted(_KEYS)}", remedy)
     for name, kind in kinds.items():
         if not isinstance(state[name], kind):
-            raise UserError(
-                f"{path}: expected {name} to be of type {kind.__name__}, found "
-                f"{type(state[name]).__name__}. {remedy}"
-            )
+            raise _not_a_checkpoint(path, f"{name} of type {kind.__name__}", remedy)
     return state
 
 
-def restore_best(folder: Path, state: dict[str, Any]) -> None:
-    """Have the best link name the best checkpoint that `state` knows of.
+def _not_a_checkpoint(path: Path, expected: str, remedy: str) -> UserError:
+    return UserError(
+        f"{path}: expected a checkpoint with {expected}.",
+        code="checkpoint-content",
+        remedy=remedy,
+        facts={"file": str(path)},
+    )
 
-    It names a later one after a kill between the two links; whether that one is the best is found
-    out again.
+
+def restore_best(folder: Path, state: dict[str, Any]) -> None:
+    """Point the link `best.pt` to the best checkpoint that `state` knows.
+
+    After a crash between the two link updates it may point to a newer checkpoint, which is evaluated
+    again.
 
     Raises:
-        UserError: it is gone, so nothing could be exported in the end.
+        UserError: that checkpoint is gone, so there would be nothing to export.
     """
     name = _name(int(state["best"]["step"]))
     if (folder / name).exists():
@@ -120,7 +125,10 @@ def restore_best(folder: Path, state: dict[str, Any]) -> None:
     elif state["best"]["step"] > 0 and not (folder / BEST).exists():
         raise UserError(
             f"{folder / BEST}: expected the checkpoint of step {state['best']['step']:.0f}, the best "
-            f"so far, found none. Restore it, or delete {folder / LATEST} to train from the start."
+            "so far, found none.",
+            code="checkpoint-best-missing",
+            remedy=f"Restore it, or delete {folder / LATEST} to train from the start.",
+            facts={"step": int(state["best"]["step"])},
         )
 
 
@@ -129,4 +137,4 @@ def _name(step: int) -> str:
 
 
 def _names(folder: Path) -> str:
-    return ", ".join(path.name for path in sorted(folder.glob("step_*.pt"))) or "there is none"
+    return ", ".join(path.name for path in sorted(folder.glob("step_*.pt"))) or "there are none"

@@ -1,72 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process or many: accelerate starts them from torchrun's environment, DDP or FSDP2 joins them.
+"""One rank or several: accelerate reads torchrun's environment, DDP or FSDP2 shares the step.
 
-torchrun's environment is RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, on one node or
-several. FSDP2 is torch's own `fully_shard`: accelerate's way into it asks for a GPU.
+torchrun's environment is RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, on one or more
+nodes. FSDP2 is torch's own `fully_shard`, since accelerate's wrapper needs a GPU.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from shared.errors import RetryableError
+from shared.errors import RetryableError, UserError
+from shared.io.files import write_json
+from shared.io.records import Shape, read_record
 from shared.runtime import processor
 from stages.train.config import TrainConfig
 from stages.train.loop.step import TrainingStep
 from stages.train.model import DraftHead
 
+PRECISION = "precision.json"
+_DELETE = "Delete it, and the precision is measured again."
 _PREFIX = "head."
-# What gloo and NCCL say in plain RuntimeErrors.
-_LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "gloo", "NCCL")
+# Texts of gloo and NCCL for a rank that is gone. Both raise plain RuntimeErrors too.
+_LOST = (
+    "onnection closed by",
+    "onnection reset by",
+    "Broken pipe",
+    "gloo/transport",
+    "ncclRemoteError",
+    "remote process exited",
+    "communicator was aborted",
+    "collective operation timeout",
+)
+# NCCL's own failures that come again: two ranks on one GPU, no shared memory, a broken driver.
+_NCCL = ("NCCL error", "NCCL Error", "ncclInvalidUsage", "ncclSystemError", "ncclInternalError")
+logger = logging.getLogger(__name__)
+
 _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Precision(Shape):
+    """The file that keeps what `mixed_precision: auto` came to."""
+
+    mixed_precision: Literal["no", "bf16"]
 
 
 def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     """The process group, the device, autocast and trackers.
 
     Raises:
-        RetryableError: the ranks did not meet; a port was taken, an address out of reach.
+        RetryableError: the ranks did not connect, because a port was taken or an address unreachable.
     """
+    processor.keep_order_of_sums()  # before the first product, which MKL reads the setting at
     # The head's buffers never change, so ranks need not exchange them at each step.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
         accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=_precision(config, folder / PRECISION),
             kwargs_handlers=[ddp],
             log_with=list(config.trackers) or None,
             project_dir=folder / "trackers",
         )
     except torch.distributed.DistError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RetryableError(
-            f"train's ranks did not meet at {place}: {str(error).splitlines()[0][:300]}. $MASTER_PORT must "
-            "be free on the first node, and $MASTER_ADDR within reach of all."
+            f"the ranks did not connect at {address}: {_first_line(error)}.",
+            code="ranks-not-connected",
+            remedy="Make $MASTER_PORT free on the first node and $MASTER_ADDR reachable from all.",
+            facts={"address": address},
         ) from error
     if config.trackers:
         accelerator.init_trackers(config.run.name)
     if accelerator.device.type == "cpu":
         processor.keep_freed_memory()
-        processor.keep_order_of_sums()
     return accelerator
 
 
+def _precision(config: TrainConfig, path: Path) -> str:
+    """`no` or `bf16`: the config's, or for `auto` the faster one, measured once for a training.
+
+    It is kept in `path`, so that a training resumed on another machine computes alike. Rank 0
+    decides for all.
+    """
+    if config.mixed_precision != "auto":
+        return config.mixed_precision
+    state = PartialState()
+    decided: list[Any] = [None]
+    if state.is_main_process:
+        recorded = read_record(path, Precision, remedy=_DELETE) if path.exists() else {}
+        decided = [recorded.get("mixed_precision") or _faster_precision(state.device)]
+        write_json(path, {"mixed_precision": decided[0]})
+        logger.info("mixed_precision auto: %s", decided[0])
+    if state.num_processes > 1:
+        broadcast_object_list(decided)
+    return str(decided[0])
+
+
+def _faster_precision(device: torch.device) -> str:
+    if device.type == "cuda":
+        is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_faster = device.type == "cpu" and processor.faster_dtype() == torch.bfloat16
+    return "bf16" if is_faster else "no"
+
+
 def product_dtype(accelerator: Accelerator) -> torch.dtype:
-    """What autocast makes of matrix products."""
+    """The dtype of matrix products."""
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
 def joined(accelerator: Accelerator, step: TrainingStep, how: str) -> nn.Module:
-    """The step as one that exchanges its gradients with the other ranks'."""
+    """The step as a module that exchanges its gradients with the other ranks."""
     step.to(accelerator.device)
     if accelerator.num_processes == 1:
         return step
@@ -79,7 +133,7 @@ def joined(accelerator: Accelerator, step: TrainingStep, how: str) -> nn.Module:
 
 
 def head_of(module: nn.Module) -> DraftHead:
-    """The head inside a joined step."""
+    """The head in a joined step."""
     inner: Any = getattr(module, "module", module)
     head: DraftHead = inner.head
     return head
@@ -87,28 +141,48 @@ def head_of(module: nn.Module) -> DraftHead:
 
 @contextlib.contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """A block in which ranks wait for each other, and may wait for one that is gone.
+    """A block in which ranks wait for each other.
 
     Raises:
-        RetryableError: another rank ended in the middle.
+        RetryableError: another rank has ended.
+        UserError: NCCL failed for another reason.
     """
     try:
         yield
     except RuntimeError as error:
-        told = str(error)
-        is_lost = isinstance(error, torch.distributed.DistError)
-        is_lost = is_lost or any(sign in told for sign in _LOST)
-        if accelerator.num_processes == 1 or not is_lost:
+        refusal = _refusal(error) if accelerator.num_processes > 1 else None
+        if refusal is None:
             raise
-        raise RetryableError(
-            f"another rank of this training is gone: {told.splitlines()[0][:300]}. Its own log says "
-            "why; run the same command again."
-        ) from error
+        raise refusal from error
+
+
+def _refusal(error: RuntimeError) -> RetryableError | UserError | None:
+    """What a failed collective means; None if it is no failure of a collective."""
+    text = str(error)
+    lost = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
+    if isinstance(error, lost) or any(sign in text for sign in _LOST):
+        return RetryableError(
+            f"another rank of this training is gone: {_first_line(error)}.",
+            code="rank-lost",
+            remedy="Its own log states the cause; run the same command again.",
+        )
+    if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in _NCCL):
+        return UserError(
+            f"the ranks cannot exchange gradients: {_first_line(error)}.",
+            code="nccl-failed",
+            remedy="Give each rank its own GPU and the container enough shared memory; "
+            "NCCL_DEBUG=INFO logs the cause.",
+        )
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 @contextlib.contextmanager
 def whole(module: nn.Module) -> Iterator[DraftHead]:
-    """The head with all its weights on this rank, to be used outside of the step's forward."""
+    """The head with all its weights on this rank, in evaluation mode."""
     if isinstance(module, FSDPModule):
         module.unshard()
     head = head_of(module)
@@ -122,7 +196,7 @@ def whole(module: nn.Module) -> Iterator[DraftHead]:
 
 
 def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights by the exported names, and the optimizer's state, whole; empty but on rank 0.
+    """Unsharded weights by their exported names, and the optimizer's state; filled on rank 0 alone.
 
     Every rank calls it.
     """
@@ -136,7 +210,7 @@ def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 def restore_state(
     module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Take over a gathered state, whatever the number of ranks that made it."""
+    """Load a gathered state of any number of ranks."""
     states.set_state_dict(
         module,
         optimizer,

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training says of itself on the way: history.jsonl, trackers, the progress line."""
+"""Records of a training: history.jsonl and experiment trackers."""
 
+import dataclasses
 import json
 import math
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,26 @@ from accelerate import Accelerator
 from shared.io import files
 
 
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Figures of a finished training."""
+
+    samples: int
+    held_out: int
+    tokens: int
+    steps: int
+    best_step: int
+    walked_acceptance_length: float | None
+    final_loss: float
+    seconds: float
+    mixed_precision: str
+
+    def facts(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
 class History:
-    """One JSON line a record, in `path`, and the same to the trackers; written by rank 0 alone."""
+    """One JSON line per record in `path`, and the same to the trackers; rank 0 alone writes."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path = path
@@ -25,12 +45,12 @@ class History:
         """Add a record.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written.
+            UserError: the disk is full or the folder is not writable.
         """
         if not self.accelerator.is_main_process:
             return
         line = json.dumps({"step": step, **record})
-        if not self.path.exists():  # somebody removed it: what it held is told again
+        if not self.path.exists():  # somebody removed it
             self._write()
         self._lines.append(line)
         with files.writing(self.path), self.path.open("a", encoding="utf-8") as history:
@@ -44,7 +64,7 @@ class History:
         self.accelerator.log(scalars, step=step)
 
     def keep(self, last_step: int) -> None:
-        """Drop what a killed run recorded after its last checkpoint: those steps come again."""
+        """Drop the records after `last_step`: a resumed run repeats those steps."""
         if not self.accelerator.is_main_process:
             return
         lines = files.read_text(self.path).splitlines() if self.path.exists() else []
@@ -58,18 +78,26 @@ class History:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        RecursionError,
-    ):  # the line that the kill cut
-        return math.inf
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return math.inf  # a line that a kill cut off
+
+
+def progress_figures(
+    loss: float, accuracy: Sequence[float], walked: float, speed: float, device: torch.device
+) -> dict[str, str]:
+    """The progress line's figures; what is not measured yet is left out."""
+    figures = {"tokens_per_s": f"{speed:.0f}"}
+    if math.isfinite(loss):
+        figures["loss"] = f"{loss:.4f}"
+    if accuracy:
+        figures["accuracy"] = "/".join(f"{share:.2f}" for share in accuracy)
+    if math.isfinite(walked):
+        figures["walked_al"] = f"{walked:.3f}"
+    return {**figures, "memory_gib": f"{peak_memory_gib(device):.1f}"}
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most that this process has held, on its device, in GiB."""
+    """Peak memory of this process on its device, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux

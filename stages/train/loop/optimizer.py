@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW over what is trained, and the learning rate's schedule."""
+"""AdamW over the trained weights, and the schedule of the learning rate."""
 
 import math
 
@@ -15,7 +15,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     fused: bool = True,
 ) -> torch.optim.AdamW:
-    """AdamW; `fused` makes one pass over memory where the plain one makes about seven."""
+    """AdamW; `fused` makes one pass over memory, the plain version about seven."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
         trained, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused
@@ -23,7 +23,7 @@ def make_optimizer(
 
 
 def lr_factor(schedule: str, step: int, *, total: int, warmup: int, minimum: float) -> float:
-    """Linear warm-up to 1 over `warmup` steps, then down to `minimum` at `total`.
+    """Linear warm-up to 1 over `warmup` steps, then decay to `minimum` at `total`.
 
     Worked example, linear, total 10, warmup 2, minimum 0: steps 0, 1, 2, 6 give 0.5, 1, 1, 0.5.
     """

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: steps, walks, checkpoints.
 
-Everything that decides the weights is in the checkpoint or follows from the config and the step
-number, so that a killed run, started again, ends with the same weights. Every rank runs this; what
-they decide on (the loss, a stop, the best walk) is summed over them first, so they decide alike.
+The weights depend on the checkpoint, the config and the step number alone, so a killed run that is
+started again ends with the same weights. Every rank runs this. Loss, stop requests and walks are
+summed over the ranks before a decision, so that all decide alike.
 """
 
-import dataclasses
+import functools
 import itertools
 import logging
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +22,12 @@ from shared.runtime.process import stop_requested, stopped
 from shared.runtime.status import Status
 from shared.target.tensors import TargetTensors
 from stages.train.config import TrainConfig
+from stages.train.data.batch import Batch
 from stages.train.data.dataset import Dataset, Sample, pack, training_steps
-from stages.train.data.loader import micro_batches, prefetched
+from stages.train.data.loader import micro_batches, on_device, prefetched
 from stages.train.loop import checkpoint, distributed
 from stages.train.loop.checkpoint import Checkpoints
-from stages.train.loop.history import History, peak_memory_gib
+from stages.train.loop.history import History, Outcome, progress_figures
 from stages.train.loop.optimizer import lr_factor, make_optimizer
 from stages.train.loop.step import TrainingStep, train_step
 from stages.train.model import DraftHead
@@ -37,25 +37,9 @@ from stages.train.objective.target_output import TargetOutput
 from stages.train.objective.walk import Walk, walked_acceptance_length
 
 LOG_EVERY_STEPS = 10
+LOADER_THREADS = 4  # for an accelerator; a CPU computes with its other threads
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a finished training says of itself."""
-
-    samples: int
-    held_out: int
-    tokens: int
-    steps: int
-    best_step: int
-    walked_acceptance_length: float | None
-    final_loss: float
-    seconds: float
-
-    def facts(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 class Trainer:
@@ -71,7 +55,11 @@ class Trainer:
         accelerator: Accelerator,
     ) -> None:
         if not dataset.training:
-            raise UserError("dump holds too few samples to train on: expected at least two.")
+            raise UserError(
+                "expected at least two samples in dump to train on, found fewer.",
+                code="too-few-samples",
+                remedy="Give synth more prompts and run dump again.",
+            )
         self.config = config
         self.dataset = dataset
         self.accelerator = accelerator
@@ -85,7 +73,7 @@ class Trainer:
         rows = head.to_target_ids(torch.arange(head.config.draft_vocab_size, device=self.device))
         target = TargetOutput(
             norm=tensors.norm.to(self.device),
-            # As served: in mixed precision its products are the target's own bf16 ones.
+            # In mixed precision its products are in bf16, as in the served target.
             lm_head=tensors.lm_head.to(self.device)[rows].to(
                 distributed.product_dtype(accelerator)
             ),
@@ -109,9 +97,10 @@ class Trainer:
         self.loss = math.nan
         self.accuracy: list[float] = []
         self.walked = math.nan
-        # Since the last look: each step's loss and sample ids. Looking costs a wait for the device,
-        # and for the other ranks, so it is done every few steps only.
-        self.unseen: list[tuple[torch.Tensor, list[str]]] = []
+        self.saved_step = -1
+        # Loss and sample ids of the steps since the last check. A check waits for the device and for
+        # the other ranks, so it is made every few steps.
+        self.unchecked: list[tuple[torch.Tensor, list[str]]] = []
         self.sums: list[StepSums] = []  # since the last record
 
     def _lr_factor(self, step: int) -> float:
@@ -132,50 +121,35 @@ class Trainer:
         )
 
     def run(self) -> Outcome:
-        """Train to the end, from the last checkpoint where there is one.
+        """Train to the end, from the last checkpoint if there is one.
 
         Raises:
-            Stopped: after a save, when asked to.
-            OutputError: the loss is no number any more.
+            Stopped: after SIGTERM and a save.
+            OutputError: a loss is NaN or infinite.
         """
         self._resume()
         status = Status(self.config.paths.status(self.config.process_name))
         status.started()
         started_s, started_step, tokens = time.monotonic(), self.step, 0
-        batches = micro_batches(
-            self.dataset,
-            itertools.islice(self._steps(), self.step, None),
-            rank=self.accelerator.process_index,
-            num_ranks=self.accelerator.num_processes,
-            micro_tokens=self.config.micro_batch_tokens or self.config.batch_tokens,
-            pin=self.device.type == "cuda",
-        )
-        for samples, micros in prefetched(batches):
+        for samples, micros in zip(self._remaining_steps(), self._batches(), strict=True):
             loss, sums = train_step(
                 self.accelerator,
                 self.module,
                 self.optimizer,
-                [batch.to(self.device) for batch in micros],
+                micros,
                 num_steps=self.config.ttt_steps,
                 max_grad_norm=self.config.max_grad_norm,
                 profile=self.config.profile_ranges,
             )
             self.scheduler.step()
             self.step += 1
-            self.unseen.append((loss, [sample.sample_id for sample in samples]))
+            self.unchecked.append((loss, [sample.sample_id for sample in samples]))
             self.sums.append(sums)
             tokens += sum(sample.num_tokens for sample in samples)
             self._after_step()
-            status.progress(
-                self.step,
-                self.total_steps,
-                "steps",
-                loss=f"{self.loss:.4f}",
-                accuracy="/".join(f"{share:.2f}" for share in self.accuracy),
-                walked_al=f"{self.walked:.3f}",
-                tokens_per_s=f"{tokens / (time.monotonic() - started_s):.0f}",
-                memory_gib=f"{peak_memory_gib(self.device):.1f}",
-            )
+            speed = tokens / (time.monotonic() - started_s)
+            figures = progress_figures(self.loss, self.accuracy, self.walked, speed, self.device)
+            status.progress(self.step, self.total_steps, "steps", **figures)
         self._save()
         self.checkpoints.wait()
         self.accelerator.end_training()
@@ -188,33 +162,53 @@ class Trainer:
             walked_acceptance_length=self.best["value"] if self.best["is_walked"] else None,
             final_loss=self.loss,
             seconds=round(time.monotonic() - started_s, 1) if self.step > started_step else 0.0,
+            mixed_precision=str(self.accelerator.mixed_precision),
         )
 
+    def _remaining_steps(self) -> Iterator[list[Sample]]:
+        return itertools.islice(self._steps(), self.step, None)
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of the remaining steps, on its device."""
+        on_gpu = self.device.type == "cuda"
+        make = functools.partial(
+            micro_batches,
+            self.dataset,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            micro_tokens=self.config.micro_batch_tokens or self.config.batch_tokens,
+            num_steps=self.config.ttt_steps,
+            pin=on_gpu,
+        )
+        threads = LOADER_THREADS if on_gpu else 1
+        steps = prefetched(self._remaining_steps(), make, depth=threads + 1, threads=threads)
+        return on_device(steps, self.device)
+
     def _after_step(self) -> None:
-        """Record, walk, save and stop where it is time to."""
-        last = self.step == self.total_steps
+        """Record, walk, save and stop, whichever is due."""
+        last, is_best = self.step == self.total_steps, False
         if last or self.step % LOG_EVERY_STEPS == 0:
             self._record()
         if last or self.step % self.config.eval_every_steps == 0:
-            self._look()
-            self._evaluate()
+            self._check_losses()
+            is_best = self._evaluate()
         stops = self._all_agree_to_stop()
-        if stops or self.step % self.config.checkpoint_every_steps == 0:
-            self._look()
-            self._save()
+        if is_best or stops or self.step % self.config.checkpoint_every_steps == 0:
+            self._check_losses()
+            self._save(best=is_best)
         if stops:
             self.checkpoints.wait()
-            # Also where another rank alone was asked to: nobody waits for one that is gone.
+            # Even if another rank alone got the signal, since no rank can go on without it.
             raise stopped(f"step {self.step} is saved")
 
     def _all_agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; ranks ask each other every few steps only."""
+        """Whether any rank got a stop signal; the ranks exchange that every few steps."""
         if self.accelerator.num_processes == 1:
             return stop_requested()
         if self.step % LOG_EVERY_STEPS:
             return False
-        asked = torch.tensor(float(stop_requested()), device=self.device)
-        return bool(self.accelerator.reduce(asked) > 0)
+        requests = torch.tensor(float(stop_requested()), device=self.device)
+        return bool(self.accelerator.reduce(requests) > 0)
 
     def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks."""
@@ -223,42 +217,43 @@ class Trainer:
         summed: torch.Tensor = self.accelerator.reduce(tensor)
         return summed
 
-    def _look(self) -> None:
-        """Is every loss since the last look a number?
+    def _check_losses(self) -> None:
+        """Require that every loss since the last check is finite.
 
         Raises:
-            OutputError: one is not.
+            OutputError: one is NaN or infinite.
         """
-        if not self.unseen:
+        if not self.unchecked:
             return
-        losses = self._summed(torch.stack([loss.double() for loss, _ in self.unseen]))
+        losses = self._summed(torch.stack([loss.double() for loss, _ in self.unchecked]))
         for index, loss in enumerate(losses.tolist()):
             if not math.isfinite(loss):
-                step = self.step - len(self.unseen) + 1 + index
+                step = self.step - len(self.unchecked) + 1 + index
+                samples = self.unchecked[index][1]
                 raise OutputError(
-                    f"step {step}: the loss is {loss}. The step holds the samples "
-                    f"{self.unseen[index][1]}. Lower train.learning_rate, or look at their states; "
-                    "the last checkpoint is from before."
+                    f"step {step}: the loss is {loss}. The step has the samples {samples}.",
+                    code="loss-not-finite",
+                    remedy="Lower train.learning_rate, or inspect the states of these samples; the "
+                    "last checkpoint is older than this step.",
+                    facts={"step": step, "samples": samples[:8]},
                 )
-        self.unseen = []
+        self.unchecked = []
 
     def _record(self) -> None:
-        """Tell how good the steps since the last record were."""
-        self._look()
+        """Record loss and accuracy of the steps since the last record."""
+        self._check_losses()
         total = StepSums(*self._summed(torch.stack(list(combine(self.sums)))))
         self.loss = total.mean_loss(self.config.loss_decay)
         self.accuracy = [round(value, 4) for value in total.accuracy().tolist()]
         self.history.append(self.step, {"loss": self.loss, "accuracy": self.accuracy})
         self.sums = []
 
-    def _evaluate(self) -> None:
-        """Walk the held-out answers; the best walk so far is kept for the export."""
+    def _evaluate(self) -> bool:
+        """Walk the held-out answers; whether this walk is the best so far."""
         value = float(self.step)
         walked = self._walk() if self.dataset.held_out else None
         if walked and not walked.drafts:
-            logger.warning(
-                "the held-out answers are too short to draft from: the last head is kept"
-            )
+            logger.warning("the held-out answers are too short for a draft: the last head is kept")
             walked = None
         if walked:
             value = self.walked = walked.acceptance_length
@@ -266,18 +261,22 @@ class Trainer:
             record = {"walked_acceptance_length": value, "per_position": shares}
             self.history.append(self.step, {**record, "drafts": walked.drafts})
             logger.info("step %d: walked acceptance length %.3f", self.step, value)
-        if value > self.best["value"]:
+        is_best = value > self.best["value"]
+        if is_best:
             self.best = {"value": value, "step": self.step, "is_walked": walked is not None}
-            self._save(best=True)
+        return is_best
 
     def _walk(self) -> Walk:
-        """The walk over all held-out samples, shared out over the ranks."""
+        """The walk over all held-out samples, divided among the ranks."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         batches = pack(self.dataset.held_out[rank::ranks], self.config.batch_tokens)
-        with distributed.whole(self.module) as head:
+        with distributed.whole(self.module) as head, self.accelerator.autocast():
             own = walked_acceptance_length(
                 head,
-                (self.dataset.batch(batch).to(self.device) for batch in batches),
+                (
+                    self.dataset.batch(batch).planned(self.config.walk_tokens).to(self.device)
+                    for batch in batches
+                ),
                 self.config.walk_tokens,
             )
         if ranks == 1:
@@ -287,6 +286,8 @@ class Trainer:
         return Walk(sum(by_position), drafts, tuple(by_position))
 
     def _save(self, *, best: bool = False) -> None:
+        if self.saved_step == self.step:
+            return
         unrecorded = torch.stack(list(combine(self.sums))) if self.sums else None
         state = {
             "step": self.step,
@@ -295,10 +296,11 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "best": self.best,
             "sums": None if unrecorded is None else self._summed(unrecorded).cpu(),
-            "loss": self.loss,  # what is told in the end, where no step is left
+            "loss": self.loss,  # the final loss, if no step is left
         }
         if self.accelerator.is_main_process:
             self.checkpoints.save(state, best=best)
+        self.saved_step = self.step
 
     def _resume(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is minimised, and the walked acceptance length."""
+"""The loss, and the walked acceptance length."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target's own output layer, from its last pre-norm state on.
+"""The target's output layer: from its last state before the final norm to logits.
 
 Shapes: T tokens, C rows of a chunk, H hidden size, V target vocabulary, D draft vocabulary.
 """
@@ -16,7 +16,7 @@ from stages.train.kernels.precision import at_least_float32
 
 @dataclasses.dataclass(frozen=True)
 class TargetOutput:
-    """The target from its last pre-norm state to logits over the draft vocabulary.
+    """From the target's last state before the final norm to logits over the draft vocabulary.
 
     Attributes:
         norm: the final norm.
@@ -30,10 +30,13 @@ class TargetOutput:
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    def products(self, finals: Tensor) -> Tensor:
+        """[C, H] states to [C, D] products with lm_head, in its dtype, without scale and softcap."""
+        return F.linear(self.norm(finals).to(self.lm_head.dtype), self.lm_head)
+
     def logits(self, finals: Tensor) -> Tensor:
-        """[C, H] states before the final norm to [C, D] logits, at least float32."""
-        logits = F.linear(self.norm(finals).to(self.lm_head.dtype), self.lm_head)
-        logits = at_least_float32(logits)
+        """[C, H] states before the final norm to [C, D] logits, float32 or wider."""
+        logits = at_least_float32(self.products(finals))
         if self.logit_scale != 1:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -44,8 +47,8 @@ def target_argmax(
 ) -> Tensor:
     """[T] int64: the target's most likely next token over its full vocabulary, at each token.
 
-    A scale above 0 and a softcap keep the order, so they are not asked for. With it,
-    `in_vocab = t2d[target_argmax(...)]`, made once with the data.
+    A positive scale and a softcap keep the order, so neither is needed. It gives
+    `in_vocab = t2d[target_argmax(...)]`, which is made once for the data.
     """
     parts = [
         F.linear(norm(chunk).to(lm_head.dtype), lm_head).argmax(-1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The draft vocabulary beside the head: made once from the answers' token counts, then kept.
+"""The draft vocabulary in train's folder: made once from the answers' token counts, then kept.
 
-It is part of the weights. A run that continues from a checkpoint reads the files that are there and
-never makes them anew, so that a resumed head keeps the meaning of its rows.
+It is part of the weights. A resumed run reads the files and never makes them again, so that the rows
+of lm_head keep their meaning.
 """
 
 import logging
@@ -19,17 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 def load_or_make(folder: Path, counts: torch.Tensor, draft_vocab_size: int) -> DraftVocab:
-    """The vocabulary in `folder`, or a new one, written there.
+    """The vocabulary in `folder`; made and written there if it does not exist.
 
     Raises:
-        UserError: the files there do not fit each other or the recipe.
+        UserError: the files do not fit each other or the recipe.
     """
     if _is_there(folder):
         draft = vocab.read(folder)
         if draft.size != draft_vocab_size or draft.t2d.numel() != counts.numel():
             raise UserError(
                 f"{folder}: expected a draft vocabulary of {draft_vocab_size} of {counts.numel()} "
-                f"tokens, found {draft.size} of {draft.t2d.numel()}. Give --overwrite to train anew."
+                f"tokens, found {draft.size} of {draft.t2d.numel()}.",
+                code="vocab-other-size",
+                remedy="Give --overwrite to train from the start.",
+                facts={"expected": draft_vocab_size, "found": draft.size},
             )
     else:
         draft = vocab.from_counts(counts, draft_vocab_size)
@@ -40,26 +43,28 @@ def load_or_make(folder: Path, counts: torch.Tensor, draft_vocab_size: int) -> D
 
 
 def take_over(folder: Path, token_ids: torch.Tensor, vocab_size: int) -> None:
-    """Put another head's vocabulary, [D] target ids, into `folder`.
+    """Write the vocabulary of another head, [D] target ids, into `folder`.
 
     Raises:
-        UserError: there is another one already.
+        UserError: `folder` has a different one.
     """
     draft = vocab.from_token_ids(token_ids, vocab_size)
     if _is_there(folder):
         if not torch.equal(vocab.read(folder).d2t, draft.d2t):
             raise UserError(
-                f"{folder} holds another draft vocabulary than the head of train.init_from. "
-                "Give --overwrite, or another run.name."
+                f"{folder}: expected the draft vocabulary of train.init_from, found a different one.",
+                code="vocab-not-init-from",
+                remedy="Give --overwrite, or another run.name.",
+                facts={"folder": str(folder)},
             )
         return
     vocab.write(folder, draft)
 
 
 def forget_unbound(folder: Path) -> None:
-    """Remove a vocabulary that no checkpoint's weights are bound to.
+    """Remove a vocabulary that no checkpoint depends on.
 
-    It may be of another dump's counts: `stages.train vocab` makes one before any training.
+    `stages.train vocab` makes one before any training, maybe from the counts of another dump.
     """
     states = folder / "checkpoints"
     if not any((states / name).exists() for name in ("latest.pt", "best.pt")):

@@ -14,7 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.artifacts.manifest import Artifact
+from shared.config import build
 from shared.contracts import hidden_states, vocab
+from stages.train import run as train_run
+from stages.train.config import TrainConfig
 from tests.ranks import free_port
 from tests.runs import ROOT, command, make_synth, run, write_recipe
 
@@ -232,6 +236,33 @@ def test_other_numbers_of_ranks_go_on_with_the_same_curve(workspace: Path, train
     assert [process.wait(timeout=120) for process in start_ranks(workspace, 2)] == [0, 0]
     assert len(losses(trained)) > 5
     assert losses(workspace) == pytest.approx(losses(trained), rel=1e-3)
+
+
+def test_another_dtype_exports_again_and_trains_nothing(trained: Path, workspace: Path) -> None:
+    shutil.rmtree(workspace)
+    shutil.copytree(trained, workspace)
+    before = weights(workspace)
+    checkpoints = workspace / "run" / "train" / "checkpoints"
+    times = {path: path.stat().st_mtime_ns for path in checkpoints.iterdir()}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        done = run(workspace, "train", "--export_dtype", name)
+        assert done.returncode == 0, done.stderr
+        assert {tensor.dtype for tensor in weights(workspace).values()} >= {dtype}
+    assert all(torch.equal(before[name], after) for name, after in weights(workspace).items())
+    assert {path: path.stat().st_mtime_ns for path in checkpoints.iterdir()} == times
+
+
+def test_what_another_process_finished_is_not_trained_again(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock was held, and the training finished, between the first look and the second."""
+    looks = iter([False])
+    is_done = Artifact.is_done
+    monkeypatch.setattr(Artifact, "is_done", lambda own: next(looks, None) is None and is_done(own))
+    monkeypatch.setattr(train_run, "_train", lambda *_: pytest.fail("trained again"))
+    recipe = str(trained / "recipe.yaml")
+    train_run.run(build(TrainConfig, {"recipe": recipe, "workspace": str(trained)}))
 
 
 def test_a_warm_start_takes_weights_and_vocabulary_over(trained: Path, workspace: Path) -> None:

@@ -56,6 +56,31 @@ def test_several_nodes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("listed", "count"),
+    [(None, 3), ("", 0), ("1", 1), ("0, 2", 2), ("0,-1,2", 1), ("MIG-a,MIG-b", 2)],
+)
+def test_a_rank_starts_for_each_visible_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listed: str | None, count: int
+) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(ranks, "_DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert ranks.num_gpus() == count
+
+
+def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert {each["OMP_NUM_THREADS"] for each in ranks.environments(4, 1, 0)} == {"2"}
+    assert {each["OMP_NUM_THREADS"] for each in ranks.environments(16, 1, 0)} == {"1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the operator's own
+    assert "OMP_NUM_THREADS" not in ranks.environments(4, 1, 0)[0]
+
+
 def test_a_refusal_is_2_and_not_torchruns_1(workspace: Path) -> None:
     refused = start(workspace, "--num_layers", "2")
     out, _ = refused.communicate(timeout=120)
@@ -74,7 +99,7 @@ def test_a_port_that_is_taken_may_be_free_on_the_next_start(
             monkeypatch.setenv(name, value)
         refused = run(workspace, "train")
     assert refused.returncode == 75, refused.stderr
-    assert f"did not meet at 127.0.0.1:{place['MASTER_PORT']}" in refused.stderr
+    assert f"did not connect at 127.0.0.1:{place['MASTER_PORT']}" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

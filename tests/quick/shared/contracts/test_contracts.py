@@ -147,11 +147,11 @@ def test_a_broken_draft_vocabulary_is_refused() -> None:
     draft = vocab.from_counts(torch.tensor([5, 0, 9, 1, 9, 1]), 3)
     rolled = vocab.DraftVocab(draft.d2t.roll(1), draft.t2d)
     narrow = vocab.DraftVocab(draft.d2t.int(), draft.t2d)
-    with pytest.raises(UserError, match="ascending target ids"):
+    with pytest.raises(UserError, match="ascending"):
         vocab.check(rolled)
     with pytest.raises(UserError, match="int64"):
         vocab.check(narrow)
-    with pytest.raises(UserError, match="at most"):
+    with pytest.raises(UserError, match="expected 1 to 2"):
         vocab.from_counts(torch.tensor([1, 2]), 3)
 
 

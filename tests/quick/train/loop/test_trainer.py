@@ -153,6 +153,7 @@ def rank_of(count: int) -> Any:
         process_index=0,
         num_processes=count,
         device=torch.device("cpu"),
+        mixed_precision="no",
         wait_for_everyone=lambda: None,
     )
 

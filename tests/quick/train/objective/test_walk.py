@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.contracts.head_config import HeadConfig
-from stages.train.data.dataset import Batch
+from stages.train.data.batch import Batch
 from stages.train.model import DraftHead
 from stages.train.objective.walk import (
     Walk,

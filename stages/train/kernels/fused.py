@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels as torch operators, and where they run.
+
+They run on CUDA and ROCm. A CPU, or EYRIE_TRAIN_KERNELS=torch, takes the plain versions in
+`kernels/attention.py` and `objective/cross_entropy.py`. As operators they have shapes on meta
+tensors too, so a test can count a step's launches without a card.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KERNELS_VARIABLE = "EYRIE_TRAIN_KERNELS"
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether the Triton kernels compute on the device of `x`."""
+    return (x.is_cuda or x.is_meta) and os.environ.get(KERNELS_VARIABLE) != "torch"
+
+
+@torch.library.custom_op("eyrie::attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chain_keys: Tensor,
+    chain_values: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Output [R, Hq, d] and log-sum-exp [R, Hq]; chain [k, R, Hkv, d], slots and starts int32 [R]."""
+    from stages.train.kernels import triton_attention
+
+    return triton_attention.forward(query, key, value, (chain_keys, chain_values), (slots, starts))
+
+
+@attention.register_fake
+def _(query: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("eyrie::attention_backward", mutates_args=())
+def attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chain_keys: Tensor,
+    chain_values: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, chain_keys and chain_values."""
+    from stages.train.kernels import triton_attention
+
+    return triton_attention.backward(
+        query, key, value, (chain_keys, chain_values), (slots, starts), out, lse, grad
+    )
+
+
+@attention_backward.register_fake
+def _(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in inputs[:5])
+
+
+@torch.library.custom_op("eyrie::loss_rows", mutates_args=("scores",))
+def loss_rows(
+    targets: Tensor, scores: Tensor, logit_scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies and hits [K, C]; `scores` [K, C, D] becomes the gradient of the logits."""
+    from stages.train.kernels import triton_loss
+
+    return triton_loss.loss_rows(targets, scores, logit_scale, softcap)
+
+
+@loss_rows.register_fake
+def _(targets: Tensor, scores: Tensor, logit_scale: float, softcap: float) -> Any:
+    shape = scores.shape[:2]
+    return scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.bool)
+
+
+class FusedChainAttention(torch.autograd.Function):
+    """`ChainAttention` by kernels.
+
+    `apply(query, key, value, slots, starts, key_1, value_1, ...)` with query [R, Hq, d], key and value
+    [T, Hkv, d], slots and the starts of their documents int32 [R], chain members [R, Hkv, d] gives
+    [R, Hq, d].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        starts: Tensor,
+        *chain: Tensor,
+    ) -> Tensor:
+        main = tuple(x.contiguous() for x in (query, key, value))
+        members = (_stacked(chain[::2], key, len(query)), _stacked(chain[1::2], key, len(query)))
+        out, lse = attention(*main, *members, slots, starts)
+        ctx.save_for_backward(*main, *members, slots, starts, out, lse)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *main, by_key, by_value = attention_backward(*ctx.saved_tensors, grad.contiguous())
+        pairs = zip(by_key.unbind(0), by_value.unbind(0), strict=True)
+        return *main, None, None, *(member for pair in pairs for member in pair)
+
+
+def _stacked(members: Sequence[Tensor], key: Tensor, num_rows: int) -> Tensor:
+    """[k, R, Hkv, d]."""
+    return torch.stack(list(members)) if members else key.new_empty(0, num_rows, *key.shape[1:])

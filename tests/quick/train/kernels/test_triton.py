@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels in Triton's interpreter, on a CPU, against the plain versions in float64.
+
+The interpreter is chosen when a kernel is declared, so the checks run in a process of their own.
+"""
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.runs import ROOT
+
+QUICK_SHAPES = 10
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", ["attention", "loss"])
+def test_kernels_agree_with_the_reference(kernel: str) -> None:
+    run_in_interpreter(kernel, QUICK_SHAPES)
+
+
+def run_in_interpreter(kernel: str, shapes: int) -> None:
+    """Fail if a kernel is off for one of so many drawn shapes."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.quick.train.kernels.test_triton", kernel, str(shapes)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The norm of the error, as a share of the norm of `expected`."""
+    return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-3))
+
+
+def excess(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """How much further the kernel is from float64 than the plain version in the same dtype."""
+    triples = zip(found, plain, exact, strict=True)
+    return max(distance(ours, best) - distance(theirs, best) for ours, theirs, best in triples)
+
+
+def check_attention(seed: int, dtype: torch.dtype) -> float:
+    """One drawn shape: the largest excess error of output and gradients."""
+    from stages.train.kernels.attention import ChainAttention
+    from stages.train.kernels.blocks import attention_blocks
+    from stages.train.kernels.fused import FusedChainAttention
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    lengths = [draw.choice([1, 1, 2, 7, 40, 90]) for _ in range(draw.randint(1, 4))]
+    share = draw.choice([0.0, 0.3, 1.0]) if seed % 10 else 0.0  # some documents have no slot
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    total = int(offsets[-1])
+    slots = (torch.rand(total) < share).nonzero().flatten()
+    kv_heads, groups = draw.choice([1, 2]), draw.choice([1, 2, 3])
+    size, members = draw.choice([2, 8, 16, 24, 40, 64]), draw.randint(0, 3)
+    shapes = [(len(slots), kv_heads * groups, size), *[(total, kv_heads, size)] * 2]
+    shapes += [(len(slots), kv_heads, size)] * (2 * members)
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    grad = torch.randn(shapes[0]).to(dtype)
+    starts = offsets[torch.bucketize(slots, offsets, right=True) - 1]
+    blocks = attention_blocks(slots, offsets)
+
+    def run(fused: bool, dtype: torch.dtype) -> list[Tensor]:
+        own = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        if fused:
+            out = FusedChainAttention.apply(*own[:3], slots.int(), starts.int(), *own[3:])
+        else:
+            out = ChainAttention.apply(*own[:3], blocks, *own[3:])
+        return [out.detach(), *torch.autograd.grad(out, own, grad.to(dtype))]
+
+    return excess(run(True, dtype), run(False, dtype), run(False, torch.float64))
+
+
+def check_loss(seed: int, dtype: torch.dtype) -> float:
+    """One drawn shape: the largest excess error of entropies and gradients; hits must be equal."""
+    from stages.train.kernels.fused import loss_rows
+    from stages.train.objective.cross_entropy import _rows
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    columns, targets = draw.choice([1, 5, 64, 100, 300, 2500]), draw.choice([0, 1, 3, 9])
+    hidden, steps = 8, draw.randint(1, 4)
+    scale, cap = draw.choice([1.0, 0.25]), draw.choice([None, 5.0])
+    finals = torch.randn(targets, hidden, dtype=torch.float64)
+    head = torch.randn(columns, hidden, dtype=torch.float64)
+    products = (finals @ head.t()).to(dtype)
+    scores = torch.randn(steps, targets, columns).to(dtype) * 3
+    exact = _rows(scores.double(), finals, _Given(products.double(), scale, cap))
+    plain = _rows(scores.to(torch.float32, copy=True), finals, _Given(products.float(), scale, cap))
+    entropies, hits = loss_rows(products, scores, scale, cap or 0.0)
+    assert torch.equal(hits, exact[1])
+    gradient = plain[2].to(dtype)
+    return excess((entropies, scores), (plain[0], gradient), (exact[0], exact[2]))
+
+
+class _Given:
+    """A target whose products are given."""
+
+    def __init__(self, products: Tensor, scale: float, cap: float | None) -> None:
+        self.given = products * scale
+        self.cap = cap
+
+    def logits(self, _: Tensor) -> Any:
+        return self.given if self.cap is None else self.cap * torch.tanh(self.given / self.cap)
+
+
+def main(kernel: str, shapes: int) -> None:
+    check = {"attention": check_attention, "loss": check_loss}[kernel]
+    worst = dict.fromkeys(TOLERANCE, 0.0)
+    for seed in range(shapes):
+        for dtype in TOLERANCE:
+            worst[dtype] = max(worst[dtype], check(seed, dtype))
+    sys.stdout.write(f"{kernel}: {worst}\n")
+    sys.exit(any(worst[dtype] > limit for dtype, limit in TOLERANCE.items()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

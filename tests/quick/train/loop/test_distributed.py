@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a failed collective means, and the precision that `auto` comes to."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from shared.config import build
+from shared.errors import EyrieError, RetryableError, UserError
+from shared.runtime import processor
+from stages.train.config import TrainConfig
+from stages.train.loop import distributed
+
+LOST = [
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]",
+    "NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited or there was a network error, "
+    "NCCL version 2.27\nncclRemoteError: A call failed possibly due to a network error",
+    "NCCL communicator was aborted on rank 1.",
+    "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, OpType=ALLREDUCE)",
+]
+AGAIN_THE_SAME = [
+    "NCCL error in: NCCLUtils.cpp:77, invalid usage (run with NCCL_DEBUG=WARN for details)\n"
+    "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1a000",
+    "NCCL Error 2: unhandled system error (run with NCCL_DEBUG=INFO for details)",
+]
+
+
+def ending(text: str, ranks: int = 2, kind: type[RuntimeError] = RuntimeError) -> Exception:
+    accelerator: Any = SimpleNamespace(num_processes=ranks)
+    with pytest.raises((RuntimeError, EyrieError)) as ended, distributed.together(accelerator):
+        raise kind(text)
+    return ended.value
+
+
+@pytest.mark.parametrize("text", LOST)
+def test_a_rank_that_is_gone_is_worth_another_try(text: str) -> None:
+    error = ending(text)
+    assert isinstance(error, RetryableError)
+    assert error.code == "rank-lost"
+    assert type(ending(text, ranks=1)) is RuntimeError
+
+
+@pytest.mark.parametrize("text", AGAIN_THE_SAME)
+def test_a_setting_that_nccl_cannot_work_with_is_not_tried_again(text: str) -> None:
+    for kind in (RuntimeError, torch.distributed.DistBackendError):
+        error = ending(text, kind=kind)
+        assert isinstance(error, UserError)
+        assert error.code == "nccl-failed"
+
+
+def test_other_errors_stay_bugs() -> None:
+    assert type(ending("shape mismatch in NCCLike")) is RuntimeError
+
+
+def precision(folder: Path, flag: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(processor, "faster_dtype", lambda: dtype)
+    flags = {"target": "t", "workspace": str(folder), "mixed_precision": flag}
+    return distributed._precision(build(TrainConfig, flags), folder / distributed.PRECISION)
+
+
+def test_a_resumed_training_keeps_its_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert precision(tmp_path, "auto", torch.bfloat16, monkeypatch) == "bf16"
+    assert precision(tmp_path, "auto", torch.float32, monkeypatch) == "bf16", "as it began"
+    assert precision(tmp_path, "no", torch.float32, monkeypatch) == "no", "as the recipe says"
+    (tmp_path / distributed.PRECISION).write_text('{"mixed_precision": "fp4"}')
+    with pytest.raises(UserError, match="measured again"):
+        precision(tmp_path, "auto", torch.float32, monkeypatch)
+    (tmp_path / distributed.PRECISION).unlink()
+    assert precision(tmp_path, "auto", torch.float32, monkeypatch) == "no"
