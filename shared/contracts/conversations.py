@@ -131,18 +131,23 @@ def _conversation(record: dict[str, Any]) -> Conversation:
 
 def _wrong_part(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path}: expected conversations in Parquet, found {type(error).__name__}: {error}. "
-        "Restore the file, or delete it and run synth again, which answers its rows anew."
+        f"{path}: expected conversations in Parquet, found {type(error).__name__}: {error}.",
+        code="conversations-damaged",
+        remedy="Restore the file, or delete it and run synth again, which answers its rows anew.",
+        facts={"file": str(path)},
     )
 
 
 def _require_schema(path: Path, found: Any) -> None:
-    told = (found.metadata or {}).get(b"eyrie.schema_version", b"none")
-    version = told.decode(errors="replace")
+    recorded = (found.metadata or {}).get(b"eyrie.schema_version", b"none")
+    version = recorded.decode(errors="replace")
     if version != SCHEMA_VERSION or not found.equals(arrow_schema()):
         raise UserError(
             f"{path}: expected conversations of schema version {SCHEMA_VERSION}, found version "
-            f"{version} with the columns {found.names}. Run synth again."
+            f"{version} with the columns {found.names}.",
+            code="conversations-schema",
+            remedy="Run synth again with --overwrite.",
+            facts={"file": str(path), "expected": SCHEMA_VERSION, "found": version},
         )
 
 

@@ -86,6 +86,6 @@ def load_chat_tokenizer(folder: Path, run: RunConfig, workspace: Path) -> "PreTr
         UserError: the tokenizer does not load, or there is no such template.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=run.trust_remote_code)
-    if run.chat_template or not getattr(tokenizer, "chat_template", None):
+    if run.chat_template or not isinstance(getattr(tokenizer, "chat_template", None), str):
         tokenizer.chat_template = find_template(folder, run.chat_template, workspace)
     return tokenizer

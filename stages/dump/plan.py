@@ -76,26 +76,30 @@ class ShardPlan:
 
         if not self.path.exists():
             raise RetryableError(
-                f"{self.path}: somebody removed the rows of a planned shard. Run the same command "
-                "again: the plan is made anew."
+                f"{self.path}: the rows of a planned shard were removed.",
+                code="plan-rows-gone",
+                remedy="Run the same command again: the plan is made anew.",
+                facts={"file": str(self.path)},
             )
         files.require_file(self.path)
         try:
             table = pq.read_table(self.path)
             table.validate(full=True)
             rows = ShardRows(**table.to_pydict())
-            found = _digest(rows)
+            digest = _digest(rows)
         except (OSError, pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"{self.path}: expected the rows of a planned shard, found: {error}. Delete the "
-                f"folder {self.path.parent} and run dump again."
-            ) from error
-        if found != self.digest:
-            raise UserError(
-                f"{self.path} holds other rows than {PLAN} says. Delete the folder "
-                f"{self.path.parent} and run dump again."
-            )
+            raise self._damaged(str(error)) from error
+        if digest != self.digest:
+            raise self._damaged(f"other rows than {PLAN} names")
         return rows
+
+    def _damaged(self, found: str) -> UserError:
+        return UserError(
+            f"{self.path}: expected the rows of a planned shard, found: {found}.",
+            code="plan-rows-damaged",
+            remedy=f"Delete the folder {self.path.parent} and run dump again.",
+            facts={"file": str(self.path)},
+        )
 
 
 @dataclasses.dataclass(frozen=True)

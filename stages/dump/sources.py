@@ -89,13 +89,19 @@ class SynthRows(RowSource):
             if self.parents["synth"]["facts"]["vocabulary_hash"] != vocabulary_hash(target_folder):
                 raise UserError(
                     f"run.target_train: {target_folder} has other token ids than the target that "
-                    f"answered in {self.folder}. It must be that target's original."
+                    f"answered in {self.folder}.",
+                    code="target-train-vocabulary",
+                    remedy="Set it to the original of run.target, which has the same tokenizer.",
+                    facts={"target_train": str(target_folder)},
                 )
             return
         if self.parents["synth"]["facts"]["target_hash"] != target_hash:
             raise UserError(
                 f"{target_folder} is not the target that answered in {self.folder}: its weights "
-                "changed since. Run synth again with --overwrite, or restore the target."
+                "changed since.",
+                code="target-changed",
+                remedy="Run synth again with --overwrite, or restore the target.",
+                facts={"target": str(target_folder), "synth": str(self.folder)},
             )
 
 
@@ -227,7 +233,10 @@ def _open_states(config: DumpConfig, states: str) -> StateRows:
     if folder is None or not paths:
         raise UserError(
             f"dump.states: expected a folder with .pt files at {config.workspace / states} or "
-            f"{Path(states).absolute()}, found {'none in ' + str(folder) if folder else 'neither'}."
+            f"{Path(states).absolute()}, found {'none in ' + str(folder) if folder else 'neither'}.",
+            code="no-states",
+            remedy="Set dump.states to the folder that holds them.",
+            facts={"states": states},
         )
     # Names and sizes: reading terabytes for a fingerprint would cost more than the copy.
     listing = "".join(f"{p.relative_to(folder)} {p.lstat().st_size}\n" for p in paths)
