@@ -53,7 +53,8 @@ def test_files_follow_the_specification(tmp_path: Path) -> None:
     copies = []
     for path in (BASE, *OVERLAYS):
         copy = tmp_path / path.name
-        copy.write_text(re.sub(r"!reset (null|\[\])", r"\1", path.read_text()))
+        text = path.read_text().replace(", build: !reset null", "")
+        copy.write_text(re.sub(r"!reset (null|\[\])", r"\1", text))
         copies.append(copy)
     run(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", *copies)
 
