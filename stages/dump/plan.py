@@ -177,8 +177,8 @@ def settle(
         backend: what captures, to be remembered.
 
     Raises:
-        UserError: there is no row.
-        OutputError: none is usable, or too many failed.
+        UserError: there is no row, or too many of `conversations` cannot be used.
+        OutputError: none of the others is usable, or too many failed.
     """
     with lock(folder / f"{LOCK}-plan", wait=True):
         found = read_plan(folder / FOLDER, fingerprint)
@@ -186,11 +186,16 @@ def settle(
             return found
         shards = list(_write_shards(folder, rows, config, accounting, token_bytes, vocab_size))
         accounting.write_rejects(folder / REJECTS)
-        accounting.check(
-            max_failed_fraction=config.max_failed_fraction,
-            label="the rows",
-            rejects=folder / REJECTS,
-        )
+        limit, rejects = config.max_failed_fraction, folder / REJECTS
+        if config.conversations is None:
+            accounting.check(max_failed_fraction=limit, label="the rows", rejects=rejects)
+        else:  # nothing was made of them yet: the input is at fault
+            accounting.check_input(
+                usable=accounting.ok,
+                max_failed_fraction=limit,
+                label=config.conversations,
+                rejects=rejects,
+            )
         plan = Plan(shards, accounting.as_dict(), backend)
         listed = [dataclasses.asdict(shard) for shard in shards]
         for shard in listed:

@@ -63,6 +63,12 @@ def test_broken_lines_are_refused_before_the_engine_starts_and_listed(workspace:
     assert "2 of 3 rows failed" in log
 
 
+def test_conversations_that_cannot_be_read_have_the_same_code_in_dump(workspace: Path) -> None:
+    (workspace / "rows.jsonl").write_text('{"messages": [\n{"messages": 3}\n')
+    flags = ("--target", "tiny", "--conversations", "rows.jsonl", "--backend", "hf")
+    refused(run(workspace, "dump", *flags), "none of 2 rows is usable")
+
+
 def test_a_target_without_a_chat_template(workspace: Path) -> None:
     config = workspace / "tiny" / "tokenizer_config.json"
     values = files.read_json(config)
