@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token ids of a finished conversation, and the ranges of them that the assistant said.
 
-What is trained of an answer is what the target would have generated: its text and the token that ends
-its turn. Where an answer has reasoning or tool calls, the marks around them are generated too, back to
-where the engine's prompt ends. What the template adds (headers, an empty thinking block, the line end
-or the final token after a turn's end) is context. Each range is proved twice: as text, against the
-same rendering with placeholders (`placeholders.py`); as tokens, by decoding it again.
+A span holds what the target would have generated: the answer's text, the marks around its reasoning and
+tool calls, and the token that ends its turn. What the template adds (headers, an empty thinking block,
+the line end or the final token after a turn's end) is context. Each span is proved twice: as text,
+against a rendering with placeholders (`placeholders.py`); as tokens, by decoding it again.
 
 Worked example, a template `<user>q<end><assistant>a<end>` of one token a piece:
 
     whole conversation   <user> q <end> <assistant> a <end>      ids 1 10 2 3 20 2
-    prompt               <user> q <end> <assistant>              ids 1 10 2 3
     span                                            a <end>      [4, 6)
 """
 

@@ -23,7 +23,7 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: Any) -> None:
         known = {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        # The longest first: where one is the beginning of another, the whole one is told.
+        # The longest first: if one is the beginning of another, the longer one is reported.
         by_length = sorted(known - {""}, key=lambda token: (-len(token), token))
         self._pattern = re.compile("|".join(map(re.escape, by_length)) or "(?!)")
 
