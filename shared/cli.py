@@ -184,6 +184,7 @@ def launch(stage: str, commands: Commands, argv: Sequence[str] | None = None) ->
         sys.exit(_run(config, function, None))
     is_stage = command == next(iter(commands))
     name = config.process_name
+    Status.num_shards = config.share.count
     with logged_to(config.paths.log(name)):
         if is_stage:  # one log holds every attempt: this line tells them apart
             logger.info("begin: process %d", os.getpid())

@@ -53,6 +53,7 @@ class _Record(Shape):
     host: str
     started_s: float
     updated_s: float
+    num_shards: int | None = None
     exit_code: int | None = None
     message: str = ""
     error: _Error | None = None
@@ -173,7 +174,12 @@ class Status:
     While the process works, the file's time is set to now every `BEAT_S`, also where the work itself
     says nothing for minutes (an engine starts): a file that is "running" and older than
     `SILENT_AFTER_S` belongs to a process that died, or was stopped, without saying so.
+
+    Attributes:
+        num_shards: how many processes share this stage; the command line sets it once.
     """
+
+    num_shards = 1
 
     def __init__(self, path: Path, *, period_s: float = 5.0) -> None:
         self.path = path
@@ -196,6 +202,7 @@ class Status:
             "state": state,
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            "num_shards": self.num_shards,
             "started_s": round(self._started_s, 3),
             "updated_s": round(time.time(), 3),
             **self._last,
@@ -278,5 +285,5 @@ class Status:
         return {
             key: value
             for key, value in found.items()
-            if key not in ("state", "pid", "host", "updated_s", *but)
+            if key not in ("state", "pid", "host", "num_shards", "updated_s", *but)
         }

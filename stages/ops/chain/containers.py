@@ -73,9 +73,9 @@ def problems(paths: RunPaths) -> list[str]:
             f"compose: expected compose.yaml in {SOURCE_ROOT}, found none. Run this from a checkout."
         )
     for command, expected in _PROBES:
-        if said := _complaint(command):
+        if complaint := _complaint(command):
             found.append(
-                f"compose: expected {expected}, found: {said}. Install or start it, or leave "
+                f"compose: expected {expected}, found: {complaint}. Install or start it, or leave "
                 "--by compose away."
             )
             break
@@ -91,9 +91,9 @@ def problems(paths: RunPaths) -> list[str]:
 
 def _user(workspace: Path) -> int:
     """The user of the containers: as somebody says, or who owns the workspace, but never root."""
-    told = _variables().get(_USER, "")
+    given = _variables().get(_USER, "")
     owner = workspace.stat().st_uid if workspace.exists() else os.getuid()
-    return int(told) if told.isdigit() else owner or _DEFAULT_UID
+    return int(given) if given.isdigit() else owner or _DEFAULT_UID
 
 
 def _may_write(facts: os.stat_result, uid: int) -> bool:
@@ -127,7 +127,10 @@ def prepare(paths: RunPaths) -> None:
         except OSError as error:
             raise UserError(
                 f"workspace: expected a folder that can be made at {folder}, found: "
-                f"{error.strerror}. Give another --workspace, or let this user write there."
+                f"{error.strerror}.",
+                code="workspace-unwritable",
+                remedy="Give another --workspace, or let this user write there.",
+                facts={"folder": str(folder)},
             ) from error
 
 
@@ -143,7 +146,9 @@ def start(stage: str, config: RunChainConfig, paths: RunPaths) -> "subprocess.Po
     except OSError as error:
         raise UserError(
             f"--by compose: expected docker with its compose plugin, could not start docker: "
-            f"{error.strerror}. Install it, or leave --by compose away."
+            f"{error.strerror}.",
+            code="docker-missing",
+            remedy="Install it, or leave --by compose away.",
         ) from error
 
 
@@ -164,6 +169,8 @@ def check_begun(stage: str, code: int, paths: RunPaths, started_s: float) -> Non
     if status.exists() and status.stat().st_mtime >= started_s - 1:
         return
     raise UserError(
-        f"docker compose ended with exit code {code} before {stage} began; what it said stands above. "
-        f"To see it alone: docker compose run --rm {stage} --help"
+        f"docker compose ended with exit code {code} before {stage} began; its own error stands above.",
+        code="compose-failed",
+        remedy=f"To see it alone: docker compose run --rm {stage} --help",
+        facts={"stage": stage, "exit_code": code},
     )

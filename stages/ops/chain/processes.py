@@ -19,6 +19,7 @@ from shared.cli import PRINT_CONFIG
 from shared.config import RunConfig, read_recipe
 from shared.errors import EXIT_DONE, UserError
 from shared.paths import RunPaths
+from stages.ops.chain.machine import look
 from stages.ops.config import RunChainConfig
 
 SOURCE_ROOT = Path(__file__).resolve().parents[3]
@@ -45,10 +46,14 @@ class Step:
         return section
 
 
-def run_paths(config: RunChainConfig) -> RunPaths:
-    """Where the recipe's run lies."""
-    name = read_recipe(config.recipe).get("run", {}).get("name")
-    return RunPaths(config.workspace, str(name or RunConfig.model_fields["name"].default))
+def run_paths(recipe: Path, workspace: Path) -> RunPaths:
+    """Where the recipe's run lies.
+
+    Raises:
+        UserError: the recipe cannot be read.
+    """
+    name = read_recipe(recipe).get("run", {}).get("name")
+    return RunPaths(workspace, str(name or RunConfig.model_fields["name"].default))
 
 
 def python_of(stage: str) -> str:
@@ -56,11 +61,11 @@ def python_of(stage: str) -> str:
     return os.environ.get(f"EYRIE_{stage.upper()}_PYTHON", sys.executable)
 
 
-def command_of(stage: str, config: RunChainConfig) -> list[str]:
-    """The command line that runs a stage."""
+def command_of(stage: str, config: RunChainConfig, *, module: str = "") -> list[str]:
+    """The command line that runs a stage, or another module that takes its flags."""
     # A stage of an image has no interpreter here; this one serves to ask it what it would do.
     python = sys.executable if config.by == "compose" else python_of(stage)
-    command = [python, "-m", f"stages.{stage}", "--recipe", str(config.recipe)]
+    command = [python, "-m", module or f"stages.{stage}", "--recipe", str(config.recipe)]
     command += ["--workspace", str(config.workspace)]
     return [*command, "--overwrite"] if config.overwrite else command
 
@@ -69,6 +74,19 @@ def environment() -> dict[str, str]:
     """This process's, with the source tree on the search path."""
     search_path = os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": search_path}
+
+
+def run_stage(stage: str, config: RunChainConfig) -> "subprocess.Popen[bytes]":
+    """Start a stage's work; train's with one rank for each GPU that is visible here.
+
+    Raises:
+        UserError: as `start`.
+    """
+    if stage != "train":
+        return start(command_of(stage, config), stage)
+    ranks = {"EYRIE_RANKS": str(max(1, len(look().gpus)))}
+    command = command_of(stage, config, module="stages.train.launch")
+    return start(command, stage, env={**ranks, **environment()})
 
 
 def start(command: Sequence[str], stage: str, **more: Any) -> "subprocess.Popen[Any]":
@@ -80,15 +98,21 @@ def start(command: Sequence[str], stage: str, **more: Any) -> "subprocess.Popen[
     if not (SOURCE_ROOT / "stages" / stage).is_dir():
         raise UserError(
             f"expected stage {stage} beside ops in {SOURCE_ROOT / 'stages'}, found none: each stage "
-            "has its own image. Run the chain with `docker compose -f compose.yaml -f "
-            "compose/pipeline.yaml up`."
+            "has its own image.",
+            code="stage-not-in-image",
+            remedy="Run the chain with `docker compose -f compose.yaml -f compose/pipeline.yaml up`.",
+            facts={"stage": stage},
         )
     try:
-        return subprocess.Popen(command, env=environment(), **more)
+        return subprocess.Popen(command, **{"env": environment(), **more})
     except OSError as error:
+        variable = f"EYRIE_{stage.upper()}_PYTHON"
         raise UserError(
-            f"EYRIE_{stage.upper()}_PYTHON: expected a Python interpreter, could not start "
-            f"{command[0]}: {error.strerror}."
+            f"{variable}: expected a Python interpreter, could not start {command[0]}: "
+            f"{error.strerror}.",
+            code="interpreter-missing",
+            remedy=f"Set {variable} to an interpreter that exists, or unset it.",
+            facts={"stage": stage, "python": command[0]},
         ) from error
 
 
@@ -118,7 +142,12 @@ def steps(config: RunChainConfig, stages: Sequence[str], paths: RunPaths) -> lis
     for stage, process in asked.items():
         answer, complaint = process.communicate()
         if process.returncode != EXIT_DONE:
-            raise UserError(f"{stage} refuses {config.recipe}: {_message(complaint, stage)}")
+            raise UserError(
+                f"{stage} refuses {config.recipe}: {_message(complaint, stage)}",
+                code="recipe-refused-by-stage",
+                remedy="Correct the recipe.",
+                facts={"stage": stage, "exit_code": process.returncode},
+            )
         if config.by == "compose":
             answer = answer.replace(f'"{WORKSPACE}/', '"')  # found here where the workspace lies
         found.append(Step(stage, json.loads(answer), is_done(stage, paths)))

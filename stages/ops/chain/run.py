@@ -35,7 +35,7 @@ def run(config: RunChainConfig) -> int:
     """
     if config.overlay:
         return kubernetes.run(config.recipe, config.overlay, config.stages)
-    paths = processes.run_paths(config)
+    paths = processes.run_paths(config.recipe, config.workspace)
     if config.dry_run or config.preflight:
         _look_ahead(config, paths)
     if config.dry_run:
@@ -88,7 +88,11 @@ def _look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
             paths.run_name, estimates.Estimates(steps, paths, machine).rows(), machine, console
         )
     if found:
-        raise UserError("\n".join(["the chain would fail:", *found]))
+        raise UserError(
+            "\n".join(["the chain would fail:", *found]),
+            code="preflight-failed",
+            facts={"problems": found},
+        )
 
 
 def _keep_recipe(recipe: Path, paths: RunPaths) -> None:
@@ -103,20 +107,20 @@ def _run_stage(stage: str, config: RunChainConfig, paths: RunPaths) -> int:
     if config.by == "compose":
         process = containers.start(stage, config, paths)
     else:
-        process = processes.start(processes.command_of(stage, config), stage)
+        process = processes.run_stage(stage, config)
     while True:
         try:
             code = process.wait(timeout=0.5)
             break
         except subprocess.TimeoutExpired:
             if stop_requested():
-                return _told_by_a_shell(_stop(process))
+                return _as_shell_code(_stop(process))
     if config.by == "compose":
         containers.check_begun(stage, code, paths, started_s)
-    return _told_by_a_shell(code)
+    return _as_shell_code(code)
 
 
-def _told_by_a_shell(code: int) -> int:
+def _as_shell_code(code: int) -> int:
     """An exit code; 128 + n of a process that signal n ended, where Python says -n."""
     return code if code >= 0 else 128 - code
 
@@ -140,5 +144,9 @@ def closing_line(paths: RunPaths) -> str:
     try:
         length = report["head"]["acceptance"]["acceptance_length"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{paths.report}: expected head.acceptance.acceptance_length.") from error
+        raise UserError(
+            f"{paths.report}: expected head.acceptance.acceptance_length.",
+            code="report-incomplete",
+            remedy="Run bench again with --overwrite.",
+        ) from error
     return f"{paths.run_name}: acceptance_length={length:.2f} head={paths.export} report={paths.report}"

@@ -20,7 +20,7 @@ from shared.errors import EXIT_DONE, EXIT_OUTPUT, OutputError
 from shared.io import files
 from shared.target.model import weights_hash
 from stages.ops.config import ValidateConfig
-from stages.ops.look.run_folder import find_run
+from stages.ops.look.run_state import find_run
 from stages.ops.look.validate import artifacts, check_bench, check_dump, check_synth, check_train
 from stages.ops.look.validate.artifacts import ARTIFACTS, MAKER, RunView
 from stages.ops.look.validate.findings import FAIL, Findings, NotAsked

@@ -125,7 +125,7 @@ def test_which_stages_are_meant(
 def test_each_stage_is_asked_what_it_makes_of_the_recipe(workspace: Path) -> None:
     """The other tests ask the same configs in this process."""
     chosen = config(workspace, skip="synth")
-    asked = processes.steps(chosen, chosen.stages, processes.run_paths(chosen))
+    asked = processes.steps(chosen, chosen.stages, processes.run_paths(chosen.recipe, chosen.workspace))
     assert asked == steps(workspace)[1:]
 
 
@@ -333,6 +333,53 @@ def test_gpus_are_those_that_nvidia_smi_tells(
     assert machine.memory_bytes > 0
     tool.unlink()
     assert look().gpus == () or shutil.which("nvidia-smi")
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["A", "B", "C"]),
+        ("2,0", ["C", "A"]),
+        ("GPU-b", ["B"]),
+        ("1,7,0", ["B"]),  # CUDA stops at the first that it does not know
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, names: list[str]
+) -> None:
+    """C shares its memory with the processor, and nvidia-smi has no size for it."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\ncase $1 in *uuid*) printf 'GPU-aa\\nGPU-bb\\nGPU-cc\\n';; "
+        "*) printf 'A, 10\\nB, 20\\nC, [N/A]\\n';; esac\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machine = look()
+    assert [name for name, _ in machine.gpus] == names
+    sizes = {"A": 10 << 20, "B": 20 << 20, "C": machine.memory_bytes}
+    assert all(size == sizes[name] for name, size in machine.gpus)
+
+
+@pytest.mark.parametrize(("given", "ranks"), [({}, "2"), ({"EYRIE_RANKS": "1"}, "1")])
+def test_train_gets_a_rank_for_each_visible_gpu(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], ranks: str
+) -> None:
+    tool = workspace / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf 'A, 10\\nB, 20\\nC, 30\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(workspace), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    play(monkeypatch, workspace, "train", f"echo $2 $EYRIE_RANKS > {workspace}/started")
+    assert run(config(workspace, preflight="false", only="train")) == 0
+    assert (workspace / "started").read_text().split() == ["stages.train.launch", ranks]
 
 
 def test_estimates_worked_by_hand(workspace: Path) -> None:

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the files of a run say about it: recipe, manifests, status files, logs; each is read once.
+
+In: the folder of a run. Out: `RunState`, of which status, watch, triage, review and validate are
+views. Costs reading some small files; no log and no artifact is opened.
+
+Whether a process lives is decided here and nowhere else. A process that was killed with SIGKILL
+leaves a status that says "running" for ever. On the same host its process id tells. From another
+host its heartbeat tells: a process that lives touches its status file every few seconds.
+"""
+
+import dataclasses
+import functools
+import re
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.artifacts.manifest import MANIFEST, read_manifest
+from shared.config import nearest, read_recipe
+from shared.errors import EyrieError, UserError
+from shared.paths import STAGES, RunPaths
+from shared.runtime.process import is_alive
+from shared.runtime.status import SILENT_AFTER_S, read_status
+
+# bench, the quietest stage, writes nothing while an engine is measured, which may take hours.
+_LONGEST_WAIT_S = 86_400.0
+ENDED_BADLY = ("failed", "died", "stopped", "unreadable")
+# The worst first: a stage of several processes is what its worst process is.
+_BY_URGENCY = ("failed", "died", "unreadable", "running", "stopped", "to do", "done")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessState:
+    """One process of a stage.
+
+    Attributes:
+        name: the stage, or `synth-3` for the fourth of several processes.
+        state: to do, running, done, failed, stopped, died or unreadable.
+        message: what an operator should know about that state.
+        record: the status file's JSON; empty where there is none that can be read.
+        path: the status file, or None.
+        seconds: from its start to its end, or to now while it runs.
+    """
+
+    name: str
+    state: str
+    message: str = ""
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    path: Path | None = None
+    seconds: float | None = None
+
+    @property
+    def exit_code(self) -> int | None:
+        return self.record.get("exit_code") if self.state != "running" else None
+
+    @property
+    def error(self) -> Mapping[str, Any] | None:
+        """The parts of the error that ended it: code, problem, remedy, facts."""
+        return self.record.get("error") if self.state in ("failed", "stopped") else None
+
+    @property
+    def progress(self) -> Mapping[str, Any]:
+        return self.record.get("progress") or {}
+
+
+class RunState:
+    """One look at a run."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self.paths = paths
+        self._manifests: dict[str, dict[str, Any] | None] = {}
+
+    @functools.cached_property
+    def recipe_path(self) -> Path | None:
+        return self.paths.recipe if self.paths.recipe.is_file() else None
+
+    @functools.cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe's sections; empty where there is none that can be read."""
+        try:
+            return read_recipe(self.recipe_path) if self.recipe_path else {}
+        except UserError:  # validate reports what is wrong with it
+            return {}
+
+    @functools.cached_property
+    def logs(self) -> list[Path]:
+        """In the chain's order."""
+        found = sorted((self.paths.root / "logs").glob("*.log"))
+        return sorted(found, key=lambda path: _position(path.stem))
+
+    def manifest(self, artifact: str) -> dict[str, Any] | None:
+        """The artifact's manifest, or None where it is not finished.
+
+        Raises:
+            UserError: it cannot be understood.
+        """
+        if artifact not in self._manifests:
+            self._manifests[artifact] = read_manifest(self.paths.root / artifact)
+        return self._manifests[artifact]
+
+    def processes(self, stage: str) -> list[ProcessState]:
+        """The stage's processes; one that is "to do" or "done" where no status file is there."""
+        folder, own = self.paths.root / "status", re.compile(rf"{stage}(-\d+)?\.json")
+        files = [path for path in sorted(folder.glob(f"{stage}*.json")) if own.fullmatch(path.name)]
+        manifest = self.paths.stage(stage) / MANIFEST
+        finished_s = manifest.stat().st_mtime if manifest.exists() else None
+        found = _without_history([_read(path, finished_s) for path in files], finished_s)
+        return found or [ProcessState(stage, "to do" if finished_s is None else "done")]
+
+    @functools.cached_property
+    def stages(self) -> dict[str, ProcessState]:
+        """Each stage's most urgent process; done where the artifact is, and nothing failed since."""
+        worst: dict[str, ProcessState] = {}
+        for stage in STAGES:
+            found = min(self.processes(stage), key=lambda each: _BY_URGENCY.index(each.state))
+            is_finished = (self.paths.stage(stage) / MANIFEST).exists()
+            if is_finished and found.state in ("died", "stopped", "to do"):
+                found = dataclasses.replace(found, state="done")
+            worst[stage] = found
+        return worst
+
+
+def find_run(name: str, workspace: Path) -> RunPaths:
+    """The run that a name in the workspace, or a folder, means.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (workspace / name, Path(name)):
+        if folder.is_dir():
+            absolute = folder.absolute()
+            return RunPaths(absolute.parent, absolute.name)
+    marks = ("*/recipe.yaml", "*/status/*.json", f"*/*/{MANIFEST}")
+    found = {path.relative_to(workspace).parts[0] for mark in marks for path in workspace.glob(mark)}
+    raise UserError(
+        f"expected the folder of a run at {workspace / name}, found none.",
+        code="run-missing",
+        remedy=nearest(name, sorted(found)) if found else "There is no run in this workspace.",
+        facts={"run": name, "workspace": str(workspace), "runs": sorted(found)},
+    )
+
+
+def _position(name: str) -> int:
+    stage = name.partition("-")[0]
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
+
+
+def _read(path: Path, finished_s: float | None) -> ProcessState:
+    """The process of one status file.
+
+    Args:
+        finished_s: when the stage's manifest was written, in seconds since 1970.
+    """
+    try:
+        record = read_status(path)
+        age_s = time.time() - path.stat().st_mtime
+    except (EyrieError, OSError) as error:
+        return ProcessState(path.stem, "unreadable", f"{path}: {error}", path=path)
+    state, message = record["state"], str(record.get("message", ""))
+    if state == "running" and (reason := _reason_of_death(record, age_s)):
+        state, message = "died", reason
+    end_s = time.time() if state == "running" else float(record["updated_s"])
+    if state == "done" and finished_s:
+        # A stage that was run again found its work done, and only its status is newer.
+        end_s = min(end_s, finished_s)
+    seconds = max(0.0, end_s - float(record["started_s"]))
+    return ProcessState(path.stem, state, message, record, path, seconds)
+
+
+def _reason_of_death(record: Mapping[str, Any], age_s: float) -> str:
+    """How a process that says "running" is known to be gone; "" where it may well run."""
+    remedy = "Run the same command again: it continues."
+    host, pid = record["host"], record["pid"]
+    is_here = host == socket.gethostname()
+    if is_here and not (pid > 0 and is_alive(pid)):
+        return f"its process {pid} is gone and left no error. {remedy}"
+    silent_s = age_s
+    if not is_here and time.time() - record["updated_s"] > _LONGEST_WAIT_S:
+        silent_s = time.time() - record["updated_s"]  # a copied run: the file's time is the copy's
+    if silent_s > SILENT_AFTER_S:
+        return f"silent for {silent_s:.0f} s: its process on {host} was killed, or hangs. {remedy}"
+    return ""
+
+
+def _without_history(found: list[ProcessState], finished_s: float | None) -> list[ProcessState]:
+    """Without what ended badly in an earlier try: before the artifact, or of another share count."""
+    dated = [each for each in found if each.record]
+    if not dated:
+        return found
+    newest = max(dated, key=lambda each: float(each.record["updated_s"]))
+
+    def is_history(each: ProcessState) -> bool:
+        if each.state not in ENDED_BADLY or each.path is None or not each.record:
+            return False
+        if finished_s is not None and each.path.stat().st_mtime <= finished_s:
+            return True
+        return _share_count(each) != _share_count(newest)
+
+    return [each for each in found if not is_history(each)]
+
+
+def _share_count(process: ProcessState) -> int | None:
+    """How many processes shared the stage; None where the status does not say."""
+    count = process.record.get("num_shards")
+    if isinstance(count, int):
+        return count
+    return None if "-" in process.name else 1
