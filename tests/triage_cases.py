@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The logs that triage is tested on: recorded from real failures, or quoted with their source.
+"""The logs that triage is tested on: recorded from real failures, reported by others, or quoted.
 
-`fixtures/triage/recorded/*.log`: YAML up to a line `---`, then the log. `quoted/*.yaml`: lists of
-such cases with the log as a text. `expect` is the id that must come first; '' is nothing wrong.
+`fixtures/triage/{recorded,reported}/*.log`: YAML up to a line `---`, then the log. `quoted/*.yaml`:
+lists of such cases with the log as a text. `expect` is the id that must come first; '' is nothing
+wrong.
 """
 
 import dataclasses
@@ -21,13 +22,12 @@ class FailureCase:
     """One log, what else the run's files say, and the diagnosis that it must get."""
 
     name: str
-    kind: str  # recorded or quoted
+    kind: str  # recorded, reported or quoted
     expect: str
     source: str
     log: str
     stage: str | None = None
     benign: str = ""  # the rule that names a harmless line
-    also_unknown: bool = False  # nothing but a consequence is there: unknown comes first
     status: dict[str, Any] | None = None
     recipe: dict[str, Any] | None = None
     other_statuses: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -47,7 +47,8 @@ class FailureCase:
         own = {} if self.status is None else {self.stage: self.status}
         for stage, record in {**self.other_statuses, **own}.items():
             (run / "status").mkdir(exist_ok=True)
-            (run / "status" / f"{stage}.json").write_text(json.dumps(record))
+            whole = {"pid": 1, "host": "node", "started_s": 0, "updated_s": 0, **record}
+            (run / "status" / f"{stage}.json").write_text(json.dumps(whole))
         if self.recipe is not None:
             (run / "recipe.yaml").write_text(yaml.safe_dump(self.recipe))
         return run
@@ -55,12 +56,12 @@ class FailureCase:
 
 def _recorded(path: Path) -> FailureCase:
     header, _, log = path.read_text().partition(END_OF_HEADER)
-    return FailureCase(name=path.stem, kind="recorded", log=log, **yaml.safe_load(header))
+    return FailureCase(name=path.stem, kind=path.parent.name, log=log, **yaml.safe_load(header))
 
 
 def _quoted(path: Path) -> list[FailureCase]:
     entries = yaml.safe_load(path.read_text())
-    names = [entry["expect"] or entry["benign"] for entry in entries]
+    names = [entry["expect"] or entry.get("benign", "clean") for entry in entries]
     return [
         FailureCase(name=f"quoted-{name}", kind="quoted", **entry)
         for name, entry in zip(names, entries, strict=True)
@@ -69,7 +70,7 @@ def _quoted(path: Path) -> list[FailureCase]:
 
 def read_cases() -> list[FailureCase]:
     """All of them, the recorded ones first."""
-    found = [_recorded(path) for path in sorted((FIXTURES / "recorded").glob("*.log"))]
+    found = [_recorded(path) for path in sorted(FIXTURES.glob("*/*.log"))]
     for path in sorted((FIXTURES / "quoted").glob("*.yaml")):
         found += _quoted(path)
     return found

@@ -40,11 +40,11 @@ def moved(log: str, rng: random.Random) -> str:
 
 
 def interleaved(log: str, rng: random.Random) -> str:
-    """Other ranks' lines between its own, and a prefix before each."""
+    """Other nodes' lines between its own, and the node before each."""
     lines = []
     for line in log.splitlines():
-        lines += [_chatter(rng) for _ in range(rng.choice((0, 0, 1, 3)))]
-        lines.append(f"node{rng.randrange(4)}-0  | {line}")
+        lines += [f"node1-0  | {_chatter(rng)}" for _ in range(rng.choice((0, 0, 1, 3)))]
+        lines.append(f"node0-0  | {line}")
     return "\n".join(lines) + "\n"
 
 
@@ -57,14 +57,9 @@ def coloured(log: str, rng: random.Random) -> str:
     return "\n".join(lines) + "\n"
 
 
-def shouted(log: str, _rng: random.Random) -> str:
-    """As a collector keeps it: one JSON-free prefix, tabs, no case that can be relied on."""
-    return "".join(f"stderr F {line.upper()}\n" for line in log.splitlines())
-
-
-def without_status_words(log: str, _rng: random.Random) -> str:
-    """Without our own prefix, as a launcher that keeps the message alone would show it."""
-    return re.sub(r"(?m)^\S+Z (?:INFO|WARNING|ERROR) (?:synth|dump|train|bench|ops) ", "", log)
+def collected(log: str, _rng: random.Random) -> str:
+    """As a container runtime keeps it."""
+    return "".join(f"2031-02-03T04:05:06.789Z stderr F {line}\n" for line in log.splitlines())
 
 
 VARIANTS: dict[str, Callable[[str, random.Random], str]] = {
@@ -72,6 +67,5 @@ VARIANTS: dict[str, Callable[[str, random.Random], str]] = {
     "moved": moved,
     "interleaved": interleaved,
     "coloured": coloured,
-    "shouted": shouted,
-    "without_prefix": without_status_words,
+    "collected": collected,
 }

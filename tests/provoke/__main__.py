@@ -11,17 +11,16 @@ from pathlib import Path
 
 from shared.artifacts.provenance import package_versions
 from shared.io import files
+from stages.ops.look.triage.case import open_case
 from stages.ops.look.triage.diagnosis import diagnose
 from stages.ops.look.triage.failure_rules import read_rules
-from stages.ops.look.triage.fixtures import Places, as_fixture, last_attempt
-from stages.ops.look.triage.log_files import open_case
-from stages.ops.look.triage.log_scan import Scanner
-from tests.provoke import engines, machine, recipes
+from stages.ops.look.triage.fixtures import as_fixture, kept_status, last_lines
+from tests.provoke import engines, machine
 from tests.provoke.table import CASES, Case
 from tests.provoke.world import World
 from tests.triage_cases import FIXTURES
 
-MODULES = (recipes, machine, engines)  # importing them fills the table
+MODULES = (machine, engines)  # importing them fills the table
 
 
 def record(case: Case) -> bool:
@@ -41,16 +40,16 @@ def record(case: Case) -> bool:
             "source": "tests/provoke",
             "case": case.name,
             "stage": case.stage if has_log else None,
-            "status": _status(status) if has_log and status.exists() else None,
+            "status": kept_status(files.read_json(status)) if has_log and status.exists() else None,
             "versions": package_versions(),
         }
-        text = as_fixture(header, last_attempt(log), Places(world.workspace))
+        text = as_fixture(header, last_lines(log), world.workspace)
         path = FIXTURES / "recorded" / f"{case.name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         found = diagnose(
             open_case([run if has_log else log], recipe=None, workspace=run, exit_codes={}),
-            Scanner(read_rules()),
+            read_rules(),
         )
         top = found.top.rule if found.top else ""
         sys.stdout.write(
@@ -59,12 +58,6 @@ def record(case: Case) -> bool:
         )
         sys.stdout.flush()
         return top == case.expect
-
-
-def _status(path: Path) -> dict[str, object]:
-    record = files.read_json(path)
-    kept = {key: record[key] for key in ("state", "exit_code", "message") if key in record}
-    return {**kept, "updated_s": 0} if kept["state"] == "running" else kept
 
 
 def main(names: list[str]) -> int:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Failures of real vLLM engines and servers: 10 to 60 seconds each."""
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-
-from tests.provoke.table import ALL, case, conversations
+from tests.provoke.table import ALL, case
 from tests.provoke.world import World, children, python
 
 # With vLLM.
@@ -94,11 +90,6 @@ def _(world: World) -> None:
     world.run("synth")
 
 
-@case("server-not-ready", "server-not-ready", "synth")
-def _(world: World) -> None:
-    world.run("synth", "--startup_timeout_s", "3")
-
-
 @case("engine-meets-broken-tokenizer", "tokenizer-fails", "synth", console=True)
 def _(world: World) -> None:
     (world.target / "tokenizer.json").write_text("{}")
@@ -110,18 +101,6 @@ def _(world: World) -> None:
 def _(world: World) -> None:
     vllm = str(Path(sys.executable).parent / "vllm")
     world.command(python(vllm, "serve", str(world.target)))
-
-
-@case("server-killed", "engine-killed", "synth")
-def _(world: World) -> None:
-    world.prompts([json.dumps({"prompt": f"Tell me of {n}."}) for n in range(300)])
-    world.recipe("synth", max_restarts=0, max_tokens=40)
-    world.run("synth", watch=_kill_when("synth", "rows=", "api_server"))
-
-
-@case("engine-killed-in-dump", "engine-killed", "dump", needs=("synth",))
-def _(world: World) -> None:
-    world.run("dump", "--backend", "vllm", watch=_kill_first_engine)
 
 
 def _kill_when(
@@ -144,49 +123,6 @@ def _kill_first_engine(world: World, process: "subprocess.Popen[str]") -> None:
                 os.kill(pid, signal.SIGKILL)
                 return
         time.sleep(0.1)
-
-
-@case("no-hooks", "no-hooks", "dump")
-def _(world: World) -> None:
-    from transformers import Gemma2Config
-
-    shape = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 8,
-        "vocab_size": 512,
-    }
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    config = Gemma2Config(architectures=["Gemma2ForCausalLM"], **shape)
-    config.save_pretrained(world.target)
-    world.run("dump", *conversations(world), "--backend", "vllm")
-
-
-@case("unknown-engine-option", "engine-options-unknown", "bench", needs=ALL)
-def _(world: World) -> None:
-    world.recipe("bench", engine_args={"no_such_option": 1}, prompts="prompts.jsonl")
-    world.run("bench")
-
-
-@case("too-deep-draft", "draft-too-deep", "bench", needs=ALL)
-def _(world: World) -> None:
-    world.run("bench", "--prompts", "prompts.jsonl", "--num_speculative_tokens", "500")
-
-
-@case("bench-rows-too-long", "bench-rows-too-long", "bench", needs=ALL)
-def _(world: World) -> None:
-    world.run("bench", "--prompts", "prompts.jsonl", "--max_tokens", "4000")
-
-
-@case("untrained-head", "acceptance-near-one", "bench", needs=ALL)
-def _(world: World) -> None:
-    head = world.workspace / "head"
-    shutil.copytree(world.folder("export"), head)
-    (head / "manifest.json").unlink()  # somebody else's head: nothing vouches for its bytes
-    tensors = load_file(head / "model.safetensors")
-    tensors["lm_head.weight"].normal_(0, 0.02)
-    save_file(tensors, head / "model.safetensors", metadata={"format": "pt"})
-    world.run("bench", "--prompts", "prompts.jsonl", "--max_tokens", "32", "--head", str(head))
 
 
 @case("bench-clean", "", "bench", needs=ALL)

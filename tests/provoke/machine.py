@@ -2,63 +2,18 @@
 """Wrong data, a machine that fails, servers and heads from elsewhere: no engine starts."""
 
 import contextlib
-import http.server
 import os
 import resource
 import signal
-import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from shared.io import files
-from tests.models import tiny_llama
-from tests.provoke.table import ALL, case, conversations
+from tests.provoke.table import case
 from tests.provoke.world import World, children, python
 
 # Data that is wrong.
-
-
-@case("nan-weights", "states-not-finite", "dump")
-def _(world: World) -> None:
-    path = world.target / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, path, metadata={"format": "pt"})
-    world.run("dump", *conversations(world), "--min_agreement", "0")
-
-
-@case("nan-states", "loss-nan", "train", needs=("synth", "dump"))
-def _(world: World) -> None:
-    for path in world.folder("dump").glob("shard_*.pt"):
-        shard = torch.load(path, weights_only=True)
-        shard["hidden_states"][::3] = float("nan")
-        torch.save(shard, path)
-        world.vouch("dump", path)
-    world.run("train")
-
-
-@case("answers-of-another-target", "answers-of-another-target", "dump", needs=("synth",))
-def _(world: World) -> None:
-    import pyarrow.parquet
-
-    for path in world.folder("synth").glob("part-*.parquet"):
-        table = pyarrow.parquet.read_table(path)
-        ids = [
-            row[:8] + [10 + (at * 37) % 380 for at in range(len(row) - 8)]
-            for row in table["input_ids"].to_pylist()
-        ]
-        position = table.schema.get_field_index("input_ids")
-        column = pyarrow.array(ids, table.schema.field("input_ids").type)
-        table = table.set_column(position, table.schema.field("input_ids"), column)
-        pyarrow.parquet.write_table(table, path)
-        world.vouch("synth", path)
-    world.run("dump")
 
 
 # The machine.
@@ -76,24 +31,6 @@ def _small_disk(folder: Path, size: str, *, read_only: bool = False) -> Iterator
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@case("disk-too-small", "disk-too-small", "dump", needs=("synth",))
-def _(world: World) -> None:
-    with _small_disk(world.folder("dump"), "400k"):
-        world.run("dump")
-
-
-@case("disk-full", "disk-full", "train", needs=("synth", "dump"))
-def _(world: World) -> None:
-    with _small_disk(world.folder("train"), "1m"):
-        world.run("train")
-
-
-@case("read-only", "read-only", "train", needs=("synth", "dump"))
-def _(world: World) -> None:
-    with _small_disk(world.folder("train"), "1m", read_only=True):
-        world.run("train")
-
-
 @case("killed", "vanished", "train", needs=("synth", "dump"))
 def _(world: World) -> None:
     def kill(world: World, process: "subprocess.Popen[str]") -> None:
@@ -109,17 +46,6 @@ def _(world: World) -> None:
 @case("stopped-by-time-limit", "", "train", needs=("synth", "dump"))
 def _(world: World) -> None:
     world.run("train", "--epochs", "5000", before=("timeout", "--signal=TERM", "25"))
-
-
-@case("out-of-memory", "out-of-memory-host", "train", needs=("synth", "dump"))
-def _(world: World) -> None:
-    limit = (
-        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, ({350 << 20},) * 2)"
-    )
-    run = "sys.argv[0] = 'train'; runpy.run_module('stages.train', run_name='__main__', alter_sys=True)"
-    words = ["--recipe", str(world.workspace / "recipe.yaml"), "--workspace", str(world.workspace)]
-    words += ["--batch_tokens", "1000000", "--epochs", "3"]
-    world.command(python("-c", f"{limit}; {run}", *words))
 
 
 @case("too-many-open-files", "file-limit", "synth")
@@ -144,15 +70,6 @@ def _(world: World) -> None:
     words += ["-m", "stages.train", "--recipe", str(world.workspace / "recipe.yaml")]
     words += ["--workspace", str(world.workspace), "--epochs", "5000"]
     world.command(python(*words), {"OMP_NUM_THREADS": "1"}, kill)
-
-
-@case("port-taken", "port-taken", "train", needs=("synth", "dump"))
-def _(world: World) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        world.run("train", environment={**ranks, "MASTER_PORT": str(taken.getsockname()[1])})
 
 
 _TIED = """
@@ -192,42 +109,4 @@ def _(world: World) -> None:
 # Servers that run already.
 
 
-@case("endpoint-down", "endpoint-silent", "synth")
-def _(world: World) -> None:
-    world.run("synth", "--endpoints", "http://127.0.0.1:9")
-
-
-@case("endpoint-foreign", "endpoint-refuses", "synth")
-def _(world: World) -> None:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    world.run("synth", "--endpoints", f"http://127.0.0.1:{server.server_address[1]}")
-    server.shutdown()
-
-
 # Heads.
-
-
-@case("head-of-another-target", "head-of-another-target", "bench", needs=ALL)
-def _(world: World) -> None:
-    other = tiny_llama(world.workspace / "other", hidden_size=64)
-    head = world.workspace / "run" / "export"
-    world.run("bench", "--prompts", "prompts.jsonl", "--head", str(head), "--target", str(other))
-
-
-@case("head-misread", "head-misread", "bench", needs=ALL)
-def _(world: World) -> None:
-    head = world.workspace / "head"
-    (world.workspace / "run" / "export").rename(head)
-    config = files.read_json(head / "config.json")
-    config.pop("eagle_aux_hidden_state_layer_ids")
-    files.write_json(head / "config.json", config)
-    world.run("bench", "--prompts", "prompts.jsonl", "--head", str(head))
-
-
-@case("no-head", "head-not-eagle3", "bench", needs=ALL)
-def _(world: World) -> None:
-    head = world.workspace / "head"
-    head.mkdir()
-    (head / "config.json").write_text("{}")
-    world.run("bench", "--prompts", "prompts.jsonl", "--head", str(head))

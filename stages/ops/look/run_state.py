@@ -134,7 +134,9 @@ def find_run(name: str, workspace: Path) -> RunPaths:
             absolute = folder.absolute()
             return RunPaths(absolute.parent, absolute.name)
     marks = ("*/recipe.yaml", "*/status/*.json", f"*/*/{MANIFEST}")
-    found = {path.relative_to(workspace).parts[0] for mark in marks for path in workspace.glob(mark)}
+    found = {
+        path.relative_to(workspace).parts[0] for mark in marks for path in workspace.glob(mark)
+    }
     raise UserError(
         f"expected the folder of a run at {workspace / name}, found none.",
         code="run-missing",

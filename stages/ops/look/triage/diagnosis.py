@@ -1,47 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what the logs hold to what went wrong: the ranked diagnoses of a case.
 
-The first stage of the chain that failed comes first: those after it fail for want of its output. In
-a stage, its own last words come first where they name a cause; else the earliest line that does, for
-a worker's first error precedes its engine's "see above"; else the earliest error that no rule knows,
-shown with what stands around it and never guessed at; else a consequence, which says so.
+The first stage of the chain that failed comes first: those after it fail for want of its output. In a
+stage its own error comes first. Where that only reports that something else failed (an engine, a
+server, a bug), what the rules know of the log goes before it: the earliest cause, for a worker's
+first error precedes its engine's "see above". An error that no rule knows is shown and not guessed at.
 """
 
 import dataclasses
-import types
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from shared.errors import EXIT_BUG, EXIT_RETRY
 from shared.paths import STAGES
-from stages.ops.look.triage.failure_rules import Rule, State, When
-from stages.ops.look.triage.log_files import Case, LogFile, StageFacts
-from stages.ops.look.triage.log_lines import ERROR, Line
-from stages.ops.look.triage.log_scan import Findings, Hit, Scanner
+from stages.ops.look.run_state import ProcessState
+from stages.ops.look.triage.case import Case, LogFile
+from stages.ops.look.triage.failure_rules import Rule
+from stages.ops.look.triage.last_attempt import read_last_attempt
+from stages.ops.look.triage.log_lines import Line
+from stages.ops.look.triage.matching import Findings, Hit, find
+from stages.ops.look.triage.own_errors import WRAPPERS, OwnError
+from stages.ops.look.triage.wording import render
 
-UNKNOWN = "unknown"
-_TIER = {"cause": 0, "generic": 1, "consequence": 3, "benign": 4}
-_UNKNOWN_TIER = 2
-_ENDED_BADLY: tuple[State, ...] = ("failed", "vanished")
-_TEMPLATES = jinja2.Environment(
-    autoescape=False
-)  # rules are ours; their values are never templates
+UNKNOWN, OWN = "unknown", "own"
+_TIERS = {"cause": 1, "generic": 2, UNKNOWN: 4, "consequence": 5}
+_OWN_TIER, _OWN_RETRY_TIER, _OWN_WRAPPER_TIER = 0, 3, 5
+_FAILED = ("failed", "died", "unreadable")
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """One answer to "what went wrong", with its evidence."""
+    """One answer to "what went wrong", with its evidence.
 
-    rule: str  # an id, or `unknown`
+    Attributes:
+        rule: a rule's id, the code of an error of ours, or `unknown`.
+        role: the rule's role, `own` or `unknown`.
+        facts: of an error of ours.
+    """
+
+    rule: str
     role: str
     stage: str | None
     cause: str
     fix: str
     rerun: str
     evidence: Line | None
-    source: str = ""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -51,218 +56,177 @@ class Outcome:
     case: Case
     findings: list[tuple[LogFile, Findings]]
     diagnoses: list[Diagnosis]
-    benign: list[Hit]
 
     @property
     def top(self) -> Diagnosis | None:
         return self.diagnoses[0] if self.diagnoses else None
 
+    @property
+    def benign(self) -> list[Hit]:
+        return [hit for _, found in self.findings for hit in found.benign]
+
     def of(self, stage: str | None) -> list[Diagnosis]:
         return [found for found in self.diagnoses if found.stage == stage]
 
 
-def diagnose(case: Case, scanner: Scanner) -> Outcome:
+Ranked = tuple[int, int, Diagnosis]
+
+
+def diagnose(case: Case, rules: Sequence[Rule]) -> Outcome:
     """Read all logs of the case and rank what they hold."""
-    findings = [(log, scanner.scan(log.path, stage=log.stage)) for log in case.logs]
-    stages: list[str | None] = [*STAGES, None]
-    diagnoses: list[Diagnosis] = []
-    for stage in stages:
-        diagnoses += _of_stage(stage, case, findings, scanner)
-    benign = [hit for _, found in findings for hit in found.hits if hit.rule.role == "benign"]
-    return Outcome(case, findings, _without_repeats(diagnoses), benign)
+    findings = []
+    for log in case.logs:
+        attempt = read_last_attempt(log.path)
+        stage = log.stage or attempt.stage
+        findings.append((LogFile(log.path, stage), find(attempt, rules, stage)))
+    diagnoses: dict[tuple[str, str | None], Diagnosis] = {}
+    for stage in (*STAGES, None):
+        own = [found for log, found in findings if log.stage == stage]
+        for _, _, each in sorted(_of_stage(stage, case, own, rules), key=lambda ranked: ranked[:2]):
+            diagnoses.setdefault((each.rule, each.stage), each)
+    return Outcome(case, findings, list(diagnoses.values()))
 
 
 def _of_stage(
-    stage: str | None,
-    case: Case,
-    findings: Sequence[tuple[LogFile, Findings]],
-    scanner: Scanner,
-) -> list[Diagnosis]:
-    facts = case.stages.get(stage or "", StageFacts())
-    if facts.state in ("done", "stopped"):
+    stage: str | None, case: Case, findings: Sequence[Findings], rules: Sequence[Rule]
+) -> list[Ranked]:
+    state = case.state(stage)
+    if state.state in ("done", "stopped"):
         return []
-    hits: list[Hit] = []
-    errors: list[Line] = []
-    for log, found in findings:
-        if found.is_done.get(stage) and facts.state not in _ENDED_BADLY:
-            continue
-        # A line's own stage goes before its file's; both may be unknown.
-        hits += [hit for hit in found.hits if (hit.line.stage or log.stage) == stage]
-        errors += [line for line in found.errors if (line.stage or log.stage) == stage]
-    if facts.message and facts.status and not any(hit.line.is_final for hit in hits):
-        told = scanner.scan_text(facts.message, facts.status, stage=stage)
-        hits, errors = hits + told.hits, errors + told.errors
-    applying = [hit for hit in hits if _applies(hit.rule, stage, case)]
-    errors += _left_over(hits, applying)
-    hits = applying + _without_lines(stage, case, findings, scanner.rules)
-    ranked = sorted(_first_of_each(_most_telling(hits, stage)), key=_rank)
-    diagnoses = [diagnosis_of(hit, stage, case) for hit in ranked]
-    return _with_unknown(diagnoses, errors, stage, case, facts)
+    failed = state.state in _FAILED
+    told = [found for found in findings if failed or not (found.is_done or found.went_on)]
+    ranked = [_of_hit(hit, stage, case) for found in told for hit in found.hits]
+    if own := _own_error(state, told):
+        ranked.append((_own_tier(own, state), own.evidence.number, _of_own(own, stage, case)))
+    ranked += _without_lines(stage, state, case, findings, rules)
+    return ranked + _unknown(stage, state, case, told, ranked)
 
 
-def _left_over(hits: Iterable[Hit], applying: Iterable[Hit]) -> list[Line]:
-    """Errors that a rule matched which does not apply here, and no other: nobody knows them."""
-    known = {(hit.line.path, hit.line.number) for hit in applying}
-    lines = [hit.line for hit in hits if (hit.line.path, hit.line.number) not in known]
-    return [line for line in lines if ERROR.search(line.text)]
+def _own_error(state: ProcessState, findings: Sequence[Findings]) -> OwnError | None:
+    """From the status file; from a log's last record where there is none."""
+    if state.error and state.path:
+        return OwnError.from_status(state.error, _own_line(state, findings))
+    if state.state == "unreadable" and state.path:
+        line = Line(state.path, 1, state.message)
+        return OwnError("status-unreadable", state.message, "Delete it.", {}, line)
+    return next((found.own for found in findings if found.own), None)
 
 
-def _most_telling(hits: Iterable[Hit], stage: str | None) -> list[Hit]:
-    """The failures, without those of which another rule says more on the same line."""
-    failures = [hit for hit in hits if hit.rule.role != "benign"]
-    beaten: set[tuple[str, Path, int]] = set()
-    unbound: set[tuple[Path, int]] = set()
-    for hit in failures:
-        place = (hit.line.path, hit.line.number)
-        beaten |= {(other, *place) for other in hit.rule.beats}
-        if not hit.rule.stages:
-            unbound.add(place)
-    return [
-        hit
-        for hit in failures
-        if (hit.rule.id, hit.line.path, hit.line.number) not in beaten
-        # Whose log it is, is not known: what is said of any stage holds.
-        and not (stage is None and hit.rule.stages and (hit.line.path, hit.line.number) in unbound)
-    ]
+def _own_line(state: ProcessState, findings: Sequence[Findings]) -> Line:
+    """The log's record of the same error, else the status file."""
+    for found in findings:
+        if found.own and state.error and found.own.code == state.error["code"]:
+            return found.own.evidence
+    path = state.path
+    if path is None:
+        raise ValueError("a state with an error has a status file")
+    return Line(path, 1, state.message)
 
 
-def _rank(hit: Hit) -> tuple[bool, int, int, int]:
-    """Last words that name a cause, then causes by line; of two on one line the longer expression."""
-    is_last_word = hit.line.is_final and hit.rule.role == "cause"
-    return (
-        not is_last_word,
-        _TIER[hit.rule.role],
-        hit.line.number,
-        -sum(map(len, hit.rule.lines)),
+def _own_tier(own: OwnError, state: ProcessState) -> int:
+    if own.code in WRAPPERS:
+        return _OWN_RETRY_TIER if own.code == "bug" else _OWN_WRAPPER_TIER
+    return _OWN_RETRY_TIER if state.exit_code in (EXIT_BUG, EXIT_RETRY) else _OWN_TIER
+
+
+def _of_own(own: OwnError, stage: str | None, case: Case) -> Diagnosis:
+    stage = own.evidence.stage if stage is None and own.evidence.stage in STAGES else stage
+    return Diagnosis(
+        rule=own.code or "no-code",
+        role=OWN,
+        stage=stage,
+        cause=own.problem,
+        fix=own.remedy or "see the problem",
+        rerun=rerun_command(case, stage),
+        evidence=own.evidence,
+        facts=own.facts,
     )
 
 
-def _first_of_each(hits: Sequence[Hit]) -> list[Hit]:
-    """One hit a rule: its last words where it has such, else its first line."""
-    best: dict[str, Hit] = {}
-    for hit in hits:
-        known = best.get(hit.rule.id)
-        if known is None or _rank(hit) < _rank(known):
-            best[hit.rule.id] = hit
-    return list(best.values())
-
-
-def _applies(rule: Rule, stage: str | None, case: Case) -> bool:
-    if rule.stages and stage is not None and stage not in rule.stages:
-        return False
-    return rule.when is None or _holds(rule.when, stage, case)
-
-
-def _holds(when: When, stage: str | None, case: Case) -> bool:
-    facts = case.stages.get(stage or "", StageFacts())
-    if when.exit_codes and facts.exit_code not in when.exit_codes:
-        return False
-    if when.states and facts.state not in when.states:
-        return False
-    for key, values in when.recipe.items():
-        if case.setting(key) not in values:
-            return False
-    if not when.parent:
-        return True
-    before = STAGES[max(STAGES.index(stage) - 1, 0)] if stage in STAGES else ""
-    return before != stage and case.stages.get(before, StageFacts()).state in when.parent
+def _of_hit(hit: Hit, stage: str | None, case: Case) -> Ranked:
+    rule, whose = hit.rule, stage or hit.rule.belongs_to or None
+    diagnosis = Diagnosis(
+        rule=rule.id,
+        role=rule.role,
+        stage=whose,
+        cause=render(rule.cause, case, whose, hit.seen),
+        fix=render(rule.fix, case, whose, hit.seen),
+        rerun=rerun_command(case, rule.redo or whose),
+        evidence=hit.line,
+    )
+    return _TIERS[rule.role], hit.line.number, diagnosis
 
 
 def _without_lines(
     stage: str | None,
+    state: ProcessState,
     case: Case,
-    findings: Sequence[tuple[LogFile, Findings]],
+    findings: Sequence[Findings],
     rules: Sequence[Rule],
-) -> list[Hit]:
+) -> list[Ranked]:
     """The rules that only look at what a stage is, with the last line of its log as evidence."""
-    if stage is None:
-        return []
-    last = [found.last for log, found in findings if log.stage == stage and found.last]
-    status = case.stages.get(stage, StageFacts()).status
-    line = last[-1] if last else Line(status, 1, 0, "") if status else None
-    told = [rule for rule in rules if not rule.lines and _applies(rule, stage, case)]
-    return [Hit(rule, line, {}) for rule in told] if line else []
+    last = next((found.last for found in findings if found.last), None)
+    line = last or (Line(state.path, 1, state.message) if state.path else None)
+    holding = [
+        rule
+        for rule in rules
+        if rule.when
+        and line
+        and (not rule.when.exit_codes or state.exit_code in rule.when.exit_codes)
+        and (not rule.when.states or state.state in rule.when.states)
+    ]
+    return [_of_hit(Hit(rule, line, {}), stage, case) for rule in holding if line]
 
 
-def diagnosis_of(hit: Hit, stage: str | None, case: Case) -> Diagnosis:
-    """What a hit means for this case: the rule's texts, filled in."""
-    rule = hit.rule
-    # A rule of one stage tells whose log it is, where nothing else does.
-    whose = stage or (rule.stages[0] if len(rule.stages) == 1 else None)
-    values = {
-        # Not a dict: a group may be called as one of its methods is.
-        "seen": types.SimpleNamespace(**{k: _number(text) for k, text in hit.seen.items()}),
-        "recipe": case.setting,
-        "stage": whose or "STAGE",
-        "run": case.root or "RUN",
-    }
-    return Diagnosis(
-        rule=rule.id,
-        role=rule.role,
-        stage=whose,
-        cause=_render(rule.cause, values),
-        fix=_render(rule.fix, values),
-        rerun=rerun_command(case, _render(rule.redo, values) or whose, overwrite=rule.overwrite),
-        evidence=hit.line,
-        source=rule.source,
-    )
-
-
-def _number(text: str) -> str | int:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 18 else text
-
-
-def _render(template: str, values: Mapping[str, Any]) -> str:
-    return " ".join(_TEMPLATES.from_string(template).render(values).split())
-
-
-def _with_unknown(
-    diagnoses: list[Diagnosis],
-    errors: Sequence[Line],
+def _unknown(
     stage: str | None,
+    state: ProcessState,
     case: Case,
-    facts: StageFacts,
-) -> list[Diagnosis]:
-    """Where nothing names the cause, say so: the first error that no rule knows."""
-    if any(_TIER[found.role] < _UNKNOWN_TIER for found in diagnoses):
-        return diagnoses
-    if not errors and (diagnoses or facts.state not in _ENDED_BADLY):
-        return diagnoses
-    line = min(errors, key=lambda error: error.number, default=None)
-    if line is None and facts.status:
-        line = Line(facts.status, 1, 0, facts.message)
-    unknown = Diagnosis(
+    findings: Sequence[Findings],
+    known: Iterable[Ranked],
+) -> list[Ranked]:
+    """Where nothing names the cause: the first exception, else the first error, that no rule knows."""
+    if any(tier < _TIERS[UNKNOWN] for tier, _, _ in known):
+        return []
+    line = next((found.unknown[0] for found in findings if found.unknown), None)
+    if line is None and (state.state not in _FAILED or any(known)):
+        return []
+    if line is None:
+        ends = [found.last for found in findings if found.last]
+        text = state.message or f"exit code {state.exit_code}"
+        line = Line(state.path, 1, text) if state.path and state.message else next(iter(ends), None)
+    diagnosis = Diagnosis(
         rule=UNKNOWN,
         role=UNKNOWN,
         stage=stage,
-        cause="no rule knows this failure; its first error is shown as it stands",
-        fix="read it; a log that shows it well becomes a fixture with --save_fixture",
+        cause=f"no rule knows this failure: {line.body.strip() or line.text}"
+        if line
+        else f"the stage ended with exit code {state.exit_code} and left no log",
+        fix="read the lines around it; --save_fixture keeps them as a test's fixture for a new rule",
         rerun=rerun_command(case, stage),
         evidence=line,
     )
-    return [unknown, *diagnoses]
+    return [(_TIERS[UNKNOWN], line.number if line else 0, diagnosis)]
 
 
-def _without_repeats(diagnoses: Iterable[Diagnosis]) -> list[Diagnosis]:
-    """Each rule once a stage, the first place kept."""
-    kept: dict[tuple[str, str | None], Diagnosis] = {}
-    for found in diagnoses:
-        kept.setdefault((found.rule, found.stage), found)
-    return list(kept.values())
+def rerun_command(case: Case, stage: str | None) -> str:
+    """The command that goes on from `stage`, or from the first one before it that is not done.
 
-
-def rerun_command(case: Case, stage: str | None, *, overwrite: bool = False) -> str:
-    """The command that goes on from `stage`: finished stages before it are left as they are.
-
-    Worked example: train failed: `--only train,bench`.
+    Worked example: train failed: `python -m stages.ops run --recipe r.yaml --only train,bench`.
     """
     position = STAGES.index(stage) if stage in STAGES else 0
     if case.kind == "launcher":
-        skips = " ".join(f"pipeline.task_{task}.skip=true" for task in range(position))
-        return f"uv run launch.py --yaml YOUR.yaml {skips} --yes".replace("  ", " ")
-    recipe = case.recipe_path or "RECIPE"
-    command = f"python -m stages.ops run --recipe {recipe}"
-    if case.workspace:
-        command += f" --workspace {case.workspace}"
-    command += f" --only {','.join(STAGES[position:])}" if position else ""
-    return f"{command} --overwrite" if overwrite else command
+        skips = [f"pipeline.task_{task}.skip=true" for task in range(position)]
+        return shlex.join(["uv", "run", "launch.py", "--yaml", "YOUR.yaml", *skips, "--yes"])
+    if case.run is None and stage is None:
+        return "the same command again"
+    words = ["python", "-m", "stages.ops", "run", "--recipe"]
+    words.append(str(case.run.recipe_path) if case.run and case.run.recipe_path else "RECIPE")
+    if case.run:
+        words += ["--workspace", str(case.run.paths.workspace)]
+        states = [case.state(each).state for each in STAGES[:position]]
+        known = any(state != "to do" for state in states)
+        position = next(
+            (i for i, state in enumerate(states) if known and state != "done"), position
+        )
+    return shlex.join([*words, *(["--only", ",".join(STAGES[position:])] if position else [])])

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known about failures, as data: `rules/*.yaml`, each rule one cause and its fix.
+"""What is known about other programs' failures, as data: `rules/*.yaml`, one cause and its fix each.
 
-In: the YAML files. Out: checked rules, their regular expressions compiled, and for each expression
-the fixed texts without which it cannot match, which is what makes a gigabyte of log cheap to search.
-All of it loads in some 50 ms. The surprise: an expression without a fixed text is refused.
+Our own failures need no rule: their code, problem and remedy are in the status file and in the log.
 """
 
 import functools
 import re
 from pathlib import Path
-from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any, Literal
 
 import pydantic
@@ -18,15 +15,10 @@ import yaml
 from shared.errors import UserError
 
 RULES = Path(__file__).resolve().parent / "rules"
-MIN_TEXT = 5
-_MOST_ALTERNATIVES = 96
 
-# What a stage is, as far as its files tell.
-State = Literal["done", "running", "vanished", "failed", "stopped", "missing"]
-# cause: names what went wrong. generic: a cause that better ones are kin to. consequence: says that
+# cause: names what went wrong. generic: a fallback, where no cause is named. consequence: reports that
 # something failed, not why. benign: looks like a failure and is none.
 Role = Literal["cause", "generic", "consequence", "benign"]
-Alternatives = tuple[str, ...]
 
 
 class _Strict(pydantic.BaseModel):
@@ -34,125 +26,63 @@ class _Strict(pydantic.BaseModel):
 
 
 class When(_Strict):
-    """What must hold beside the log's lines; every field that is given."""
+    """What the run's files must say; a rule with `when` needs no `match`."""
 
     exit_codes: tuple[int, ...] = ()
-    states: tuple[State, ...] = ()
-    recipe: dict[str, tuple[Any, ...]] = {}  # dotted key -> any of these values
-    parent: tuple[State, ...] = ()  # of the stage before it in the chain
+    states: tuple[str, ...] = ()
 
 
 class Rule(_Strict):
     """One way to fail, or one line that only looks like it.
 
-    `cause`, `fix` and `redo` are Jinja texts over `seen` (the expressions' named groups), `recipe(key,
-    default)`, `stage` and `run`.
+    `cause` and `fix` are Jinja texts over `seen` (the expression's named groups), `stage`, `run`, and
+    the functions of `wording.py`.
+
+    Attributes:
+        match: regular expression for one line, case ignored.
+        near: must match in the lines around that one, or in its traceback.
+        unless: must not match there.
+        stages: the stages that can fail so; a log of an unknown stage does not match.
+        belongs_to: the stage whose log this is, where nothing else says so.
+        redo: the stage to begin again with, where it is not the one that failed.
+        source: the program that writes the line.
     """
 
     id: str = pydantic.Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
     role: Role = "cause"
-    stages: tuple[Literal["synth", "dump", "train", "bench", "ops"], ...] = ()
-    lines: tuple[str, ...] = ()
-    within_lines: int = 400
+    match: str = ""
+    near: str = ""
+    unless: str = ""
+    stages: tuple[str, ...] = ()
+    belongs_to: str = ""
     when: When | None = None
-    beats: tuple[str, ...] = ()  # rules that say less about the same line
     cause: str
     fix: str = ""
-    redo: str = ""  # the stage to begin again with, where it is not the one that failed
-    overwrite: bool = False  # what is there must be replaced
-    source: str
+    redo: str = ""
+    source: str = ""
 
     @pydantic.model_validator(mode="after")
     def _is_whole(self) -> "Rule":
-        if not self.lines and self.when is None:
-            raise ValueError("a rule needs lines, or a condition, or both")
+        if not self.match and self.when is None:
+            raise ValueError("a rule needs a match, or a condition")
         if self.role != "benign" and not self.fix:
             raise ValueError("a rule that is not benign needs a fix")
-        for line in self.lines:
+        for expression in (self.match, self.near, self.unless):
             try:
-                re.compile(line, re.IGNORECASE)
+                re.compile(expression)
             except re.error as error:
-                raise ValueError(f"not a regular expression: {line}: {error}") from error
-            fixed_texts(line)
+                raise ValueError(f"not a regular expression: {expression}: {error}") from error
         return self
 
     @functools.cached_property
-    def patterns(self) -> tuple["re.Pattern[str]", ...]:
-        return tuple(re.compile(line, re.IGNORECASE) for line in self.lines)
+    def pattern(self) -> "re.Pattern[str]":
+        return re.compile(self.match, re.IGNORECASE)
 
-    @functools.cached_property
-    def texts(self) -> tuple[Alternatives, ...]:
-        """For each pattern, lower-case texts of which one is in every line that it matches."""
-        return tuple(fixed_texts(line) for line in self.lines)
-
-
-def fixed_texts(expression: str) -> Alternatives:
-    r"""Texts of which at least one stands in every match of `expression`, in lower case.
-
-    Worked example: `cannot (open|read) file \d+` gives "cannot open file " and "cannot read file ";
-    `[Oo]ut of .* memory` gives "out of "; `(oom-kill|memory cgroup)` gives both.
-
-    Raises:
-        ValueError: there is no such text of `MIN_TEXT` characters.
-    """
-    found = _best(_parser.parse(expression, re.IGNORECASE))
-    if min(map(len, found), default=0) < MIN_TEXT:
-        raise ValueError(f"no fixed text of {MIN_TEXT} characters in every match of: {expression}")
-    return tuple(sorted(set(found)))
-
-
-def _best(sequence: Any) -> Alternatives:
-    """The alternatives whose shortest is longest, of all parts that every match has."""
-    candidates: list[Alternatives] = []
-    run: Alternatives = ("",)
-    for operation, argument in sequence:
-        exact = _exact(operation, argument)
-        if exact is not None and len(run) * len(exact) <= _MOST_ALTERNATIVES:
-            run = tuple(left + right for left in run for right in exact)
-            continue
-        candidates.append(run)
-        run = ("",) if exact is None else exact
-        if exact is not None:
-            continue
-        if operation is _constants.SUBPATTERN:
-            candidates.append(_best(argument[-1]))
-        elif operation is _constants.BRANCH:
-            branches = [_best(branch) for branch in argument[1]]
-            candidates.append(tuple(text for branch in branches for text in branch or ("",)))
-        elif operation in (_constants.MAX_REPEAT, _constants.MIN_REPEAT) and argument[0] > 0:
-            candidates.append(_best(argument[2]))
-    candidates.append(run)
-    return max(candidates, key=lambda texts: min(map(len, texts), default=0))
-
-
-def _exact(operation: Any, argument: Any) -> Alternatives | None:
-    """All texts that a part matches, where they are few; None where they are not."""
-    if operation is _constants.LITERAL:
-        return (chr(argument).lower(),) if argument < 128 else None
-    if operation is _constants.IN:
-        parts = [_exact(*part) for part in argument]
-    elif operation is _constants.SUBPATTERN:
-        parts = [_exact_sequence(argument[-1])]
-    elif operation is _constants.BRANCH:
-        parts = [_exact_sequence(branch) for branch in argument[1]]
-    elif operation is _constants.MAX_REPEAT and tuple(argument[:2]) == (0, 1):
-        parts = [("",), _exact_sequence(argument[2])]
-    else:
-        return None
-    if any(part is None for part in parts):
-        return None
-    texts = tuple(sorted({text for part in parts if part for text in part}))
-    return texts if 0 < len(texts) <= _MOST_ALTERNATIVES else None
-
-
-def _exact_sequence(sequence: Any) -> Alternatives | None:
-    texts: Alternatives = ("",)
-    for operation, argument in sequence:
-        exact = _exact(operation, argument)
-        if exact is None or len(texts) * len(exact) > _MOST_ALTERNATIVES:
-            return None
-        texts = tuple(left + right for left in texts for right in exact)
-    return texts
+    def holds_in(self, surroundings: str) -> bool:
+        """Whether the lines around the matched one decide for this rule."""
+        if self.near and not re.search(self.near, surroundings, re.IGNORECASE):
+            return False
+        return not (self.unless and re.search(self.unless, surroundings, re.IGNORECASE))
 
 
 def read_rules(folder: Path = RULES) -> tuple[Rule, ...]:
@@ -164,12 +94,14 @@ def read_rules(folder: Path = RULES) -> tuple[Rule, ...]:
     rules: dict[str, Rule] = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
-            entries = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
+            entries: Any = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
             found = pydantic.TypeAdapter(list[Rule]).validate_python(entries)
         except (yaml.YAMLError, pydantic.ValidationError) as error:
-            raise UserError(f"{path}: expected a list of failure rules: {error}") from error
+            raise UserError(
+                f"{path}: expected a list of failure rules: {error}", code="rules-broken"
+            ) from error
         for rule in found:
             if rule.id in rules:
-                raise UserError(f"{path}: rule {rule.id} is there already; ids are unique.")
+                raise UserError(f"{path}: rule {rule.id} is there already.", code="rules-broken")
             rules[rule.id] = rule
     return tuple(rules.values())

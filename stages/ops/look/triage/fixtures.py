@@ -5,9 +5,7 @@ In: what triage found. Out: one file, YAML up to a line `---`, then the log. Som
 failure that no rule knows saves it, adds a rule, and corrects `expect` to the rule's id.
 """
 
-import dataclasses
 import os
-import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -20,52 +18,41 @@ from shared.artifacts.provenance import package_versions
 from shared.errors import UserError
 from shared.io import files
 from stages.ops.look.triage.diagnosis import Outcome
-from stages.ops.look.triage.log_lines import clean
+from stages.ops.look.triage.last_attempt import read_last_attempt
 from stages.ops.look.triage.text import safe
 
 LAST_LINES = 300
-_BEGIN = re.compile(rb"\bINFO \w+ begin: process \d+\s*$")
 _APP = Path(__file__).resolve().parents[4]
 
 
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """This machine's folders, and what a fixture calls them."""
-
-    workspace: Path | None = None
-
-    def hide(self, text: str) -> str:
-        """`text` with every folder and host of this machine renamed."""
-        known = {
-            str(self.workspace.absolute()) if self.workspace else "": "/workspace",
-            str(_APP): "/app",
-            sys.prefix: "/venv",
-            str(Path(sys.prefix).resolve()): "/venv",
-            sys.base_prefix: "/usr/python",
-            str(Path.home()): "/home/user",
-            socket.gethostname(): "node",
-        }
-        for place in sorted((name for name in known if len(name) > 3), key=len, reverse=True):
-            if known[place] not in ("/", ""):
-                text = text.replace(place, known[place])
-        return text
+def without_places(text: str, workspace: Path | None) -> str:
+    """`text` with every folder and host of this machine renamed."""
+    known = {
+        str(workspace.absolute()) if workspace else "": "/workspace",
+        str(_APP): "/app",
+        sys.prefix: "/venv",
+        str(Path(sys.prefix).resolve()): "/venv",
+        sys.base_prefix: "/usr/python",
+        str(Path.home()): "/home/user",
+        socket.gethostname(): "node",
+    }
+    for place in sorted((name for name in known if len(name) > 3), key=len, reverse=True):
+        text = text.replace(place, known[place])
+    return text
 
 
-def last_attempt(path: Path) -> str:
-    """The end of a log, from its last `begin:` on, at most `LAST_LINES` lines, made harmless."""
-    with path.open("rb") as log:
-        log.seek(max(0, path.stat().st_size - (1 << 20)))
-        lines = log.read().splitlines()
-    starts = [number for number, line in enumerate(lines) if _BEGIN.search(line)]
-    lines = lines[starts[-1] if starts else 0 :][-LAST_LINES:]
-    return "".join(safe(clean(line.rsplit(b"\r")[-1])) + "\n" for line in lines)
+def last_lines(path: Path) -> str:
+    """The end of a log's last attempt, made harmless."""
+    lines = read_last_attempt(path).lines[-LAST_LINES:]
+    return "".join(safe(text) + "\n" for _, text in lines)
 
 
-def as_fixture(header: Mapping[str, Any], log: str, places: Places) -> str:
+def as_fixture(header: Mapping[str, Any], log: str, workspace: Path | None) -> str:
     """The fixture's text."""
-    told = {key: value for key, value in header.items() if value not in (None, "", {})}
-    told.setdefault("expect", "")
-    return places.hide(yaml.safe_dump(told, sort_keys=False, width=1000) + "---\n" + log)
+    kept = {key: value for key, value in header.items() if value not in (None, "", {})}
+    kept.setdefault("expect", "")
+    text = yaml.safe_dump(kept, sort_keys=False, width=1000) + "---\n" + log
+    return without_places(text, workspace)
 
 
 def save_fixture(outcome: Outcome, path: Path) -> None:
@@ -75,7 +62,11 @@ def save_fixture(outcome: Outcome, path: Path) -> None:
         UserError: there is something at `path` already, or several logs and no diagnosis.
     """
     if path.exists():
-        raise UserError(f"--save_fixture: {path} is there already; give a new name.")
+        raise UserError(
+            f"--save_fixture: {path} exists already.",
+            code="fixture-exists",
+            remedy="Give a new name.",
+        )
     top = outcome.top
     logs = {log.path: log.stage for log, _ in outcome.findings}
     at = top.evidence.path if top and top.evidence else None
@@ -83,21 +74,25 @@ def save_fixture(outcome: Outcome, path: Path) -> None:
         of_stage = [log for log, stage in logs.items() if not top or stage == top.stage]
         at = of_stage[0] if len(of_stage) == 1 else None
     if at is None:
-        raise UserError("--save_fixture: expected one log to keep; give it by its path.")
+        raise UserError(
+            "--save_fixture: expected one log to keep, found several.",
+            code="fixture-log-unclear",
+            remedy="Give the log by its path.",
+        )
     stage = logs[at]
-    facts = outcome.case.stages.get(stage or "")
     header = {
         "expect": top.rule if top else "",
         "source": "recorded by triage --save_fixture",
         "stage": stage,
-        "status": _status(facts.record) if facts else None,
+        "status": kept_status(outcome.case.state(stage).record) if outcome.case.run else None,
         "versions": package_versions(),
     }
-    text = as_fixture(header, last_attempt(at), Places(outcome.case.workspace))
-    files.write_text(path, text)
+    run = outcome.case.run
+    files.write_text(path, as_fixture(header, last_lines(at), run.paths.workspace if run else None))
     sys.stderr.write(f"kept {os.path.relpath(path)}; read it before you share it\n")
 
 
-def _status(record: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: record[key] for key in ("state", "exit_code", "message") if key in record}
-    return {**kept, "updated_s": 0} if kept.get("state") == "running" else kept
+def kept_status(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fixture keeps of a status file."""
+    names = ("state", "exit_code", "message", "error")
+    return {name: record[name] for name in names if name in record}

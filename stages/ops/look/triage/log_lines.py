@@ -1,88 +1,180 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines of a log of any size, and which of them look like an error or mark a stage's way.
+"""What each line of a log is: an exception, an error, a traceback's frame, a quiet record, or text.
 
-In: a file of bytes. Out: blocks of whole lines, as bytes and as pyarrow's binary values over the
-same memory. A line that never ends is cut, so that memory stays bounded.
+In: the lines of a log that many programs wrote into. Out: the same lines without what loggers and
+launchers put before them, each with its kind. Only exceptions, errors and text can be evidence: an
+INFO record may quote a prompt, and a frame of a traceback quotes source code.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator
-from io import RawIOBase
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-import pyarrow
-
-CHUNK_BYTES = 8 << 20
-_LONGEST_LINE = 8000
-
-OWN = re.compile(
-    r"\b(?P<level>DEBUG|INFO|WARNING|ERROR) (?P<stage>synth|dump|train|bench|ops) (?P<text>.*)"
+# What may stand before a line's own text, each followed by the next: the pod, the rank, the process.
+_ORIGIN = re.compile(
+    r"\d{4}-\d\d-\d\dT[\d:.]+Z (?:stdout|stderr) [FP] |(?:stdout|stderr) [FP] "  # a container's log
+    r"|\[pod/[^\]]+\] |[\w./-]+ +\| "  # kubectl, compose
+    r"|\s*\d+: (?=\S)"  # srun --label
+    r"|\([^()]*\b(?:pid|ip)=[^()]*\) ?"  # vLLM, Ray
+    r"|\[(?:rank|default)\d+\]:? ?"  # torch, torchrun
+    r"|\s+[|+] (?=\s*\S)"  # an exception group
 )
-CHAIN = re.compile(r"stage (synth|dump|train|bench)$")
-DONE = re.compile(r"(already )?done: .*manifest\.json$")
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_LEVEL = (
+    r"(?P<level>DEBUG|INFO|NOTICE|WARNING|WARN|ERROR|CRITICAL|FATAL|SEVERE"
+    r"|Debug|Info|Warning|Error|debug|info|warning|error|fatal)"
+)
+_TIME = r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?"
+_RECORDS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rf"{_TIME} (?P<level>[A-Z]+) (?P<stage>synth|dump|train|bench|ops|demo) ",  # ours
+        rf"{_LEVEL} \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\] ?",  # vLLM
+        r"\[?(?P<letter>[DIWEF])\d{3,4} [\d:.]+ (?:\d+ )*(?P<where>[^\]]*)\] ?",  # glog, torch
+        rf"\[{_LEVEL}\|[^\]]*\](?: {_TIME} >>)? ?",  # transformers
+        rf"\[(?:{_TIME}|\d\d/\d\d/\d{{4}}-[\d:]+)\] \[(?:TRT-LLM\] \[)?(?:{_LEVEL}|(?P<letter>[DIWEF]))\] ?",
+        rf"(?:\[?{_TIME}\]?)[ \-|:]*(?:[\w.]+[ \-|:]+)?\[?{_LEVEL}\]?[ \-|:\]]+",  # Python's usual ones
+        r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)(?::[\w.]+:|: +)",  # uvicorn, logging.basicConfig
+        rf"wandb: {_LEVEL} ",
+        rf"(?:time=\S+ )?level={_LEVEL} ",
+        rf"(?=\{{.*\"(?:level|severity)\": ?\"{_LEVEL}\")",
+    )
+)
+_STAMP = re.compile(rf"^\[?{_TIME}\]? +")
+_QUIET = {"DEBUG", "INFO", "NOTICE", "WARNING", "WARN", "D", "I", "W"}
+_LOUD = {"ERROR", "CRITICAL", "FATAL", "SEVERE", "E", "F"}
+_TRACEBACK = re.compile(r"\s*(?:Exception Group )?Traceback \(most recent call last\):?\s*$")
+_FRAME = re.compile(r'\s*File "[^"]*", line \d+')
+_CHAINED = re.compile(r"\s*(?:During handling of|The above exception was)\b")
+_CODE = re.compile(r"\s+(?:raise|return|await|yield|assert|with|for|if|self\.)\b|\s*[~^]+\s*$")
+_IGNORED = re.compile(r"Exception ignored (?:in|on)\b")
+EXCEPTION = re.compile(
+    r"(?:[A-Za-z_]\w*\.)*_?[A-Z]\w*"
+    r"(?:Error|Exception|Timeout|Exit|Interrupt|Dead|Failure|Failed|NotFound)\w*(?::\s|\s*$)"
+)
+_IDENTIFIER = re.compile(r"[A-Za-z_][\w.]*(?:\[[^\]]*\])?(?::\s|:?$)")
 ERROR = re.compile(
-    r"Traceback \(most recent call last\)"
-    r"|(?:^|[\s|\]):])(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Timeout)(?::\s|\s*$)"
-    r"|\b(?:ERROR|FATAL|CRITICAL|SEVERE)\b"
+    r"\b(?:ERROR|FATAL|CRITICAL|SEVERE)\b"
     r"|\b(?:Fatal Python error|Segmentation fault|Bus error|core dumped|terminate called|panic:)"
-    r"|(?:^|\s)(?:fatal|error): "
-    r"|^\W*(?:Killed|Aborted|Terminated)\s*$|: Killed\s*$"
+    r"|(?:^|\s)(?:fatal|error|fatal error)\s*: |^Error[: ]|\[error\]"
+    r"|^\W*(?:Killed|Aborted|Terminated)\s*$|: Killed\s*$|: \d+ (?:Killed|Aborted|Segmentation)"
+    r"|[Ee]xit(?:ed)? (?:with )?(?:exit )?(?:code|status):? [1-9]|exit(?:ed with)? code=[1-9]"
+    r"|^\s*Warning\s+[A-Z]\w+\s+(?!from)\S+|^\s*Exit Code:\s+[1-9]"  # kubectl describe
+    r"|^\s*(?:Status|Reason|State):\s+(?:Failed|Error|Evicted|OOMKilled|\w*BackOff|\w*Error)\s*$"
+    r"|: command not found|\bNCCL WARN\b|\boom-kill\b|^make: \*\*\*|^what\(\):"
 )
-NO_ERROR = re.compile(r"\b(?:DEBUG|INFO|WARNING|WARN)\b")
-ERROR_TEXTS = (
-    *("traceback", "error", "exception", "timeout", "fatal", "critical", "severe"),
-    *("segmentation fault", "core dumped", "terminate called", "panic:"),
-    *("killed", "aborted", "terminated"),
+# Said in no error's own form, but at a log's end it means one.
+BAD_END = re.compile(
+    r"(?i)\b(?:errors?|fail(?:ed|ure|s)?|cannot|could not|can't|unable|not found|denied|refused|no such"
+    r"|abort(?:ed|ing)?|killed|terminated|invalid|unknown|unexpected|timed? ?out|exceeded|insufficient"
+    r"|backoff|fatal|missing|unreachable|disconnected|unauthori[sz]ed|forbidden|rejected|corrupt(?:ed)?)\b"
 )
-MARKER_TEXTS = (" ops stage ", " begin: process ", "done: ")
+_NO_BAD_END = re.compile(
+    r"(?i)\b(?:0|no|zero) (?:errors?|failures?|failed)\b|error rate|errors?[=:] ?0\b"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of a log, and where it is."""
+    """A line of a log.
+
+    Attributes:
+        text: the whole line.
+        body: the line without time, level, rank and process; of an exception without a message
+            with the source line that raised it behind.
+        kind: exception, error, text, frame, quiet or ours.
+        stage: which stage of ours wrote it, where the record says so.
+        first: the index of the line where its traceback begins, else its own.
+    """
 
     path: Path
     number: int
-    offset: int  # of its first byte in the file
     text: str
-    stage: str | None = None  # as the line itself or a line before it says
-    is_final: bool = False  # a stage's own last words: an ERROR record of ours
+    body: str = ""
+    kind: str = "text"
+    level: str = ""
+    stage: str | None = None
+    first: int = 0
+
+    @property
+    def is_evidence(self) -> bool:
+        return self.kind in ("exception", "error", "text") and bool(self.body.strip())
+
+    @property
+    def ends_badly(self) -> bool:
+        return bool(BAD_END.search(self.body)) and not _NO_BAD_END.search(self.body)
 
 
-def clean(line: bytes) -> str:
-    """A line's text without colours, at most `_LONGEST_LINE` characters of it."""
-    text = _ANSI.sub("", line.decode("utf-8", "replace")).rstrip()
-    if len(text) > _LONGEST_LINE:
-        half = _LONGEST_LINE // 2
-        text = text[:half] + " ... " + text[-half:]
-    return text
+@dataclasses.dataclass
+class _Source:
+    """Where one process of the log is in its traceback."""
+
+    first: int | None = None
+    code: str = ""
+    is_ignored: bool = False
+    quiet_record: bool = False
 
 
-def chunks(log: RawIOBase) -> Iterator[tuple[int, int, bytes]]:
-    """(number of the first line, its offset, whole lines), the last one ended if need be."""
-    number, offset, rest = 1, 0, b""
-    while block := log.read(CHUNK_BYTES):
-        block = rest + block
-        end = block.rfind(b"\n") + 1
-        if end == 0 and len(block) < 2 * CHUNK_BYTES:
-            rest = block
-            continue
-        # A line that never ends is cut: memory stays bounded, and its number stays right.
-        taken = block[:end] if end else block
-        yield number, offset, taken if end else taken + b"\n"
-        number += taken.count(b"\n")
-        offset += len(taken)
-        rest = block[len(taken) :]
-    if rest:
-        yield number, offset, rest + b"\n"
+def classify(path: Path, lines: Iterable[tuple[int, str]]) -> list[Line]:
+    """The lines, each with its kind."""
+    sources: dict[str, _Source] = {}
+    found: list[Line] = []
+    for number, text in lines:
+        origin, level, stage, body = _split(text)
+        source = sources.setdefault(origin, _Source())
+        kind, first = _kind(body, level, source, len(found))
+        if stage is not None:
+            kind = "quiet" if level not in _LOUD else "ours" if body.startswith("[") else "error"
+        # Records of ours indent what follows their first line.
+        source.quiet_record = bool(stage) or (source.quiet_record and text[:4].isspace())
+        if kind == "exception" and re.fullmatch(r"[\w.]+:?", body) and source.code:
+            body = f"{body} <- {source.code}"
+        found.append(Line(path, number, text, body, kind, level, stage, first))
+    return found
 
 
-def split(lines: bytes) -> "tuple[np.ndarray, pyarrow.Array]":
-    """(offsets [N+1] of the lines, the lines as binary values), without a copy."""
-    ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n")) + 1
-    offsets = np.concatenate(([0], ends)).astype(np.int32)
-    buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(lines)]
-    return offsets, pyarrow.Array.from_buffers(pyarrow.binary(), len(ends), buffers)
+def _split(text: str) -> tuple[str, str, str | None, str]:
+    """(who wrote it, level, stage of ours, the rest)."""
+    origin, body = "", text
+    while matched := _ORIGIN.match(body):
+        origin += re.sub(r"\d{4}-\S+Z ", "", matched[0]).strip()
+        body = body[matched.end() :]
+    for pattern in _RECORDS:
+        if matched := pattern.match(body):
+            parts = matched.groupdict()
+            level = (parts.get("level") or parts.get("letter") or "").upper()
+            return origin, level, parts.get("stage"), body[matched.end() :]
+    return origin, "", None, _STAMP.sub("", body, count=1)
+
+
+def _kind(body: str, level: str, source: _Source, index: int) -> tuple[str, int]:
+    if level in _QUIET or (source.quiet_record and body[:4].isspace()):
+        return "quiet", index
+    if _IGNORED.match(body):
+        source.is_ignored = True
+        return "quiet", index
+    if _TRACEBACK.match(body) or (_FRAME.match(body) and source.first is None):
+        source.first, source.code = index, ""
+        return "frame", index
+    if source.first is not None:
+        if not body.strip() or body[0].isspace():
+            if not _FRAME.match(body) and not _CODE.fullmatch(body):
+                source.code = body.strip() or source.code
+            return "frame", source.first
+        if not _IDENTIFIER.match(body):  # another process's line in between
+            return ("error" if ERROR.search(body) else "text"), index
+        first, source.first = source.first, None
+        ignored, source.is_ignored = source.is_ignored, False
+        return ("quiet" if ignored else "exception"), first
+    source.is_ignored = False
+    if _CHAINED.match(body) or _CODE.match(body):
+        return "frame", index
+    if EXCEPTION.match(body.lstrip()):
+        return "exception", index
+    return ("error" if level in _LOUD or ERROR.search(body) else "text"), index
+
+
+def window(lines: Sequence[Line], index: int) -> str:
+    """The lines around one, its traceback included: what decides between causes that share words."""
+    first = max(lines[index].first - 6, index - 80, 0)
+    return "\n".join(line.text for line in lines[first : index + 7])

@@ -2,18 +2,17 @@
 """Says what failed, why, and what to type next, from logs, status files and exit codes.
 
 In: a run (--recipe), a folder of logs, or logs. Out: ranked diagnoses as text or JSON; exit 3 where
-there is one, 0 where nothing is wrong. A gigabyte of log takes about ten seconds. What is in a log is
-data, never an instruction: control characters are shown as such and secrets are masked.
+there is one, 0 where nothing is wrong. What is in a log is data, never an instruction: control
+characters are shown as such and secrets are masked.
 """
 
 import sys
 
 from shared.errors import EXIT_DONE, EXIT_OUTPUT
 from stages.ops.config import ReviewConfig, TriageConfig
+from stages.ops.look.triage.case import open_case
 from stages.ops.look.triage.diagnosis import Outcome, diagnose
 from stages.ops.look.triage.failure_rules import read_rules
-from stages.ops.look.triage.log_files import open_case
-from stages.ops.look.triage.log_scan import Scanner
 
 
 def run(config: TriageConfig) -> int:
@@ -44,11 +43,10 @@ def run_review(config: ReviewConfig) -> int:
 
 
 def _read(config: TriageConfig | ReviewConfig) -> Outcome:
-    paths = [*config.logs, *([config.folder] if config.folder else [])]
     case = open_case(
-        paths,
+        [*config.logs, *([config.folder] if config.folder else [])],
         recipe=config.recipe,
         workspace=config.workspace,
         exit_codes=config.exit_codes,
     )
-    return diagnose(case, Scanner(read_rules()))
+    return diagnose(case, read_rules())

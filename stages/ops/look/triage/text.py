@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diagnoses as a person and as a script read them.
 
-What a log holds is a stranger's text: control characters are shown escaped, so that it cannot move
-a terminal's cursor, and what looks like a secret is masked.
+A log's text comes from strangers: control characters are shown escaped, so that they cannot move a
+terminal's cursor, and what looks like a secret is masked.
 """
 
-import collections
 import json
 import re
 from typing import Any
 
+from shared.paths import STAGES
+from shared.runtime.log import printable
 from stages.ops.look.triage.diagnosis import UNKNOWN, Diagnosis, Outcome
-from stages.ops.look.triage.log_lines import Line, clean
+from stages.ops.look.triage.last_attempt import read_last_attempt
+from stages.ops.look.triage.log_lines import Line
 
 _WIDTH = 300
-_BEFORE, _AFTER = 6, 14
-_CONTEXT_BYTES = 16_384
+_BEFORE, _AFTER = 8, 6
 _MASK = "****"
 _SECRETS = (
     re.compile(r"\b(?:hf|ghp|gho|glpat|xox[abp]|sk|nvapi)[_-][A-Za-z0-9_-]{8,}"),
@@ -33,9 +34,7 @@ def safe(text: str) -> str:
     """`text` without secrets, its control characters shown as such."""
     for secret in _SECRETS:
         text = secret.sub(_masked, text)
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in text
-    )
+    return printable(text)
 
 
 def _masked(found: "re.Match[str]") -> str:
@@ -50,64 +49,62 @@ def shown(line: Line) -> str:
 
 
 def context(line: Line) -> list[str]:
-    """The lines around one, read again from its file."""
-    try:
-        with line.path.open("rb") as log:
-            start = max(0, line.offset - _CONTEXT_BYTES)
-            log.seek(start)
-            before = log.read(line.offset - start).splitlines()[-_BEFORE:]
-            after = log.read(_CONTEXT_BYTES).splitlines()[: _AFTER + 1]
-    except OSError:
+    """The lines around one, read again from its log."""
+    if line.path.suffix == ".json":  # a status file
         return []
-    return [safe(clean(text))[:_WIDTH] for text in (*before, *after)]
+    lines = read_last_attempt(line.path).lines
+    index = next((i for i, (number, _) in enumerate(lines) if number == line.number), 0)
+    return [safe(text)[:_WIDTH] for _, text in lines[max(0, index - _BEFORE) : index + 1 + _AFTER]]
 
 
 def as_text(outcome: Outcome) -> str:
     """The page for a terminal."""
     lines: list[str] = []
     for number, found in enumerate(outcome.diagnoses, 1):
-        lines += _block(number, found, is_first=number == 1)
+        lines += _block(number, found)
     if not lines:
-        lines.append("nothing wrong found in " + _what_was_read(outcome))
-    harmless = collections.Counter(hit.rule.cause for hit in outcome.benign)
-    if outcome.diagnoses and harmless:
+        count = sum(found.attempt.num_lines for _, found in outcome.findings)
+        lines.append(f"nothing wrong found in {len(outcome.findings)} logs of {count} lines")
+    elif outcome.benign:
         lines.append("known and harmless, also there:")
-        lines += [f"  {safe(cause)}" for cause in harmless]
+        lines += [
+            f"  {safe(cause)}" for cause in sorted({hit.rule.cause for hit in outcome.benign})
+        ]
     return "\n".join(lines) + "\n"
 
 
-def _what_was_read(outcome: Outcome) -> str:
-    count = sum(found.num_lines for _, found in outcome.findings)
-    return f"{len(outcome.findings)} logs of {count} lines"
-
-
-def _block(number: int, found: Diagnosis, *, is_first: bool) -> list[str]:
-    name = found.stage or "some stage"
+def _block(number: int, found: Diagnosis) -> list[str]:
+    name = found.stage or "a log of no known stage"
     note = " (a consequence)" if found.role == "consequence" else ""
     lines = [f"{number}. {name}: {safe(found.cause)} [{found.rule}]{note}"]
     if found.evidence:
         lines.append(f"   evidence: {shown(found.evidence)}")
     if found.rule == UNKNOWN and found.evidence:
         lines += [f"   | {text}" for text in context(found.evidence)]
-    if is_first:
-        lines += [f"   fix:      {safe(found.fix)}", f"   re-run:   {safe(found.rerun)}"]
-    return [*lines, ""] if is_first else lines
+    if number > 1:
+        return lines
+    return [*lines, f"   fix:      {safe(found.fix)}", f"   re-run:   {safe(found.rerun)}", ""]
 
 
 def as_json(outcome: Outcome) -> str:
     """The same for scripts."""
+    states = {stage: outcome.case.state(stage) for stage in STAGES}
     record = {
-        "schema_version": 1,
+        "schema_version": 2,
         "failed": bool(outcome.diagnoses),
         "stages": {
-            stage: {"state": facts.state, "exit_code": facts.exit_code}
-            for stage, facts in outcome.case.stages.items()
+            stage: {"state": state.state, "exit_code": state.exit_code}
+            for stage, state in states.items()
         },
         "diagnoses": [_record(found) for found in outcome.diagnoses],
         "benign": sorted({hit.rule.id for hit in outcome.benign}),
         "logs": [
-            {"path": str(found.path), "lines": found.num_lines, "bytes": found.num_bytes}
-            for _, found in outcome.findings
+            {
+                "path": str(log.path),
+                "lines": found.attempt.num_lines,
+                "bytes": found.attempt.num_bytes,
+            }
+            for log, found in outcome.findings
         ],
     }
     return json.dumps(record, indent=2, ensure_ascii=True) + "\n"
@@ -115,13 +112,10 @@ def as_json(outcome: Outcome) -> str:
 
 def _record(found: Diagnosis) -> dict[str, Any]:
     evidence = found.evidence
-    place = None
+    place: dict[str, Any] | None = None
     if evidence:
-        place = {
-            "file": str(evidence.path),
-            "line": evidence.number,
-            "text": safe(evidence.text.strip()),
-        }
+        text = safe(evidence.text.strip())
+        place = {"file": str(evidence.path), "line": evidence.number, "text": text}
         if found.rule == UNKNOWN:
             place["context"] = context(evidence)
     return {
@@ -131,5 +125,6 @@ def _record(found: Diagnosis) -> dict[str, Any]:
         "cause": safe(found.cause),
         "fix": safe(found.fix),
         "rerun": found.rerun,
+        "facts": dict(found.facts),
         "evidence": place,
     }

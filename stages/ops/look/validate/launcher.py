@@ -3,7 +3,8 @@
 
 In: an experiment folder (`task_0` to `task_3`, in them `sbatch_*.out` or `*.log`). Out: PASS, FAIL or
 UNKNOWN a question. The artifacts lie on the cluster's /scratchspace and are out of sight, so what no
-line of a log says is UNKNOWN and never PASS. Costs reading the logs twice.
+line of a log says is UNKNOWN and never PASS. Costs reading the logs twice, the
+begin and the end of those over 4 MiB.
 """
 
 import functools
@@ -14,34 +15,33 @@ from pathlib import Path
 
 from shared.errors import OutputError
 from shared.paths import STAGES
+from stages.ops.look.triage.case import open_case
 from stages.ops.look.triage.diagnosis import Outcome, diagnose
 from stages.ops.look.triage.failure_rules import read_rules
-from stages.ops.look.triage.log_files import open_case
-from stages.ops.look.triage.log_lines import chunks
-from stages.ops.look.triage.log_scan import Scanner
+from stages.ops.look.triage.last_attempt import read_last_attempt
 from stages.ops.look.triage.text import shown
 from stages.ops.look.validate.findings import Findings, Unknown, ask_falling
 
 # What the pipeline's scripts print: common/vllm/query.sh and query.py, compute_hidden_states_*.py, the
 # Hugging Face trainer, export_hf_checkpoint.py, specdec_bench; and the markers that NVIDIA's own
 # validation page names. `srun --label` puts the rank before a line.
-_TOLD = {
+_REPORTED = {
     name: re.compile(pattern)
     for name, pattern in {
-        "exit": rb"[Ee]xit code: ?(\d+)",
-        "report": rb"<REPORT>(PASS|FAIL)\b",
-        "main_exit": rb"(Main process exit)",
-        "saved": rb"Saved (\d+) samples",
-        "no_server": rb"(Terminate earlier due to server connection error)",
-        "dumped": rb"Successfully processed (?:all )?(\d+)(?: out of \d+)? conversations",
-        "kept": rb"Removed (\d+) conversations due to existing",
-        "no_prompts": rb"(No prompts to process)",
-        "loss": rb"'loss': '?(nan|-?inf|[-+.\de]+)",
-        "exported": rb"(Exported checkpoint to|export complete)",
-        "ratio": rb"Average Acceptance Length \{[^}\n]*'ratio': ?([.\d]+)",
+        "exit": r"[Ee]xit code: ?(\d+)",
+        "report": r"<REPORT>(PASS|FAIL)\b",
+        "main_exit": r"(Main process exit)",
+        "saved": r"Saved (\d+) samples",
+        "no_server": r"(Terminate earlier due to server connection error)",
+        "dumped": r"Successfully processed (?:all )?(\d+)(?: out of \d+)? conversations",
+        "kept": r"Removed (\d+) conversations due to existing",
+        "no_prompts": r"(No prompts to process)",
+        "loss": r"'loss': '?(nan|-?inf|[-+.\de]+)",
+        "exported": r"(Exported checkpoint to|export complete)",
+        "ratio": r"Average Acceptance Length \{[^}\n]*'ratio': ?([.\d]+)",
         # From the line's begin: what a shard or a category tells ends in the same words.
-        "shard": rb"(?m)^(?:\d+: ?)?(\d+) \S+/train-\d+-\d+\.jsonl\s*$",
-        "average": rb"(?m)^(?:\d+: ?)?Average AL: ([.\d]+)",
+        "shard": r"(?m)^(?:\d+: ?)?(\d+) \S+/train-\d+-\d+\.jsonl\s*$",
+        "average": r"(?m)^(?:\d+: ?)?Average AL: ([.\d]+)",
     }.items()
 }
 _ENDS = {
@@ -51,7 +51,7 @@ _ENDS = {
     "bench": ("average", "ratio"),
 }
 
-Told = dict[str, list[str]]
+Reported = dict[str, list[str]]
 
 
 def is_experiment(folder: Path) -> bool:
@@ -69,92 +69,89 @@ def validate_experiment(folder: Path, stages: Sequence[str], least_length: float
         UserError: there is no log in the folder.
     """
     case = open_case([folder], recipe=None, workspace=folder.parent, exit_codes={})
-    outcome = diagnose(case, Scanner(read_rules()))
+    outcome = diagnose(case, read_rules())
     findings = Findings()
     for stage in stages:
         logs = [log.path for log in case.logs if log.stage == stage]
-        told = _read(logs)
+        reported = _read(logs)
         questions: dict[str, Callable[[], str]] = {
-            "outcome": functools.partial(_ask_outcome, stage, told, outcome, logs),
-            **_of_stage(stage, told, least_length),
+            "outcome": functools.partial(_ask_outcome, stage, reported, outcome, logs),
+            **_of_stage(stage, reported, least_length),
         }
         for question, answer in questions.items():
             findings.ask(f"task_{STAGES.index(stage)} ({stage})", question, answer)
     return findings
 
 
-def _of_stage(stage: str, told: Told, least_length: float) -> dict[str, Callable[[], str]]:
+def _of_stage(stage: str, reported: Reported, least_length: float) -> dict[str, Callable[[], str]]:
     if stage == "synth":
-        return {"rows": functools.partial(_ask_rows, told)}
+        return {"rows": functools.partial(_ask_rows, reported)}
     if stage == "dump":
-        return {"states": functools.partial(_ask_states, told)}
+        return {"states": functools.partial(_ask_states, reported)}
     if stage == "train":
         return {
-            "loss": functools.partial(_ask_loss, told),
-            "export": functools.partial(_ask_export, told),
+            "loss": functools.partial(_ask_loss, reported),
+            "export": functools.partial(_ask_export, reported),
         }
-    return {"acceptance length": functools.partial(_ask_length, told, least_length)}
+    return {"acceptance length": functools.partial(_ask_length, reported, least_length)}
 
 
-def _read(logs: Sequence[Path]) -> Told:
+def _read(logs: Sequence[Path]) -> Reported:
     """What each of the patterns caught, in the logs' order."""
-    told: Told = {name: [] for name in _TOLD}
+    reported: Reported = {name: [] for name in _REPORTED}
     for path in logs:
-        with path.open("rb", buffering=0) as log:
-            for _, _, lines in chunks(log):
-                # A progress bar rewrites its line.
-                text = lines.replace(b"\r", b"\n")
-                for name, pattern in _TOLD.items():
-                    told[name] += [found[1].decode() for found in pattern.finditer(text)]
-    return told
+        text = "\n".join(line for _, line in read_last_attempt(path).lines)
+        for name, pattern in _REPORTED.items():
+            reported[name] += [found[1] for found in pattern.finditer(text)]
+    return reported
 
 
-def _ask_outcome(stage: str, told: Told, outcome: Outcome, logs: Sequence[Path]) -> str:
+def _ask_outcome(stage: str, reported: Reported, outcome: Outcome, logs: Sequence[Path]) -> str:
     """No failure in the log, and a line that stands at a task's end alone."""
     if found := outcome.of(stage):
         where = f" ({shown(found[0].evidence)})" if found[0].evidence else ""
         raise OutputError(f"{found[0].cause}{where}")
-    if "FAIL" in told["report"]:
+    if "FAIL" in reported["report"]:
         raise OutputError("the task reports FAIL")
-    code = told["exit"][-1] if told["exit"] else ""
+    code = reported["exit"][-1] if reported["exit"] else ""
     if code not in ("", "0", "143"):  # 143: a server that was stopped when its work was done
         raise OutputError(f"the task tells exit code {code}")
     if not logs:
         raise Unknown("no log of this task")
-    if code == "0" or "PASS" in told["report"] or any(told[name] for name in _ENDS[stage]):
+    if code == "0" or "PASS" in reported["report"] or any(reported[name] for name in _ENDS[stage]):
         return f"ended, no failure in {len(logs)} logs"
     raise Unknown("no failure in its log, and nothing that says that it ended")
 
 
-def _ask_rows(told: Told) -> str:
+def _ask_rows(reported: Reported) -> str:
     """Prompts that were answered."""
-    if told["no_server"]:
+    if reported["no_server"]:
         raise OutputError("the server went away before all prompts were answered")
-    saved, begun = _sum(told["saved"]), _sum(told["shard"])
-    if told["saved"] and saved == 0:
+    saved, begun = _sum(reported["saved"]), _sum(reported["shard"])
+    if reported["saved"] and saved == 0:
         raise OutputError("no sample was saved")
     if saved:
         return f"{saved} samples saved"
-    if begun and told["main_exit"]:
-        return f"{begun} prompts in {len(told['shard'])} shards, each answered before the next"
+    if begun and reported["main_exit"]:
+        return f"{begun} prompts in {len(reported['shard'])} shards, each answered before the next"
     raise Unknown("its log tells no number of samples")
 
 
-def _ask_states(told: Told) -> str:
+def _ask_states(reported: Reported) -> str:
     """Conversations whose hidden states were written."""
-    dumped, kept = _sum(told["dumped"]), _sum(told["kept"])
+    dumped, kept = _sum(reported["dumped"]), _sum(reported["kept"])
     if dumped:
         return f"{dumped} conversations" + (f", {kept} were there already" if kept else "")
     if kept:
         raise Unknown(f"none written now; {kept} conversations were there already")
-    if told["dumped"] or told["no_prompts"]:
+    if reported["dumped"] or reported["no_prompts"]:
         raise OutputError("no conversation was written: all too long, too short or not valid")
     raise Unknown("its log tells no number of conversations")
 
 
-def _ask_loss(told: Told) -> str:
+def _ask_loss(reported: Reported) -> str:
     """Every loss is a number, and the last ones are below the first ones."""
-    losses = [float(text) for text in told["loss"]]
+    losses = [float(text) for text in reported["loss"]]
     if not losses:
         raise Unknown("its log tells no loss")
     if not all(map(math.isfinite, losses)):
@@ -162,16 +159,16 @@ def _ask_loss(told: Told) -> str:
     return ask_falling(losses)
 
 
-def _ask_export(told: Told) -> str:
+def _ask_export(reported: Reported) -> str:
     """The head was exported."""
-    if not told["exported"]:
+    if not reported["exported"]:
         raise Unknown("its log tells of no export")
     return "exported"
 
 
-def _ask_length(told: Told, least: float) -> str:
+def _ask_length(reported: Reported, least: float) -> str:
     """The acceptance length that the benchmark's log tells last, over all prompts."""
-    lengths = [float(text) for text in (*told["ratio"], *told["average"])]
+    lengths = [float(text) for text in (*reported["ratio"], *reported["average"])]
     if not lengths:
         raise Unknown("its log tells no acceptance length")
     if lengths[-1] < least:

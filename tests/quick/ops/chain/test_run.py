@@ -125,7 +125,9 @@ def test_which_stages_are_meant(
 def test_each_stage_is_asked_what_it_makes_of_the_recipe(workspace: Path) -> None:
     """The other tests ask the same configs in this process."""
     chosen = config(workspace, skip="synth")
-    asked = processes.steps(chosen, chosen.stages, processes.run_paths(chosen.recipe, chosen.workspace))
+    asked = processes.steps(
+        chosen, chosen.stages, processes.run_paths(chosen.recipe, chosen.workspace)
+    )
     assert asked == steps(workspace)[1:]
 
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from shared.errors import UserError
+from shared.runtime.log import format_error
 from stages.ops.config import ReviewConfig, TriageConfig
-from stages.ops.look.triage import log_lines, log_scan
-from stages.ops.look.triage.failure_rules import MIN_TEXT, fixed_texts, read_rules
-from stages.ops.look.triage.log_files import open_case
-from stages.ops.look.triage.log_scan import Scanner
+from stages.ops.look.triage import last_attempt
+from stages.ops.look.triage.case import open_case
+from stages.ops.look.triage.last_attempt import read_last_attempt
+from stages.ops.look.triage.own_errors import WRAPPERS
 from stages.ops.look.triage.run import run, run_review
 from stages.ops.look.triage.text import safe
 from tests.triage_cases import END_OF_HEADER
@@ -26,7 +29,11 @@ BEGIN = "2026-11-20T03:10:00Z INFO {stage} begin: process 17\n"
 DONE = "2026-11-20T03:11:00Z INFO {stage} done: /w/run/{stage}/manifest.json\n"
 SHM = "(E pid=3) RuntimeError: Insufficient space in /dev/shm for ring: 160 MiB required, 64 MiB free.\n"
 DIED = "(A pid=2) RuntimeError: Engine core initialization failed. See root cause above.\n"
-LAST = "2026-11-20T03:12:00Z ERROR {stage} the vLLM server ended with code 1 before it was ready.\n"
+LAST = (
+    "2026-11-20T03:12:00Z ERROR {stage} [server-ended] the server ended with code 1.\n"
+    "    remedy: Read its log above.\n"
+    '    facts: {"exit_code": 1}\n'
+)
 
 
 @pytest.fixture
@@ -42,10 +49,11 @@ def log(folder: Path, stage: str, *lines: str) -> None:
 
 
 def status(folder: Path, stage: str, **record: object) -> None:
-    (folder / "status" / f"{stage}.json").write_text(json.dumps(record))
+    known = {"pid": 1, "host": "elsewhere", "started_s": 0, "updated_s": time.time()}
+    (folder / "status" / f"{stage}.json").write_text(json.dumps({**known, **record}))
 
 
-def told(folder: Path, capsys: pytest.CaptureFixture[str], **more: object) -> tuple[int, dict]:
+def triage(folder: Path, capsys: pytest.CaptureFixture[str], **more: object) -> tuple[int, dict]:
     code = run(TriageConfig(folder=folder, json=True, **more))
     return code, json.loads(capsys.readouterr().out)
 
@@ -54,10 +62,11 @@ def test_a_workers_first_error_goes_before_what_it_led_to(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log(folder, "synth", BEGIN, SHM, DIED, LAST)
-    code, found = told(folder, capsys)
+    code, found = triage(folder, capsys)
     assert code == 3
     rules = [diagnosis["rule"] for diagnosis in found["diagnoses"]]
     assert rules == ["shm-too-small", "engine-core-failed", "server-ended"]
+    assert "server-ended" in WRAPPERS
     assert found["diagnoses"][0]["evidence"]["line"] == 2
     assert "64 MiB free" in found["diagnoses"][0]["cause"]
 
@@ -66,39 +75,37 @@ def test_an_earlier_attempt_does_not_count(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log(folder, "synth", BEGIN, SHM, LAST, BEGIN, DONE)
-    assert told(folder, capsys)[0] == 0
+    assert triage(folder, capsys)[0] == 0
     full = "OSError: [Errno 28] No space left on device\n"
     log(folder, "synth", BEGIN, SHM, LAST, BEGIN, full)
-    assert told(folder, capsys)[1]["diagnoses"][0]["rule"] == "disk-full"
+    assert triage(folder, capsys)[1]["diagnoses"][0]["rule"] == "disk-full"
 
 
 def test_what_a_done_stage_went_through_is_no_failure(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log(folder, "synth", BEGIN, SHM)
-    assert told(folder, capsys)[0] == 3
+    assert triage(folder, capsys)[0] == 3
     status(folder, "synth", state="done", exit_code=0, message="")
-    assert told(folder, capsys)[0] == 0
+    assert triage(folder, capsys)[0] == 0
 
 
 def test_the_first_stage_that_failed_comes_first(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log(folder, "synth", BEGIN, SHM)
-    parent = (
-        "expected the finished artifact of stage synth in /w/run/synth, found no manifest.json."
-    )
+    parent = "[parent-missing] expected the finished artifact of synth, found none."
     log(folder, "dump", BEGIN, f"2026-11-20T03:12:00Z ERROR dump {parent}\n")
-    stages = [diagnosis["stage"] for diagnosis in told(folder, capsys)[1]["diagnoses"]]
+    stages = [diagnosis["stage"] for diagnosis in triage(folder, capsys)[1]["diagnoses"]]
     assert stages == ["synth", "dump"]
 
 
 def test_a_stages_last_words_go_before_earlier_trouble_it_got_over(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    last = "2026-11-20T03:12:00Z ERROR dump sample a: its states hold NaN or infinity.\n"
+    last = "2026-11-20T03:12:00Z ERROR dump [states-not-finite] sample a: its states hold NaN.\n"
     log(folder, "dump", BEGIN, "OSError: [Errno 28] No space left on device\n", last)
-    assert told(folder, capsys)[1]["diagnoses"][0]["rule"] == "states-not-finite"
+    assert triage(folder, capsys)[1]["diagnoses"][0]["rule"] == "states-not-finite"
 
 
 def test_an_unknown_failure_is_shown_and_not_guessed(
@@ -110,10 +117,12 @@ def test_an_unknown_failure_is_shown_and_not_guessed(
         "OddError: never seen\n",
     ]
     log(folder, "train", BEGIN, *trace, DIED)
-    code, found = told(folder, capsys)
+    code, found = triage(folder, capsys)
     first = found["diagnoses"][0]
-    assert (code, first["rule"], first["evidence"]["line"]) == (3, "unknown", 2)
-    assert "OddError: never seen" in first["evidence"]["context"]
+    assert (code, first["rule"], first["evidence"]["line"]) == (3, "unknown", 4)
+    assert first["evidence"]["text"] == "OddError: never seen"
+    assert "OddError: never seen" in first["cause"]
+    assert '  File "x.py", line 1' in first["evidence"]["context"]
     assert run(TriageConfig(folder=folder)) == 3
     assert "   | OddError: never seen" in capsys.readouterr().out
 
@@ -121,8 +130,8 @@ def test_an_unknown_failure_is_shown_and_not_guessed(
 def test_an_error_that_a_rule_of_another_stage_has_is_unknown(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log(folder, "synth", BEGIN, "RuntimeError: circuit breaker open\n")
-    code, found = told(folder, capsys)
+    log(folder, "synth", BEGIN, "KeyError: model.layers.0 of the decoder\n")
+    code, found = triage(folder, capsys)
     assert (code, found["diagnoses"][0]["rule"]) == (3, "unknown")
 
 
@@ -131,19 +140,92 @@ def test_a_failure_without_a_word_in_the_log_is_unknown_too(
 ) -> None:
     log(folder, "train", BEGIN)
     status(folder, "train", state="failed", exit_code=1, message="the moon was wrong")
-    code, found = told(folder, capsys)
+    code, found = triage(folder, capsys)
     assert (code, found["diagnoses"][0]["rule"]) == (3, "unknown")
     assert "the moon was wrong" in found["diagnoses"][0]["evidence"]["text"]
 
 
-def test_a_status_message_is_read_where_the_log_is_gone(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("has_log", [True, False])
+@pytest.mark.parametrize("has_status", [True, False])
+def test_an_error_of_ours_is_told_by_its_parts(
+    folder: Path, capsys: pytest.CaptureFixture[str], has_log: bool, has_status: bool
 ) -> None:
-    told_by = "run.draft_vocab_size: expected at most the target's 512 tokens, found 32000."
-    status(folder, "train", state="failed", exit_code=2, message=told_by)
-    first = told(folder, capsys)[1]["diagnoses"][0]
-    assert first["rule"] == "draft-vocabulary-too-large"
-    assert first["evidence"]["file"].endswith("status/train.json")
+    """From the status file, the log, or both; whatever its words are."""
+    for words in (("expected 3 gulls, found 2.", "Feed them."), ("CUDA out of memory", "401 429")):
+        error = UserError(words[0], code="gulls-missing", remedy=words[1], facts={"found": 2})
+        record = f"2026-11-20T03:12:00Z ERROR train {format_error(error)}".replace("\n", "\n    ")
+        log(folder, "train", BEGIN, f"{record}\n" if has_log else "")
+        status(folder, "train", state="running")
+        (folder / "status" / "train.json").unlink()
+        if has_status:
+            status(folder, "train", state="failed", exit_code=2, error=error.as_dict())
+        code, found = triage(folder, capsys)
+        first = found["diagnoses"][0] if has_log or has_status else None
+        if first is None:
+            assert code == 0
+            continue
+        assert (code, first["rule"], first["role"]) == (3, "gulls-missing", "own")
+        assert (first["cause"], first["fix"], first["facts"]) == (*words, {"found": 2})
+        expected = "logs/train.log" if has_log else "status/train.json"
+        assert first["evidence"]["file"].endswith(expected)
+
+
+def test_a_workspace_with_a_space_is_quoted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my disk" / "run"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("run: {name: run, target: t}")
+    log(folder, "synth", BEGIN, SHM)
+    rerun = triage(folder, capsys)[1]["diagnoses"][0]["rerun"]
+    words = shlex.split(rerun)
+    assert words[words.index("--workspace") + 1] == str(tmp_path / "my disk")
+    assert words[words.index("--recipe") + 1] == str(folder / "recipe.yaml")
+
+
+def test_nothing_is_claimed_of_a_recipe_that_nobody_gave(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "captured.log"
+    path.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n")
+    assert run(TriageConfig(logs=(path,), json=True)) == 3
+    (first,) = json.loads(capsys.readouterr().out)["diagnoses"]
+    assert first["stage"] is None
+    assert "now" not in first["fix"] and "RECIPE" not in first["rerun"]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "the tool gave up: it cannot go on",
+        "make: *** [Makefile:3: train] Error 2",
+        "srun: error: node001: task 0: Exited with exit code 1",
+        "/opt/run.sh: line 3: frobnicate: command not found",
+        "QuirkError: the flux is inverted",
+    ],
+)
+def test_no_end_that_looks_like_a_failure_is_nothing_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str
+) -> None:
+    path = tmp_path / "captured.log"
+    path.write_text(f"starting\nloading\n{end}\n")
+    assert run(TriageConfig(logs=(path,))) == 3
+    assert end.split(":")[-1].strip() in capsys.readouterr().out
+
+
+def test_an_error_that_a_server_got_over_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bad request is logged with its traceback; the server answers the next ones."""
+    path = tmp_path / "captured.log"
+    words = "ValueError: This model's maximum context length is 99 tokens"
+    bad = f"(APIServer pid=1) ERROR 01-01 10:00:00 [serving.py:1] {words}\n"
+    good = '(APIServer pid=1) INFO:     127.0.0.1:5 - "POST /v1/completions HTTP/1.1" 200 OK\n'
+    path.write_text(bad + good * 30)
+    assert run(TriageConfig(logs=(path,))) == 0
+    path.write_text(bad + good * 3)
+    assert run(TriageConfig(logs=(path,))) == 3
+    capsys.readouterr()
 
 
 def test_a_process_that_is_gone_without_a_word(
@@ -154,22 +236,22 @@ def test_a_process_that_is_gone_without_a_word(
     record = {"state": "running", "host": socket.gethostname(), "updated_s": 0}
     log(folder, "train", BEGIN)
     status(folder, "train", **record, pid=gone.pid)
-    assert told(folder, capsys)[1]["diagnoses"][0]["rule"] == "vanished"
+    assert triage(folder, capsys)[1]["diagnoses"][0]["rule"] == "vanished"
     status(folder, "train", **record, pid=os.getpid())
-    assert told(folder, capsys)[0] == 0
+    assert triage(folder, capsys)[0] == 0
 
 
 def state_of(folder: Path, stage: str) -> str:
     case = open_case([folder], recipe=None, workspace=folder.parent, exit_codes={})
-    return case.stages[stage].state
+    return case.state(stage).state
 
 
 @pytest.mark.parametrize(
     ("told_ago_s", "touched_ago_s", "state"),
     [
         (3600, 1, "running"),  # it beats, and has nothing to tell while an engine is measured
-        (60, 120, "vanished"),
-        (3 * 86400, 1, "vanished"),  # the run was copied here just now
+        (60, 120, "died"),
+        (3 * 86400, 1, "died"),  # the run was copied here just now
     ],
 )
 def test_a_process_of_another_host_lives_while_it_touches_its_status(
@@ -200,7 +282,7 @@ def test_the_fix_is_for_this_run(folder: Path, capsys: pytest.CaptureFixture[str
     recipe = {"run": {"name": "run", "target": "t"}, "dump": {"batch_tokens": 4096}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     log(folder, "dump", BEGIN, "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n")
-    first = told(folder, capsys)[1]["diagnoses"][0]
+    first = triage(folder, capsys)[1]["diagnoses"][0]
     assert "--batch_tokens 2048" in first["fix"]
     expected = f"python -m stages.ops run --recipe {folder}/recipe.yaml --workspace {folder.parent}"
     assert first["rerun"] == f"{expected} --only dump,train,bench"
@@ -210,8 +292,8 @@ def test_an_exit_code_that_only_the_operator_knows(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log(folder, "dump", BEGIN)
-    assert told(folder, capsys)[0] == 0
-    first = told(folder, capsys, exit_codes={"dump": 137})[1]["diagnoses"][0]
+    assert triage(folder, capsys)[0] == 0
+    first = triage(folder, capsys, exit_codes={"dump": 137})[1]["diagnoses"][0]
     assert first["rule"] == "killed-exit-code"
 
 
@@ -251,52 +333,34 @@ def test_what_a_log_holds_moves_no_cursor_and_tells_no_secret(
     )
 
 
-def test_lines_that_never_end_and_bytes_that_are_no_text(tmp_path: Path) -> None:
-    path = tmp_path / "odd.log"
-    full = b"OSError: [Errno 28] No space left on device\n"
-    path.write_bytes(b"\xff\xfe\x00" * 100 + b"\n" + b"x" * 40_000_000 + b"\n" + full)
-    found = Scanner(read_rules()).scan(path)
-    assert [hit.rule.id for hit in found.hits] == ["disk-full"]
-    with path.open("rb") as log_file:
-        log_file.seek(found.hits[0].line.offset)
-        assert log_file.read(7) == b"OSError"
-
-
-@pytest.mark.parametrize(("few_lines", "chunk_bytes"), [(1000, 1 << 20), (0, 1 << 20), (0, 20)])
-def test_parts_of_a_rule_must_come_in_order_and_near_each_other(
-    few_lines: int, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_lines_that_never_end_and_bytes_that_are_no_text(
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where lines are searched for texts, a part is in the next block, and errors abound."""
-    monkeypatch.setattr(log_scan, "FEW_LINES", few_lines)
-    monkeypatch.setattr(log_lines, "CHUNK_BYTES", chunk_bytes)
-    rules = [rule for rule in read_rules() if rule.id == "attention-memory-long-rows"]
-    first, second = "scaled_dot_product_attention(\n", "OutOfMemoryError: x\n"
-    words = (chr(97 + n // 26) + chr(97 + n % 26) for n in range(log_scan.COUNTED_HITS + 1))
-    errors = [f"ValueError: {word}\n" for word in words]
-    for lines, expected in (
-        ([first, second], 1),
-        ([*errors, first, second], 1),
-        ([second, first], 0),
-        ([first, *["between\n"] * 30, second], 0),
-    ):
-        path = tmp_path / "log"
-        path.write_text("".join(lines))
-        assert len(Scanner(rules).scan(path).hits) == expected
+    full = b"OSError: [Errno 28] No space left on device\n"
+    odd = b"\xff\xfe\x00" * 100 + b"\n" + b"x" * 40_000_000 + b"\n" + full
+    (folder / "logs" / "dump.log").write_bytes(odd)
+    (first,) = triage(folder, capsys)[1]["diagnoses"]
+    assert (first["rule"], first["evidence"]["line"]) == ("disk-full", 3)
 
 
-def test_fixed_texts() -> None:
-    assert fixed_texts(r"cannot (open|read) file \d+") == ("cannot open file ", "cannot read file ")
-    assert fixed_texts(r"[Oo]ut of .* memory") == ("out of ",)
-    with pytest.raises(ValueError, match="no fixed text"):
-        fixed_texts(r"\d+ (ab|\w+)")
-
-
-def test_every_rule_is_found_by_its_texts() -> None:
-    """What the search skips a line for must be true: each pattern needs one of its texts."""
-    for rule in read_rules():
-        for pattern, texts in zip(rule.patterns, rule.texts, strict=True):
-            assert min(map(len, texts)) >= MIN_TEXT
-            assert not pattern.search("")
+@pytest.mark.parametrize("ended", [True, False])
+def test_of_a_long_log_the_last_attempts_begin_and_end_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    monkeypatch.setattr(last_attempt, "HEAD_BYTES", 200)
+    monkeypatch.setattr(last_attempt, "TAIL_BYTES", 400)
+    monkeypatch.setattr(last_attempt, "_CHUNK_BYTES", 64)
+    earlier = [BEGIN.replace("{stage}", "dump"), "old\n"]
+    lines = [BEGIN.replace("{stage}", "dump"), *(f"line {number}\n" for number in range(4, 500))]
+    path = tmp_path / "log"
+    path.write_text("".join([*earlier, *lines]) + ("the end\n" if ended else "the end"))
+    kept = read_last_attempt(path)
+    assert (kept.stage, kept.count, kept.num_lines) == ("dump", 2, 500)
+    assert kept.lines[0][0] == 3 and "begin: process" in kept.lines[0][1]
+    assert kept.lines[-1] == (500, "the end")
+    numbered = [(number, text) for number, text in kept.lines if text.startswith("line ")]
+    assert 20 < len(numbered) < 100
+    assert all(text == f"line {number}" for number, text in numbered)
 
 
 def test_a_saved_fixture_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,14 +409,3 @@ def test_review_of_a_launchers_experiment(
     assert "| NOT RUN |" in rows["bench"]
     assert "pipeline.task_0.skip=true --yes" in page
     assert capsys.readouterr().out == ""
-
-
-def test_lines_that_differ_in_digits_alone_are_all_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(log_scan, "FEW_LINES", 0)
-    path = tmp_path / "log"
-    path.write_text("OSError: [Errno 5] oh\n" * 30 + "OSError: [Errno 28] oh\n")
-    found = Scanner(read_rules()).scan(path)
-    assert [(hit.rule.id, hit.line.number) for hit in found.hits] == [("disk-full", 31)]
-    assert [line.number for line in found.errors] == list(range(1, log_scan.KEPT_ERRORS + 1))
