@@ -45,7 +45,7 @@ class Case:
 
     def state(self, stage: str | None) -> ProcessState:
         """The stage's state, "to do" where nothing is known."""
-        if stage in self.exit_codes:
+        if stage is not None and stage in self.exit_codes:
             code = self.exit_codes[stage]
             state = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
             return ProcessState(stage, state, record={"exit_code": code})

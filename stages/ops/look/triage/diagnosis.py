@@ -20,12 +20,12 @@ from stages.ops.look.triage.failure_rules import Rule
 from stages.ops.look.triage.last_attempt import read_last_attempt
 from stages.ops.look.triage.log_lines import Line
 from stages.ops.look.triage.matching import Findings, Hit, find
-from stages.ops.look.triage.own_errors import WRAPPERS, OwnError
+from stages.ops.look.triage.own_errors import TRANSLATED, WRAPPERS, OwnError
 from stages.ops.look.triage.wording import render
 
 UNKNOWN, OWN = "unknown", "own"
 _TIERS = {"cause": 1, "generic": 2, UNKNOWN: 4, "consequence": 5}
-_OWN_TIER, _OWN_RETRY_TIER, _OWN_WRAPPER_TIER = 0, 3, 5
+_OWN_TIER, _OWN_OPEN_TIER, _OWN_WRAPPER_TIER = 0, 3, 5
 _FAILED = ("failed", "died", "unreadable")
 
 
@@ -125,8 +125,9 @@ def _own_line(state: ProcessState, findings: Sequence[Findings]) -> Line:
 
 def _own_tier(own: OwnError, state: ProcessState) -> int:
     if own.code in WRAPPERS:
-        return _OWN_RETRY_TIER if own.code == "bug" else _OWN_WRAPPER_TIER
-    return _OWN_RETRY_TIER if state.exit_code in (EXIT_BUG, EXIT_RETRY) else _OWN_TIER
+        return _OWN_WRAPPER_TIER
+    is_open = own.code in TRANSLATED or state.exit_code in (EXIT_BUG, EXIT_RETRY)
+    return _OWN_OPEN_TIER if is_open else _OWN_TIER
 
 
 def _of_own(own: OwnError, stage: str | None, case: Case) -> Diagnosis:
