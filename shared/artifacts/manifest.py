@@ -22,6 +22,7 @@ from shared.artifacts import provenance
 from shared.artifacts.borrowed import refuse_borrowed
 from shared.artifacts.checksums import first_changed, require_sizes
 from shared.artifacts.manifest_shape import FACTS, Manifest
+from shared.artifacts.run_recipe import record_recipe
 from shared.artifacts.sharding import hold_share
 from shared.artifacts.unfinished import (
     IDENTITY,
@@ -229,6 +230,7 @@ class Artifact:
                 return
             files.sweep_temporaries(self.folder)
             files.write_json(self.folder / IDENTITY, self.identity)
+            record_recipe(self.config)
             yield True
 
     def _is_needed(self) -> bool:
@@ -253,6 +255,7 @@ class Artifact:
                 if found is None:
                     files.write_json(self.folder / IDENTITY, self.identity)
                 held.enter_context(hold_share(self.folder, self.config.share))
+                record_recipe(self.config)
             files.sweep_temporaries(self.folder, idle_s=_SHARED_SWEEP_S)
             yield
 

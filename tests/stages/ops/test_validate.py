@@ -35,7 +35,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = run(workspace, stage)
         assert done.returncode == 0, done.stderr
     make_bench(workspace)
-    shutil.copy(workspace / "recipe.yaml", workspace / "run" / "recipe.yaml")
     return workspace
 
 

@@ -10,12 +10,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts.manifest import MANIFEST, fingerprint, read_manifest
+from shared.artifacts.manifest import MANIFEST, fingerprint
 from shared.artifacts.unfinished import IDENTITY
-from shared.errors import OutputError, UserError
 from shared.io import files
 from shared.paths import RunPaths, find_input
 from shared.target.model import TargetConfig, read_config
+from stages.ops.look.run_state import RunState
+from stages.ops.look.validate.findings import Wrong
 
 ARTIFACTS = ("synth", "dump", "train", "export", "bench")
 # Which stage makes an artifact, and in which folder each parent that a manifest names lies.
@@ -43,8 +44,8 @@ class RunView:
     checksums: bool = True
 
     @functools.cached_property
-    def _manifests(self) -> dict[str, dict[str, Any]]:
-        return {}
+    def state(self) -> RunState:
+        return RunState(self.paths)
 
     def folder(self, artifact: str) -> Path:
         return self.paths.root / artifact
@@ -53,17 +54,15 @@ class RunView:
         """The artifact's manifest.
 
         Raises:
-            UserError: there is none, or it cannot be understood.
+            Wrong: there is none.
         """
-        if artifact not in self._manifests:
-            found = read_manifest(self.folder(artifact))
-            if found is None:
-                raise UserError(
-                    f"expected {self.folder(artifact) / MANIFEST}, found none: the artifact is not "
-                    f"finished. Run python -m stages.{MAKER.get(artifact, artifact)}."
-                )
-            self._manifests[artifact] = found
-        return self._manifests[artifact]
+        found = self.state.manifest(artifact)
+        if found is None:
+            raise Wrong(
+                f"expected {self.folder(artifact) / MANIFEST}, found none: the artifact is not "
+                f"finished. Run python -m stages.{MAKER.get(artifact, artifact)}."
+            )
+        return found
 
     @functools.cached_property
     def data_config(self) -> dict[str, Any]:
@@ -82,15 +81,15 @@ def ask_manifest(run: RunView, artifact: str) -> str:
     manifest, maker = run.manifest(artifact), MAKER.get(artifact, artifact)
     path = run.folder(artifact) / MANIFEST
     if manifest["stage"] != maker:
-        raise OutputError(f"{path}: expected an artifact of {maker}, found {manifest['stage']}.")
+        raise Wrong(f"{path}: expected an artifact of {maker}, found {manifest['stage']}.")
     if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
-        raise OutputError(
+        raise Wrong(
             f"{path}: its fingerprint is not that of its identity: one of them was changed by hand. "
             f"Run {maker} again with --overwrite."
         )
     started = files.read_json(run.folder(artifact) / IDENTITY)
     if started != manifest["identity"]:
-        raise OutputError(f"{path}: {IDENTITY} beside it is of another configuration.")
+        raise Wrong(f"{path}: {IDENTITY} beside it is of another configuration.")
     return f"made {manifest['provenance']['finished']}, fingerprint {manifest['fingerprint'][:12]}"
 
 
@@ -104,7 +103,7 @@ def ask_settings(run: RunView, artifact: str) -> str:
         for name in names:
             value = value[name]
         if value != manifest["identity"][key]:
-            raise OutputError(
+            raise Wrong(
                 f"{run.folder(artifact) / MANIFEST}: identity says {key} = "
                 f"{manifest['identity'][key]!r}, its config {value!r}."
             )
@@ -118,16 +117,16 @@ def ask_files(run: RunView, artifact: str) -> str:
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != entry["bytes"]:
-            raise OutputError(
+            raise Wrong(
                 f"{path}: expected {entry['bytes']} bytes as the manifest says, found "
                 f"{'no file' if size is None else size}."
             )
         if run.checksums and files.sha256(path) != entry["sha256"]:
-            raise OutputError(f"{path}: its checksum is not the manifest's: its bytes changed.")
+            raise Wrong(f"{path}: its checksum is not the manifest's: its bytes changed.")
     for pattern in _READ_UNASKED.get(artifact, ()):
         for path in sorted(folder.glob(pattern)):
             if str(path.relative_to(folder)) not in entries:
-                raise OutputError(f"{path} is not in the manifest, and would be read. Remove it.")
+                raise Wrong(f"{path} is not in the manifest, and would be read. Remove it.")
     size = sum(entry["bytes"] for entry in entries.values())
     how = "checksums agree" if run.checksums else "sizes agree"
     return f"{len(entries)} files, {size / 1e6:.1f} MB, {how}"
@@ -140,17 +139,17 @@ def ask_counts(run: RunView, artifact: str) -> str:
     rejected = sum(counts["skipped"].values()) + sum(counts["failed"].values())
     where = run.folder(artifact)
     if counts["in"] != counts["ok"] + rejected:
-        raise OutputError(
+        raise Wrong(
             f"{where / MANIFEST}: in = {counts['in']} is not ok + skipped + failed = "
             f"{counts['ok']} + {rejected}."
         )
     if counts["ok"] <= 0:
-        raise OutputError(f"{where / MANIFEST}: no row came out.")
+        raise Wrong(f"{where / MANIFEST}: no row came out.")
     lists = [name for name in manifest["files"] if name.startswith("rejects")]
     if lists:
         listed = sum(len((where / name).read_bytes().splitlines()) for name in lists)
         if listed != rejected:
-            raise OutputError(
+            raise Wrong(
                 f"{where / lists[0]}: expected {rejected} rejected rows as the counts say, found "
                 f"{listed} lines."
             )
@@ -165,18 +164,18 @@ def ask_lineage(run: RunView, artifact: str) -> str:
         folder = known[name]
         parent = run.manifest(folder)
         if not digest == parent["fingerprint"] == manifest["identity"][f"parent.{name}"]:
-            raise OutputError(
+            raise Wrong(
                 f"{run.folder(artifact)} was made from another {folder} ({digest[:12]}) than lies "
                 f"there now ({parent['fingerprint'][:12]}). Run "
                 f"{MAKER.get(artifact, artifact)} again with --overwrite."
             )
         for key, value in parent["identity"].items():
             if key.startswith("run.") and manifest["identity"].get(key, value) != value:
-                raise OutputError(
+                raise Wrong(
                     f"{run.folder(artifact)}: {key} is {manifest['identity'][key]!r}, in its "
                     f"parent {folder} {value!r}."
                 )
     if artifact in ("train", "export") and not manifest["parents"]:
-        raise OutputError(f"{run.folder(artifact) / MANIFEST} names no parent.")
+        raise Wrong(f"{run.folder(artifact) / MANIFEST} names no parent.")
     made_from = ", ".join(f"{known[name]} {d[:12]}" for name, d in manifest["parents"].items())
     return f"made from {made_from}" if made_from else "no parent artifact"

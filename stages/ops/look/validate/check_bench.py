@@ -4,8 +4,8 @@
 import re
 
 from shared.contracts.bench_report import read_report
-from shared.errors import OutputError
 from stages.ops.look.validate.artifacts import RunView
+from stages.ops.look.validate.findings import Wrong
 
 _TOLERANCE = 1e-9
 _FROM_ELSEWHERE = re.compile(r"""<(script|img|link|iframe)[^>]+(src|href)=["']?https?:[^>]*>""")
@@ -17,14 +17,14 @@ def ask_gates(run: RunView) -> str:
     report = read_report(path)
     for gate in report["gates"]:
         if not gate["met"]:
-            raise OutputError(
+            raise Wrong(
                 f"{path}: {gate['name']} is {gate['value']}, the gate asks for at {gate['bound']} "
                 f"{gate['limit']}."
             )
     length = float(report["head"]["acceptance"]["acceptance_length"])
     least = run.manifest("bench")["config"]["min_acceptance_length"]
     if not length >= least:
-        raise OutputError(
+        raise Wrong(
             f"{path}: acceptance length {length:.3f} is under bench.min_acceptance_length {least}."
         )
     return f"acceptance length {length:.3f}, gate {least}, {len(report['gates'])} gates met"
@@ -37,15 +37,15 @@ def ask_figures(run: RunView) -> str:
     counters, told = head["counters"], head["acceptance"]
     drafts, accepted = counters["num_drafts"], counters["num_accepted_tokens"]
     if sum(counters["num_accepted_tokens_per_pos"]) != accepted:
-        raise OutputError(f"{path}: accepted tokens by position do not sum to {accepted}.")
+        raise Wrong(f"{path}: accepted tokens by position do not sum to {accepted}.")
     length = 1 + accepted / drafts
     if abs(length - told["acceptance_length"]) > _TOLERANCE:
-        raise OutputError(
+        raise Wrong(
             f"{path}: says acceptance length {told['acceptance_length']}, its counters {length}."
         )
     facts = run.manifest("bench")["facts"]
     if facts["acceptance_length"] != told["acceptance_length"]:
-        raise OutputError(
+        raise Wrong(
             f"{path}: says acceptance length {told['acceptance_length']}, the manifest "
             f"{facts['acceptance_length']}."
         )
@@ -59,7 +59,7 @@ def ask_head(run: RunView) -> str:
         return "a head from elsewhere, or an endpoint's"
     export = run.manifest("export")["fingerprint"]
     if measured != export:
-        raise OutputError(
+        raise Wrong(
             f"{run.paths.report}: measured the head {measured[:12]}, export/ holds {export[:12]}. "
             "Run bench again with --overwrite."
         )
@@ -71,7 +71,7 @@ def ask_page(run: RunView) -> str:
     path = run.folder("bench") / "report.html"
     text = path.read_text(encoding="utf-8")
     if not text.startswith("<!doctype html>") or "</html>" not in text:
-        raise OutputError(f"{path}: expected a whole page.")
+        raise Wrong(f"{path}: expected a whole page.")
     if found := _FROM_ELSEWHERE.search(text):
-        raise OutputError(f"{path}: expected a page that needs no network, found {found[0]}.")
+        raise Wrong(f"{path}: expected a page that needs no network, found {found[0]}.")
     return f"{len(text)} characters"

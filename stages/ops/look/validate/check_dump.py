@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from shared.contracts import conversations
 from shared.contracts.layers import LAYER_ID_CONVENTION
-from shared.errors import OutputError
 from shared.io import files
 from stages.ops.look.validate.artifacts import RunView
-from stages.ops.look.validate.findings import needs
+from stages.ops.look.validate.findings import Wrong, needs
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +51,7 @@ def ask_data_config(run: RunView) -> str:
         expected["num_hidden_layers"] = (target.num_layers, depth)
     for name, (wanted, stated) in expected.items():
         if wanted != stated:
-            raise OutputError(
+            raise Wrong(
                 f"{run.folder('dump') / 'data_config.json'}: expected {name} = {wanted!r}, found "
                 f"{stated!r}. Run dump again with --overwrite."
             )
@@ -68,12 +67,12 @@ def ask_capture(run: RunView) -> str:
         None if facts[name] is None else float(facts[name]) for name in ("agreement", "logprob_gap")
     )
     if facts["greedy"] and agreement is not None and not agreement >= config["min_agreement"]:
-        raise OutputError(
+        raise Wrong(
             f"the states name {agreement:.1%} of the target's own greedy tokens, less than "
             f"dump.min_agreement {config['min_agreement']:.1%}."
         )
     if gap is not None and not gap <= config["max_logprob_gap"]:
-        raise OutputError(
+        raise Wrong(
             f"log-probabilities rebuilt from the states are {gap} nats off, more than "
             f"dump.max_logprob_gap {config['max_logprob_gap']}."
         )
@@ -102,9 +101,9 @@ def ask_states(run: RunView) -> str:
     for path, shard in _shards(run):
         ids, mask = shard.input_ids, shard.loss_mask.bool()
         if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-            raise OutputError(f"{path}: holds token ids outside the vocabulary of {vocab_size}.")
+            raise Wrong(f"{path}: holds token ids outside the vocabulary of {vocab_size}.")
         if int(shard.loss_mask.max()) > 1 or not bool(mask.any()):
-            raise OutputError(f"{path}: its loss mask must be zeros and ones, some of them ones.")
+            raise Wrong(f"{path}: its loss mask must be zeros and ones, some of them ones.")
         sums.samples += shard.sample_ids
         sums.tokens += ids.numel()
         sums.counts += torch.bincount(ids[mask].long(), minlength=vocab_size)
@@ -112,7 +111,7 @@ def ask_states(run: RunView) -> str:
     _check_sums(run, sums)
     freq = hidden_states.read_token_freq(run.folder("dump"), vocab_size)
     if not torch.equal(freq, sums.counts):
-        raise OutputError(
+        raise Wrong(
             f"{run.folder('dump') / hidden_states.TOKEN_FREQ}: counts {int(freq.sum())} answer "
             f"tokens, the files hold {int(sums.counts.sum())}, or others. Run dump again."
         )
@@ -149,24 +148,24 @@ def _look_into(path: Path, shard: "Shard | RowFile") -> int:
     wrong = ~seen.isfinite().all(dim=2)  # [T', A+1]
     if bool(wrong.any()):
         token, layer = wrong.nonzero()[0].tolist()
-        raise OutputError(f"{path}: token {token * step}, state {layer} holds NaN or infinity.")
+        raise Wrong(f"{path}: token {token * step}, state {layer} holds NaN or infinity.")
     for layer in range(seen.shape[1]):
         if not bool(seen[:, layer].any(dim=1).all()):
             token = int((~seen[:, layer].any(dim=1)).nonzero()[0]) * step
-            raise OutputError(f"{path}: token {token}, state {layer} is all zeros.")
+            raise Wrong(f"{path}: token {token}, state {layer} is all zeros.")
         if len(seen) > 1 and bool((seen[:, layer] == seen[0, layer]).all()):
-            raise OutputError(f"{path}: state {layer} is the same at every token.")
+            raise Wrong(f"{path}: state {layer} is the same at every token.")
     return len(seen) * token_bytes
 
 
 def _check_sums(run: RunView, sums: _Sums) -> None:
     manifest = run.manifest("dump")
     if len(set(sums.samples)) != len(sums.samples):
-        raise OutputError(f"{run.folder('dump')}: a sample is there twice.")
+        raise Wrong(f"{run.folder('dump')}: a sample is there twice.")
     expected = (manifest["counts"]["ok"], manifest["facts"]["tokens"])
     found = (len(sums.samples), sums.tokens)
     if found != expected:
-        raise OutputError(
+        raise Wrong(
             f"{run.folder('dump')}: expected {expected[0]} samples of {expected[1]} tokens as the "
             f"manifest says, found {found[0]} of {found[1]}."
         )
@@ -198,13 +197,13 @@ def ask_same_rows(run: RunView) -> str:
                 continue
             ids, mask = wanted[row.sample_id]
             if list(row.input_ids[: len(ids)]) != ids or row.loss_mask()[: len(ids)] != mask:
-                raise OutputError(
+                raise Wrong(
                     f"{run.folder('dump')}: sample {row.sample_id} has other tokens or another "
                     f"mask than in {path}."
                 )
             compared += 1
     if compared != len(wanted):
-        raise OutputError(
+        raise Wrong(
             f"{run.folder('dump')}: {len(wanted) - compared} of {len(wanted)} samples are not among "
             "synth's rows."
         )
@@ -219,7 +218,7 @@ def ask_sidecars(run: RunView) -> str:
         sidecar = files.read_json(run.folder("dump") / name)
         for file, entry in sidecar["files"].items():
             if entries.get(file) != entry:
-                raise OutputError(
+                raise Wrong(
                     f"{run.folder('dump') / name}: says another size or checksum of {file} than "
                     "the manifest."
                 )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from shared.artifacts.manifest import MANIFEST
 from shared.contracts import conversations
-from shared.errors import OutputError
 from stages.ops.look.validate.artifacts import RunView
+from stages.ops.look.validate.findings import Wrong
 
 _COLUMNS = (
     "sample_id",
@@ -39,20 +39,20 @@ def ask_rows(run: RunView) -> str:
     for name in sorted(parts):
         _read_part(run.folder("synth") / name, totals, target.vocab_size if target else None)
     if len(totals.samples) != totals.rows:
-        raise OutputError(
+        raise Wrong(
             f"{run.folder('synth')}: {totals.rows} rows have {len(totals.samples)} sample ids: "
             "some are there twice."
         )
     ok = manifest["counts"]["ok"]
     if len(totals.conversations) != ok:
-        raise OutputError(
+        raise Wrong(
             f"{run.folder('synth') / MANIFEST}: counts {ok} answered prompts, the parts hold "
             f"{len(totals.conversations)} conversations."
         )
     told = manifest["facts"]
     for key in ("rows", "tokens", "trained_tokens"):
         if key in told and told[key] != getattr(totals, key):
-            raise OutputError(
+            raise Wrong(
                 f"{run.folder('synth') / MANIFEST}: facts say {key} = {told[key]}, the parts hold "
                 f"{getattr(totals, key)}."
             )
@@ -64,7 +64,7 @@ def _read_part(path: Path, totals: _Totals, vocab_size: int | None) -> None:
 
     Raises:
         UserError: another schema or version.
-        OutputError: a token or a span that cannot be.
+        Wrong: a token or a span that cannot be.
     """
     import numpy as np
     import pyarrow.compute as pc
@@ -82,7 +82,7 @@ def _read_part(path: Path, totals: _Totals, vocab_size: int | None) -> None:
     outside = (tokens < 0) | (tokens >= (vocab_size or np.iinfo(np.int32).max))
     if outside.any():
         at = int(outside.argmax())
-        raise OutputError(
+        raise Wrong(
             f"{path}: sample {names[rows[at]]} holds the token {int(tokens[at])}, outside the "
             f"target's vocabulary of {vocab_size}."
         )
@@ -95,7 +95,7 @@ def _read_part(path: Path, totals: _Totals, vocab_size: int | None) -> None:
     wrong = (starts < before) | (ends <= starts) | (ends > lengths[owner])
     if wrong.any():
         at = int(wrong.argmax())
-        raise OutputError(
+        raise Wrong(
             f"{path}: sample {names[owner[at]]} has the loss span [{starts[at]}, {ends[at]}) in "
             f"{lengths[owner[at]]} tokens: spans must be ascending and within them."
         )
@@ -104,7 +104,7 @@ def _read_part(path: Path, totals: _Totals, vocab_size: int | None) -> None:
     unfit = (trained == 0) | (trained > answered)
     if unfit.any():
         at = int(unfit.argmax())
-        raise OutputError(
+        raise Wrong(
             f"{path}: sample {names[at]} has {int(trained[at])} trained tokens, of "
             f"{int(answered[at])} that the target generated."
         )

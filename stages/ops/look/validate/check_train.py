@@ -9,9 +9,8 @@ import json
 import math
 from typing import Any
 
-from shared.errors import OutputError
 from stages.ops.look.validate.artifacts import RunView
-from stages.ops.look.validate.findings import NotAsked, ask_falling, needs
+from stages.ops.look.validate.findings import NotAsked, Wrong, ask_falling, needs
 
 
 def _history(run: RunView) -> list[dict[str, Any]]:
@@ -26,13 +25,13 @@ def ask_loss(run: RunView) -> str:
     losses = [float(record["loss"]) for record in records]
     for record, loss in zip(records, losses, strict=True):
         if not math.isfinite(loss):
-            raise OutputError(f"{path}: the loss at step {record['step']} is {loss}.")
+            raise Wrong(f"{path}: the loss at step {record['step']} is {loss}.")
     steps = [record["step"] for record in records]
     if any(late <= early for early, late in itertools.pairwise(steps)):
-        raise OutputError(f"{path}: its steps do not ascend.")
+        raise Wrong(f"{path}: its steps do not ascend.")
     facts = run.manifest("train")["facts"]
     if not losses or steps[-1] != facts["steps"]:
-        raise OutputError(
+        raise Wrong(
             f"{path}: expected records up to step {facts['steps']}, found {steps[-1:] or 'none'}."
         )
     return f"{ask_falling(losses)}, {facts['steps']} steps"
@@ -50,10 +49,10 @@ def ask_walk(run: RunView) -> str:
     key = "walked_acceptance_length"
     walks = {record["step"]: record[key] for record in _history(run) if key in record}
     if not 1 <= told <= most:
-        raise OutputError(f"the walked acceptance length is {told}, outside 1 to {most}.")
+        raise Wrong(f"the walked acceptance length is {told}, outside 1 to {most}.")
     best = manifest["facts"]["best_step"]
     if walks.get(best) != told or told != max(walks.values()):
-        raise OutputError(
+        raise Wrong(
             f"{run.folder('train')}: the manifest says {told:.3f} at step {best}, the history's "
             f"best is {max(walks.values(), default=math.nan):.3f}."
         )
@@ -68,7 +67,7 @@ def ask_vocabulary(run: RunView) -> str:
     draft = vocab.read(folder)
     size, target_size = config["run"]["draft_vocab_size"], run.data_config["model"]["vocab_size"]
     if (draft.size, draft.t2d.numel()) != (size, target_size):
-        raise OutputError(
+        raise Wrong(
             f"{folder}: expected {size} of {target_size} tokens, found {draft.size} of "
             f"{draft.t2d.numel()}."
         )
@@ -85,7 +84,7 @@ def _best_weights(run: RunView) -> dict[str, Any]:
     state = load_tensors(path, label=label, remedy=remedy)
     weights = state.get("weights") if isinstance(state, dict) else None
     if not isinstance(weights, dict) or not all(map(is_dense, weights.values())):
-        raise OutputError(f"{path}: expected {label}, found no weights. {remedy}")
+        raise Wrong(f"{path}: expected {label}, found no weights. {remedy}")
     return {"step": state.get("step"), **weights}
 
 
@@ -95,10 +94,10 @@ def ask_checkpoint(run: RunView) -> str:
         weights = _best_weights(run)
     step, best = weights.pop("step"), run.manifest("train")["facts"]["best_step"]
     if step != best:
-        raise OutputError(f"checkpoints/best.pt is of step {step}, the manifest says {best}.")
+        raise Wrong(f"checkpoints/best.pt is of step {step}, the manifest says {best}.")
     for name, tensor in weights.items():
         if not bool(tensor.isfinite().all()):
-            raise OutputError(f"checkpoints/best.pt: {name} holds NaN or infinity.")
+            raise Wrong(f"checkpoints/best.pt: {name} holds NaN or infinity.")
     return f"step {step}, {len(weights)} tensors, all finite"
 
 
@@ -111,7 +110,7 @@ def ask_export(run: RunView) -> str:
     expected = (tuple(layers["aux_layer_ids"]), model["vocab_size"], model["hidden_size"])
     found = (head.aux_layers, head.vocab_size, head.hidden_size)
     if found != expected:
-        raise OutputError(
+        raise Wrong(
             f"{run.folder('export') / 'config.json'}: expected aux layers, vocabulary and hidden "
             f"size {expected} as dump says, found {found}. Export again."
         )
@@ -129,16 +128,16 @@ def ask_exported_weights(run: RunView) -> str:
     exported, best = load_file(path), _best_weights(run)
     draft = vocab.read(run.folder("train"))
     if "d2t" in exported and not torch.equal(exported["d2t"], draft.d2t):
-        raise OutputError(
+        raise Wrong(
             f"{path}: its d2t is not that of {run.folder('train') / vocab.D2T}: every drafted "
             "token would be mapped wrong. Export again."
         )
     compared = sorted(exported.keys() & best.keys())
     for name in compared:
         if not torch.equal(exported[name], best[name].to(exported[name].dtype)):
-            raise OutputError(f"{path}: {name} is not that of checkpoints/best.pt. Export again.")
+            raise Wrong(f"{path}: {name} is not that of checkpoints/best.pt. Export again.")
     if not {"fc.weight", "lm_head.weight"} <= set(compared):
-        raise OutputError(f"{path}: shares only {compared} with checkpoints/best.pt.")
+        raise Wrong(f"{path}: shares only {compared} with checkpoints/best.pt.")
     return f"{len(compared)} tensors are those of step {best['step']}"
 
 
@@ -147,5 +146,5 @@ def ask_card(run: RunView) -> str:
     path = run.folder("export") / "README.md"
     target = run.manifest("export")["config"]["run"]["target"]
     if target not in path.read_text(encoding="utf-8"):
-        raise OutputError(f"{path}: does not name the target {target}.")
+        raise Wrong(f"{path}: does not name the target {target}.")
     return f"for {target}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a validation found: one line a question, and the ways to show them.
 
-A question is a function that returns what it saw, raises an `EyrieError` that names what is wrong,
+A question is a function that returns what it saw, or raises `Wrong` with what is wrong,
 `NotAsked` where it cannot be asked here, or `Unknown` where nothing answers it. Whatever a damaged
 file makes it trip over counts against the file: a validation fails closed and goes on to the next
 question.
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.errors import EyrieError, OutputError
+from shared.errors import EyrieError
 from shared.runtime.tables import cell
 
 PASS, FAIL, SKIP, UNKNOWN = "PASS", "FAIL", "SKIP", "UNKNOWN"
@@ -25,6 +25,10 @@ _COLOURS = {PASS: "green", FAIL: "bold red", SKIP: "yellow", UNKNOWN: "yellow"}
 _LOSSES_FOR_A_TREND = 4
 # What reading a damaged or a foreign file ends in, when its reader has no better word for it.
 _DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, ArithmeticError)
+
+
+class Wrong(Exception):
+    """What was found is not what it should be; the message says both, and where."""
 
 
 class NotAsked(Exception):
@@ -59,7 +63,7 @@ class Findings:
             verdict, detail = SKIP, str(reason)
         except Unknown as reason:
             verdict, detail = UNKNOWN, str(reason)
-        except EyrieError as error:
+        except (Wrong, EyrieError) as error:
             verdict, detail = FAIL, str(error)
         except _DAMAGE as error:
             verdict, detail = FAIL, f"could not be read: {type(error).__name__}: {error}"
@@ -132,7 +136,7 @@ def ask_falling(losses: Sequence[float]) -> str:
     """The last quarter of a training's losses is below the first.
 
     Raises:
-        OutputError: it is not.
+        Wrong: it is not.
         NotAsked: they are too few to tell.
     """
     if len(losses) < _LOSSES_FOR_A_TREND:
@@ -140,7 +144,7 @@ def ask_falling(losses: Sequence[float]) -> str:
     part = max(1, len(losses) // 4)
     first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
     if last >= first:
-        raise OutputError(
+        raise Wrong(
             f"the loss does not fall: {first:.4f} in the first quarter of the records, {last:.4f} in "
             "the last. Look at the learning rate and at the states."
         )

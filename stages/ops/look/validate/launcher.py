@@ -13,14 +13,13 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shared.errors import OutputError
 from shared.paths import STAGES
 from stages.ops.look.triage.case import open_case
 from stages.ops.look.triage.diagnosis import Outcome, diagnose
 from stages.ops.look.triage.failure_rules import read_rules
 from stages.ops.look.triage.last_attempt import read_last_attempt
 from stages.ops.look.triage.text import shown
-from stages.ops.look.validate.findings import Findings, Unknown, ask_falling
+from stages.ops.look.validate.findings import Findings, Unknown, Wrong, ask_falling
 
 # What the pipeline's scripts print: common/vllm/query.sh and query.py, compute_hidden_states_*.py, the
 # Hugging Face trainer, export_hf_checkpoint.py, specdec_bench; and the markers that NVIDIA's own
@@ -110,12 +109,12 @@ def _ask_outcome(stage: str, reported: Reported, outcome: Outcome, logs: Sequenc
     """No failure in the log, and a line that stands at a task's end alone."""
     if found := outcome.of(stage):
         where = f" ({shown(found[0].evidence)})" if found[0].evidence else ""
-        raise OutputError(f"{found[0].cause}{where}")
+        raise Wrong(f"{found[0].cause}{where}")
     if "FAIL" in reported["report"]:
-        raise OutputError("the task reports FAIL")
+        raise Wrong("the task reports FAIL")
     code = reported["exit"][-1] if reported["exit"] else ""
     if code not in ("", "0", "143"):  # 143: a server that was stopped when its work was done
-        raise OutputError(f"the task tells exit code {code}")
+        raise Wrong(f"the task tells exit code {code}")
     if not logs:
         raise Unknown("no log of this task")
     if code == "0" or "PASS" in reported["report"] or any(reported[name] for name in _ENDS[stage]):
@@ -126,10 +125,10 @@ def _ask_outcome(stage: str, reported: Reported, outcome: Outcome, logs: Sequenc
 def _ask_rows(reported: Reported) -> str:
     """Prompts that were answered."""
     if reported["no_server"]:
-        raise OutputError("the server went away before all prompts were answered")
+        raise Wrong("the server went away before all prompts were answered")
     saved, begun = _sum(reported["saved"]), _sum(reported["shard"])
     if reported["saved"] and saved == 0:
-        raise OutputError("no sample was saved")
+        raise Wrong("no sample was saved")
     if saved:
         return f"{saved} samples saved"
     if begun and reported["main_exit"]:
@@ -145,7 +144,7 @@ def _ask_states(reported: Reported) -> str:
     if kept:
         raise Unknown(f"none written now; {kept} conversations were there already")
     if reported["dumped"] or reported["no_prompts"]:
-        raise OutputError("no conversation was written: all too long, too short or not valid")
+        raise Wrong("no conversation was written: all too long, too short or not valid")
     raise Unknown("its log tells no number of conversations")
 
 
@@ -155,7 +154,7 @@ def _ask_loss(reported: Reported) -> str:
     if not losses:
         raise Unknown("its log tells no loss")
     if not all(map(math.isfinite, losses)):
-        raise OutputError(f"the loss is {next(x for x in losses if not math.isfinite(x))}")
+        raise Wrong(f"the loss is {next(x for x in losses if not math.isfinite(x))}")
     return ask_falling(losses)
 
 
@@ -172,7 +171,7 @@ def _ask_length(reported: Reported, least: float) -> str:
     if not lengths:
         raise Unknown("its log tells no acceptance length")
     if lengths[-1] < least:
-        raise OutputError(f"acceptance length {lengths[-1]:.3f}, expected at least {least:g}")
+        raise Wrong(f"acceptance length {lengths[-1]:.3f}, expected at least {least:g}")
     return f"{lengths[-1]:.3f}, at least {least:g} was asked for"
 
 

@@ -16,14 +16,14 @@ from rich.console import Console
 
 from shared.artifacts.manifest import MANIFEST
 from shared.config import RunConfig, read_recipe
-from shared.errors import EXIT_DONE, EXIT_OUTPUT, OutputError
+from shared.errors import EXIT_DONE, EXIT_OUTPUT
 from shared.io import files
 from shared.target.model import weights_hash
 from stages.ops.config import ValidateConfig
 from stages.ops.look.run_state import find_run
 from stages.ops.look.validate import artifacts, check_bench, check_dump, check_synth, check_train
 from stages.ops.look.validate.artifacts import ARTIFACTS, MAKER, RunView
-from stages.ops.look.validate.findings import FAIL, Findings, NotAsked
+from stages.ops.look.validate.findings import FAIL, Findings, NotAsked, Wrong
 from stages.ops.look.validate.launcher import is_experiment, validate_experiment
 
 Question = tuple[str, Callable[[RunView], str]]
@@ -99,10 +99,12 @@ def validate(view: RunView, names: list[str]) -> Findings:
 
 def _ask_recipe(view: RunView) -> str:
     """The kept recipe is one, and names the target that the artifacts were made for."""
+    if not view.paths.recipe.exists():
+        raise NotAsked("the run's folder holds no recipe; its artifacts keep their own settings")
     recipe = read_recipe(view.paths.recipe)
     unknown = recipe.get("run", {}).keys() - RunConfig.model_fields.keys()
     if unknown:
-        raise OutputError(f"{view.paths.recipe}: unknown keys in run: {sorted(unknown)}.")
+        raise Wrong(f"{view.paths.recipe}: unknown keys in run: {sorted(unknown)}.")
     return f"sections {', '.join(recipe)}"
 
 
@@ -124,7 +126,7 @@ def _ask_target(view: RunView, names: list[str]) -> str:
         if target is None:
             raise NotAsked("the target does not lie in the workspace")
         if weights_hash(target.folder) != digest:
-            raise OutputError(
+            raise Wrong(
                 f"{target.folder} changed since {name} was made with it. Restore it, or run "
                 f"{name} again with --overwrite."
             )
