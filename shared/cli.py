@@ -184,7 +184,8 @@ def launch(stage: str, commands: Commands, argv: Sequence[str] | None = None) ->
         sys.exit(_run(config, function, None))
     is_stage = command == next(iter(commands))
     name = config.process_name
-    Status.num_shards = config.share.count
+    recipe = str(config.recipe.absolute()) if config.recipe else None
+    Status.about = {"num_shards": config.share.count, "recipe": recipe}
     with logged_to(config.paths.log(name)):
         if is_stage:  # one log holds every attempt: this line tells them apart
             logger.info("begin: process %d", os.getpid())

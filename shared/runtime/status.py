@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 
@@ -54,6 +54,7 @@ class _Record(Shape):
     started_s: float
     updated_s: float
     num_shards: int | None = None
+    recipe: str | None = None
     exit_code: int | None = None
     message: str = ""
     error: _Error | None = None
@@ -176,10 +177,11 @@ class Status:
     `SILENT_AFTER_S` belongs to a process that died, or was stopped, without saying so.
 
     Attributes:
-        num_shards: how many processes share this stage; the command line sets it once.
+        about: what every record of this process says (`num_shards`, `recipe`); the command line
+            sets it once.
     """
 
-    num_shards = 1
+    about: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, path: Path, *, period_s: float = 5.0) -> None:
         self.path = path
@@ -202,7 +204,7 @@ class Status:
             "state": state,
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "num_shards": self.num_shards,
+            **self.about,
             "started_s": round(self._started_s, 3),
             "updated_s": round(time.time(), 3),
             **self._last,
@@ -285,5 +287,5 @@ class Status:
         return {
             key: value
             for key, value in found.items()
-            if key not in ("state", "pid", "host", "num_shards", "updated_s", *but)
+            if key not in ("state", "pid", "host", "num_shards", "recipe", "updated_s", *but)
         }

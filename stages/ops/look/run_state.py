@@ -75,7 +75,12 @@ class RunState:
 
     @functools.cached_property
     def recipe_path(self) -> Path | None:
-        return self.paths.recipe if self.paths.recipe.is_file() else None
+        """The run's own copy, else the file that one of its stages was given."""
+        given = [state.record.get("recipe") for state in self.stages.values()]
+        for path in (self.paths.recipe, *(Path(name) for name in given if name)):
+            if path.is_file():
+                return path
+        return None
 
     @functools.cached_property
     def recipe(self) -> dict[str, Any]:

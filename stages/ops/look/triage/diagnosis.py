@@ -138,10 +138,17 @@ def _of_own(own: OwnError, stage: str | None, case: Case) -> Diagnosis:
         stage=stage,
         cause=own.problem,
         fix=own.remedy or "see the problem",
-        rerun=rerun_command(case, stage),
+        rerun=rerun_command(case, _first_of(stage, own.facts.get("stage"))),
         evidence=own.evidence,
         facts=own.facts,
     )
+
+
+def _first_of(stage: str | None, named: object) -> str | None:
+    """The stage that failed, or the one before it that its error names."""
+    if stage in STAGES and named in STAGES:
+        return min(stage, str(named), key=STAGES.index)
+    return stage
 
 
 def _of_hit(hit: Hit, stage: str | None, case: Case) -> Ranked:

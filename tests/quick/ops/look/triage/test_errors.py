@@ -15,7 +15,6 @@ from stages.ops.look.triage.own_errors import TRANSLATED, WRAPPERS
 from stages.ops.look.triage.run import run
 from tests.error_table import CLASSES, TABLE, raised, table, without_code
 
-
 NOT_YET = pytest.mark.xfail(reason="codes are being filled in", strict=False)
 
 
