@@ -45,15 +45,15 @@ class RunChainConfig(CommandConfig):
     )
     dry_run: bool = pydantic.Field(
         False,
-        description="Show the plan with its estimates, and what stands in the way; do nothing.",
+        description="Show the plan, its estimates and what would stop it; run nothing.",
     )
     preflight: bool = pydantic.Field(
-        True, description="Look for what would stop the chain, before its first stage."
+        True, description="Check for what would stop the chain before its first stage starts."
     )
     overwrite: bool = pydantic.Field(
         False,
-        description="Make every stage's artifact anew, whatever is there; what was begun so, and is "
-        "unfinished, is continued.",
+        description="Replace every stage's artifact; work that an earlier --overwrite left unfinished is "
+        "continued.",
     )
 
     @pydantic.field_validator("only")
@@ -94,7 +94,7 @@ class ValidateConfig(CommandConfig):
     """Opens and checks every artifact of a run: a table of PASS and FAIL, exit 3 where one fails.
 
     In:  <workspace>/<run>/, or a ModelOpt launcher's experiment folder (task_0 to task_3), of which
-         the logs alone are asked: what they do not say is UNKNOWN.
+         only the logs are read: what they do not say is UNKNOWN.
     Out: the table, or JSON; with --out the same as Markdown. Nothing in the run is changed.
     """
 
@@ -179,19 +179,19 @@ class _LogsConfig(CommandConfig):
         None, description="A run's folder, or a ModelOpt launcher's experiment folder."
     )
     exit_codes: dict[str, int] = pydantic.Field(
-        {}, description="Exit codes that no status file tells, such as {dump: 137}."
+        {}, description="Exit codes that no status file holds, such as {dump: 137}."
     )
 
 
 class TriageConfig(_LogsConfig):
     """Says which stage failed, why, and what to type next.
 
-    In:  a run (--recipe or --folder), or logs.
-    Out: ranked diagnoses. Exit 3 where something failed, known or not; 0 where nothing did.
+    In:  a run (--recipe or --folder), or logs of any program.
+    Out: ranked diagnoses. Exit 3: something failed, known or not. Exit 0: nothing did.
     """
 
     as_json: bool = pydantic.Field(
-        False, alias="json", description="JSON for scripts; give it last."
+        False, alias="json", description="Print JSON, for scripts."
     )
     save_fixture: Path | None = pydantic.Field(
         None, description="Also keep the failed log's end here, cleaned, as a test's fixture."
@@ -199,7 +199,7 @@ class TriageConfig(_LogsConfig):
 
 
 class ReviewConfig(_LogsConfig):
-    """A pass/fail page over all logs of a run, a line a stage, with the next steps.
+    """One pass/fail page over all logs of a run: a line for each stage, then the next steps.
 
     In:  as triage.
     Out: Markdown. Exit 3 where a stage failed.
