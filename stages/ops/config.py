@@ -190,9 +190,7 @@ class TriageConfig(_LogsConfig):
     Out: ranked diagnoses. Exit 3: something failed, known or not. Exit 0: nothing did.
     """
 
-    as_json: bool = pydantic.Field(
-        False, alias="json", description="Print JSON, for scripts."
-    )
+    as_json: bool = pydantic.Field(False, alias="json", description="Print JSON, for scripts.")
     save_fixture: Path | None = pydantic.Field(
         None, description="Also keep the failed log's end here, cleaned, as a test's fixture."
     )

@@ -47,6 +47,11 @@ _TRACEBACK = re.compile(r"\s*(?:Exception Group )?Traceback \(most recent call l
 _FRAME = re.compile(r'\s*File "[^"]*", line \d+')
 _CHAINED = re.compile(r"\s*(?:During handling of|The above exception was)\b")
 _CODE = re.compile(r"\s+(?:raise|return|await|yield|assert|with|for|if|self\.)\b|\s*[~^]+\s*$")
+# A server without levels logs what it was asked.
+_REQUEST = re.compile(
+    r"Receive(?:d request|: )|GenerateReqInput|\b(?:prompt|messages|text) ?[=:] ?['\"\[{]"
+    r"|['\"](?:prompt|messages|role|content)['\"]: "
+)
 _IGNORED = re.compile(r"Exception ignored (?:in|on)\b")
 EXCEPTION = re.compile(
     r"(?:[A-Za-z_]\w*\.)*_?[A-Z]\w*"
@@ -171,6 +176,8 @@ def _kind(body: str, level: str, source: _Source, index: int) -> tuple[str, int]
         return "frame", index
     if EXCEPTION.match(body.lstrip()):
         return "exception", index
+    if level not in _LOUD and _REQUEST.search(body):
+        return "quiet", index
     return ("error" if level in _LOUD or ERROR.search(body) else "text"), index
 
 
