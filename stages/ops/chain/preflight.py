@@ -42,7 +42,7 @@ _FLOORS = {
     "train": {"torch": ">=2", "accelerate": ">=1.10", "safetensors": ">=0.5"},
     "bench": {"vllm": ">=0.28", "matplotlib": ">=3.9"},
 }
-_ASK_VERSIONS = (
+_LIST_VERSIONS = (
     "import importlib.metadata as m, json\n"
     "print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))"
 )
@@ -114,19 +114,18 @@ def _installed(python: str) -> dict[str, str]:
     Raises:
         OSError, subprocess.SubprocessError: it is none.
     """
-    asked = subprocess.run(
-        [python, "-c", _ASK_VERSIONS],
+    done = subprocess.run(
+        [python, "-c", _LIST_VERSIONS],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
         env=environment(),
     )
-    return dict(json.loads(asked.stdout))
+    return dict(json.loads(done.stdout))
 
 
 def _versions(step: Step) -> Iterator[str]:
-
     python = python_of(step.stage)
     try:
         installed = _installed(python)
@@ -162,15 +161,14 @@ def _inputs(step: Step, workspace: Path) -> Iterator[str]:
             sources.find_files(source, workspace, label=label)
         except UserError as error:
             yield str(error)
-    if (made := step.settings.get("states")) and find_input(made, workspace) is None:
-        yield problem(
-            "dump.states", f"a folder at {workspace / made} or {made}", "none", "Mount it."
-        )
+    if (states := step.settings.get("states")) and find_input(states, workspace) is None:
+        expected = f"a folder at {workspace / states} or {states}"
+        yield problem("dump.states", expected, "none", "Mount it.")
 
 
 def _endpoints(step: Step) -> Iterator[str]:
-    asked = ("endpoint", "baseline_endpoint")
-    for url in [*step.settings.get("endpoints", ()), *map(step.settings.get, asked)]:
+    names = ("endpoint", "baseline_endpoint")
+    for url in [*step.settings.get("endpoints", ()), *map(step.settings.get, names)]:
         if url and not is_healthy(Address(url).base_url):
             yield problem(
                 f"{step.stage}'s endpoint",

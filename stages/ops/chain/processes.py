@@ -8,6 +8,7 @@ is asked as a process: `python -m stages.<s> --recipe R --print_config`, all of 
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,7 @@ def steps(config: RunChainConfig, stages: Sequence[str], paths: RunPaths) -> lis
     Raises:
         UserError: a stage refuses it; with that stage's message.
     """
-    asked = {
+    answers = {
         stage: start(
             [*command_of(stage, config), PRINT_CONFIG],
             stage,
@@ -138,8 +139,8 @@ def steps(config: RunChainConfig, stages: Sequence[str], paths: RunPaths) -> lis
         )
         for stage in stages
     }
-    found = []
-    for stage, process in asked.items():
+    answered = []
+    for stage, process in answers.items():
         answer, complaint = process.communicate()
         if process.returncode != EXIT_DONE:
             raise UserError(
@@ -150,10 +151,12 @@ def steps(config: RunChainConfig, stages: Sequence[str], paths: RunPaths) -> lis
             )
         if config.by == "compose":
             answer = answer.replace(f'"{WORKSPACE}/', '"')  # found here where the workspace lies
-        found.append(Step(stage, json.loads(answer), is_done(stage, paths)))
-    return found
+        answered.append(Step(stage, json.loads(answer), is_done(stage, paths)))
+    return answered
 
 
 def _message(complaint: str, stage: str) -> str:
-    """What a stage said, without the time and level before it."""
-    return complaint.strip().split(f" {stage} ", 1)[-1]
+    """A stage's error in one line, without time, level, code and facts."""
+    text = re.sub(r"^\[[\w-]*\] ", "", complaint.strip().split(f" {stage} ", 1)[-1])
+    lines = [line.strip().removeprefix("remedy: ") for line in text.splitlines()]
+    return " ".join(line for line in lines if not line.startswith("facts: "))

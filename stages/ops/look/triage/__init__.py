@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What failed, why, and what to type next, told from logs."""
+"""What failed, why, and what to type next, from logs."""

@@ -94,12 +94,12 @@ def _of_stage(
     if state.state in ("done", "stopped"):
         return []
     failed = state.state in _FAILED
-    told = [found for found in findings if failed or not (found.is_done or found.went_on)]
-    ranked = [_of_hit(hit, stage, case) for found in told for hit in found.hits]
-    if own := _own_error(state, told):
+    open_findings = [found for found in findings if failed or not (found.is_done or found.went_on)]
+    ranked = [_of_hit(hit, stage, case) for found in open_findings for hit in found.hits]
+    if own := _own_error(state, open_findings):
         ranked.append((_own_tier(own, state), own.evidence.number, _of_own(own, stage, case)))
     ranked += _without_lines(stage, state, case, findings, rules)
-    return ranked + _unknown(stage, state, case, told, ranked)
+    return ranked + _unknown(stage, state, case, open_findings, ranked)
 
 
 def _own_error(state: ProcessState, findings: Sequence[Findings]) -> OwnError | None:

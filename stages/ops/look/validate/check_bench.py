@@ -22,31 +22,31 @@ def ask_gates(run: RunView) -> str:
                 f"{gate['limit']}."
             )
     length = float(report["head"]["acceptance"]["acceptance_length"])
-    least = run.manifest("bench")["config"]["min_acceptance_length"]
-    if not length >= least:
+    minimum = run.manifest("bench")["config"]["min_acceptance_length"]
+    if not length >= minimum:
         raise Wrong(
-            f"{path}: acceptance length {length:.3f} is under bench.min_acceptance_length {least}."
+            f"{path}: acceptance length {length:.3f} is under bench.min_acceptance_length {minimum}."
         )
-    return f"acceptance length {length:.3f}, gate {least}, {len(report['gates'])} gates met"
+    return f"acceptance length {length:.3f}, gate {minimum}, {len(report['gates'])} gates met"
 
 
 def ask_figures(run: RunView) -> str:
     """The acceptance length follows from the counters, and is the manifest's."""
     path = run.paths.report
     head = read_report(path)["head"]
-    counters, told = head["counters"], head["acceptance"]
+    counters, recorded = head["counters"], head["acceptance"]
     drafts, accepted = counters["num_drafts"], counters["num_accepted_tokens"]
     if sum(counters["num_accepted_tokens_per_pos"]) != accepted:
         raise Wrong(f"{path}: accepted tokens by position do not sum to {accepted}.")
     length = 1 + accepted / drafts
-    if abs(length - told["acceptance_length"]) > _TOLERANCE:
+    if abs(length - recorded["acceptance_length"]) > _TOLERANCE:
         raise Wrong(
-            f"{path}: says acceptance length {told['acceptance_length']}, its counters {length}."
+            f"{path}: says acceptance length {recorded['acceptance_length']}, its counters {length}."
         )
     facts = run.manifest("bench")["facts"]
-    if facts["acceptance_length"] != told["acceptance_length"]:
+    if facts["acceptance_length"] != recorded["acceptance_length"]:
         raise Wrong(
-            f"{path}: says acceptance length {told['acceptance_length']}, the manifest "
+            f"{path}: says acceptance length {recorded['acceptance_length']}, the manifest "
             f"{facts['acceptance_length']}."
         )
     return f"{accepted} accepted in {drafts} drafts"

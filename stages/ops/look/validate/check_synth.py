@@ -32,7 +32,7 @@ class _Totals:
 
 
 def ask_rows(run: RunView) -> str:
-    """Schema, token ids, spans, unique ids, and the totals that the manifest tells."""
+    """Schema, token ids, spans, unique ids, and the totals in the manifest."""
     manifest, target = run.manifest("synth"), run.target("synth")
     totals = _Totals()
     parts = [name for name in manifest["files"] if Path(name).match(conversations.PART_GLOB)]
@@ -49,11 +49,11 @@ def ask_rows(run: RunView) -> str:
             f"{run.folder('synth') / MANIFEST}: counts {ok} answered prompts, the parts hold "
             f"{len(totals.conversations)} conversations."
         )
-    told = manifest["facts"]
+    recorded = manifest["facts"]
     for key in ("rows", "tokens", "trained_tokens"):
-        if key in told and told[key] != getattr(totals, key):
+        if key in recorded and recorded[key] != getattr(totals, key):
             raise Wrong(
-                f"{run.folder('synth') / MANIFEST}: facts say {key} = {told[key]}, the parts hold "
+                f"{run.folder('synth') / MANIFEST}: facts say {key} = {recorded[key]}, the parts hold "
                 f"{getattr(totals, key)}."
             )
     return f"{totals.rows} rows, {totals.tokens} tokens, {totals.trained_tokens} trained"

@@ -40,23 +40,23 @@ def ask_loss(run: RunView) -> str:
 def ask_walk(run: RunView) -> str:
     """The walked acceptance length that was kept is the best one of the history."""
     manifest = run.manifest("train")
-    told, most = (
+    recorded, maximum = (
         manifest["facts"]["walked_acceptance_length"],
         manifest["config"]["walk_tokens"] + 1,
     )
-    if told is None:
+    if recorded is None:
         raise NotAsked("nothing was walked: no held-out greedy answers")
     key = "walked_acceptance_length"
     walks = {record["step"]: record[key] for record in _history(run) if key in record}
-    if not 1 <= told <= most:
-        raise Wrong(f"the walked acceptance length is {told}, outside 1 to {most}.")
+    if not 1 <= recorded <= maximum:
+        raise Wrong(f"the walked acceptance length is {recorded}, outside 1 to {maximum}.")
     best = manifest["facts"]["best_step"]
-    if walks.get(best) != told or told != max(walks.values()):
+    if walks.get(best) != recorded or recorded != max(walks.values()):
         raise Wrong(
-            f"{run.folder('train')}: the manifest says {told:.3f} at step {best}, the history's "
+            f"{run.folder('train')}: the manifest says {recorded:.3f} at step {best}, the history's "
             f"best is {max(walks.values(), default=math.nan):.3f}."
         )
-    return f"{told:.3f} at step {best}"
+    return f"{recorded:.3f} at step {best}"
 
 
 def ask_vocabulary(run: RunView) -> str:

@@ -137,7 +137,7 @@ def ask_falling(losses: Sequence[float]) -> str:
 
     Raises:
         Wrong: it is not.
-        NotAsked: they are too few to tell.
+        NotAsked: they are too few to judge.
     """
     if len(losses) < _LOSSES_FOR_A_TREND:
         raise NotAsked(f"{len(losses)} records are too few to tell whether the loss falls")

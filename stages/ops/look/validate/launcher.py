@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Did a ModelOpt launcher's experiment go well, as far as its logs tell?
+"""Did a ModelOpt launcher's experiment go well, as far as its logs say?
 
 In: an experiment folder (`task_0` to `task_3`, in them `sbatch_*.out` or `*.log`). Out: PASS, FAIL or
 UNKNOWN a question. The artifacts lie on the cluster's /scratchspace and are out of sight, so what no
@@ -38,7 +38,7 @@ _REPORTED = {
         "loss": r"'loss': '?(nan|-?inf|[-+.\de]+)",
         "exported": r"(Exported checkpoint to|export complete)",
         "ratio": r"Average Acceptance Length \{[^}\n]*'ratio': ?([.\d]+)",
-        # From the line's begin: what a shard or a category tells ends in the same words.
+        # From the line's begin: the figures of a shard or a category end in the same words.
         "shard": r"(?m)^(?:\d+: ?)?(\d+) \S+/train-\d+-\d+\.jsonl\s*$",
         "average": r"(?m)^(?:\d+: ?)?Average AL: ([.\d]+)",
     }.items()
@@ -58,11 +58,11 @@ def is_experiment(folder: Path) -> bool:
     return any(folder.glob("task_[0-3]*"))
 
 
-def validate_experiment(folder: Path, stages: Sequence[str], least_length: float) -> Findings:
+def validate_experiment(folder: Path, stages: Sequence[str], min_length: float) -> Findings:
     """All questions about the tasks of these stages.
 
     Args:
-        least_length: the acceptance length that the benchmark must have reached.
+        min_length: the acceptance length that the benchmark must have reached.
 
     Raises:
         UserError: there is no log in the folder.
@@ -75,14 +75,14 @@ def validate_experiment(folder: Path, stages: Sequence[str], least_length: float
         reported = _read(logs)
         questions: dict[str, Callable[[], str]] = {
             "outcome": functools.partial(_ask_outcome, stage, reported, outcome, logs),
-            **_of_stage(stage, reported, least_length),
+            **_of_stage(stage, reported, min_length),
         }
         for question, answer in questions.items():
             findings.ask(f"task_{STAGES.index(stage)} ({stage})", question, answer)
     return findings
 
 
-def _of_stage(stage: str, reported: Reported, least_length: float) -> dict[str, Callable[[], str]]:
+def _of_stage(stage: str, reported: Reported, min_length: float) -> dict[str, Callable[[], str]]:
     if stage == "synth":
         return {"rows": functools.partial(_ask_rows, reported)}
     if stage == "dump":
@@ -92,7 +92,7 @@ def _of_stage(stage: str, reported: Reported, least_length: float) -> dict[str, 
             "loss": functools.partial(_ask_loss, reported),
             "export": functools.partial(_ask_export, reported),
         }
-    return {"acceptance length": functools.partial(_ask_length, reported, least_length)}
+    return {"acceptance length": functools.partial(_ask_length, reported, min_length)}
 
 
 def _read(logs: Sequence[Path]) -> Reported:
@@ -114,7 +114,7 @@ def _ask_outcome(stage: str, reported: Reported, outcome: Outcome, logs: Sequenc
         raise Wrong("the task reports FAIL")
     code = reported["exit"][-1] if reported["exit"] else ""
     if code not in ("", "0", "143"):  # 143: a server that was stopped when its work was done
-        raise Wrong(f"the task tells exit code {code}")
+        raise Wrong(f"the task reports exit code {code}")
     if not logs:
         raise Unknown("no log of this task")
     if code == "0" or "PASS" in reported["report"] or any(reported[name] for name in _ENDS[stage]):
@@ -133,7 +133,7 @@ def _ask_rows(reported: Reported) -> str:
         return f"{saved} samples saved"
     if begun and reported["main_exit"]:
         return f"{begun} prompts in {len(reported['shard'])} shards, each answered before the next"
-    raise Unknown("its log tells no number of samples")
+    raise Unknown("its log reports no number of samples")
 
 
 def _ask_states(reported: Reported) -> str:
@@ -145,14 +145,14 @@ def _ask_states(reported: Reported) -> str:
         raise Unknown(f"none written now; {kept} conversations were there already")
     if reported["dumped"] or reported["no_prompts"]:
         raise Wrong("no conversation was written: all too long, too short or not valid")
-    raise Unknown("its log tells no number of conversations")
+    raise Unknown("its log reports no number of conversations")
 
 
 def _ask_loss(reported: Reported) -> str:
     """Every loss is a number, and the last ones are below the first ones."""
     losses = [float(text) for text in reported["loss"]]
     if not losses:
-        raise Unknown("its log tells no loss")
+        raise Unknown("its log reports no loss")
     if not all(map(math.isfinite, losses)):
         raise Wrong(f"the loss is {next(x for x in losses if not math.isfinite(x))}")
     return ask_falling(losses)
@@ -161,18 +161,18 @@ def _ask_loss(reported: Reported) -> str:
 def _ask_export(reported: Reported) -> str:
     """The head was exported."""
     if not reported["exported"]:
-        raise Unknown("its log tells of no export")
+        raise Unknown("its log reports no export")
     return "exported"
 
 
-def _ask_length(reported: Reported, least: float) -> str:
-    """The acceptance length that the benchmark's log tells last, over all prompts."""
+def _ask_length(reported: Reported, minimum: float) -> str:
+    """The acceptance length that the benchmark's log reports last, over all prompts."""
     lengths = [float(text) for text in (*reported["ratio"], *reported["average"])]
     if not lengths:
-        raise Unknown("its log tells no acceptance length")
-    if lengths[-1] < least:
-        raise Wrong(f"acceptance length {lengths[-1]:.3f}, expected at least {least:g}")
-    return f"{lengths[-1]:.3f}, at least {least:g} was asked for"
+        raise Unknown("its log reports no acceptance length")
+    if lengths[-1] < minimum:
+        raise Wrong(f"acceptance length {lengths[-1]:.3f}, expected at least {minimum:g}")
+    return f"{lengths[-1]:.3f}, at least {minimum:g} was required"
 
 
 def _sum(texts: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is everything in this run what it says it is?
 
-In: the folder of a run, or of a ModelOpt launcher's experiment, of which the logs alone are asked.
+In: the folder of a run, or of a ModelOpt launcher's experiment, of which only the logs are read.
 Out: a table of questions and verdicts; as Markdown and JSON on demand.
 Exit 0 where all passed, 3 where one failed, 2 where there is no such run. Cost: every file is read
 once for its checksum; 64 MiB of states a shard. Nothing is changed.

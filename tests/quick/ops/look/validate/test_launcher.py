@@ -78,7 +78,7 @@ def test_an_experiment_that_went_well_passes(tmp_path: Path) -> None:
     assert told["task_0 rows"].startswith("1237 prompts in 2 shards")
     assert told["task_1 states"] == "1200 conversations"
     assert told["task_2 loss"] == "9.5480 in the first quarter, 3.3800 in the last"
-    assert told["task_3 acceptance length"] == "2.438, at least 2.1 was asked for"
+    assert told["task_3 acceptance length"] == "2.438, at least 2.1 was required"
 
 
 def test_the_markers_of_nvidias_page_count_too(tmp_path: Path) -> None:
