@@ -10,6 +10,7 @@ first error precedes its engine's "see above". An error that no rule knows is sh
 import dataclasses
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shared.errors import EXIT_BUG, EXIT_RETRY
@@ -105,22 +106,19 @@ def _of_stage(
 def _own_error(state: ProcessState, findings: Sequence[Findings]) -> OwnError | None:
     """From the status file; from a log's last record where there is none."""
     if state.error and state.path:
-        return OwnError.from_status(state.error, _own_line(state, findings))
+        return OwnError.from_status(state.error, _own_line(state, state.path, findings))
     if state.state == "unreadable" and state.path:
         line = Line(state.path, 1, state.message)
         return OwnError("status-unreadable", state.message, "Delete it.", {}, line)
     return next((found.own for found in findings if found.own), None)
 
 
-def _own_line(state: ProcessState, findings: Sequence[Findings]) -> Line:
+def _own_line(state: ProcessState, status: Path, findings: Sequence[Findings]) -> Line:
     """The log's record of the same error, else the status file."""
     for found in findings:
         if found.own and state.error and found.own.code == state.error["code"]:
             return found.own.evidence
-    path = state.path
-    if path is None:
-        raise ValueError("a state with an error has a status file")
-    return Line(path, 1, state.message)
+    return Line(status, 1, state.message)
 
 
 def _own_tier(own: OwnError, state: ProcessState) -> int:

@@ -17,11 +17,9 @@ from typing import Any
 from stages.ops.look.triage.log_lines import Line
 
 # These report that an engine or a server failed; why is in the log above them.
-WRAPPERS = frozenset(
-    {"engine-died", "engine-process-failed", "engine-start-refused", "server-refused"}
-)
+WRAPPERS = frozenset({"engine-died", "engine-process-failed", "engine-start-refused"})
 # These are somebody else's exception in our words: what a rule knows of it goes before them.
-TRANSLATED = frozenset({"bug", "out-of-memory"})
+TRANSLATED = frozenset({"bug", "out-of-memory", "engine-out-of-memory"})
 _RECORD = re.compile(r"\[(?P<code>[a-z0-9-]*)\] (?P<problem>.*)")
 _PART = re.compile(r"(?:^|\s)(?P<name>remedy|facts): (?P<text>.*)")
 # Records of several processes may lie between an error's lines.

@@ -30,7 +30,7 @@ DONE = "2026-11-20T03:11:00Z INFO {stage} done: /w/run/{stage}/manifest.json\n"
 SHM = "(E pid=3) RuntimeError: Insufficient space in /dev/shm for ring: 160 MiB required, 64 MiB free.\n"
 DIED = "(A pid=2) RuntimeError: Engine core initialization failed. See root cause above.\n"
 LAST = (
-    "2026-11-20T03:12:00Z ERROR {stage} [server-refused] the server ended with code 1.\n"
+    "2026-11-20T03:12:00Z ERROR {stage} [engine-start-refused] the server ended with code 1.\n"
     "    remedy: Read its log above.\n"
     '    facts: {"exit_code": 1}\n'
 )
@@ -65,8 +65,8 @@ def test_a_workers_first_error_goes_before_what_it_led_to(
     code, found = triage(folder, capsys)
     assert code == 3
     rules = [diagnosis["rule"] for diagnosis in found["diagnoses"]]
-    assert rules == ["shm-too-small", "engine-core-failed", "server-refused"]
-    assert "server-refused" in WRAPPERS
+    assert rules == ["shm-too-small", "engine-core-failed", "engine-start-refused"]
+    assert "engine-start-refused" in WRAPPERS
     assert found["diagnoses"][0]["evidence"]["line"] == 2
     assert "64 MiB free" in found["diagnoses"][0]["cause"]
 

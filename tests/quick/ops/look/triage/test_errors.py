@@ -38,6 +38,7 @@ def test_the_table_is_of_this_code() -> None:
     assert TABLE.read_text() == table(), "run python -m tests.error_table"
 
 
+@NOT_YET
 def test_what_triage_knows_of_our_codes_is_there() -> None:
     codes = {each.code for each in raised()}
     assert codes >= WRAPPERS | TRANSLATED
