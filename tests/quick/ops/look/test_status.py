@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from shared.config import build
-from shared.errors import RetryableError
+from shared.errors import RetryableError, UserError
 from shared.paths import RunPaths
 from shared.runtime.status import Status
 from stages.ops.config import StatusConfig, WatchConfig
+from stages.ops.look.run_state import find_run
 from stages.ops.look.status import StageState, _looks, read_states, run, watch
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -183,3 +184,37 @@ def test_who_is_sent_away_leaves_the_others_status(worker: Any, tmp_path: Path) 
     worker.wait()
     told.failed(RetryableError("the server died", code="x"))
     assert json.loads(told.path.read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize(("earlier", "now"), [("synth-3", "synth-0"), ("synth-0", "synth")])
+def test_a_failed_share_of_an_older_count_is_history(
+    tmp_path: Path, earlier: str, now: str
+) -> None:
+    """Four processes shared the stage, one of them failed; then two do, or one alone."""
+    old, counts = time.time() - 500, {"synth-3": 4, "synth-0": 2, "synth": 1}
+    write(tmp_path, earlier, state="failed", updated_s=old, num_shards=4)
+    write(tmp_path, now, num_shards=counts[now])
+    states = {state.name: state.state for state in read_states(RunPaths(tmp_path, "r"))}
+    assert states[now] == "running"
+    assert earlier not in states
+    write(tmp_path, now, state="done", num_shards=4)  # of the same count it counts
+    states = {state.name: state.state for state in read_states(RunPaths(tmp_path, "r"))}
+    assert states[earlier] == "failed"
+
+
+def test_a_share_that_failed_before_its_stage_was_finished_is_history(tmp_path: Path) -> None:
+    write(tmp_path, "synth", state="done")
+    failed = write(tmp_path, "synth-1", state="failed", num_shards=4)
+    manifest = RunPaths(tmp_path, "r").stage("synth") / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    os.utime(failed, (1, 1))
+    names = [state.name for state in read_states(RunPaths(tmp_path, "r"))]
+    assert names == ["synth", "dump", "train", "bench"]
+
+
+def test_a_run_without_a_recipe_is_found(tmp_path: Path) -> None:
+    write(tmp_path, "dump", state="done")
+    with pytest.raises(UserError, match="Did you mean r"):
+        find_run("rr", tmp_path)
+    assert find_run("r", tmp_path).root == tmp_path / "r"
