@@ -38,7 +38,6 @@ from stages.train.objective.walk import Walk, walked_acceptance_length
 
 LOG_EVERY_STEPS = 10
 LOADER_THREADS = 4  # for an accelerator; a CPU computes with its other threads
-
 logger = logging.getLogger(__name__)
 
 
