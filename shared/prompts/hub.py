@@ -2,6 +2,7 @@
 """Rows of a data set on a hub, by the library `datasets`, which keeps them on disk as Arrow."""
 
 import errno
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,8 +23,9 @@ def rows(
         RetryableError: the hub does not answer.
     """
     import datasets
-    import httpx
     import pyarrow as pa
+
+    http = _http_library()
 
     try:
         builder = datasets.load_dataset_builder(name, subset, revision=revision)
@@ -40,7 +42,7 @@ def rows(
         data = builder.as_dataset(split=chosen).with_format("arrow")
         tables = data.iter(batch_size=_BATCH_ROWS)
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, TypeError, KeyError,
-            NotImplementedError, httpx.HTTPError, pa.ArrowException) as error:  # fmt: skip
+            NotImplementedError, http.HTTPError, pa.ArrowException) as error:  # fmt: skip
         raise _refusal(error, f"{label}: could not read {name} from the hub") from error
     number = 0
     for table in tables:
@@ -85,13 +87,17 @@ def _refusal(error: Exception, where: str) -> EyrieError:
     )
 
 
+def _http_library() -> Any:
+    """The library that huggingface_hub asks with: httpx2 where it is installed, httpx before that."""
+    return importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether the same request may succeed later: the network, or a server that is busy."""
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return status == 429 or status >= 500
-    is_network = isinstance(error, ConnectionError | TimeoutError | httpx.TransportError)
+    is_network = isinstance(error, ConnectionError | TimeoutError | _http_library().TransportError)
     return is_network or getattr(error, "errno", None) == errno.EIO
