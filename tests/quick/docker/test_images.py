@@ -17,7 +17,7 @@ STAGES = ("synth", "dump", "train", "bench", "ops")
 ENGINES = ("synth", "dump", "bench")
 TOOLS = Path(sys.executable).parent
 # The base image's own, never the lock's.
-FROM_BASE = {"torch", "vllm", "tensorrt-llm"}
+FROM_BASE = {"torch", "triton", "vllm", "tensorrt-llm"}
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 # Imported by another package, where a recipe asks for it: a tracker, and transformers' device_map.
 BY_NAME = {"dump": {"accelerate"}, "train": {"tensorboard"}}
