@@ -58,16 +58,12 @@ class _Arrow(io.RawIOBase):
         return len(content)
 
 
-def _open_with_arrow(path: Path) -> io.BufferedReader:
-    return io.BufferedReader(_Arrow(path), _CHUNK_CHARS)
-
-
 _COMPRESSED: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": _open_with_arrow,
-    ".lz4": _open_with_arrow,
+    ".zst": lambda path: io.BufferedReader(_Arrow(path), _CHUNK_CHARS),
+    ".lz4": lambda path: io.BufferedReader(_Arrow(path), _CHUNK_CHARS),
 }
 
 
