@@ -15,10 +15,9 @@ from stages.ops.look.triage.own_errors import TRANSLATED, WRAPPERS
 from stages.ops.look.triage.run import run
 from tests.error_table import CLASSES, TABLE, raised, table, without_code
 
-NOT_YET = pytest.mark.xfail(reason="codes are being filled in", strict=False)
+NOT_YET = pytest.mark.xfail(reason="rooms still change their errors", strict=False)
 
 
-@NOT_YET
 def test_every_error_has_a_code() -> None:
     assert without_code() == []
 
@@ -39,7 +38,6 @@ def test_the_table_is_of_this_code() -> None:
     assert TABLE.read_text() == table(), "run python -m tests.error_table"
 
 
-@NOT_YET
 def test_what_triage_knows_of_our_codes_is_there() -> None:
     codes = {each.code for each in raised()}
     assert codes >= WRAPPERS | TRANSLATED
