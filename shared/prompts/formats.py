@@ -165,7 +165,7 @@ def _json(path: Path) -> Iterator[Row]:
         if value is None and start == b"{":
             raise unreadable(path, "JSON lines, or one JSON list or object", "it broken or cut")
         second = b"" if value else second
-    if value is None or second or (isinstance(value, list) and suffix_of(path) != ".json"):
+    if value is None or second or suffix_of(path) != ".json":
         yield from _json_lines(path)
         return
     for number, row in enumerate(_rows_inside(value), start=1):

@@ -23,6 +23,7 @@ from shared.target.model import TargetConfig
 from stages.bench.measure.plans import Plan
 
 _DROPPED_WITHOUT_LOSS = ("t2d", "rotary_emb.", "rotary_pos_emb.")
+_OFFSETS = "Absolute ids are not offsets: subtract arange(draft_vocab_size)."
 # What to look at, by a part of the name that does not fit.
 _HINTS = {
     "input_norm": "norm_before_fc says whether there is an input_norm.",
@@ -108,13 +109,15 @@ def _check_vocabulary(head: Head, target: TargetConfig) -> list[str]:
         raise _misread(
             head, "it has no d2t, and vLLM would map its tokens to the target's first ids"
         )
+    if d2t.is_floating_point() or d2t.is_complex():
+        raise _misread(head, f"d2t must hold whole numbers, found {d2t.dtype}", _OFFSETS)
     ids = [index + int(offset) for index, offset in enumerate(d2t.flatten().tolist())]
     if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= target.vocab_size:
         raise _misread(
             head,
             "d2t must hold offsets (target id = draft id + d2t[draft id]) to distinct ids below "
             f"{target.vocab_size}, found ids {min(ids)} to {max(ids)}, {len(ids) - len(set(ids))} twice",
-            "Absolute ids are not offsets: subtract arange(draft_vocab_size).",
+            _OFFSETS,
         )
     return warnings
 

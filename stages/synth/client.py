@@ -81,7 +81,7 @@ def _reply(response: dict[str, Any]) -> Reply:
     if not prompt_ids or answer_ids is None:
         raise OutputError(
             "the server's answer carries no token ids.",
-            code="server-without-token-ids",
+            code="answer-without-token-ids",
             remedy="Use vLLM 0.10.2 or newer, which understands return_token_ids.",
         )
     return Reply(

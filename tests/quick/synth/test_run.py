@@ -232,7 +232,6 @@ def test_two_shards_by_the_command_line_each_report_under_their_own_name(
         "synth-0.json": "done",
         "synth-1.json": "done",
     }
-    assert [each["progress"]["total"] for each in status.values()] == [3, 2]
     assert manifest(tmp_path)["counts"]["ok"] == 5
 
 

@@ -15,14 +15,11 @@ from stages.ops.look.triage.own_errors import TRANSLATED, WRAPPERS
 from stages.ops.look.triage.run import run
 from tests.error_table import CLASSES, TABLE, raised, table, without_code
 
-NOT_YET = pytest.mark.xfail(reason="rooms still change their errors", strict=False)
-
 
 def test_every_error_has_a_code() -> None:
     assert without_code() == []
 
 
-@NOT_YET
 def test_one_code_is_one_kind_of_failure() -> None:
     """One exit code each, but for what is one kind whoever causes it."""
     kinds = collections.defaultdict(set)
@@ -33,7 +30,6 @@ def test_one_code_is_one_kind_of_failure() -> None:
     assert several == {}
 
 
-@NOT_YET
 def test_the_table_is_of_this_code() -> None:
     assert TABLE.read_text() == table(), "run python -m tests.error_table"
 
