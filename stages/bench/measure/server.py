@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shared.errors import RetryableError
+from shared.target.templates import template_file
 from shared.vllm.http import Address
 from shared.vllm.server import start_server
 from stages.bench.config import BenchConfig
@@ -16,9 +17,12 @@ _MIN_TOKEN_BUDGET = 8192  # tokens per step; vLLM warns below it when it drafts
 
 def options(plan: Plan, speculative: Speculative) -> dict[str, Any]:
     """The server's options: equal for all drafters except for the drafting itself."""
-    config = plan.config
+    config, target = plan.config, plan.target
+    if target is None:
+        raise ValueError("existing servers are measured: none is to be started")
+    template = config.paths.root / "chat_template.jinja"
     values: dict[str, Any] = {
-        "model": plan.target,
+        "model": target,
         "trust-remote-code": config.run.trust_remote_code,
         "dtype": config.dtype,
         "tensor-parallel-size": config.tensor_parallel_size,
@@ -29,6 +33,7 @@ def options(plan: Plan, speculative: Speculative) -> dict[str, Any]:
         # A cached prefix would be computed once and then served free of charge to the next drafter.
         "no-enable-prefix-caching": True,
         "seed": config.run.seed,
+        "chat-template": template_file(target, config.run, config.workspace, template),
     }
     if speculative:
         values["speculative-config"] = speculative

@@ -164,6 +164,19 @@ def test_a_switched_off_option_is_switched_off(workspace: Path) -> None:
     assert flags["seed"] == 7
 
 
+def test_the_runs_chat_template_is_the_servers(workspace: Path) -> None:
+    from stages.bench.measure.server import options
+
+    assert (
+        options(plan(workspace, [{"prompt": "Why?"}], max_tokens="16"), None)["chat-template"]
+        is None
+    )
+    own = workspace / "own.jinja"
+    own.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    made = plan(workspace, [{"prompt": "Why?"}], max_tokens="16", chat_template="own.jinja")
+    assert options(made, None)["chat-template"] == own
+
+
 def test_the_prompt_that_is_too_long_is_named(workspace: Path) -> None:
     rows = [{"id": "short", "prompt": "Why?"}, {"id": "long", "prompt": "why " * 400}]
     with pytest.raises(UserError, match="prompt long of"):
