@@ -130,6 +130,7 @@ def run_export(config: ExportConfig) -> None:
         "provenance": card,
         "dtype": config.export_dtype,
         "num_draft_tokens": config.walk_tokens,
+        "template_kwargs": config.run.template_kwargs,
     }
     if config.format == "hf":
         export_head(head, out, **options)
@@ -307,6 +308,7 @@ def _export(
         dtype=config.export_dtype,
         num_draft_tokens=config.walk_tokens,
         name=str(folder),
+        template_kwargs=config.run.template_kwargs,
     )
     for path in (folder / "head").iterdir():
         path.replace(folder / path.name)

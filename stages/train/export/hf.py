@@ -36,6 +36,7 @@ def export_head(
     dtype: str = "bfloat16",
     num_draft_tokens: int = 3,
     name: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the head to the folder `out`; what is there is replaced once the new one is checked.
 
@@ -45,6 +46,7 @@ def export_head(
         dtype: of the weights, `bfloat16` or `float32`.
         num_draft_tokens: K of the model card's command.
         name: the folder in that command, if it will be moved; default `out.name`.
+        template_kwargs: the chat template's switches that the head was trained with.
 
     Raises:
         OutputError: the tensors are not exactly those that engines load.
@@ -64,6 +66,7 @@ def export_head(
             provenance=provenance,
             name=name or out.name,
             num_draft_tokens=num_draft_tokens,
+            template_kwargs=template_kwargs or {},
         )
         write_text(folder / "README.md", card)
         check_export(folder)
@@ -110,11 +113,15 @@ def model_card(
     provenance: Mapping[str, Any],
     name: str,
     num_draft_tokens: int,
+    template_kwargs: Mapping[str, Any],
 ) -> str:
     """README.md of the exported folder: what it is, how to serve it, how it was made."""
     speculative = json.dumps(
         {"method": "eagle3", "model": name, "num_speculative_tokens": num_draft_tokens}
     )
+    switches = ""
+    if template_kwargs:
+        switches = f" --default-chat-template-kwargs '{json.dumps(dict(template_kwargs))}'"
     history = json.dumps(dict(provenance), indent=2, ensure_ascii=False, default=str)
     return f"""---
 base_model: {json.dumps(target)}
@@ -126,7 +133,7 @@ tags: [eagle3, speculative-decoding]
 It proposes tokens that the target verifies: equal output, fewer target steps. It serves this
 target alone, and knows {config.draft_vocab_size} of its {config.vocab_size} tokens.
 
-    vllm serve {target} --speculative-config '{speculative}'
+    vllm serve {target} --speculative-config '{speculative}'{switches}
 
 `{name}` is the path of this folder. SGLang takes it with `--speculative-algorithm EAGLE3`.
 Aux layers (id i is the state that enters layer i): {list(config.aux_layers)}.

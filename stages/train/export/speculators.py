@@ -81,6 +81,7 @@ def export_speculators(
     provenance: Mapping[str, Any],
     dtype: str = "bfloat16",
     num_draft_tokens: int = 3,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the head to the folder `out`, replacing what stood there.
 
@@ -90,6 +91,7 @@ def export_speculators(
         provenance: how the head was made, JSON values for the card.
         dtype: of the weights, `bfloat16` or `float32`.
         num_draft_tokens: default K of the engines.
+        template_kwargs: the chat template's switches that the head was trained with.
     """
     weights = {
         name.replace("midlayer.", "layers.0."): tensor.detach()
@@ -110,6 +112,7 @@ def export_speculators(
         provenance=provenance,
         name=out.name,
         num_draft_tokens=num_draft_tokens,
+        template_kwargs=template_kwargs or {},
     )
     with atomic_folder(out) as folder:
         write_json(folder / "config.json", config)

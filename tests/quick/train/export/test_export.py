@@ -166,6 +166,15 @@ def test_the_card_has_a_command_that_parses(tmp_path: Path) -> None:
         "num_speculative_tokens": 3,
     }
     assert '"steps": 7' in card
+    assert "--default-chat-template-kwargs" not in words
+
+
+def test_the_cards_command_has_the_template_switches_of_the_training(tmp_path: Path) -> None:
+    export(make_head(), tmp_path / "head", template_kwargs={"enable_thinking": False})
+    card = (tmp_path / "head" / "README.md").read_text()
+    words = shlex.split(next(line for line in card.splitlines() if "vllm serve" in line))
+    switches = words[words.index("--default-chat-template-kwargs") + 1]
+    assert json.loads(switches) == {"enable_thinking": False}
 
 
 def test_the_card_names_the_folder_where_it_will_be(tmp_path: Path) -> None:
