@@ -50,8 +50,8 @@ def make_head(config: HeadConfig = CONFIG) -> DraftHead:
     return DraftHead(config, embed_tokens=torch.randn(config.vocab_size, 16), d2t=d2t)
 
 
-def export(head: DraftHead, out: Path, *, dtype: str = "float32") -> dict[str, Any]:
-    export_head(head, out, target="models/small", provenance={"steps": 7}, dtype=dtype)
+def export(head: DraftHead, out: Path, *, dtype: str = "float32", **more: Any) -> dict[str, Any]:
+    export_head(head, out, target="models/small", provenance={"steps": 7}, dtype=dtype, **more)
     return json.loads((out / "config.json").read_text())
 
 
