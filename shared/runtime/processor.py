@@ -34,11 +34,6 @@ def _product_s(dtype: torch.dtype) -> float:
     return time.process_time() - started_s
 
 
-def has_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 products (Zen 4 and later, Sapphire Rapids and later)."""
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-
-
 def keep_freed_memory() -> bool:
     """Keep freed memory in this process; False if the C library has no such setting.
 

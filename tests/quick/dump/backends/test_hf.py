@@ -19,9 +19,11 @@ AUX_LAYERS = (2, 4, 5)
 LENGTHS = (1, 40, 7, 64, 33, 2)
 
 
-def test_no_processor_is_made_to_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has, found in ((True, "auto"), (False, torch.float32)):
-        monkeypatch.setattr(backend_hf, "has_bfloat16", lambda has=has: has)
+def test_auto_is_the_precision_that_the_processor_is_faster_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for faster, found in ((torch.bfloat16, "auto"), (torch.float32, torch.float32)):
+        monkeypatch.setattr(backend_hf, "faster_dtype", lambda faster=faster: faster)
         assert compute_dtype("auto", "cpu") == found
         assert compute_dtype("bfloat16", "cpu") == "bfloat16", "the recipe's own word stands"
         assert compute_dtype("auto", "cuda") == "auto"
@@ -33,7 +35,7 @@ def test_a_padded_batch_gives_each_row_s_own_states(
     make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, against transformers one row at a time: rounding to bfloat16 is all that differs."""
-    monkeypatch.setattr(backend_hf, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(backend_hf, "faster_dtype", lambda: torch.float32)
     target = make(tmp_path, max_length_tokens=64)
     torch.manual_seed(0)
     rows = [torch.randint(3, 500, (length,)) for length in LENGTHS]
@@ -56,7 +58,7 @@ def test_other_families_give_their_final_state(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Vision targets, other names of layers and norms: the logits from the state are the model's."""
-    monkeypatch.setattr(backend_hf, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(backend_hf, "faster_dtype", lambda: torch.float32)
     model = targets.make(name, tmp_path)
     ids = [5, 17, 101, 7, 300, 42]
     settings = {"target": tmp_path, "aux_layers": AUX_LAYERS, "num_layers": targets.NUM_LAYERS}
