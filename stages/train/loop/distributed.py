@@ -14,7 +14,11 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
@@ -64,8 +68,13 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     processor.keep_order_of_sums()  # before the first product, which MKL reads the setting at
     # The head's buffers never change, so ranks need not exchange them at each step.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # accelerate's PartialState, made first, does not read this variable as its Accelerator does; and
+    # ranks on a machine without an accelerator would not know of each other.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     try:
+        PartialState(cpu=on_cpu)
         accelerator = Accelerator(
+            cpu=on_cpu,
             mixed_precision=_precision(config, folder / PRECISION),
             kwargs_handlers=[ddp],
             log_with=list(config.trackers) or None,

@@ -318,7 +318,7 @@ def test_what_is_removed_while_a_dump_runs_is_made_by_the_next(
     write = ShardWriter._write
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "_write", removing)
-        with pytest.raises(RetryableError, match=f"{Path(gone).stem}.*somebody removed"):
+        with pytest.raises(RetryableError, match=f"{Path(gone).stem}.*removed"):
             dump(config(workspace))
     assert not (folder / MANIFEST).exists()
     dump(config(workspace))
