@@ -36,6 +36,7 @@ _POLL_S = 0.2
 _DEATH_S = 10.0  # from the engine's end to the server's own
 _KEPT_LINES = 400
 _ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+_CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",  # its own progress would drown the stage's
     "VLLM_NO_USAGE_STATS": "1",
@@ -130,12 +131,12 @@ def start_server(
         # Compiling for a CPU takes longer than most runs there.
         "enforce-eager": not any(path.exists() for path in _ACCELERATORS),
     }
-    defaults = dict(_ENVIRONMENT)
-    if "kv-cache-memory-bytes" not in options:  # which the variable would overrule in silence
-        defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    inherited = {**_ENVIRONMENT, _CPU_CACHE: "1", **os.environ}
+    if "kv-cache-memory-bytes" in options:  # the variable would overrule the option in silence
+        inherited.pop(_CPU_CACHE)
     process = subprocess.Popen(
         [sys.executable, "-m", _MODULE, *_flags(own | dict(options))],
-        env={**defaults, **os.environ, **(environment or {}), "VLLM_API_KEY": api_key},
+        env={**inherited, **(environment or {}), "VLLM_API_KEY": api_key},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,

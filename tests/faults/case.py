@@ -21,13 +21,15 @@ from tests.faults.bed import RANKS, Bed, Reference, World
 
 _RUNS = 4
 _SEEN = 0.75
+# A log record: its first line and the indented ones that belong to it.
+_RECORD = re.compile(r"^.* ERROR .*(?:\n {4}.*)*", re.MULTILINE)
 _DELETE = re.compile(r"[Dd]elete (?:the folder )?(/[^\s,:]+[^\s,:.])")
 _DELETE_IT = re.compile(r"(/[^\s:]+[^\s:.]):? .*\bdelete it\b", re.IGNORECASE)
 
 
 def errors_in(said: str) -> list[str]:
-    """What a stage gave as the reason of its end."""
-    return [line for line in said.splitlines() if " ERROR " in line]
+    """What a stage gave as the reasons of its end, each with its remedy and facts in one line."""
+    return [" ".join(record.split()) for record in _RECORD.findall(said)]
 
 
 class Case:

@@ -94,12 +94,12 @@ class _Measurement:
         self, label: str, category: str | None, conversations: list[Conversation], load: Load
     ) -> Raw:
         before = self.server.read_idle()
+        files.write_text(self.folder / "raw" / f"{label}.before.prom", before.text)
         started_s = time.perf_counter()
         rows = self.server.play(conversations, load, max_tokens=load.max_tokens)
         wall_s = time.perf_counter() - started_s
         after = self.server.read_idle(answered=before.answered + len(rows))
-        for when, reading in (("before", before), ("after", after)):
-            files.write_text(self.folder / "raw" / f"{label}.{when}.prom", reading.text)
+        files.write_text(self.folder / "raw" / f"{label}.after.prom", after.text)
         stop_if_requested("a measurement is only kept whole")
         return {
             "category": category,

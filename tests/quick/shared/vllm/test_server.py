@@ -44,8 +44,13 @@ def test_a_cache_of_one_gib_is_what_a_cpu_gets_unasked(probed: Path) -> None:
     assert found["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "4"
 
 
-def test_a_cache_that_was_asked_for_is_not_overruled(probed: Path) -> None:
+def test_a_cache_that_was_asked_for_is_not_overruled(
+    probed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM on a CPU takes the variable where both are there, and says nothing."""
+    found = started(probed, {"kv-cache-memory-bytes": 400_000})
+    assert "VLLM_CPU_KVCACHE_SPACE" not in found["environment"]
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     found = started(probed, {"kv-cache-memory-bytes": 400_000})
     assert "VLLM_CPU_KVCACHE_SPACE" not in found["environment"]
     place = found["flags"].index("--kv-cache-memory-bytes")
