@@ -18,6 +18,10 @@ def arguments_end(text: str, start: int, stop: int, arguments: Any) -> int | Non
     if isinstance(arguments, str):
         index = window.find(arguments)
         return start + index + len(arguments) if index >= 0 else None
+    if arguments and str(arguments) in window and str(arguments) != json.dumps(arguments):
+        return (
+            None  # printed by a template that wants JSON text: nobody says it in Python's spelling
+        )
     for index, value, end in _json_values(window):
         if value == arguments or _is_json_of(value, arguments):
             return start + index + end

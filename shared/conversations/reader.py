@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one door for finished conversations: synth's mode `keep` and dump's `conversations` read here."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from shared.config import RunConfig
@@ -45,34 +46,41 @@ class ConversationReader:
         answered = [turn for turn in prompt.turns if turn.answer is not None]
         if not answered or prompt.turns[: len(answered)] != tuple(answered):
             raise Refused("no_answer", "each turn needs the row's own answer")
+        if not any(turn.is_trained for turn in answered):
+            raise Refused("answer_of_weight_0", "no answer of the row is to be trained on")
         messages = [
             message for turn in answered for message in (*turn.asked, turn.answer) if message
         ]
+        ends = itertools.accumulate(len(turn.asked) + 1 for turn in answered)
+        context = {end - 1 for end, turn in zip(ends, answered, strict=True) if not turn.is_trained}
         if self._special and (token := self._special.first_in([messages, prompt.tools])):
             raise Refused(REASON, token)
         try:
-            parts = self._tokenized(messages, prompt.tools)
+            parts = self._tokenized(messages, prompt.tools, context)
         except TemplateMismatch as mismatch:
             raise Refused("template_mismatch", str(mismatch)) from mismatch
         if len(parts) == 1:
             return [_row(prompt, prompt.sample_id, parts[0])]
         return [_row(prompt, f"{prompt.sample_id}/{n}", part) for n, part in enumerate(parts)]
 
-    def _tokenized(self, messages: Sequence[Message], tools: Sequence[Any]) -> list[Tokenized]:
+    def _tokenized(
+        self, messages: Sequence[Message], tools: Sequence[Any], context: Set[int]
+    ) -> list[Tokenized]:
         split = list(split_reasoning(messages))
         if self._reasoning == "disable":
             split = [_without_reasoning(message) for message in split]
         given = messages if self._reasoning == "keep" else split
         keeps = self._reasoning == "keep"
         for index, message in enumerate(given):
-            if message["role"] == "assistant" and not _says_something(message, reasoning=keeps):
+            is_answer = message["role"] == "assistant" and index not in context
+            if is_answer and not _says_something(message, reasoning=keeps):
                 raise Refused("empty_answer", f"message {index}")
         try:
-            return tokenize(self._template, given, tools, train_reasoning=keeps)
+            return tokenize(self._template, given, tools, train_reasoning=keeps, context=context)
         except TemplateMismatch:
             if given == split:
                 raise
-            return tokenize(self._template, split, tools, train_reasoning=keeps)
+            return tokenize(self._template, split, tools, train_reasoning=keeps, context=context)
 
 
 def split_reasoning(messages: Sequence[Message], end: str = "</think>") -> Iterator[Message]:

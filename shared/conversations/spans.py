@@ -13,10 +13,12 @@ Worked example, a template `<user>q<end><assistant>a<end>` of one token a piece:
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Sequence, Set
 from typing import Any
 
 from shared.conversations.arguments import arguments_end
+from shared.conversations.encoding import Characters, Span, encoded
 from shared.conversations.placeholders import Located, Piece, locate, replaced, require_all
 from shared.conversations.template import (
     ChatTemplate,
@@ -28,7 +30,6 @@ from shared.conversations.template import (
 )
 from shared.prompts.rows import Message
 
-Span = tuple[int, int]
 _PROBE = "Zq0y0qZ"
 
 
@@ -47,26 +48,31 @@ def tokenize(
     tools: Sequence[Any] = (),
     *,
     train_reasoning: bool = True,
+    context: Set[int] = frozenset(),
 ) -> list[Tokenized]:
     """A finished conversation as one row, or as one row per answer.
 
     One row per answer where the template shows an earlier answer, or what precedes it, otherwise
     than it did when that answer was given (reasoning is dropped from history): each was said so.
 
+    Args:
+        context: indices of answers that are not trained on; what follows the last trained one is cut.
+
     Raises:
         TemplateMismatch: for an answer, naming it: no row of the conversation can be trusted.
     """
-    ends = [index + 1 for index, each in enumerate(messages) if each["role"] == "assistant"]
-    if not ends:
+    answers = [
+        index
+        for index, each in enumerate(messages)
+        if each["role"] == "assistant" and index not in context
+    ]
+    if not answers:
         raise TemplateMismatch("the conversation has no answer")
+    tokenized = functools.partial(_in_some_shape, template, messages, tools, train_reasoning)
     try:
-        whole = messages[: ends[-1]]
-        return [_in_some_shape(template, whole, tools, train_reasoning, last_only=False)]
+        return [tokenized(answers, may_search=False)]
     except TemplateMismatch:
-        parts = (messages[:end] for end in ends)
-        return [
-            _in_some_shape(template, part, tools, train_reasoning, last_only=True) for part in parts
-        ]
+        return [tokenized([index], may_search=True) for index in answers]
 
 
 def _in_some_shape(
@@ -74,14 +80,16 @@ def _in_some_shape(
     messages: Sequence[Message],
     tools: Sequence[Any],
     train_reasoning: bool,
+    answers: Sequence[int],
     *,
-    last_only: bool,
+    may_search: bool,
 ) -> Tokenized:
+    messages = messages[: answers[-1] + 1]
     problem: TemplateMismatch | None = None
     for shape in shapes_for(messages, asks_for_none=template.asks_for_none(tools)):
         try:
             rendering = _Rendering(template, tuple(messages), tuple(tools), shape, train_reasoning)
-            return rendering.tokenized(last_only=last_only)
+            return rendering.tokenized(answers, may_search=may_search)
         except TemplateMismatch as error:
             problem = problem or error  # the usual form's is the one to tell
     raise problem or TemplateMismatch("the conversation has no messages")
@@ -101,7 +109,6 @@ class _Rendering:
         self.template, self.messages, self.tools, self.shape = template, messages, tools, shape
         self.train_reasoning = train_reasoning
         self.whole = self._render(messages)
-        self.ids = template.ids(self.whole)
 
     @property
     def _ends(self) -> frozenset[str]:
@@ -110,17 +117,15 @@ class _Rendering:
     def _render(self, messages: Sequence[Message], *, asking: bool = False) -> str:
         return self.template.render(messages, self.tools, shape=self.shape, asking=asking)
 
-    def tokenized(self, *, last_only: bool) -> Tokenized:
-        """Ids and spans: of every answer, or of the last one as it was given.
+    def tokenized(self, answers: Sequence[int], *, may_search: bool) -> Tokenized:
+        """Ids and spans of these answers.
 
         Raises:
             TemplateMismatch: an answer is not shown whole, or its tokens are not its own.
         """
-        answers = [i for i, each in enumerate(self.messages) if each["role"] == "assistant"]
-        answers = answers[-1:] if last_only else answers
         located = self._located(answers)
-        spans = []
-        for number, index in enumerate(answers):
+        spans: list[Characters] = []
+        for index in answers:
             own = [each for each in located if each.piece.message == index]
             # A tool's result may repeat the name of its call.
             own = [
@@ -128,10 +133,10 @@ class _Rendering:
             ]
             later = [each.start for each in located if each.piece.message > index]
             limit = min(later, default=len(self.whole))
-            spans.append(self._span(index, own, limit, may_search=last_only))
-            if number and spans[-1][0] < spans[-2][1]:
+            spans.append(self._span(index, own, limit, may_search=may_search))
+            if len(spans) > 1 and spans[-1].start < spans[-2].end:
                 raise TemplateMismatch(f"message {index} does not follow the answer before it")
-        return Tokenized(self.messages, tuple(self.ids), tuple(spans))
+        return Tokenized(self.messages, *encoded(self.template, self.whole, spans))
 
     def _located(self, answers: Sequence[int]) -> list[Located]:
         changed, pieces = replaced(self.messages, answers, self.whole)
@@ -186,7 +191,7 @@ class _Rendering:
 
     def _span(
         self, index: int, located: Sequence[Located], limit: int, *, may_search: bool
-    ) -> Span:
+    ) -> Characters:
         trained = [
             each for each in located if each.piece.kind != "reasoning" or self.train_reasoning
         ]
@@ -202,7 +207,7 @@ class _Rendering:
             raise TemplateMismatch(f"message {index} begins within the prompt for it")
         start = self._start(index, located, trained, prompt_end)
         end = self._end(index, trained, limit)
-        return self._tokens(index, start, end, prompt_end)
+        return Characters(index, start, end, prompt_end)
 
     def _require_no_filler(self, index: int) -> None:
         """Refuse a template that writes words of its own where the content is empty.
@@ -255,11 +260,16 @@ class _Rendering:
         last = trained[-1].end
         token = self.template.token_at(self.whole, last)
         if token in self._ends:
-            return self.whole.index(token, last) + len(token)
+            return self._after_ends(self.whole.index(token, last) + len(token))
         if self._ends:
             after = self.whole[last : last + 20]
             raise TemplateMismatch(f"message {index}: {after!r} stands between it and its end")
         return last
+
+    def _after_ends(self, end: int) -> int:
+        """One past the tokens that end every answer together with the one before `end`."""
+        more = self.template.further_ends(self.shape.as_parts, bool(self.tools))
+        return end + len(more) if self.whole.startswith(more, end) else end
 
     def _end_of_calls(self, index: int, trained: Sequence[Located], limit: int) -> int:
         shown = self._render(self.messages[: index + 1])
@@ -277,7 +287,7 @@ class _Rendering:
         following = [each["content"].strip() for each in self.messages[index + 1 : index + 2]]
         if not ends or any(text and text in self.whole[last : min(ends)] for text in following):
             raise TemplateMismatch(f"message {index}: its tool calls have no end")
-        return min(ends)
+        return self._after_ends(min(ends))
 
     def _arguments_end(self, index: int, trained: Sequence[Located], stop: int) -> int:
         """One past the last piece, each call's arguments seen beside its name."""
@@ -296,25 +306,3 @@ class _Rendering:
             before = end or name.end
             last = max(last, before)
         return last
-
-    def _tokens(self, index: int, start: int, end: int, prompt_end: int | None) -> Span:
-        """The characters `start` to `end` as a range of tokens that are theirs alone.
-
-        A token that joins the white space before an answer with its first word is the answer's.
-        """
-        starts = [start]
-        if prompt_end is not None and self.whole[prompt_end:start].isspace():
-            starts.append(prompt_end)
-        first = next((at for at in map(self._token_index, starts) if at is not None), None)
-        last = self._token_index(end)
-        if first is None or last is None:
-            raise TemplateMismatch(f"message {index}: a token reaches over the answer's edge")
-        text = self.template.text(self.ids[first:last])
-        if "".join(text.split()) != "".join(self.whole[start:end].split()):
-            raise TemplateMismatch(f"message {index}: its tokens do not spell its text")
-        return first, last
-
-    def _token_index(self, position: int) -> int | None:
-        """How many tokens end at this character; None where one reaches over it."""
-        ids = self.template.ids(self.whole[:position])
-        return len(ids) if self.ids[: len(ids)] == ids else None

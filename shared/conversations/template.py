@@ -175,15 +175,30 @@ class ChatTemplate:
         match = self._added.match(text, position)
         return match[1] if match else ""
 
-    @functools.cache  # noqa: B019 - one template lives as long as its stage
     def end_tokens(self, as_parts: bool, has_tools: bool) -> frozenset[str]:
         """The tokens that end an answer: in the middle of a conversation, and at its end.
 
-        Asked of the template by two turns of its own. A token that begins the next message's header
-        ends nothing: those begin with the token of the assistant's header, or name a role.
-
         Raises:
             TemplateMismatch: the template does not show a plain answer as it is.
+        """
+        return self._ends(as_parts, has_tools)[0]
+
+    def further_ends(self, as_parts: bool, has_tools: bool) -> str:
+        """What follows that token after every answer, without a gap; '' mostly.
+
+        Worked example: Command A closes an answer by `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`.
+
+        Raises:
+            TemplateMismatch: as `end_tokens`.
+        """
+        return self._ends(as_parts, has_tools)[1]
+
+    @functools.cache  # noqa: B019 - one template lives as long as its stage
+    def _ends(self, as_parts: bool, has_tools: bool) -> tuple[frozenset[str], str]:
+        """Asked of the template by two turns of its own.
+
+        A token that begins the next message's header ends nothing: those begin with the token of the
+        assistant's header, or name a role.
         """
         shape = Shape(as_parts=as_parts)
         ask, answer, more, last = _PROBE
@@ -203,10 +218,21 @@ class ChatTemplate:
         final = self.token_at(tail, 0)
         if tail.strip() and not final and self._added.search(tail):
             raise TemplateMismatch(f"the template adds text to each answer: {tail[:40]!r}")
-        middle = self.token_at(whole, whole.index(answer) + len(answer))
+        after = whole.index(answer) + len(answer)
+        middle = self.token_at(whole, after)
         opening = self.token_at(header, 0)
         names_role = any(role in middle.lower() for role in ("user", "human", "assistant"))
         is_header = middle != final and (opening in ("", middle) or names_role)
         if not middle or not final or is_header:
-            return frozenset()  # what ends the conversation alone ends no turn
-        return frozenset({middle, final})
+            return frozenset(), ""  # what ends the conversation alone ends no turn
+        further = tail[tail.index(final) + len(final) :]
+        further = further[
+            : common_length(further, whole[whole.index(middle, after) + len(middle) :])
+        ]
+        return frozenset({middle, final}), "".join(self._tokens_of(further, opening))
+
+    def _tokens_of(self, text: str, stop: str) -> Iterator[str]:
+        """The added tokens that `text` begins with, one after the other, up to `stop`."""
+        while (match := self._added.match(text)) and match[0] == match[1] != stop:
+            yield match[1]
+            text = text[match.end() :]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which columns of a row hold its messages and tools, and which ones nobody reads."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shared.prompts.messages import (
@@ -11,6 +11,7 @@ from shared.prompts.messages import (
     from_json,
     read_messages,
     text_of,
+    texts,
     to_json,
     unread_keys,
 )
@@ -19,9 +20,10 @@ from shared.prompts.messages import (
 _NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "data"),
     "turns": ("turns",),
-    "prompt": ("prompt", "question", "query", "instruction", "input"),
+    "prompt": ("prompt", "question", "query", "problem", "instruction", "input"),
     "input": ("input", "context"),
-    "answer": ("response", "output", "answer", "completion", "chosen"),
+    "answer": ("response", "output", "solution", "answer", "completion", "chosen"),
+    "reasoning": ("reasoning_content", "reasoning", "thinking"),
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history",),
     "id": ("id", "sample_id", "conversation_id", "question_id", "prompt_id", "task_id", "uuid"),
@@ -35,6 +37,8 @@ _ABOUT = {
     "version", "date", "timestamp", "created_at", "author", "hash", "metadata",
 }  # fmt: skip
 
+_SWITCHES = "chat_template_kwargs"  # of one row; a run has one setting for all
+
 
 def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
@@ -45,14 +49,18 @@ def _user(content: Any) -> Message:
     return message
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text inside a value that is not blank."""
-    if isinstance(value, str):
-        if value.strip():
-            yield value.strip()
-    elif isinstance(value, Mapping | list):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(inner)
+def _joined(asked: list[Message], answer: list[Message]) -> list[Message]:
+    """A question and the messages of its answer, which may repeat the question.
+
+    Raises:
+        Unusable: the answer is a conversation about something else.
+    """
+    if answer[0]["role"] == "assistant":
+        return [*asked, *answer]
+    spoken = [[m for m in each if m["role"] != "system"] for each in (asked, answer)]
+    if spoken[0] != spoken[1][: len(spoken[0])]:
+        raise Unusable("two_conversations", "an answer with messages that do not begin as asked")
+    return answer if answer[0]["role"] == "system" else [*asked, *spoken[1][len(spoken[0]) :]]
 
 
 class Columns:
@@ -92,7 +100,7 @@ class Columns:
         """
         messages = self._question()
         if messages and messages[-1]["role"] != "assistant":
-            messages += self._answer()
+            messages = self._answered(messages)
         system = self.get("system", str) or ""
         if messages and messages[0]["role"] == "system":
             if system.strip() and system != messages[0]["content"]:
@@ -158,19 +166,29 @@ class Columns:
         more = self.get("input", str) or text_of(self._instance().get("input"))
         return f"{text_of(text)}\n\n{encodable(more)}" if more.strip() else text
 
-    def _answer(self) -> list[Message]:
-        """The row's own answer to its last question, or none."""
+    def _answered(self, asked: list[Message]) -> list[Message]:
+        """What was asked, and the row's own answer to it if it has one."""
         answer = self._instance().get("output") or self.get("answer", str, list)
         if isinstance(answer, list) and isinstance(answer[0], dict):
-            return [each for each in read_messages(answer) if each["role"] == "assistant"][-1:]
+            said = read_messages(answer)
+            return _joined(asked, said) if said else asked
         if not isinstance(answer, str):
             self._read -= set(self._names("answer"))  # several references, no answer among them
-            return []
-        return [{"role": "assistant", "content": encodable(answer)}] if answer.strip() else []
+            return asked
+        if not answer.strip():
+            return asked
+        message: Message = {"role": "assistant", "content": encodable(answer)}
+        if reasoning := self.get("reasoning", str):
+            message["reasoning_content"] = encodable(reasoning)
+        if self.row.get("label") is False and "completion" in self._read:  # KTO: a bad answer
+            message["weight"] = 0
+        return [*asked, message]
 
     def _history(self) -> list[Message]:
         """LLaMA-Factory's earlier turns: [[question, answer], ...]."""
         pairs = from_json(self.get("history", list, str), "history") or []
+        if isinstance(pairs, list) and pairs and all(isinstance(each, dict) for each in pairs):
+            return read_messages(pairs)
         messages = []
         for pair in pairs if isinstance(pairs, list) else [pairs]:
             if not isinstance(pair, list) or len(pair) != 2:
@@ -186,7 +204,11 @@ class Columns:
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise Unusable("broken_tools", type(tools).__name__)
         to_json(tools, "tools")
-        wrapped = (t if "function" in t else {"type": "function", "function": t} for t in tools)
+        wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+        for tool in wrapped:
+            function = tool["function"]
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise Unusable("broken_tools", "a tool without a name")
         return tuple(wrapped)
 
     def unread_columns(self, messages: Iterable[Message]) -> tuple[str, ...]:
@@ -196,6 +218,8 @@ class Columns:
         names = (
             str(name)
             for name, value in self.row.items()
-            if name not in aside and not known.issuperset(_texts(value))
+            if name not in aside and not known.issuperset(texts(value))
         )
+        if self.row.get(_SWITCHES):
+            self.unread.add(_SWITCHES)
         return tuple(sorted({*names, *self.unread}))

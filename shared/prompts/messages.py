@@ -8,7 +8,8 @@
     "text"                                      the speakers take turns, the user first
 
 The result has `role` (system, user, assistant, tool) and `content`, and where the row has them
-`reasoning_content`, `tool_calls` (arguments as JSON text), `tool_call_id` and `name`.
+`reasoning_content`, `tool_calls` (arguments as JSON text), `tool_call_id` and `name`; and `weight` 0
+where the row says that an answer is not to be trained on (`weight: 0`, `train: false` and the like).
 """
 
 import json
@@ -28,11 +29,14 @@ _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 _CALL_ROLES = ("function_call", "tool_call")
 _CONTENT_KEYS = ("content", "value", "text")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss")  # 0 or false: not trained on
 _OTHER_KEYS = {
-    "role", "from", "name", "channel", "weight", "id", "type", "tool_calls", "function_call",
-    "tool_call_id",
+    "role", "from", "name", "channel", "id", "type", "tool_calls", "function_call", "tool_call_id",
+    *_WEIGHT_KEYS,
 }  # fmt: skip
 _READ_KEYS = {*_CONTENT_KEYS, *_REASONING_KEYS, *_OTHER_KEYS}
+_ARGUMENT_KEYS = ("arguments", "parameters", "input", "args")
+_CALL_KEYS = {"name", "description", "type", "id", *_ARGUMENT_KEYS}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -77,6 +81,16 @@ def _part_text(part: Any) -> str:
     return str(part.get("text") or "")
 
 
+def texts(value: Any) -> Iterator[str]:
+    """Every text inside a value that is not blank."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value.strip()
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from texts(inner)
+
+
 def from_json(value: Any, label: str) -> Any:
     """`value` itself, or what its text holds: tables carry nested values as JSON text.
 
@@ -117,19 +131,36 @@ def _tool_calls(raw: Any) -> list[Message]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Unusable("broken_tool_calls", call)
-        arguments = function.get("arguments")
+        filled = (key for key, value in function.items() if value and not isinstance(value, int))
+        if unread := [str(key) for key in filled if key not in _CALL_KEYS]:
+            raise Unusable("broken_tool_calls", f"a call with {', '.join(unread)}")
+        arguments: Any = next(
+            (v for key in _ARGUMENT_KEYS if (v := function.get(key)) is not None), {}
+        )
         if not isinstance(arguments, str):  # the API's own form is JSON text
-            arguments = to_json(arguments if arguments is not None else {}, "tool_calls")
-        call_id = call.get("id")
+            arguments = to_json(arguments, "tool_calls")
         named = {"name": encodable(function["name"]), "arguments": encodable(arguments)}
-        call_id = encodable(call_id) if isinstance(call_id, str) else ""
+        call_id = _id(call.get("id"))
         result.append({"id": call_id, "type": "function", "function": named})
     return result
 
 
+def _id(value: Any) -> str:
+    """A tool call's id; '' where there is none."""
+    is_id = isinstance(value, str | int) and not isinstance(value, bool)
+    return encodable(str(value)) if is_id else ""
+
+
 def _reasoning(raw: Mapping[str, Any]) -> str:
-    texts = [raw[key] for key in _REASONING_KEYS if isinstance(raw.get(key), str)]
-    return encodable(next(filter(None, texts), ""))
+    """The first of the keys for reasoning that holds text: a text, or a list of text parts."""
+    values = [raw[key] for key in _REASONING_KEYS if raw.get(key)]
+    return text_of(values[0]) if values else ""
+
+
+def is_untrained(raw: Mapping[str, Any]) -> bool:
+    """Whether the row says that an answer is not to be trained on."""
+    values = (raw.get(key) for key in _WEIGHT_KEYS)
+    return any(str(value).strip().lower() in ("0", "0.0", "false") for value in values)
 
 
 def _message(raw: Any) -> Message:
@@ -156,14 +187,14 @@ def _message(raw: Any) -> Message:
         content = to_json(content, "tool_result")
     message: Message = {"role": role, "content": text_of(content)}
     if role == "assistant":
-        if raw.get("weight") == 0:
-            raise Unusable("answer_of_weight_0", "an answer that is not to be trained on")
+        if is_untrained(raw):
+            message["weight"] = 0
         if reasoning := _reasoning(raw):
             message["reasoning_content"] = reasoning
         if calls := _tool_calls(raw.get("tool_calls") or raw.get("function_call")):
             message["tool_calls"] = calls
-    if role == "tool" and isinstance(raw.get("tool_call_id"), str):
-        message["tool_call_id"] = encodable(raw["tool_call_id"])
+    if role == "tool" and (call_id := _id(raw.get("tool_call_id"))):
+        message["tool_call_id"] = call_id
     if isinstance(raw.get("name"), str) and raw["name"]:
         message["name"] = encodable(raw["name"])
     if role == "user" and not message["content"].strip():
@@ -198,7 +229,9 @@ def read_messages(raw: Any) -> list[Message]:
     """
     raw = from_json(raw, "messages")
     if isinstance(raw, dict) and raw and all(isinstance(each, list) for each in raw.values()):
-        rows = zip(*raw.values(), strict=False)  # Arrow's form of a sequence of structs
+        if len({len(each) for each in raw.values()}) > 1:
+            raise Unusable("broken_messages", "lists of different lengths")
+        rows = zip(*raw.values(), strict=True)  # Arrow's form of a sequence of structs
         raw = [dict(zip(raw, row, strict=True)) for row in rows]
     if not isinstance(raw, list) or not raw:
         raise Unusable("empty_messages")
@@ -227,5 +260,5 @@ def unread_keys(raw: Any) -> set[str]:
         for message in (raw if isinstance(raw, list) else [])
         if isinstance(message, dict) and (message.get("role") or message.get("from"))
         for key, value in message.items()
-        if key not in _READ_KEYS and isinstance(value, str) and value.strip()
+        if key not in _READ_KEYS and any(texts(value))
     }

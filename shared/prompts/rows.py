@@ -24,6 +24,7 @@ import dataclasses
 import decimal
 import hashlib
 import json
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -51,10 +52,15 @@ def short_hash(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """The messages before the target speaks, and the row's own answer if it has one."""
+    """The messages before the target speaks, and the row's own answer if it has one.
+
+    Attributes:
+        is_trained: whether the row's own answer may be trained on.
+    """
 
     asked: tuple[Message, ...]
     answer: Message | None = None
+    is_trained: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +125,10 @@ def _turns_of(messages: Iterable[Message]) -> Iterator[Turn]:
                 f"two_{role}_turns" if role == before else f"{role}_after_{before or 'nothing'}"
             )
         if role == "assistant":
+            is_trained = message.get("weight") != 0
+            message = {key: value for key, value in message.items() if key != "weight"}
             is_empty = not message["content"].strip() and "tool_calls" not in message
-            yield Turn(tuple(asked), None if is_empty else message)
+            yield Turn(tuple(asked), None if is_empty else message, is_trained)
             asked = []
         else:
             asked.append(message)
@@ -147,8 +155,10 @@ def _id_text(value: Any) -> str:
     """A row's id as text, the same from every file format: 7, 7.0 and Decimal(7) are "7"."""
     if isinstance(value, bytes):
         return str(uuid.UUID(bytes=value)) if len(value) == 16 else value.hex()
-    if isinstance(value, float | decimal.Decimal) and value == value // 1:
-        value = int(value)
+    if isinstance(value, float | decimal.Decimal):
+        if not math.isfinite(value):  # a table's gap
+            return ""
+        value = int(value) if value == value // 1 else value
     if isinstance(value, int):  # one of thousands of digits would not even become text
         return str(value) if abs(value) < 10**_MAX_NAME_CHARS else "\n"
     return str(value) if isinstance(value, str | float | decimal.Decimal | uuid.UUID) else ""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is trained of five conversations under each family's template, to the character."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -62,3 +63,23 @@ def test_ids_are_those_of_the_tokenizers_own_call() -> None:
     )
     assert list(row.input_ids) == encoded["input_ids"]
     assert row.loss_mask() == encoded["assistant_masks"]
+
+
+@pytest.mark.parametrize("template", ["chatml", "deepseek-r1"])  # one row, and one per answer
+def test_an_answer_of_weight_0_is_context(template: str) -> None:
+    first, second = ROWS["multi"].turns
+    untrained = dataclasses.replace(first, is_trained=False)
+    prompt = dataclasses.replace(ROWS["multi"], turns=(untrained, second))
+    whole = [part for row in trained(template, ROWS["multi"]) for part in row]
+    assert trained(template, prompt) == [whole[1:]]
+    last = dataclasses.replace(second, is_trained=False)
+    assert trained(template, dataclasses.replace(prompt, turns=(first, last))) == [whole[:1]]
+    nothing = dataclasses.replace(prompt, turns=(untrained, last))
+    assert trained(template, nothing) == "no answer of the row is to be trained on"
+
+
+def test_a_prompt_that_ends_in_a_space_is_encoded_by_itself() -> None:
+    tokenizer = tokenizer_of(FOLDER / "prompt-ends-in-space.jinja")
+    (row,) = ConversationReader(tokenizer, RunConfig(target="t"), "skip").rows(ROWS["plain"])
+    prompt = tokenizer("User: Name a river.\nAssistant: ", add_special_tokens=False)["input_ids"]
+    assert list(row.input_ids[: row.num_prompt_tokens]) == prompt

@@ -313,7 +313,6 @@ def test_reasoning_in_every_spelling() -> None:
     [
         ({"prompt": "x", "image": {"bytes": b"\xff"}}, "not_text"),
         ({"system": "a", "messages": [SYSTEM, USER]}, "two_system_turns"),
-        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "answer_of_weight_0"),
         ({"instruction": "x", "history": [["only a question"]]}, "broken_history"),
         ({"text": "<|im_start|>user"}, "no_prompt"),
     ],

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of data sets whose columns and keys lose something in silence where a reader is careless."""
+
+import math
+
+import pytest
+
+from shared.prompts.rows import Message, Unusable, parse_row
+
+USER = {"role": "user", "content": "cat"}
+CHAT = {"role": "assistant", "content": "chat"}
+RESULT = {"role": "tool", "content": "dry"}
+
+
+def answers(row: object) -> list[Message | None]:
+    return [turn.answer for turn in parse_row(row).turns]
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])
+def test_a_calls_arguments_under_every_name(key: str) -> None:
+    call = {"id": 7, "name": "weather", key: {"town": "Lyon"}}
+    rows = [USER, {"role": "assistant", "tool_calls": [call]}, {**RESULT, "tool_call_id": 7}, CHAT]
+    prompt = parse_row({"messages": rows})
+    assert prompt.turns[0].answer == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "id": "7",
+                "type": "function",
+                "function": {"name": "weather", "arguments": '{"town": "Lyon"}'},
+            }
+        ],
+    }
+    assert prompt.turns[1].asked == ({**RESULT, "tool_call_id": "7"},)
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": 0}, {"weight": "0"}, {"weight": 0.0}, {"train": False}, {"trainable": "false"}],
+)
+def test_an_answer_that_is_not_to_be_trained_on(mark: dict[str, object]) -> None:
+    first, second = parse_row({"messages": [USER, {**CHAT, **mark}, USER, CHAT]}).turns
+    assert (first.is_trained, second.is_trained) == (False, True)
+    assert first.answer == second.answer == CHAT
+
+
+def test_a_bad_answer_of_kto_is_not_trained_on() -> None:
+    (turn,) = parse_row({"prompt": "cat", "completion": "chat", "label": False}).turns
+    assert not turn.is_trained
+    (turn,) = parse_row({"prompt": "cat", "response": "chat", "label": False}).turns
+    assert turn.is_trained  # a label of something else
+
+
+def test_an_answer_of_several_messages_is_read_whole() -> None:
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    for completion in ([calling, RESULT, CHAT], [USER, calling, RESULT, CHAT]):
+        called, last = answers({"prompt": [USER], "completion": completion})
+        assert called is not None and "tool_calls" in called
+        assert last == CHAT
+    system = {"role": "system", "content": "Be brief."}
+    assert parse_row({"prompt": "cat", "chosen": [system, USER, CHAT]}).conversation[0] == system
+
+
+def test_columns_of_reasoning_and_of_problems() -> None:
+    row = {"problem": "cat", "reasoning": "hm", "solution": "chat", "answer": "chat"}
+    assert answers(row) == [{**CHAT, "reasoning_content": "hm"}]
+    earlier = {"instruction": "cat", "output": "chat", "history": [USER, CHAT]}
+    assert answers(earlier) == [CHAT, CHAT]
+    parts = {**CHAT, "reasoning": [{"type": "text", "text": "hm"}]}
+    assert answers({"messages": [USER, parts]}) == [{**CHAT, "reasoning_content": "hm"}]
+
+
+@pytest.mark.parametrize("gap", [math.nan, math.inf])
+def test_a_number_that_is_none_is_no_id(gap: float) -> None:
+    ids = {parse_row({"id": gap, "prompt": text}).sample_id for text in ("cat", "dog")}
+    assert len(ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"messages": [{**USER, "tools": [{"name": "f"}]}]}, "messages[].tools"),
+        ({"messages": [USER, {**CHAT, "notes": [{"text": "hm"}]}]}, "messages[].notes"),
+        ({"prompt": "cat", "chat_template_kwargs": {"thinking": False}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_is_not_read_is_named(row: object, unread: str) -> None:
+    assert parse_row(row).unread == (unread,)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": {"role": ["user", "assistant"], "content": ["cat"]}}, "broken_messages"),
+        ({"messages": [USER, {**CHAT, "tool_calls": [{"name": "f", "kwargs": {"a": 1}}]}]},
+         "broken_tool_calls"),
+        ({"messages": [USER, {**CHAT, "reasoning": {"summary": "hm"}}]}, "not_text"),
+        ({"prompt": "cat", "tools": [{"type": "function", "function": None}]}, "broken_tools"),
+        ({"prompt": "cat", "tools": [{"type": "web_search"}]}, "broken_tools"),
+        ({"prompt": "dog", "chosen": [USER, CHAT]}, "two_conversations"),
+    ],
+)  # fmt: skip
+def test_what_would_be_lost_is_refused(row: object, reason: str) -> None:
+    with pytest.raises(Unusable) as refusal:
+        parse_row(row)
+    assert refusal.value.reason == reason
