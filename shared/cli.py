@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from shared import config as configs
@@ -37,6 +37,8 @@ PRINT_CONFIG = "--print_config"
 
 logger = logging.getLogger(__name__)
 
+# Errors whose cause other programs printed: the terminal shows their last lines first.
+_EXPLAINED_ABOVE = ("bug", "engine-", "out-of-memory")
 # torch's message, in a plain RuntimeError, when the CPU has no memory left.
 _TORCH_MESSAGE = "DefaultCPUAllocator: can't allocate memory"
 
@@ -147,7 +149,12 @@ def _log(error: errors.EyrieError) -> None:
     logger.log(level, "%s", format_error(error))
 
 
-def _run(config: CommandConfig, function: str, status: Status | None) -> int:
+def _run(
+    config: CommandConfig,
+    function: str,
+    status: Status | None = None,
+    replay: Callable[[], None] = lambda: None,
+) -> int:
     try:
         process.catch_stop_signals()
         if status:
@@ -159,6 +166,8 @@ def _run(config: CommandConfig, function: str, status: Status | None) -> int:
         outcome = _outcome(error)
         if outcome.exit_code == errors.EXIT_BUG:
             traceback.print_exc()
+        if outcome.code.startswith(_EXPLAINED_ABOVE):
+            replay()
         _log(outcome)
         if status:
             status.failed(outcome)
@@ -181,13 +190,14 @@ def launch(stage: str, commands: Commands, argv: Sequence[str] | None = None) ->
         sys.exit(errors.EXIT_DONE)
     function = commands[command][1]
     if not isinstance(config, StageConfig):
-        sys.exit(_run(config, function, None))
+        sys.exit(_run(config, function))
     is_stage = command == next(iter(commands))
     name = config.process_name
     recipe = str(config.recipe.absolute()) if config.recipe else None
     Status.about = {"num_shards": config.share.count, "recipe": recipe}
-    with logged_to(config.paths.log(name)):
+    with logged_to(config.paths.log(name)) as replay:
         if is_stage:  # one log holds every attempt: this line tells them apart
             logger.info("begin: process %d", os.getpid())
-        code = _run(config, function, Status(config.paths.status(name)) if is_stage else None)
+        status = Status(config.paths.status(name)) if is_stage else None
+        code = _run(config, function, status, replay)
     sys.exit(code)

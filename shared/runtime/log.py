@@ -2,22 +2,32 @@
 """Logging: one format on stderr, and everything the process tree prints kept in the run's log file.
 
 Engines print from processes of their own, past Python's logging. So the file descriptors 1 and 2
-themselves are led through a pipe, and a thread copies it to the terminal and to the log file.
+themselves are led through a pipe. A thread copies all of it to the log file, and our own records to
+the terminal: vLLM's warnings are kept, and shown only where an engine failed, or with
+EYRIE_SHOW_ENGINE=1.
 """
 
+import collections
 import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shared.errors import EyrieError
 
 FORMAT = "%(asctime)s %(levelname)s {stage} %(message)s"
+SHOW_ENGINE = "EYRIE_SHOW_ENGINE"
+# How a record of ours begins; each further line of it begins with four spaces.
+_OURS = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ [A-Z]+ [a-z]+ ")
+_CONTINUED = b"    "
+_REPLAY = b"\0replay\n"  # in the pipe: now show what was kept from the terminal
+_KEPT_LINES = 60  # an engine's two tracebacks
 
 
 def printable(text: str) -> str:
@@ -66,19 +76,56 @@ def start_logging(stage: str) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _copy(source: int, terminal: int, log: int) -> None:
-    while chunk := os.read(source, 1 << 16):
-        for sink in (terminal, log):
-            # A closed terminal or a full disk must not end the stage: the work goes on unlogged.
-            with contextlib.suppress(OSError):
-                os.write(sink, chunk)
-    os.close(source)
+class _Copier:
+    """What comes out of the pipe: all of it for the log, our own records for the terminal."""
+
+    def __init__(self, source: int, terminal: int, log: int) -> None:
+        self._source, self._terminal, self._log = source, terminal, log
+        self._shows_all = os.environ.get(SHOW_ENGINE, "0") not in ("", "0")
+        self._is_ours = False
+        self._hidden: collections.deque[bytes] = collections.deque(maxlen=_KEPT_LINES)
+
+    def run(self) -> None:
+        begun = b""
+        while chunk := os.read(self._source, 1 << 16):
+            lines = (begun + chunk).splitlines(keepends=True)
+            # A bar that redraws itself ends its lines with a carriage return.
+            begun = lines.pop() if not lines[-1].endswith((b"\n", b"\r")) else b""
+            self._take(lines)
+        self._take([begun] if begun else [])
+        os.close(self._source)
+
+    def _take(self, lines: list[bytes]) -> None:
+        shown: list[bytes] = []
+        for line in lines:
+            if line == _REPLAY:
+                shown += self._hidden
+                self._hidden.clear()
+            elif self._shows_all or self._belongs_to_us(line):
+                shown.append(line)
+            else:
+                self._hidden.append(line)
+        _write(self._log, b"".join(line for line in lines if line != _REPLAY))
+        _write(self._terminal, b"".join(shown))
+
+    def _belongs_to_us(self, line: bytes) -> bool:
+        self._is_ours = bool(_OURS.match(line)) or (self._is_ours and line.startswith(_CONTINUED))
+        return self._is_ours
+
+
+def _write(sink: int, data: bytes) -> None:
+    # A closed terminal or a full disk must not end the stage: the work goes on unlogged.
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(sink, data) :]
 
 
 @contextlib.contextmanager
-def logged_to(path: Path) -> Iterator[None]:
-    """Copy what this process and its children print to `path` too, for the length of the block.
+def logged_to(path: Path) -> Iterator[Callable[[], None]]:
+    """Keep what this process and its children print in `path`, for the length of the block.
 
+    The terminal gets our own records. Gives a function that shows the last lines of the others there,
+    for a stage whose engine failed.
     Where the folder cannot be written the stage still runs; its own write will name the fault.
     """
     try:
@@ -87,27 +134,35 @@ def logged_to(path: Path) -> Iterator[None]:
         log = os.open(path, how, 0o644)
     except OSError as error:
         logging.getLogger(__name__).warning("no log file at %s: %s", path, error.strerror)
-        yield
+        yield lambda: None
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     stdout, stderr = os.dup(1), os.dup(2)
     source, sink = os.pipe()
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.close(sink)
-    copier = threading.Thread(target=_copy, args=(source, stderr, log), daemon=True)
+    copier = threading.Thread(target=_Copier(source, stderr, log).run, daemon=True)
     copier.start()
+
+    def replay() -> None:
+        _flush()
+        _write(2, _REPLAY)
+
     try:
-        yield
+        yield replay
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         # A child that outlives the stage keeps the pipe open; do not wait for it.
         copier.join(timeout=2.0)
         os.close(stdout)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 class Every:

@@ -5,7 +5,7 @@ In: its options by name. Out: an address, a key and whether it lives. It is star
 `python -m vllm.entrypoints.openai.api_server`, since the `vllm` command needs a distribution of that
 very name; nothing here imports vLLM. The key is random, lives for this process, and is passed in the
 environment, so that neither a log nor the process list shows it. What the server prints goes to this
-process's stderr; its last lines are kept to tell why it ended.
+process's stderr, and so to the stage's log; its last lines are kept to tell why it ended.
 """
 
 import collections

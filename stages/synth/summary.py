@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table that synth prints when it is done."""
 
+import logging
+
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from shared.runtime import tables
 from shared.runtime.status import Accounting
 from shared.runtime.tables import cell
 from stages.synth.config import SynthConfig
 from stages.synth.parts import Totals
+
+logger = logging.getLogger(__name__)
 
 _PERCENTILES = (10, 50, 90, 99, 100)
 
@@ -40,4 +44,4 @@ def print_summary(config: SynthConfig, accounting: Accounting, totals: Totals) -
         table.add_row(cell(f"finish_reason {reason or 'unknown'}"), f"{number:,}")
     share = totals.trained_tokens / max(1, totals.tokens)
     table.add_row("tokens that are trained on", f"{share:.1%}")
-    Console(stderr=True, width=100).print(table)
+    tables.log(logger, table)

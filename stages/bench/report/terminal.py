@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shared.runtime import tables
 from shared.runtime.tables import cell
 
 WIDTH = 110
@@ -38,12 +39,12 @@ def describe_load(entry: Report) -> str:
 
 
 def show(found: Report) -> None:
-    """Print the report."""
-    console = Console(stderr=True, width=WIDTH)
-    console.print(_engines(found))
-    console.print(_categories(found))
+    """Log the report."""
+    shown = [_engines(found), _categories(found)]
     if len(found["sweep"]) > sum(name in found for name in ("baseline", "head", "ngram")):
-        console.print(_sweep(found))
+        shown.append(_sweep(found))
+    for table in shown:
+        tables.log(logger, table, width=WIDTH)
     for sentence in sentences(found):
         logger.info("%s", sentence)
 

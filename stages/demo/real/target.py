@@ -8,7 +8,9 @@ library `gguf` itself makes of the file. So the two sources are two targets: hea
 the other as well, and `target.json` says which one it is.
 """
 
+import contextlib
 import dataclasses
+import io
 import logging
 import shutil
 import subprocess
@@ -144,7 +146,8 @@ def _convert(gguf_path: Path, folder: Path) -> None:
         "pretrained_model_name_or_path": gguf_path.parent,
         "gguf_file": gguf_path.name,
     }
-    model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
+        model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
     # transformers refuses to save a model that it read from GGUF, so a plain one takes its values.
     config = model.config
     del config.quantization_config

@@ -12,11 +12,11 @@ import itertools
 import logging
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from shared.contracts import layers
 from shared.errors import OutputError, UserError
+from shared.runtime import tables
 from shared.runtime.status import Accounting
 from shared.target import model as target
 from shared.target.model import TargetConfig
@@ -66,7 +66,7 @@ def run(config: ParityConfig) -> None:
     every = tuple(range(target_config.num_layers))
     expected = _capture(config.against, config, target_config, every, rows)
     lines = compare(captured, expected, (*aux_layers, target_config.num_layers), config.tolerance)
-    Console(stderr=True).print(_table(name, config.against, lines))
+    tables.log(logger, _table(name, config.against, lines))
     wrong = [line for line in lines if not line.is_right]
     if wrong:
         differences = ", ".join(

@@ -80,8 +80,9 @@ def manifest(workspace: Path) -> dict[str, Any]:
 
 
 def test_every_kind_of_bad_row_is_accounted_for_to_the_row(
-    tmp_path: Path, target: Path, server: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, target: Path, server: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     write_prompts(tmp_path, {"a": "hello", "b": "busy"}, more=b"\n".join(BAD_ROWS) + b"\n")
     done = synth(tmp_path, target, server, settings={"max_failed_fraction": 0.9})
     assert done.code == 0, done.said
@@ -101,7 +102,7 @@ def test_every_kind_of_bad_row_is_accounted_for_to_the_row(
     assert len(rejects) == 8
     rows = list(conversations.read_conversations(tmp_path / "run" / "synth"))
     assert [row.input_ids for row in rows] == [(*b"hello", 2, 7, 8, 2), (*b"busy", 2, 7, 8, 2)]
-    table = capsys.readouterr().err
+    table = caplog.text
     assert "prompts in" in table
     assert re.search(r"answer tokens allowed \(max_tokens\) +│ +1,024", table)
     assert re.search(r"row tokens, 100 % of rows up to +│ +9", table)
