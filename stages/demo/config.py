@@ -47,6 +47,6 @@ class RealTargetConfig(CommandConfig):
     domain: Literal["narrow", "broad"] = pydantic.Field(
         "narrow", description="Word problems alone, or also instructions and code."
     )
-    num_prompts: int = pydantic.Field(400, description="Prompts for synth.", ge=1)
+    num_prompts: int = pydantic.Field(480, description="Prompts for synth.", ge=1)
     num_held_out: int = pydantic.Field(48, description="Prompts for bench, never trained on.", ge=1)
     seed: int = pydantic.Field(0, description="Seed of the prompts.")

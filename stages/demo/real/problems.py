@@ -41,6 +41,33 @@ PROBLEMS = (
     "How many full bags are there?",
     "A tank holds {a}0 litres. It loses {b} litres a day and gets {c} litres of rain a day. "
     "How much is in it after {d} days?",
+    "A shelf is {a}0 centimetres long. One of the {thing} takes up {b} centimetres. "
+    "How many of them fit on the shelf?",
+    "{name} reads a book of {a}0 pages in {b} days, the same number every day. "
+    "About how many pages is that in a day?",
+    "{name} sells {a} {thing} for {b} coins each and {c} more for {d} coins each. "
+    "How many coins does {name} get?",
+    "A bus has {a}0 seats. {b} people sit on each of its {c} benches. How many seats are free?",
+    "{name} has {a} boxes with {b} {thing} each. {other} has {c} {thing} fewer. "
+    "How many {thing} do they have together?",
+    "A recipe for {a} people needs {b} eggs. How many eggs does {name} need for {c} times as many "
+    "people?",
+    "It takes {name} {a} minutes to wash one window and {b} minutes to dry it. "
+    "How long do {c} windows take?",
+    "The {place} had {a}0 visitors in spring and {b}0 more in summer. "
+    "How many visitors came in both seasons?",
+    "{name} cuts a rope of {a}0 metres into pieces of {b} metres. "
+    "How many whole pieces are there, and how much rope is left?",
+    "{name} runs {a} kilometres on each of {b} days, and {other} runs {c} kilometres on each of {d} "
+    "days. Who runs further, and by how much?",
+    "A class of {a} children shares {b}0 {thing} equally. How many does each child get?",
+    "{name} pays {a} coins for a ticket and {b} coins for a drink, and has {c} coins left. "
+    "How many coins did {name} have before?",
+    "There are {a} rooms in the {place}, and each has {b} lamps. {c} lamps are out. "
+    "How many lamps are on?",
+    "{name} types {a} words a minute. How many words does {name} type in {b} minutes, with a break of "
+    "{c} minutes in the middle?",
+    "A farmer has {a} cows, {b} sheep and {c} hens. How many legs do the animals have together?",
     "{name} is {a} years old and {other} is {b} years older. How old will {other} be in {c} years?",
     "A garden is {a} metres long and {b} metres wide. A fence costs {c} coins a metre. "
     "What does a fence all around it cost?",
@@ -50,6 +77,13 @@ PROBLEMS = (
     "How many trees grow?",
     "The {place} opens at {a} in the morning and sells {b} tickets every hour. "
     "How many tickets has it sold after {c} hours?",
+    "A pool fills at {a} litres a minute and leaks {b} litres an hour. How full is it after {c} hours?",
+    "{name} buys {a} packs of {thing}. Each pack has {b} inside and costs {c} coins. "
+    "What does one of the {thing} cost?",
+    "{other} is {a} times as old as {name}, who is {b}. How old are they together?",
+    "A clock loses {a} minutes every day. How many minutes has it lost after {b} weeks?",
+    "{name} and {other} pick {a} baskets of apples in {b} hours. "
+    "How many baskets do they pick in {c} hours?",
 )
 
 INSTRUCTIONS = (
