@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section `bench` of a recipe."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import pydantic
 
@@ -33,6 +34,14 @@ class BenchConfig(StageConfig):
         "seed",
         "trust_remote_code",
     )
+    groups: ClassVar[Mapping[str, str]] = {
+        "Data": "prompts max_prompts max_tokens temperature",
+        "Model": "head head_revision dtype num_speculative_tokens speculative_args compare_ngram",
+        "Engine": "endpoint baseline_endpoint concurrency tensor_parallel_size engine_args "
+        "startup_timeout_s request_timeout_s",
+        "Gates": "min_acceptance_length min_gain_over_ngram min_speedup earlier_report "
+        "max_regression max_wrong_answers",
+    }
 
     prompts: Source | None = identity(
         None,
@@ -45,7 +54,6 @@ class BenchConfig(StageConfig):
         None, "Another EAGLE-3 head than the run's export: a folder or a hub id."
     )
     head_revision: str | None = identity(None, "Hub revision of bench.head.")
-    mode: Literal["served"] = identity("served", "How engines run: vLLM's own server, over HTTP.")
     endpoint: str | None = identity(
         None,
         "A running vLLM server with the head, http://host:8000; its key: $EYRIE_ENDPOINT_KEY.",
@@ -92,13 +100,6 @@ class BenchConfig(StageConfig):
     startup_timeout_s: float = operational(1800.0, "Longest wait for a server's start.", gt=0)
     request_timeout_s: float = operational(600.0, "Longest wait for one answer.", gt=0)
 
-    @pydantic.field_validator("mode", mode="before")
-    @classmethod
-    def _only_served(cls, value: object) -> object:
-        if value == "in_process":
-            raise ValueError("bench measures vLLM's server alone; leave bench.mode out")
-        return value
-
     @pydantic.field_validator("prompts", mode="before")
     @classmethod
     def _a_path_is_a_source(cls, value: object) -> object:
@@ -133,8 +134,8 @@ class BenchConfig(StageConfig):
 
     @property
     def measured_through(self) -> str:
-        """`served` or `endpoint`."""
-        return "endpoint" if self.endpoint else self.mode
+        """`served`: by vLLM's own server, started here; `endpoint`: by a server that runs."""
+        return "endpoint" if self.endpoint else "served"
 
 
 class CompareConfig(CommandConfig):

@@ -2,6 +2,7 @@
 """The section `dump` of a recipe."""
 
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import pydantic
@@ -63,6 +64,14 @@ class DumpConfig(ShardedConfig):
         "chat_template_kwargs",
         "trust_remote_code",
     )
+    groups: ClassVar[Mapping[str, str]] = {
+        "Data": "conversations states special_token_text over_long",
+        "Model": "backend dtype",
+        "Speed": "batch_tokens tensor_parallel_size expert_parallel_size data_parallel num_shards "
+        "shard_index engine_args writers drain",
+        "Output": "layout state_dtype shard_bytes min_agreement max_logprob_gap "
+        "max_failed_fraction",
+    }
 
     conversations: str | None = identity(
         None,
@@ -174,6 +183,11 @@ class ParityConfig(DumpConfig):
     In:  the recipe, and the rows that dump would take.
     Out: a table; exit 3 if a layer differs by more than --tolerance.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Comparison": "rows against tolerance",
+        **DumpConfig.groups,
+    }
 
     rows: int = operational(8, "Rows to compare.", ge=1)
     against: Literal["hf", "vllm"] = operational("hf", "The backend to compare with.")

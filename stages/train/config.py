@@ -2,6 +2,7 @@
 """The section `train` of a recipe."""
 
 import os
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import pydantic
@@ -34,6 +35,16 @@ class TrainConfig(StageConfig):
         "draft_vocab_size",
         "seed",
     )
+    groups: ClassVar[Mapping[str, str]] = {
+        "Data": "dump_of max_samples holdout_fraction max_holdout_samples",
+        "Model": "ttt_steps loss_decay intermediate_size num_layers init_from train_lm_head",
+        "Optimization": "epochs batch_tokens learning_rate warmup_fraction schedule "
+        "min_lr_fraction beta1 beta2 weight_decay max_grad_norm",
+        "Speed": "mixed_precision micro_batch_tokens distributed recompute_activations "
+        "profile_ranges",
+        "Output": "walk_tokens eval_every_steps checkpoint_every_steps keep_checkpoints trackers "
+        "export_dtype",
+    }
 
     epochs: int = identity(2, "Passes over the training samples.", ge=1)
     batch_tokens: int = identity(
@@ -145,6 +156,11 @@ class ExportConfig(TrainConfig):
     In:  <workspace>/<run>/train/checkpoints/ and d2t.npy.
     Out: the folder --output; an earlier export there is replaced.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Export": "checkpoint format output push_to",
+        **TrainConfig.groups,
+    }
 
     checkpoint: str = operational("best", "best, latest, or the path of a checkpoint file.")
     format: Literal["hf", "speculators"] = operational(

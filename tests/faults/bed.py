@@ -31,7 +31,6 @@ _SETTINGS = {
     "train": {"checkpoint_every_steps": 5, "eval_every_steps": 10},
     "bench": {
         "prompts": "questions.jsonl",
-        "mode": "served",
         "concurrency": 2,
         "max_tokens": 32,
         "min_acceptance_length": 1.0,

@@ -49,7 +49,6 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
         ("deep", (*HEAD, *FEW, "--num_speculative_tokens", "64"), 2, "the engine has 128"),
         ("old", (*HEAD, *FEW, "--earlier_report", "old.json"), 2, "schema version 3, found 1"),
         ("away", ("--endpoint", NOWHERE), 75, f"the server at {NOWHERE} does not answer"),
-        ("mode", (*HEAD, "--mode", "in_process"), 2, "leave bench.mode out"),
         (
             "queue",
             (*HEAD, *FEW, "--concurrency", "6", "--engine_args", "{max_num_seqs: 2}"),

@@ -233,7 +233,6 @@ def test_a_gate_on_what_was_not_measured_is_not_met() -> None:
         ({"endpoint": "http://x", "min_speedup": "1.1"}, "needs a baseline"),
         ({"endpoint": "http://x", "num_speculative_tokens": "[2,3]"}, "one draft length"),
         ({"min_gain_over_ngram": "1"}, "needs compare_ngram"),
-        ({"mode": "in_process"}, "bench measures vLLM's server alone; leave bench.mode out"),
     ],
 )
 def test_settings_that_contradict_each_other(flags: dict[str, str], told: str) -> None:

@@ -16,8 +16,10 @@ import pytest
 from tests.conftest import ROOT
 from tests.hub import hub
 
+# The libraries wait for seconds between their retries: this process does not.
 READ = """
-import json, pathlib, sys
+import json, pathlib, sys, time
+time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01))
 from shared.cli import _outcome
 from shared.errors import EyrieError
 from shared.prompts.rows import Prompt
