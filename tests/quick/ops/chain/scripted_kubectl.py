@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -IS
 # SPDX-License-Identifier: Apache-2.0
 """A kubectl whose cluster is a folder: $CLUSTER/objects/<kind>-<name>.json, and what follows in time.
 

@@ -17,6 +17,13 @@ import yaml
 ROOT = Path(__file__).resolve().parents[4]
 RECIPE = "run: {name: r, target: t}\n"
 KUBECTL = Path(__file__).with_name("scripted_kubectl.py")
+# `python -m stages.ops`, but the cluster is asked again at once.
+OPS = """
+import runpy
+from stages.ops.chain import kubernetes
+kubernetes._POLL_S = 0.05
+runpy.run_module("stages.ops", run_name="__main__", alter_sys=True)
+"""
 COMPLETE = {"conditions": [{"type": "Complete", "status": "True"}], "succeeded": 1}
 
 
@@ -63,7 +70,7 @@ class Cluster:
 
     def start(self, *flags: str) -> "subprocess.Popen[str]":
         search_path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        command = [sys.executable, "-m", "stages.ops", "run", "--by", "kubernetes", "--recipe"]
+        command = [sys.executable, "-c", OPS, "run", "--by", "kubernetes", "--recipe"]
         return subprocess.Popen(
             [*command, str(self.recipe), "--overlay", str(self.folder), *flags],
             cwd=ROOT,
