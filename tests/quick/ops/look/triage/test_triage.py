@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every known failure gets its diagnosis: on its log, and on what others' logs of it look like."""
+"""Every known failure gets its diagnosis, and a clean log gets none."""
 
 import dataclasses
-import random
 import re
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from stages.ops.look.triage.wording import render
 from stages.synth.config import SynthConfig
 from stages.train.config import ExportConfig, TrainConfig
 from tests.triage_cases import FailureCase, read_cases
-from tests.triage_variants import VARIANTS
 
 RULES = read_rules()
 # Of Docker, Slurm, kubectl and their like.
@@ -32,10 +30,6 @@ CASES = read_cases()
 def triage(path: Path) -> Outcome:
     case = open_case([path], recipe=None, workspace=path.parent, exit_codes={})
     return diagnose(case, RULES)
-
-
-def top(outcome: Outcome) -> str:
-    return outcome.top.rule if outcome.top else ""
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -68,22 +62,6 @@ def test_enough_failures_were_real() -> None:
 def test_every_rule_has_a_log() -> None:
     shown = {case.expect for case in CASES} | {case.benign for case in CASES}
     assert {rule.id for rule in RULES} - shown == set()
-
-
-@pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_nine_of_ten_logs_of_the_same_failures_are_still_right(
-    variant: str, tmp_path: Path
-) -> None:
-    cases = [case for case in CASES if case.expect]
-    wrong = {}
-    for number, case in enumerate(cases):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        log = VARIANTS[variant](case.log, random.Random(f"{variant} {case.name}"))
-        found = top(triage(case.lay_out(folder, log)))
-        if found != case.expect:
-            wrong[case.name] = found
-    assert len(wrong) <= len(cases) / 10, wrong
 
 
 def test_no_row_of_the_known_tables_is_left_out() -> None:
