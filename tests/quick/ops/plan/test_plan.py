@@ -3,8 +3,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from stages.ops.plan import overlay
 from stages.ops.plan.architecture import read_data, understand
 from stages.ops.plan.model import Plan, make_plan, warnings
 from stages.ops.plan.output import recipe
-from stages.ops.plan.run import read_model
+from stages.ops.plan.run import read_model, run
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
 
@@ -225,16 +223,18 @@ def test_published_figures_name_their_source() -> None:
         assert 1 <= row["acceptance_length"] <= row.get("k", 7) + 1
 
 
-def test_the_command_shows_everything_and_writes_a_recipe(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "stages.ops", "plan", str(CONFIGS / "gpt-oss-20b.json")]
-    command += ["--out", str(tmp_path / "r.yaml"), "--gpu", "H200"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert shown.returncode == 0, shown.stderr
+def test_the_command_shows_everything_and_writes_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"model": str(CONFIGS / "gpt-oss-20b.json"), "out": str(tmp_path / "r.yaml")}
+    flags["gpu"] = "H200"
+    run(build(PlanConfig, flags))
+    shown = capsys.readouterr().out
     for part in ("20,914,757,184", "TIKTOKEN_RS_CACHE_DIR", "SpecForge", "GB200", "2.4 TB"):
-        assert part in shown.stdout
+        assert part in shown
     assert yaml.safe_load((tmp_path / "r.yaml").read_text())["train"]["intermediate_size"] == 11520
-    told = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, timeout=60)
-    assert json.loads(told.stdout)["weight_bytes"] == plan_of("gpt-oss-20b").weights.bytes
-    wrong = subprocess.run([*command, "--gpu", "H1"], cwd=ROOT, capture_output=True, timeout=60)
-    assert wrong.returncode == 2
-    assert b"expected one of H100, H200" in wrong.stderr
+    run(build(PlanConfig, {**flags, "json": "true"}))
+    shown = capsys.readouterr().out
+    assert json.loads(shown)["weight_bytes"] == plan_of("gpt-oss-20b").weights.bytes
+    with pytest.raises(UserError, match="expected one of H100, H200"):
+        run(build(PlanConfig, {**flags, "gpu": "H1"}))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.runs import ROOT
 
-QUICK_SHAPES = 10
+QUICK_SHAPES = 5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 
 needs_triton = pytest.mark.skipif(
