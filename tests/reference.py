@@ -24,6 +24,7 @@ class Shape:
     head_dim: int
     rope_theta: float
     eps: float
+    norms: frozenset[str] = frozenset()  # the flags of a HeadVariant that are set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,21 @@ def project(
     heads = (weights[f"midlayer.self_attn.{name}.weight"] @ x).view(-1, shape.head_dim)
     if name == "v_proj":
         return heads
+    if "qk_norm" in shape.norms:
+        scale = weights[f"midlayer.self_attn.{name[0]}_norm.weight"]
+        heads = torch.stack([rms_norm(head, scale, shape.eps) for head in heads])
     return torch.stack([rotate_one(head, position, shape.rope_theta) for head in heads])
+
+
+def from_aux(weights: dict[str, Tensor], shape: Shape, states: Tensor) -> Tensor:
+    """One token's aux states [A*H] through the norms that there are, and fc; [H]."""
+    if "norm_before_fc" in shape.norms:
+        states = rms_norm(states, weights["input_norm.weight"], shape.eps)
+    if "fc_norm" in shape.norms:
+        scales = [weights[name] for name in sorted(weights) if name.startswith("fc_norm.")]
+        parts = states.view(len(scales), -1)
+        states = torch.cat([rms_norm(x, s, shape.eps) for x, s in zip(parts, scales, strict=True)])
+    return weights["fc.weight"] @ states
 
 
 def layer_input(
@@ -91,6 +106,8 @@ def layer_output(
         scores = torch.stack([query[head] @ key[shared] for key in keys]) / shape.head_dim**0.5
         shares = torch.softmax(scores, 0)
         per_head.append(sum(s * value[shared] for s, value in zip(shares, values, strict=True)))
+    if "norm_before_residual" in shape.norms:
+        state = rms_norm(state, weights["midlayer.hidden_norm.weight"], shape.eps)
     state = state + weights["midlayer.self_attn.o_proj.weight"] @ torch.cat(per_head)
     normed = rms_norm(state, weights["midlayer.post_attention_layernorm.weight"], shape.eps)
     gate = weights["midlayer.mlp.gate_proj.weight"] @ normed
@@ -106,17 +123,22 @@ def chain(
     slot: int,
     num_steps: int,
 ) -> list[Tensor]:
-    """The pre-norm outputs [H] of one slot's chain, as long as its next tokens exist."""
+    """The pre-norm outputs [H] of one slot's chain, as long as its next tokens exist.
+
+    With `norm_output` the next step is fed what the final norm makes of them.
+    """
     keys, values, outputs = [], [], []
     for t in range(slot + 1):  # step-0 keys of this slot and of those before it
-        state = weights["fc.weight"] @ document.states[t]
+        state = from_aux(weights, shape, document.states[t])
         x = layer_input(weights, shape, embed[document.tokens[t + 1]], state)
         keys.append(project(weights, shape, "k_proj", x, t))
         values.append(project(weights, shape, "v_proj", x, t))
     for step in range(num_steps):
         if slot + 1 + step >= len(document.tokens):
             break
-        state = outputs[-1] if step else weights["fc.weight"] @ document.states[slot]
+        state = outputs[-1] if step else from_aux(weights, shape, document.states[slot])
+        if step and "norm_output" in shape.norms:
+            state = rms_norm(state, weights["norm.weight"], shape.eps)
         x = layer_input(weights, shape, embed[document.tokens[slot + 1 + step]], state)
         if step:
             keys.append(project(weights, shape, "k_proj", x, slot + step))
@@ -129,6 +151,22 @@ def chain(
 def logits(weights: dict[str, Tensor], shape: Shape, hidden: Tensor) -> Tensor:
     """[H] to the draft's logits [D]."""
     return weights["lm_head.weight"] @ rms_norm(hidden, weights["norm.weight"], shape.eps)
+
+
+def slot_loss(p: Tensor, z: Tensor, loss: str) -> Tensor:
+    """One slot's loss, of the target's probabilities p [D] and the head's logits z [D].
+
+    Acceptance at temperature 1 is sum_v min(p_v, q_v), and LK's hybrid blends with exp(-3 of it).
+    """
+    entropy = -(p * torch.log_softmax(z, 0)).sum()
+    accepted = torch.minimum(p, torch.softmax(z, 0)).sum()
+    mix = math.exp(-3 * accepted.item())
+    return {
+        "cross_entropy": entropy,
+        "lk": -torch.log(accepted),
+        "tv": 1 - accepted,
+        "lk_hybrid": mix * entropy + (1 - mix) * (1 - accepted),
+    }[loss]
 
 
 def counts(document: Document, slot: int, step: int) -> bool:
@@ -147,6 +185,7 @@ def ttt_loss(
     *,
     num_steps: int,
     decay: float,
+    loss: str = "cross_entropy",
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> dict[str, object]:
@@ -174,7 +213,7 @@ def ttt_loss(
                 p = torch.softmax(full, 0)[token_ids]
                 p = p / p.sum()
                 z = logits(weights, shape, hidden)
-                losses[step].append(-(p * torch.log_softmax(z, 0)).sum())
+                losses[step].append(slot_loss(p, z, loss))
                 hits[step] += int(token_ids[int(z.argmax())]) == int(full.argmax())
     means = [torch.stack(step).mean() if step else None for step in losses]
     step_weight = [decay**k if mean is not None else 0.0 for k, mean in enumerate(means)]

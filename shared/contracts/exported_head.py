@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_folder import read_head
+from shared.contracts.head_variant import QWEN3_ARCHITECTURE, HeadVariant, read_variant
 from shared.contracts.layers import to_output_ids
 from shared.errors import OutputError, UserError
 from shared.io.files import require_file
@@ -27,12 +28,12 @@ def config_json(config: HeadConfig, *, dtype: str) -> dict[str, Any]:
     Rotary parameters are written twice: `rope_theta` and `rope_scaling` for transformers 4,
     `rope_parameters` for transformers 5.
     """
-    scaling = dict(config.rope_scaling or {})
+    variant, scaling = config.variant, dict(config.rope_scaling or {})
     rope_type = scaling.pop("type", None) or "default"  # the older spelling
     rope = {"rope_type": rope_type, **scaling}
     fields: dict[str, Any] = {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
+        "architectures": [QWEN3_ARCHITECTURE if variant.qk_norm else ARCHITECTURE],
+        "model_type": "qwen3" if variant.qk_norm else "llama",
         "torch_dtype": dtype,
         "num_hidden_layers": 1,
         "hidden_size": config.hidden_size,
@@ -51,7 +52,7 @@ def config_json(config: HeadConfig, *, dtype: str) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
         "tie_word_embeddings": False,
-        "norm_before_residual": False,
+        "norm_before_residual": variant.norm_before_residual,
         "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": to_output_ids(config.aux_layers),
@@ -60,7 +61,13 @@ def config_json(config: HeadConfig, *, dtype: str) -> dict[str, Any]:
     }
     if scaling:
         fields["rope_scaling"] = rope
-    return fields
+    return fields | stated_norms(variant)
+
+
+def stated_norms(variant: HeadVariant) -> dict[str, bool]:
+    """The norms of config.json that a head without them does not state."""
+    norms = {name: getattr(variant, name) for name in ("norm_before_fc", "fc_norm", "norm_output")}
+    return {name: True for name, is_set in norms.items() if is_set}
 
 
 def expected_tensors(config: HeadConfig) -> dict[str, tuple[int, ...]]:
@@ -83,6 +90,14 @@ def expected_tensors(config: HeadConfig) -> dict[str, tuple[int, ...]]:
         "norm.weight": (size,),
         "lm_head.weight": (config.draft_vocab_size, size),
     }
+    variant, num_inputs = config.variant, len(config.aux_layers)
+    if variant.norm_before_fc:
+        shapes["input_norm.weight"] = (num_inputs * config.target_hidden_size,)
+    if variant.fc_norm:
+        shapes |= {f"fc_norm.{i}.weight": (config.target_hidden_size,) for i in range(num_inputs)}
+    if variant.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            shapes[f"midlayer.self_attn.{name}.weight"] = (config.head_dim,)
     if config.draft_vocab_size < config.vocab_size:
         shapes |= {"d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
     return shapes
@@ -102,6 +117,7 @@ def check_export(folder: Path) -> HeadConfig:
             raw,
             aux_layers=tuple(raw["eagle_aux_hidden_state_layer_ids"]),
             draft_vocab_size=raw["draft_vocab_size"],
+            variant=read_variant(raw),
             where=folder / "config.json",
         )
         dtype = DTYPES[raw["torch_dtype"]]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shared.contracts.head_variant import CLASSIC, HeadVariant, read_variant
 from shared.contracts.rope import resolve_rope
 from shared.errors import UserError
 
@@ -33,6 +34,7 @@ class HeadConfig:
     max_position_embeddings: int
     aux_layers: tuple[int, ...]
     rope_scaling: dict[str, Any] | None = None
+    variant: HeadVariant = CLASSIC
 
     def __post_init__(self) -> None:
         wrong = {
@@ -68,6 +70,9 @@ class HeadConfig:
         fc = size * len(self.aux_layers) * self.target_hidden_size
         attention = 2 * size * (queries + 2 * keys) + queries * size
         mlp, norms = 3 * size * self.intermediate_size, 4 * size
+        aux_norms = int(self.variant.fc_norm) + int(self.variant.norm_before_fc)
+        norms += aux_norms * len(self.aux_layers) * self.target_hidden_size
+        norms += 2 * self.head_dim * int(self.variant.qk_norm)
         return fc + attention + mlp + norms + self.draft_vocab_size * size
 
     @classmethod
@@ -77,6 +82,7 @@ class HeadConfig:
         *,
         aux_layers: tuple[int, ...],
         draft_vocab_size: int,
+        variant: HeadVariant = CLASSIC,
         where: object = "config.json",
     ) -> "HeadConfig":
         """A head for the target whose config.json (its text part) is `raw`.
@@ -88,7 +94,7 @@ class HeadConfig:
             UserError: a size is missing or no number, or the rope type is unknown.
         """
         with _refused(where):
-            return cls._from(_legal(raw), aux_layers, draft_vocab_size)
+            return cls._from(_legal(raw), aux_layers, draft_vocab_size, variant)
 
     @classmethod
     def from_export(
@@ -108,7 +114,7 @@ class HeadConfig:
             UserError: a size is missing or no number, or engines would rotate otherwise than train.
         """
         with _refused(where):
-            config = cls._from(raw, aux_layers, draft_vocab_size)
+            config = cls._from(raw, aux_layers, draft_vocab_size, read_variant(raw))
             rope = {**(raw.get("rope_parameters") or {}), **(raw.get("rope_scaling") or {})}
             stated = str(rope.get("rope_type") or rope.get("type") or "default")
             resolved = (config.rope_scaling or {}).get("rope_type", "default")
@@ -121,7 +127,11 @@ class HeadConfig:
 
     @classmethod
     def _from(
-        cls, raw: Mapping[str, Any], aux_layers: tuple[int, ...], draft_vocab_size: int
+        cls,
+        raw: Mapping[str, Any],
+        aux_layers: tuple[int, ...],
+        draft_vocab_size: int,
+        variant: HeadVariant,
     ) -> "HeadConfig":
         heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
         head_dim = int(raw.get("head_dim") or hidden // heads)
@@ -140,6 +150,7 @@ class HeadConfig:
             rope_scaling=scaling,
             max_position_embeddings=int(raw["max_position_embeddings"]),
             aux_layers=tuple(aux_layers),
+            variant=variant,
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.contracts.head_folder import Head, read_head
+from shared.contracts.head_variant import read_variant
 from shared.errors import RetryableError, UserError
 from shared.io import files
 from shared.runtime.process import die_with_parent, end_group, stop_if_requested
@@ -162,10 +163,12 @@ def _check_aux_layers(head: Head, target: TargetConfig) -> list[str]:
 
 def _meant(head: Head) -> list[str]:
     warnings = []
-    if head.config.get("norm_output"):
+    variant = read_variant(head.config)
+    if variant.norm_output and not (variant.fc_norm or variant.norm_before_fc):
         warnings.append(
-            "norm_output is true: vLLM feeds the normed state to the next draft step. A trainer that "
-            "means another thing by it loses acceptance from position 1 on."
+            "norm_output is true without EAGLE-3.1's other norms: vLLM feeds the normed state to the "
+            "next draft step. A trainer that means another thing by it loses acceptance from position "
+            "1 on."
         )
     if head.layout == "speculators" and "norm_before_residual" not in head.config:
         warnings.append("norm_before_residual is not given: in this layout vLLM takes true.")

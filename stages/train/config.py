@@ -67,11 +67,26 @@ class TrainConfig(StageConfig):
     ttt_steps: int = identity(
         4, "TTT steps: depth of the trained chain. At least the draft length to be served.", ge=1
     )
+    loss: Literal["cross_entropy", "lk", "tv", "lk_hybrid"] = identity(
+        "cross_entropy",
+        "lk: -log of the chance that a sampled token is accepted; tv: 1 minus that chance; lk_hybrid: "
+        "cross_entropy while little is accepted, tv later.",
+    )
     loss_decay: float = identity(
         0.9, "The loss of TTT step k has the weight loss_decay**k.", gt=0, le=1
     )
     intermediate_size: int | None = identity(
         None, "Width of the head's MLP; default: the target's."
+    )
+    variant: Literal["eagle3", "eagle3.1"] | None = identity(
+        None,
+        "eagle3.1: a norm for each aux state, and the normed output fed to the next step (vLLM 0.32 "
+        "or later); default: eagle3, or what init_from is.",
+    )
+    layer: Literal["llama", "qwen3"] | None = identity(
+        None,
+        "qwen3: norms over queries and keys, which only vLLM serves; default: llama, or what "
+        "init_from is.",
     )
     num_layers: int = identity(1, "Decoder layers of the head; engines serve only 1.", ge=1)
     init_from: str | None = identity(

@@ -2,7 +2,7 @@
 """The EAGLE-3 draft head and its training-time test (TTT) over packed documents.
 
 In: token ids, the target's aux hidden states, where documents start, which slots to run.
-Out: one pre-norm hidden state for each slot and TTT step; `draft_logits` turns them into logits.
+Out: one hidden state for each slot and TTT step; `draft_logits` turns them into logits.
 Cost: keys and values for every slot once, everything else for the requested slots only; no [T, T]
 tensor, forward or backward.
 
@@ -13,6 +13,15 @@ t + 2. Worked example, one document [x0 .. x5], slot 2:
     0     fc(g2)                 x3         2                0 1 2
     1     own output of step 0   x4         3                0 1 2; step 1
     2     own output of step 1   x5         4                0 1 2; steps 1, 2
+
+EAGLE-3.1 changes two inputs. Each of the A aux states has an RMS norm of its own before they are
+concatenated (`fc_norm`), and the output that the next step is fed is the one after the head's final
+norm (`norm_output`), which lm_head reads too. The same slot, with n_i the norms of the aux states:
+
+    step  state fed in
+    0     fc([n_0(g2^0), n_1(g2^1), n_2(g2^2)])
+    1     norm(layer's output of step 0)
+    2     norm(layer's output of step 1)
 
 Shapes: T packed tokens, N documents, R requested slots, K TTT steps, A aux layers, H hidden size,
 V target vocabulary, D draft vocabulary, Hq / Hkv query / key heads, d head size.
@@ -54,6 +63,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(2 * size, self.widths[1], bias=False)
         self.v_proj = nn.Linear(2 * size, self.widths[2], bias=False)
         self.o_proj = nn.Linear(self.widths[0], size, bias=False)
+        if config.variant.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """The stacked q, k and v weights, split into the half for embeddings and that for states.
@@ -114,7 +126,7 @@ def _attention(
 
 
 class DraftHead(nn.Module):
-    """A classic EAGLE-3 head; its `state_dict` has exactly the keys of the exported file.
+    """An EAGLE-3 head of any variant; its `state_dict` has exactly the keys of the exported file.
 
     Args:
         embed_tokens: [V, H] the target's embeddings: frozen, shared, never saved with the head.
@@ -138,8 +150,14 @@ class DraftHead(nn.Module):
         self.config = config
         self.recompute_activations = False  # of the layer, in the backward pass
         self.rotary = Rotary(config)
-        num_inputs = len(config.aux_layers) * config.target_hidden_size
-        self.fc = nn.Linear(num_inputs, config.hidden_size, bias=False)
+        num_aux, aux_size = len(config.aux_layers), config.target_hidden_size
+        if config.variant.norm_before_fc:
+            self.input_norm = RMSNorm(num_aux * aux_size, config.rms_norm_eps)
+        if config.variant.fc_norm:
+            self.fc_norm = nn.ModuleList(
+                RMSNorm(aux_size, config.rms_norm_eps) for _ in range(num_aux)
+            )
+        self.fc = nn.Linear(num_aux * aux_size, config.hidden_size, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -186,7 +204,10 @@ class DraftHead(nn.Module):
         num_steps: int,
         documents: list[Document] | None = None,
     ) -> list[Tensor]:
-        """The pre-norm output [R, H] of the requested slots at each of `num_steps` TTT steps.
+        """The output [R, H] of the requested slots at each of `num_steps` TTT steps.
+
+        It is what the next step is fed: the state before the final norm or, with `norm_output`,
+        after it. `to_lm_head` makes of either what lm_head reads.
 
         Args:
             tokens: [T] int64; tokens past the last state may follow, of the last document.
@@ -196,7 +217,7 @@ class DraftHead(nn.Module):
                 is meaningless, and the caller masks it.
             documents: `attention_blocks(slots, offsets)`, if made before.
         """
-        layer = self.midlayer
+        layer, variant = self.midlayer, self.config.variant
         rows = torch.arange(len(states), device=tokens.device)
         starts = offsets[torch.bucketize(rows, offsets, right=True) - 1]
         attend = _attention(slots, starts, offsets, documents)
@@ -204,14 +225,16 @@ class DraftHead(nn.Module):
         embedding_half, state_half = layer.self_attn.halves()
         embeddings = self._as_input(F.embedding(tokens, self.embed_tokens))
         by_token = F.linear(layer.input_layernorm(embeddings), embedding_half)
-        residual = self.fc(self._as_input(states))  # [T, H]
+        residual = self.fc(self._normed_aux(self._as_input(states)))  # [T, H]
         outputs: list[Tensor] = []
         step_0: tuple[Tensor, ...] = ()
         chain: list[Tensor] = []
         for step in range(num_steps):
             inputs = (rows + 1 + step).clamp(max=len(tokens) - 1)
             # index_select has a far cheaper backward than indexing with brackets.
-            projected = F.linear(layer.hidden_norm(residual), state_half)
+            normed = layer.hidden_norm(residual)
+            residual = normed if variant.norm_before_residual else residual
+            projected = F.linear(normed, state_half)
             projected = projected + by_token.index_select(0, inputs)
             query, key, value = self._heads(projected, positions + step)
             if step == 0:
@@ -223,8 +246,23 @@ class DraftHead(nn.Module):
                 chain += [key, value]
             attended = attend(query, *step_0, *chain)
             residual = self._after_attention(residual, attended)
+            residual = self.norm(residual) if variant.norm_output else residual
             outputs.append(residual)
         return outputs
+
+    def to_lm_head(self, outputs: Tensor) -> Tensor:
+        """What lm_head reads: the outputs [..., H] of any step after the final norm."""
+        normed: Tensor = outputs if self.config.variant.norm_output else self.norm(outputs)
+        return normed
+
+    def _normed_aux(self, states: Tensor) -> Tensor:
+        """[T, A*H] aux states as fc reads them."""
+        if self.config.variant.norm_before_fc:
+            states = self.input_norm(states)
+        if self.config.variant.fc_norm:
+            parts = states.chunk(len(self.fc_norm), dim=-1)
+            states = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], -1)
+        return states
 
     def _as_input(self, x: Tensor) -> Tensor:
         """`x` in the dtype of products; autocast would make a copy in float32 and cast it back."""
@@ -248,6 +286,9 @@ class DraftHead(nn.Module):
         # The backward of split is one copy, that of slices several.
         heads = projected.unflatten(1, (-1, self.config.head_dim))
         to_rotate, value = heads.split([num_queries + num_keys, num_keys], dim=1)
+        if self.config.variant.qk_norm:
+            attention, pair = self.midlayer.self_attn, to_rotate.split([num_queries, num_keys], 1)
+            to_rotate = torch.cat((attention.q_norm(pair[0]), attention.k_norm(pair[1])), dim=1)
         query, key = Rotation.apply(to_rotate, cos, sin).split([num_queries, num_keys], dim=1)
         return query, key, value
 
@@ -270,7 +311,7 @@ class DraftHead(nn.Module):
         if slots is None:
             slots = torch.arange(len(states), device=tokens.device)
         hidden = self(tokens, states, offsets=offsets, slots=slots, num_steps=num_steps)
-        return self.lm_head(self.norm(torch.stack(hidden)))
+        return self.lm_head(self.to_lm_head(torch.stack(hidden)))
 
     def token_ids(self) -> Tensor:
         """[D] the target's id of each draft id."""

@@ -205,6 +205,7 @@ def _build(
     """A new head with the target's embeddings and lm_head rows, or the weights of init_from."""
     from shared.contracts import vocab
     from shared.contracts.head_config import HeadConfig
+    from shared.contracts.head_variant import named_variant
     from stages.train.model import DraftHead
     from stages.train.objective import vocabulary
 
@@ -227,6 +228,7 @@ def _build(
             raw,
             aux_layers=aux_layers,
             draft_vocab_size=draft.size,
+            variant=named_variant(config.variant, config.layer),
             where=target_config.folder / "config.json",
         )
     )

@@ -38,7 +38,12 @@ class _StoredLoss:
 
     @staticmethod
     def apply(
-        hidden: Tensor, lm_head: Tensor, weights: Tensor, finals: Tensor, target: TargetOutput
+        hidden: Tensor,
+        lm_head: Tensor,
+        weights: Tensor,
+        finals: Tensor,
+        target: TargetOutput,
+        _: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             logits = target.logits(finals)
@@ -52,7 +57,7 @@ class _StoredLoss:
 
 def _stored_logits() -> None:
     """No chunks: [K, R, D] logits are stored for the backward pass."""
-    loss_module.SoftCrossEntropy = _StoredLoss
+    loss_module.SlotLosses = _StoredLoss
 
 
 class _DenseAttention:

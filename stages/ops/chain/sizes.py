@@ -7,6 +7,7 @@ from typing import Any
 from shared.artifacts.manifest import read_manifest
 from shared.contracts import layers
 from shared.contracts.head_config import HeadConfig
+from shared.contracts.head_variant import named_variant
 from shared.io.safetensors_files import TensorInfo, tensor_bytes
 from shared.paths import RunPaths
 from shared.target.model import TargetConfig
@@ -45,6 +46,7 @@ def head_config(
         raw,
         aux_layers=layers.resolve_aux_layers(run["aux_layers"], config.num_layers),
         draft_vocab_size=run["draft_vocab_size"],
+        variant=named_variant(train.get("variant"), train.get("layer")),
     )
 
 

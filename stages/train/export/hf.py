@@ -22,6 +22,7 @@ from shared.artifacts.manifest import MANIFEST
 from shared.artifacts.unfinished import IDENTITY, LOCK
 from shared.contracts.exported_head import DTYPES, check_export, config_json
 from shared.contracts.head_config import HeadConfig
+from shared.contracts.head_variant import CLASSIC
 from shared.errors import UserError
 from shared.io.files import atomic_folder, write_json, write_text
 from stages.train.model import DraftHead
@@ -106,6 +107,16 @@ def require_replaceable(out: Path) -> None:
         )
 
 
+def _engines(config: HeadConfig) -> str:
+    """Which engines serve this variant."""
+    if config.variant == CLASSIC:
+        return "SGLang takes it with `--speculative-algorithm EAGLE3`."
+    return (
+        "Its norms need vLLM 0.32 or later, or an engine that reads the same keys of config.json; an "
+        "engine that does not know them drops the tensors without a word, and accepts little."
+    )
+
+
 def model_card(
     config: HeadConfig,
     *,
@@ -128,14 +139,14 @@ base_model: {json.dumps(target)}
 tags: [eagle3, speculative-decoding]
 ---
 
-# EAGLE-3 draft head for {target}
+# {config.variant.name} draft head for {target}
 
 It proposes tokens that the target verifies: equal output, fewer target steps. It serves this
 target alone, and knows {config.draft_vocab_size} of its {config.vocab_size} tokens.
 
     vllm serve {target} --speculative-config '{speculative}'{switches}
 
-`{name}` is the path of this folder. SGLang takes it with `--speculative-algorithm EAGLE3`.
+`{name}` is the path of this folder. {_engines(config)}
 Aux layers (id i is the state that enters layer i): {list(config.aux_layers)}.
 
 ## How it was made

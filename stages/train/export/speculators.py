@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.contracts.exported_head import DTYPES, config_json
+from shared.contracts.exported_head import DTYPES, config_json, stated_norms
 from shared.contracts.head_config import HeadConfig
 from shared.io.files import atomic_folder, write_json, write_text
 from stages.train.export.hf import model_card, write_weights
@@ -53,8 +53,9 @@ def speculators_config(
         "dtype": dtype,
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
-        "norm_before_residual": False,
+        "norm_before_residual": config.variant.norm_before_residual,
         "norm_before_fc": False,
+        **stated_norms(config.variant),
         "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
         "transformer_layer_config": {
             **{key: ours[key] for key in _LAYER_KEYS},

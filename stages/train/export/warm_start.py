@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`init_from`: a training starts from the weights of a finished head, and keeps its vocabulary.
 
-Any head that vLLM serves as classic EAGLE-3 can be started from, in our layout, NVIDIA ModelOpt's or the
-speculators library's; other variants are refused by name. This is no resume: step, optimizer and data
-position start anew. The vocabulary is kept, since it says what the rows of lm_head mean, and so is the
-head's own shape and rotary embedding.
+Any one-layer EAGLE-3 or EAGLE-3.1 head that vLLM serves can be started from, in our layout, NVIDIA
+ModelOpt's or the speculators library's; what train does not make is refused by name. This is no
+resume: step, optimizer and data position start anew. The vocabulary is kept, since it says what the
+rows of lm_head mean, and so are the head's own shape, norms and rotary embedding.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.contracts.head_folder import Head, read_head, weight_files
+from shared.contracts.head_variant import HeadVariant, named_variant, read_variant
 from shared.errors import UserError
 from shared.io import files
 from shared.target import model as target
@@ -25,15 +26,11 @@ if TYPE_CHECKING:
     from stages.train.model import DraftHead
 
 # What train makes: a head whose config says otherwise has other maths.
-_CLASSIC: dict[str, Any] = {
+_MADE: dict[str, Any] = {
     "num_hidden_layers": 1,
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "norm_before_residual": False,
-    "norm_before_fc": False,
-    "fc_norm": False,
-    "norm_output": False,
     "parallel_drafting": False,
     "quantization_config": None,
 }
@@ -85,12 +82,13 @@ def load(
     from stages.train.model import DraftHead
 
     head = read_head(_folder(config))
-    _require_classic(head)
+    _require_made(head)
     _require_aux_layers(head, list(aux_layers), list(default_aux_layers))
     shape = HeadConfig.from_json(
         head.config,
         aux_layers=tuple(aux_layers),
         draft_vocab_size=head.draft_vocab_size,
+        variant=read_variant(head.config),
         where=head.folder / "config.json",
     )
     expected = {"vocabulary": embed_tokens.shape[0], "hidden size": embed_tokens.shape[1]}
@@ -100,6 +98,7 @@ def load(
     if config.intermediate_size is not None:
         expected["train.intermediate_size"] = config.intermediate_size
         found["train.intermediate_size"] = shape.intermediate_size
+    _require_variant(head, shape.variant, config)
     if found != expected:
         raise _unfit(head, f"it has {found}, and this run {expected}", "Set the run to the head's.")
     tensors = _own_tensors(head, embed_tokens, lm_head)
@@ -111,7 +110,9 @@ def load(
         tensors["t2d"], given["t2d"] = warm.t2d, wanted["t2d"]  # follows from d2t
     if wrong := sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n)):
         lines = [f"{name}: {given.get(name)}, expected {wanted.get(name)}" for name in wrong]
-        raise _unfit(head, f"its tensors are not a classic head's ({'; '.join(lines)})")
+        raise _unfit(
+            head, f"its tensors are not those that its config.json asks for ({'; '.join(lines)})"
+        )
     warm.load_state_dict(tensors)
     return warm
 
@@ -125,19 +126,30 @@ def _unfit(head: Head, problem: str, remedy: str = "Start from another head.") -
     )
 
 
-def _require_classic(head: Head) -> None:
+def _require_made(head: Head) -> None:
     stated = {**head.nested, **head.config}
-    if head.layout == "speculators":  # where vLLM takes true for a missing key
-        stated.setdefault("norm_before_residual", True)
-    if "norm_before_fc" in head.nested:  # vLLM reads this one first
-        stated["norm_before_fc"] = head.nested["norm_before_fc"]
     other = {
-        name: stated[name]
-        for name, classic in _CLASSIC.items()
-        if (stated.get(name) or classic) != classic
+        name: stated[name] for name, made in _MADE.items() if (stated.get(name) or made) != made
     }
     if other:
-        raise _unfit(head, f"it is a variant of EAGLE-3 that train does not make: {other}")
+        raise _unfit(head, f"it is a kind of head that train does not make: {other}")
+
+
+def _require_variant(head: Head, found: HeadVariant, config: TrainConfig) -> None:
+    """The head is what `train.variant` and `train.layer` ask for, where they ask."""
+    asked = named_variant(config.variant, config.layer)
+    names = [] if config.variant is None else ["norm_before_fc", "fc_norm", "norm_output"]
+    names += [] if config.layer is None else ["qk_norm"]
+    other = {
+        name: value for name in names if (value := getattr(found, name)) != getattr(asked, name)
+    }
+    if other:
+        raise _unfit(
+            head,
+            f"it has {other}, which train.variant {config.variant} and train.layer {config.layer} "
+            "do not make",
+            "Leave both out: the head keeps its own norms.",
+        )
 
 
 def _require_aux_layers(head: Head, ours: list[int], default: list[int]) -> None:

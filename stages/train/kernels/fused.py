@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 KERNELS_VARIABLE = "EYRIE_TRAIN_KERNELS"
+# What they are: objective/cross_entropy.py.
+LOSSES = ("cross_entropy", "lk", "tv", "lk_hybrid")
+HYBRID_FACTOR = 3.0
 
 
 def is_fused(x: Tensor) -> bool:
@@ -70,16 +73,18 @@ def _(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 @torch.library.custom_op("eyrie::loss_rows", mutates_args=("scores",))
 def loss_rows(
-    targets: Tensor, scores: Tensor, logit_scale: float, softcap: float
+    targets: Tensor, scores: Tensor, logit_scale: float, softcap: float, loss: str
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies and hits [K, C]; `scores` [K, C, D] becomes the gradient of the logits."""
+    """Losses and hits [K, C]; `scores` [K, C, D] becomes the gradient of the logits."""
     from stages.train.kernels import triton_loss
 
-    return triton_loss.loss_rows(targets, scores, logit_scale, softcap)
+    return triton_loss.loss_rows(
+        targets, scores, logit_scale, softcap, LOSSES.index(loss), HYBRID_FACTOR
+    )
 
 
 @loss_rows.register_fake
-def _(targets: Tensor, scores: Tensor, logit_scale: float, softcap: float) -> Any:
+def _(targets: Tensor, scores: Tensor, logit_scale: float, softcap: float, loss: str) -> Any:
     shape = scores.shape[:2]
     return scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.bool)
 

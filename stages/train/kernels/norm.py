@@ -38,10 +38,12 @@ class RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         normed, grad = x * scale, grad.to(scale.dtype)
         by_weight = (grad * normed).flatten(0, -2).sum(0)
+        if not ctx.needs_input_grad[0]:  # the embeddings and the target's states
+            return None, by_weight.to(weight.dtype), None
         by_normed = grad * weight
         along = torch.linalg.vecdot(by_normed, normed)[..., None] / x.shape[-1]
         by_input = by_normed.addcmul_(normed, along, value=-1).mul_(scale)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from stages.train.data.batch import Batch
+from stages.train.kernels.fused import LOSSES
 from stages.train.model import DraftHead
 from stages.train.objective.loss import StepSums, combine, ttt_loss
 from stages.train.objective.target_output import TargetOutput
@@ -27,13 +28,20 @@ class TrainingStep(nn.Module):
     """Head and loss as one module: DDP and FSDP2 must see every use of a weight in its forward."""
 
     def __init__(
-        self, head: DraftHead, target: TargetOutput, *, num_steps: int, decay: float
+        self,
+        head: DraftHead,
+        target: TargetOutput,
+        *,
+        num_steps: int,
+        decay: float,
+        loss: str = LOSSES[0],
     ) -> None:
         super().__init__()
         self.head = head
         self.target = target
         self.num_steps = num_steps
         self.decay = decay
+        self.loss = loss
 
     def forward(
         self, batch: Batch, in_vocab_slots: Tensor | None = None
@@ -45,6 +53,7 @@ class TrainingStep(nn.Module):
             self.target,
             num_steps=self.num_steps,
             decay=self.decay,
+            loss=self.loss,
             in_vocab_slots=in_vocab_slots,
         )
 

@@ -79,7 +79,13 @@ class Trainer:
             logit_scale=tensors.logit_scale,
             softcap=tensors.softcap,
         )
-        step = TrainingStep(head, target, num_steps=config.ttt_steps, decay=config.loss_decay)
+        step = TrainingStep(
+            head,
+            target,
+            num_steps=config.ttt_steps,
+            decay=config.loss_decay,
+            loss=config.loss,
+        )
         self.module = distributed.joined(accelerator, step, config.distributed)
         self.optimizer = make_optimizer(
             self.module,

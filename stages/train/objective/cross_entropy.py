@@ -1,10 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft cross-entropy against the target, through lm_head, in chunks of rows.
+"""The loss of each slot against the target, through lm_head, in chunks of rows.
 
 In: the head's normed states, the target's states, a weight per slot. Out: the weighted sum, and each
-slot's cross-entropy and hit. Cost: one target and K draft products with lm_head for each counted
+slot's loss and hit. Cost: one target and K draft products with lm_head for each counted
 slot, but no [T, D] tensor: logits live for one chunk of rows. Gradients are taken with them, in the
 forward pass.
+
+With p the target's and q the head's probabilities over the draft vocabulary, both renormalised to it,
+a = sum_v min(p_v, q_v) is the chance that a token sampled at temperature 1 is accepted. The losses:
+
+    cross_entropy  H = -sum_v p_v log q_v
+    lk             -log a
+    tv             1 - a, the total variation distance
+    lk_hybrid      m H + (1 - m) (1 - a), m = exp(-3 a) a constant: H while little is accepted
+
+lk and lk_hybrid are those of "LK Losses" (arXiv 2602.23881), 3 is their factor. The gradient of 1 - a
+for logit j is q_j (A - b_j), where b_j says whether q_j < p_j, and A sums q over those.
+
+Worked example, p = [0.5, 0.3, 0.2], q = [0.2, 0.2, 0.6]: a = 0.2 + 0.2 + 0.2 = 0.6, lk 0.511, tv 0.4;
+A = 0.4, so the gradient of tv is [0.2 (0.4 - 1), 0.2 (0.4 - 1), 0.6 * 0.4] = [-0.12, -0.12, 0.24].
 
 Shapes: R slots that count at step 0, K TTT steps, H hidden size, D draft vocabulary, C targets of a
 chunk.
@@ -16,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.train.kernels.fused import is_fused, loss_rows
+from stages.train.kernels.fused import HYBRID_FACTOR, LOSSES, is_fused, loss_rows
 from stages.train.kernels.precision import at_least_float32, without_autocast
 from stages.train.objective.slices import even_slices
 from stages.train.objective.target_output import TargetOutput
@@ -28,8 +42,8 @@ CHUNK_ROWS = 768
 ACCELERATOR_CHUNK_ROWS = 8192
 
 
-class SoftCrossEntropy(torch.autograd.Function):
-    """sum_kr weights[k, r] * CE(softmax(hidden[k, r] @ lm_head.T), p[r + k]), in chunks of rows.
+class SlotLosses(torch.autograd.Function):
+    """sum_kr weights[k, r] * loss(softmax(hidden[k, r] @ lm_head.T), p[r + k]), in chunks of rows.
 
     It is row r + k because the slots of a turn are neighbours: row r at step k is scored against the
     same p as row r + 1 at step k - 1. So each p is computed once for all steps, and a chunk of
@@ -38,8 +52,9 @@ class SoftCrossEntropy(torch.autograd.Function):
     Worked example: slots [2, 3, 4] have targets p_3, p_4, p_5 (finals rows 0, 1, 2); slot 3 (row 1)
     at step 1 is scored against p_5, row 1 + 1 = 2.
 
-    `apply(hidden [K, R, H], lm_head [D, H], weights [K, R], finals [R, H], target)` gives the loss,
-    the unweighted cross-entropies [K, R] and hits [K, R] bool; a tie for the top counts as a hit.
+    `apply(hidden [K, R, H], lm_head [D, H], weights [K, R], finals [R, H], target, loss)` gives the
+    sum, the unweighted losses [K, R] and hits [K, R] bool; a tie for the top counts as a hit. `loss`
+    is one of `LOSSES`, by default the first.
     """
 
     @staticmethod
@@ -50,6 +65,7 @@ class SoftCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         finals: Tensor,
         target: TargetOutput,
+        loss: str = LOSSES[0],
     ) -> tuple[Tensor, Tensor, Tensor]:
         by_hidden, by_head = ctx.needs_input_grad[:2]
         with without_autocast(hidden):
@@ -58,13 +74,15 @@ class SoftCrossEntropy(torch.autograd.Function):
             grad_states = torch.zeros_like(states) if by_hidden else None
             # In float32 even where products are not, since hundreds of chunks add up in it.
             grad_head = torch.zeros_like(work, dtype=weights.dtype) if by_head else None
-            entropy, hits = torch.zeros_like(scales), torch.zeros_like(scales, dtype=torch.bool)
+            losses, hits = torch.zeros_like(scales), torch.zeros_like(scales, dtype=torch.bool)
             for rows in _chunks(weights):
                 # One matrix; for a batch of K, lm_head would be copied K times.
                 chunk = states[:, rows].flatten(0, 1)  # [K * C, H]
                 scores = (chunk @ work.t()).unflatten(0, (len(states), -1))
                 row_loss = _fused_rows if is_fused(scores) else _rows
-                entropy[:, rows], hits[:, rows], by_score = row_loss(scores, finals[rows], target)
+                losses[:, rows], hits[:, rows], by_score = row_loss(
+                    scores, finals[rows], target, loss
+                )
                 grad = by_score.flatten(0, 1).to(hidden.dtype)
                 scale = scales[:, rows].flatten()[:, None]
                 if grad_states is not None:
@@ -74,9 +92,9 @@ class SoftCrossEntropy(torch.autograd.Function):
                     _add_product(grad_head, grad.t(), (chunk * scale).to(grad.dtype))
         ctx.save_for_backward(None if grad_states is None else to_slots(grad_states), grad_head)
         ctx.head_dtype = lm_head.dtype
-        entropy, hits = to_slots(entropy), to_slots(hits)
-        ctx.mark_non_differentiable(entropy, hits)
-        return (entropy * weights).sum(), entropy, hits
+        losses, hits = to_slots(losses), to_slots(hits)
+        ctx.mark_non_differentiable(losses, hits)
+        return (losses * weights).sum(), losses, hits
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -87,14 +105,14 @@ class SoftCrossEntropy(torch.autograd.Function):
             None
             if grad_head is None
             else (grad_head * grad.to(grad_head.dtype)).to(ctx.head_dtype),
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
-def _rows(products: Tensor, finals: Tensor, target: TargetOutput) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropies and hits [K, C], and the logits' gradients [K, C, D], of one chunk.
+def _rows(
+    products: Tensor, finals: Tensor, target: TargetOutput, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and hits [K, C], and the logits' gradients [K, C, D], of one chunk.
 
     Args:
         products: [K, C, D] the head's logits.
@@ -111,16 +129,42 @@ def _rows(products: Tensor, finals: Tensor, target: TargetOutput) -> tuple[Tenso
     torch.softmax(scores, -1, out=scores)
     # The largest probability is exp(top - log-sum-exp).
     entropies = top - scores.amax(-1).log() - expected
-    return entropies, hits, scores.sub_(probabilities)
+    if loss == "cross_entropy":
+        return entropies, hits, scores.sub_(probabilities)
+    losses, by_score = _toward_acceptance(scores, probabilities, entropies, loss)
+    return losses, hits, by_score
+
+
+def _toward_acceptance(
+    own: Tensor, given: Tensor, entropies: Tensor, loss: str
+) -> tuple[Tensor, Tensor]:
+    """(losses [K, C], gradients [K, C, D]) of lk, tv or lk_hybrid.
+
+    Args:
+        own: [K, C, D] the head's probabilities q.
+        given: [C, D] the target's p.
+        entropies: [K, C] cross-entropies.
+    """
+    is_below = own < given
+    accepted = torch.where(is_below, own, given).sum(-1)
+    by_score = own * ((own * is_below).sum(-1, keepdim=True) - is_below.to(own.dtype))  # of 1 - a
+    if loss == "tv":
+        return 1 - accepted, by_score
+    if loss == "lk":
+        floored = accepted.clamp(min=torch.finfo(own.dtype).tiny)
+        return -floored.log(), by_score / floored[..., None]
+    mix = torch.exp(-HYBRID_FACTOR * accepted)
+    by_score = torch.lerp(by_score, own - given, mix[..., None])
+    return torch.lerp(1 - accepted, entropies, mix), by_score
 
 
 def _fused_rows(
-    products: Tensor, finals: Tensor, target: TargetOutput
+    products: Tensor, finals: Tensor, target: TargetOutput, loss: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_rows` by one kernel, in place of `products`."""
     cap = target.softcap or 0.0
-    entropies, hits = loss_rows(target.products(finals), products, target.logit_scale, cap)
-    return entropies, hits, products
+    losses, hits = loss_rows(target.products(finals), products, target.logit_scale, cap, loss)
+    return losses, hits, products
 
 
 def to_targets(by_slot: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 """The TTT loss: which slots count, and what they are scored against.
 
 In: packed documents with the target's states, the target's own output layer, a draft head.
-Out: a scalar loss and, for each TTT step, sums that add up over micro-batches and ranks.
+Out: a scalar loss (soft cross-entropy or another of `LOSSES`) and, for each TTT step, sums that add
+up over micro-batches and ranks.
 Cost: that of `cross_entropy`, which takes gradients in the forward pass. So the counts that the means
 divide by must be known beforehand; they follow from the masks alone.
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from stages.train.data.batch import Batch
+from stages.train.kernels.fused import LOSSES
 from stages.train.model import DraftHead
-from stages.train.objective.cross_entropy import SoftCrossEntropy
+from stages.train.objective.cross_entropy import SlotLosses
 from stages.train.objective.target_output import TargetOutput
 
 
@@ -28,7 +30,7 @@ class StepSums(NamedTuple):
     """Sums over slots for each TTT step, [K] float64 each. `torch.stack(sums)` travels as [4, K].
 
     Attributes:
-        loss: soft cross-entropy over `in_vocab_slots`.
+        loss: losses over `in_vocab_slots`.
         in_vocab_slots: counted slots whose target's argmax is in the draft vocabulary.
         counted: counted slots.
         hits: `in_vocab_slots` whose draft argmax is the target's.
@@ -71,11 +73,13 @@ def ttt_loss(
     *,
     num_steps: int,
     decay: float,
+    loss: str = LOSSES[0],
     in_vocab_slots: Tensor | None = None,
 ) -> tuple[Tensor, StepSums]:
     """The loss of one micro-batch, and its sums.
 
     Args:
+        loss: one of `LOSSES`.
         in_vocab_slots: [K] the counts that L_k divides by, of all micro-batches and ranks of the
             optimizer step, so that their losses and gradients add up. None: of this micro-batch.
     """
@@ -91,20 +95,21 @@ def ttt_loss(
         num_steps=num_steps,
         documents=plan.documents,
     )
-    normed = head.norm(torch.stack(hidden))  # [K, R, H]
+    normed = head.to_lm_head(torch.stack(hidden))  # [K, R, H]
     finals = batch.final_states[plan.slots + 1]
-    loss, entropy, hits = SoftCrossEntropy.apply(
+    total_loss, losses, hits = SlotLosses.apply(
         normed,
         # An autograd function does not see no_grad; the detach keeps it from taking gradients.
         head.lm_head.weight if torch.is_grad_enabled() else head.lm_head.weight.detach(),
         weights.to(torch.promote_types(normed.dtype, torch.float32)),
         finals,
         target,
+        loss,
     )
     sums = (
-        (entropy.double() * plan.in_vocab_slots).sum(1),
+        (losses.double() * plan.in_vocab_slots).sum(1),
         own,
         plan.counted.sum(1),
         (hits & plan.in_vocab_slots).sum(1),
     )
-    return loss, StepSums(*(x.double() for x in sums))
+    return total_loss, StepSums(*(x.double() for x in sums))

@@ -111,7 +111,9 @@ def slot_hits(head: DraftHead, batch: Batch, num_draft_tokens: int) -> Tensor:
     lm_head = head.lm_head.weight.to(hidden[0].dtype)
     size = max(1, CHUNK_BYTES // (4 * head.config.draft_vocab_size))
     for step, states in enumerate(hidden):
-        best = [F.linear(head.norm(chunk), lm_head).argmax(-1) for chunk in states.split(size)]
+        best = [
+            F.linear(head.to_lm_head(chunk), lm_head).argmax(-1) for chunk in states.split(size)
+        ]
         if best:
             proposed = head.to_target_ids(torch.cat(best))
             expected = batch.input_ids[(plan.slots + 2 + step).clamp(max=len(batch.input_ids) - 1)]

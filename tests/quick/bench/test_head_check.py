@@ -114,7 +114,7 @@ def test_a_certain_misreading_is_refused(
     [
         (drop("eagle_aux_hidden_state_layer_ids", "eagle_config"), r"vLLM takes \[2, 4, 5\]"),
         (set_config(tie_word_embeddings=True), "tie_word_embeddings is true"),
-        (set_config(norm_output=True), "norm_output is true"),
+        (set_config(norm_output=True), "norm_output is true without"),
         (
             set_config(eagle_config={"eagle_aux_hidden_state_layer_ids": [3, 5, 6]}),
             r"are not the top-level \[2, 4, 5\]",

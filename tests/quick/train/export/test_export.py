@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from shared.contracts.exported_head import check_export, expected_tensors
 from shared.contracts.head_config import HeadConfig
+from shared.contracts.head_variant import HeadVariant, named_variant
 from shared.errors import OutputError, UserError
 from stages.train.export.hf import export_head, require_replaceable
 from stages.train.model import DraftHead, load_head
@@ -137,6 +138,38 @@ def test_a_full_vocabulary_has_no_mapping(tmp_path: Path) -> None:
     assert weights.keys() == expected_tensors(head.config).keys()
     assert not weights.keys() & {"d2t", "t2d"}
     assert load_head(tmp_path / "head", head.embed_tokens).to_target_ids(torch.tensor(29)) == 29
+
+
+VARIANTS = {
+    "eagle3.1": (named_variant("eagle3.1", None), {"fc_norm": True, "norm_output": True}),
+    "qwen3": (
+        named_variant(None, "qwen3"),
+        {"architectures": ["Eagle3Qwen3ForCausalLM"], "model_type": "qwen3"},
+    ),
+    "speculators": (
+        HeadVariant(norm_before_fc=True, norm_before_residual=True),
+        {"norm_before_fc": True, "norm_before_residual": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_states_its_flags_and_loads_back(tmp_path: Path, name: str) -> None:
+    variant, flags = VARIANTS[name]
+    classic = export(make_head(), tmp_path / "classic")
+    head = make_head(dataclasses.replace(CONFIG, variant=variant))
+    assert export(head, tmp_path / "head") == classic | flags
+    assert load_head(tmp_path / "head", head.embed_tokens).config == head.config
+    weights = load_file(tmp_path / "head" / "model.safetensors")
+    assert weights.keys() == expected_tensors(head.config).keys()
+    assert head.config.num_parameters == sum(p.numel() for p in head.parameters())
+    card = (tmp_path / "head" / "README.md").read_text()
+    assert f"# {variant.name} draft head" in card
+    assert "SGLang" not in card
+    config = tmp_path / "head" / "config.json"
+    config.write_text(json.dumps(classic))
+    with pytest.raises(OutputError, match="norm" if name != "speculators" else "input_norm"):
+        check_export(tmp_path / "head")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training starts from any layout of a classic head; every other head is refused by name."""
+"""A training starts from any layout of a head that train makes; every other is refused by name."""
 
 import json
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.config import build
+from shared.contracts.head_variant import HeadVariant
 from shared.contracts.layers import to_output_ids
 from shared.errors import UserError
 from stages.train.config import TrainConfig
@@ -124,9 +125,10 @@ def test_a_head_keeps_its_own_rope_and_eps(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reported"),
     [
-        (lambda c: c.update(norm_before_residual=True), "'norm_before_residual': True"),
-        (lambda c: c.update(fc_norm=True), "'fc_norm': True"),
-        (lambda c: c["eagle_config"].update(norm_before_fc=True), "'norm_before_fc': True"),
+        (lambda c: c.update(fc_norm=True), "fc_norm.0.weight: None"),
+        (lambda c: c["eagle_config"].update(norm_before_fc=True), "input_norm.weight: None"),
+        (lambda c: c.update(architectures=["Eagle3Qwen3ForCausalLM"]), "self_attn.k_norm.weight"),
+        (lambda c: c.update(parallel_drafting=True), "'parallel_drafting': True"),
         (lambda c: c.update(num_hidden_layers=2), "'num_hidden_layers': 2"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[2, 4, 5]), r"aux layers \[2, 4, 5\]"),
         (lambda c: c.update(vocab_size=600), "'vocabulary': 600"),
@@ -139,6 +141,34 @@ def test_another_kind_of_head_is_refused(
     with pytest.raises(UserError, match=reported) as refused:
         start(place, changed(place, tmp_path / "head", change))
     assert refused.value.code == "warm-start-unfit"
+
+
+def test_a_head_keeps_its_own_norms(place: Path, tmp_path: Path) -> None:
+    def newer(config: Config) -> None:
+        config.update(fc_norm=True, norm_output=True, norm_before_residual=True)
+
+    norms = {f"fc_norm.{i}.weight": torch.full((128,), 1.0 + i) for i in range(3)}
+    name = changed(place, tmp_path / "head", newer, **norms)
+    head = start(place, name)
+    expected = HeadVariant(fc_norm=True, norm_output=True, norm_before_residual=True)
+    assert head.config.variant == expected
+    assert head.fc_norm[2].weight.tolist() == [3.0] * 128
+    assert start(place, name, variant="eagle3.1").config.variant == expected
+    for flags in ({"variant": "eagle3"}, {"layer": "qwen3"}):
+        with pytest.raises(UserError, match=r"train\.variant") as refused:
+            start(place, name, **flags)
+        assert refused.value.code == "warm-start-unfit"
+    export_speculators(
+        head,
+        tmp_path / "theirs",
+        target="t",
+        target_architectures=[],
+        provenance={},
+        dtype="float32",
+    )
+    again = start(place, str(tmp_path / "theirs"))
+    assert again.config.variant == expected
+    assert same(again, head)
 
 
 def test_another_size_of_vocabulary_is_refused(place: Path) -> None:

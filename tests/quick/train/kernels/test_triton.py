@@ -87,8 +87,8 @@ def check_attention(seed: int, dtype: torch.dtype) -> float:
 
 
 def check_loss(seed: int, dtype: torch.dtype) -> float:
-    """One drawn shape: the largest excess error of entropies and gradients; hits must be equal."""
-    from stages.train.kernels.fused import loss_rows
+    """One drawn shape: the largest excess error of losses and gradients; hits must be equal."""
+    from stages.train.kernels.fused import LOSSES, loss_rows
     from stages.train.objective.cross_entropy import _rows
 
     draw = random.Random(seed)
@@ -96,16 +96,19 @@ def check_loss(seed: int, dtype: torch.dtype) -> float:
     columns, targets = draw.choice([1, 5, 64, 100, 300, 2500]), draw.choice([0, 1, 3, 9])
     hidden, steps = 8, draw.randint(1, 4)
     scale, cap = draw.choice([1.0, 0.25]), draw.choice([None, 5.0])
+    loss = LOSSES[seed % len(LOSSES)]
     finals = torch.randn(targets, hidden, dtype=torch.float64)
     head = torch.randn(columns, hidden, dtype=torch.float64)
     products = (finals @ head.t()).to(dtype)
     scores = torch.randn(steps, targets, columns).to(dtype) * 3
-    exact = _rows(scores.double(), finals, _Given(products.double(), scale, cap))
-    plain = _rows(scores.to(torch.float32, copy=True), finals, _Given(products.float(), scale, cap))
-    entropies, hits = loss_rows(products, scores, scale, cap or 0.0)
+    exact = _rows(scores.double(), finals, _Given(products.double(), scale, cap), loss)
+    plain = _rows(
+        scores.to(torch.float32, copy=True), finals, _Given(products.float(), scale, cap), loss
+    )
+    losses, hits = loss_rows(products, scores, scale, cap or 0.0, loss)
     assert torch.equal(hits, exact[1])
     gradient = plain[2].to(dtype)
-    return excess((entropies, scores), (plain[0], gradient), (exact[0], exact[2]))
+    return excess((losses, scores), (plain[0], gradient), (exact[0], exact[2]))
 
 
 class _Given:

@@ -18,12 +18,14 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from shared.contracts.head_config import HeadConfig
+from shared.contracts.head_variant import HeadVariant, named_variant
 from shared.errors import UserError
 from shared.target.tensors import FinalNorm
 from stages.train.data.batch import Batch, counted_slots, make_plan
+from stages.train.kernels.fused import LOSSES
 from stages.train.model import DraftHead
 from stages.train.objective import cross_entropy
-from stages.train.objective.cross_entropy import SoftCrossEntropy, to_slots, to_targets
+from stages.train.objective.cross_entropy import SlotLosses, to_slots, to_targets
 from stages.train.objective.loss import (
     combine,
     step_weights,
@@ -129,6 +131,7 @@ def shape_of(config: HeadConfig) -> reference.Shape:
         config.head_dim,
         config.rope_theta,
         config.rms_norm_eps,
+        frozenset(name for name, is_set in vars(config.variant).items() if is_set),
     )
 
 
@@ -193,6 +196,99 @@ def test_values_and_gradients_are_the_reference_s(
     assert sums.mean_loss(0.8) == pytest.approx(expected["loss"].item(), abs=1e-5)
     for name, grad in gradients(case.head).items():
         torch.testing.assert_close(grad.double(), expected_grads[name], atol=1e-5, rtol=1e-5)
+
+
+VARIANTS = {
+    "eagle3.1": named_variant("eagle3.1", None),
+    "eagle3.1-qwen3": named_variant("eagle3.1", "qwen3"),
+    "norm-before-fc-and-residual": HeadVariant(norm_before_fc=True, norm_before_residual=True),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_the_reference_s(name: str) -> None:
+    config = dataclasses.replace(CONFIG, variant=VARIANTS[name])
+    case = make_case(config, lengths=(1, 8, 4), answer_share=1.0)
+    loss, sums = ttt_loss(case.head, case.batch, case.output, num_steps=3, decay=0.8)
+    loss.backward()
+    expected, expected_grads = reference_loss(case, num_steps=3, decay=0.8)
+    assert sums.in_vocab_slots.tolist() == expected["in_vocab_slots"]
+    assert sums.hits.tolist() == expected["hits"]
+    assert loss.item() == pytest.approx(expected["loss"].item(), abs=1e-5)
+    assert gradients(case.head).keys() == expected_grads.keys()
+    for weight, grad in gradients(case.head).items():
+        torch.testing.assert_close(grad.double(), expected_grads[weight], atol=1e-5, rtol=1e-5)
+
+
+def test_the_worked_example_of_eagle_3_1() -> None:
+    """model.py's second table, slot 2: what fc and the next steps are fed."""
+    head = make_head(dataclasses.replace(CONFIG, variant=VARIANTS["eagle3.1"]))
+    fed: list[Tensor] = []
+    for module in (head.fc, head.midlayer.hidden_norm):
+        module.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
+    tokens, states = torch.randint(0, 9, (6,)), torch.randn(6, 36)
+    slot = torch.tensor([2])
+    with torch.no_grad():
+        outputs = head(tokens, states, offsets=torch.tensor([0, 6]), slots=slot, num_steps=3)
+        logits = head.lm_head(head.to_lm_head(outputs[0]))
+    by_fc, step_0, step_1, step_2 = fed
+    g2 = states[2].view(3, 12)
+    rms = g2 / (g2.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    expected = torch.cat([rms[i] * head.fc_norm[i].weight for i in range(3)])
+    torch.testing.assert_close(by_fc[2], expected)
+    torch.testing.assert_close(step_0[2], head.fc.weight @ expected)
+    for output, following in ((outputs[0], step_1), (outputs[1], step_2)):
+        torch.testing.assert_close(output, following)
+        scaled = (output[0] / head.norm.weight).square().mean()
+        assert scaled.item() == pytest.approx(1, abs=1e-4), "not the normed state"
+    torch.testing.assert_close(logits, outputs[0] @ head.lm_head.weight.t())
+
+
+@pytest.mark.parametrize("name", LOSSES[1:])
+def test_every_loss_is_the_reference_s(name: str) -> None:
+    case = make_case(lengths=(8, 4), answer_share=1.0)
+    loss, sums = ttt_loss(case.head, case.batch, case.output, num_steps=2, decay=0.8, loss=name)
+    loss.backward()
+    expected, expected_grads = reference_loss(case, num_steps=2, decay=0.8, loss=name)
+    assert loss.item() == pytest.approx(expected["loss"].item(), abs=1e-5)
+    assert sums.mean_loss(0.8) == pytest.approx(expected["loss"].item(), abs=1e-5)
+    for weight, grad in gradients(case.head).items():
+        torch.testing.assert_close(grad.double(), expected_grads[weight], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "gradient"),
+    [
+        ("lk", 0.5108, [-0.2, -0.2, 0.4]),
+        ("tv", 0.4, [-0.12, -0.12, 0.24]),
+        ("lk_hybrid", 0.5636, [-0.1498, -0.1167, 0.2664]),
+    ],
+)
+def test_the_worked_example_of_losses(name: str, value: float, gradient: list[float]) -> None:
+    """cross_entropy.py's: p = [0.5, 0.3, 0.2] against q = [0.2, 0.2, 0.6]."""
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]).double(), torch.tensor([[0.2, 0.2, 0.6]]).double()
+    target = TargetOutput(lambda states: states, torch.eye(3).double())  # type: ignore[arg-type]
+    hidden = q.log()[None].requires_grad_()
+    ones = torch.ones(1, 1).double()
+    loss, losses, _ = SlotLosses.apply(hidden, torch.eye(3).double(), ones, p.log(), target, name)
+    loss.backward()
+    assert loss.item() == losses.item() == pytest.approx(value, abs=1e-4)
+    assert hidden.grad is not None
+    torch.testing.assert_close(
+        hidden.grad.flatten(), torch.tensor(gradient).double(), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_distribution_that_nothing_is_accepted_of_gives_no_nan(name: str) -> None:
+    target = TargetOutput(lambda states: states, torch.eye(2))  # type: ignore[arg-type]
+    hidden = torch.tensor([[[200.0, 0.0]]]).requires_grad_()
+    finals = torch.tensor([[0.0, 200.0]])
+    loss, _, _ = SlotLosses.apply(hidden, torch.eye(2), torch.ones(1, 1), finals, target, name)
+    loss.backward()
+    assert hidden.grad is not None
+    assert loss.isfinite()
+    assert hidden.grad.isfinite().all()
 
 
 def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +436,7 @@ def test_the_worked_example_of_the_soft_target() -> None:
     torch.manual_seed(0)
     hidden, lm_head, finals = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(3, 4)
     target = TargetOutput(FinalNorm(torch.ones(4), 1e-6), torch.randn(5, 4))
-    _, entropy, _ = SoftCrossEntropy.apply(hidden, lm_head, torch.ones(2, 3), finals, target)
+    _, entropy, _ = SlotLosses.apply(hidden, lm_head, torch.ones(2, 3), finals, target)
     p_5 = target.logits(finals[2:3]).softmax(-1)[0]
     log_q = (lm_head @ hidden[1, 1]).log_softmax(-1)
     assert float(entropy[1, 1]) == pytest.approx(-float(p_5 @ log_q), abs=1e-6)
@@ -371,7 +467,7 @@ def test_loss_gradients_are_those_of_finite_differences(monkeypatch: pytest.Monk
     )
 
     def loss(*inputs: Tensor) -> Tensor:
-        return SoftCrossEntropy.apply(*inputs, weights, finals, target)[0] * 1.7
+        return SlotLosses.apply(*inputs, weights, finals, target)[0] * 1.7
 
     assert torch.autograd.gradcheck(loss, (hidden, lm_head), fast_mode=True)
 
@@ -437,7 +533,7 @@ def test_the_gradient_of_lm_head_adds_up_in_float32(monkeypatch: pytest.MonkeyPa
     def gradient(states: Tensor, chunk_rows: int) -> Tensor:
         monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", chunk_rows)
         lm_head = (target.lm_head / 2).requires_grad_()
-        SoftCrossEntropy.apply(states, lm_head, weights, finals, target)[0].backward()
+        SlotLosses.apply(states, lm_head, weights, finals, target)[0].backward()
         assert lm_head.grad is not None
         return lm_head.grad
 
