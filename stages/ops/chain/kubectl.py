@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,21 @@ from shared.errors import RetryableError, UserError
 COMPONENT = "app.kubernetes.io/component"
 
 Object = dict[str, Any]
+
+# What kubectl prints when the server is away, starting or too busy.
+_AWAY = (
+    "Unable to connect",
+    "EOF",
+    "InternalError",
+    "ServiceUnavailable",
+    "TooManyRequests",
+    "connection",
+    "deadline exceeded",
+    "no route to host",
+    "timed out",
+    "timeout",
+    "unable to handle the request",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +60,13 @@ class Kubectl:
         if done.returncode == 0:
             return done.stdout
         complaint = done.stderr.strip() or f"exit code {done.returncode}"
-        if any(word in complaint for word in ("Unable to connect", "connection", "timeout", "EOF")):
+        if "x509" not in complaint and any(word in complaint for word in _AWAY):
             raise _unreachable(complaint)
         raise UserError(
             f"kubectl {' '.join(arguments)}: {complaint}",
             code="kubectl-refused",
-            remedy="Correct the overlay, or ask the cluster's admin for the right to do this.",
+            remedy="Correct the overlay, log in to the cluster again, or ask its admin for the right "
+            "to do this.",
             facts={"namespace": self.namespace},
         )
 
@@ -57,6 +74,11 @@ class Kubectl:
         """One object, or a list of them; {} if there is none."""
         text = self.run("get", *arguments, "--ignore-not-found", "--output", "json")
         return dict(json.loads(text)) if text.strip() else {}
+
+    def apply(self, objects: Sequence[Object]) -> None:
+        """Create objects, or change them to this."""
+        whole = {"apiVersion": "v1", "kind": "List", "items": list(objects)}
+        self.run("apply", "--filename", "-", given=json.dumps(whole))
 
 
 def _unreachable(complaint: str) -> RetryableError:

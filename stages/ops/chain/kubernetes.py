@@ -5,21 +5,21 @@ In: the overlay, whose ConfigMap must hold the recipe, and a kubectl that reache
 stage's own exit code, reported within seconds of the Job's failure, and the end of the failed pod's
 log. A signal ends the watching; the Job goes on.
 
-A complete Job of the same recipe is not run again. A failed one, or one of another recipe, is deleted
-first, since a Job's template cannot be changed.
+A complete Job of the same recipe is not run again. One that has failed, or has ended with another recipe,
+is deleted first, since a Job's template cannot be changed. One that runs with another recipe is somebody
+else's: it is left alone, and the run refused before its first stage.
 """
 
-import json
 import logging
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from shared.errors import EXIT_BUG, EXIT_DONE, EXIT_OUTPUT, EXIT_USER, RetryableError, UserError
+from shared.errors import EXIT_DONE, RetryableError, UserError
 from shared.runtime.process import stop_if_requested
+from stages.ops.chain import objects
 from stages.ops.chain.kubectl import Kubectl, Object, Overlay
 
 _POLL_S = 5.0
@@ -37,7 +37,8 @@ def run(recipe: Path, folder: Path, stages: Sequence[str]) -> int:
     """Run the stages one after another; returns the exit code of the first that failed, or 0.
 
     Raises:
-        UserError: overlay and recipe do not belong together, or the cluster refuses them.
+        UserError: overlay and recipe do not belong together, the cluster refuses them or lacks a claim, or
+            a Job of another recipe runs under one of the names.
         RetryableError: the cluster does not answer for two minutes.
         Stopped: a signal arrived; the Job of the current stage goes on.
     """
@@ -46,14 +47,41 @@ def run(recipe: Path, folder: Path, stages: Sequence[str]) -> int:
     kubectl = Kubectl(overlay.namespace)
     if overlay.has_target:
         stages = ("target", *stages)
-    for stage in stages:
+    chain = {stage: _Stage(stage, overlay.job(stage), kubectl) for stage in stages}
+    _check_claims(overlay, kubectl)
+    for each in chain.values():  # before the first of them begins
+        each.check()
+    for stage, each in chain.items():
         started_s = time.monotonic()
-        code = _Stage(stage, overlay.job(stage), kubectl).run(overlay.beside(stage))
+        code = each.run(overlay.beside(stage))
         if code != EXIT_DONE:
             logger.error("%s ended with exit code %d", stage, code)
             return code
         logger.info("%s: done after %.0f s", stage, time.monotonic() - started_s)
     return EXIT_DONE
+
+
+def _check_claims(overlay: Overlay, kubectl: Kubectl) -> None:
+    """Look for the claims that pods would wait for in vain, as far as this user may look.
+
+    Raises:
+        UserError: one is missing.
+    """
+    jobs = [each for each in overlay.objects if each["kind"] in ("Job", "JobSet")]
+    for claim in sorted({claim for job in jobs for claim in objects.claims(job)}):
+        try:
+            found = kubectl.get("persistentvolumeclaim", claim)
+        except UserError as error:
+            logger.info("claims cannot be looked at: %s", error)
+            return
+        if not found:
+            place = kubectl.namespace or "default"
+            raise UserError(
+                f"expected the claim {claim} in namespace {place}, found none.",
+                code="claim-missing",
+                remedy="Create namespace and claims once: kubectl apply -f compose/k8s/storage.yaml",
+                facts={"claim": claim, "namespace": place},
+            )
 
 
 class _Stage:
@@ -64,6 +92,27 @@ class _Stage:
         self._name = str(job["metadata"]["name"])
         self._kind = str(job["kind"]).lower()
         self._reported: set[str] = set()
+        self._reads_events = True
+
+    def check(self) -> None:
+        """Leave a Job alone that is not this run's.
+
+        Raises:
+            UserError: a Job of this name runs with another recipe.
+        """
+        there = self._kubectl.get(self._kind, self._name)
+        if there and not objects.has_ended(there) and self._has_other_recipe(there):
+            raise UserError(
+                f"{self._kind} {self._name} runs with another recipe "
+                f"({', '.join(objects.config_maps(there))}) than the overlay's "
+                f"({', '.join(objects.config_maps(self._job))}).",
+                code="job-of-another-recipe",
+                remedy="Wait for its end, delete it, or give this run a nameSuffix of its own.",
+                facts={"job": self._name},
+            )
+
+    def _has_other_recipe(self, there: Object) -> bool:
+        return objects.config_maps(there) != objects.config_maps(self._job)
 
     def run(self, beside: list[Object]) -> int:
         self._start(beside)
@@ -86,11 +135,10 @@ class _Stage:
 
     def _start(self, beside: list[Object]) -> None:
         """Create the Job, unless one of the same recipe is complete or running."""
-        documents = "---\n".join(json.dumps(each) + "\n" for each in beside)
         if beside:
-            self._kubectl.run("apply", "--filename", "-", given=documents)
+            self._kubectl.apply(beside)
         there = self._kubectl.get(self._kind, self._name)
-        if there and (_failed(there) or _config_maps(there) != _config_maps(self._job)):
+        if there and (objects.failure(there) or self._has_other_recipe(there)):
             logger.info("%s: deleting %s %s of an earlier try", self._stage, self._kind, self._name)
             self._kubectl.run(
                 "delete", self._kind, self._name, "--cascade=foreground", "--wait=false"
@@ -100,7 +148,7 @@ class _Stage:
                 time.sleep(1)
         elif there:
             return
-        self._kubectl.run("apply", "--filename", "-", given=json.dumps(self._job))
+        self._kubectl.apply([self._job])
         logger.info("%s: %s %s created", self._stage, self._kind, self._name)
 
     def _pods(self) -> list[Object]:
@@ -117,23 +165,21 @@ class _Stage:
                 code="job-deleted",
                 remedy="Run the same command again to create it.",
             )
-        if _condition(job, "Complete", "Completed"):
+        if objects.is_complete(job):
             return EXIT_DONE
-        if not (failed := _failed(job)):
+        if not (failed := objects.failure(job)):
             return None
         logger.error("%s failed: %s: %s", self._stage, failed.get("reason"), failed.get("message"))
-        ended = [(pod, code) for pod in pods if (code := _exit_code(pod))]
-        if not ended:  # the pods are gone, and the Job's own message may still tell
-            told = re.search(r"exit code (\d+)", str(failed.get("message")))
-            return int(told[1]) if told else EXIT_BUG
-        # Of several pods, the one whose code the Job's policy acts upon comes first.
-        refused = (EXIT_USER, EXIT_OUTPUT)
-        pod, code = min(ended, key=lambda pair: (pair[1] not in refused, _name(pair[0])))
-        self._show_log(pod)
+        told = re.search(r"exit code (\d+)", str(failed.get("message")))
+        code, pod = objects.decisive(pods)
+        if pod:
+            self._show_log(pod)
+        elif told:  # the pods are gone, and the Job's own message still tells
+            code = int(told[1])
         return code
 
     def _show_log(self, pod: Object) -> None:
-        name = _name(pod)
+        name = objects.name_of(pod)
         try:
             text = self._kubectl.run("logs", name, "--tail", _LOG_LINES)
         except (UserError, RetryableError) as error:
@@ -143,10 +189,10 @@ class _Stage:
     def _report(self, job: Object, pods: Sequence[Object]) -> None:
         """Log what has changed: counts of pods, failed attempts, pods that cannot start."""
         for pod in pods:
-            name = _name(pod)
-            if code := _exit_code(pod):
-                self._once(f"{name} ended with exit code {code}", logging.WARNING)
-            reason, message = _waiting(pod)
+            name = objects.name_of(pod)
+            for line in objects.failures(pod):
+                self._once(line, logging.WARNING)
+            reason, message = objects.waiting(pod)
             if reason in _CANNOT_START:
                 raise UserError(
                     f"{name} cannot start: {reason}: {message}",
@@ -156,6 +202,8 @@ class _Stage:
                 )
             if reason in _MAY_START:
                 self._once(f"{name} waits: {reason}: {message}", logging.WARNING)
+        for line in self._told_by_events(job, pods):
+            self._once(line, logging.WARNING)
         if job["spec"].get("suspend"):
             self._once(f"{self._kind} {self._name} is suspended: it waits for its queue")
         status = job.get("status", {})
@@ -165,56 +213,23 @@ class _Stage:
             running, done, failed = counts
             self._once(f"pods: {running} running, {done} done, {failed} failed, of {total}")
 
+    def _told_by_events(self, job: Object, pods: Sequence[Object]) -> list[str]:
+        """Warnings on the Job and its pods; none where the events may not be read."""
+        if not self._reads_events:
+            return []
+        try:
+            events = self._kubectl.get("events", "--field-selector", "type=Warning")
+        except UserError as error:
+            logger.warning("events cannot be read, so some causes will not be told: %s", error)
+            self._reads_events = False
+            return []
+        except RetryableError:  # the next look at the Job says so
+            return []
+        names = {*objects.job_names(job), *map(objects.name_of, pods)}
+        since = str(job["metadata"].get("creationTimestamp", ""))
+        return list(objects.told_by_events(events.get("items", ()), names, since))
+
     def _once(self, line: str, level: int = logging.INFO) -> None:
         if line not in self._reported:
             self._reported.add(line)
             logger.log(level, "%s: %s", self._stage, line)
-
-
-def _condition(job: Object, *kinds: str) -> Mapping[str, Any]:
-    """The first condition of one of these kinds that holds; {} if none does."""
-    conditions = job.get("status", {}).get("conditions") or ()
-    for kind in kinds:
-        for each in conditions:
-            if each["type"] == kind and each["status"] == "True":
-                return dict(each)
-    return {}
-
-
-def _failed(job: Object) -> Mapping[str, Any]:
-    # A Job has FailureTarget while its last pods still end: minutes before Failed.
-    return _condition(job, "Failed", "FailureTarget")
-
-
-def _name(each: Object) -> str:
-    return str(each["metadata"]["name"])
-
-
-def _config_maps(job: Object) -> list[str]:
-    """Names of the ConfigMaps that its pods mount: kustomize hashes their content into the name."""
-    spec = job["spec"]
-    replicated = spec.get("replicatedJobs") or [{"template": job}]
-    pods = [each["template"]["spec"]["template"]["spec"] for each in replicated]
-    volumes = [volume for pod in pods for volume in pod.get("volumes", ())]
-    return sorted(each["configMap"]["name"] for each in volumes if "configMap" in each)
-
-
-def _statuses(pod: Object) -> list[Object]:
-    return list(pod.get("status", {}).get("containerStatuses") or ())
-
-
-def _exit_code(pod: Object) -> int:
-    """What the pod's container ended with; 0 while it runs."""
-    ended = (each.get("state", {}).get("terminated") or {} for each in _statuses(pod))
-    return next((int(each["exitCode"]) for each in ended if each.get("exitCode")), 0)
-
-
-def _waiting(pod: Object) -> tuple[str, str]:
-    """(reason, message) of what a pod waits for: its image, or a node; two empty texts if nothing."""
-    reasons = [each.get("state", {}).get("waiting") or {} for each in _statuses(pod)]
-    conditions = pod.get("status", {}).get("conditions") or ()
-    reasons += [each for each in conditions if each.get("type") == "PodScheduled"]
-    for each in reasons:
-        if each.get("reason"):
-            return str(each["reason"]), str(each.get("message", ""))
-    return "", ""

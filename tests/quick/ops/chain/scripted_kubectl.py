@@ -3,7 +3,8 @@
 """A kubectl whose cluster is a folder: $CLUSTER/objects/<kind>-<name>.json, and what follows in time.
 
 `script.json` there maps a Job's name to the statuses that successive `get`s see, the last of them for
-ever, and `pods.json` a Job's name to its pods. `away` in the folder makes the API server unreachable.
+ever, and `pods.json` a Job's name to its pods; `events.json` holds events. `away` in the folder makes the
+API server unreachable.
 Every command is kept in `commands.txt`.
 """
 
@@ -25,6 +26,8 @@ def get(kind: str, *rest: str) -> str:
     if kind == "pods":
         job = rest[1].partition("=")[2]
         return json.dumps({"items": read("pods.json").get(job, [])})
+    if kind == "events":
+        return json.dumps(read("events.json"))
     name = rest[0]
     path = OBJECTS / f"{kind}-{name}.json"
     if not path.exists():
@@ -40,9 +43,9 @@ def get(kind: str, *rest: str) -> str:
 
 
 def apply() -> None:
-    for text in sys.stdin.read().split("---\n"):
-        made = json.loads(text)
-        (OBJECTS / f"{made['kind'].lower()}-{made['metadata']['name']}.json").write_text(text)
+    for made in json.load(sys.stdin)["items"]:
+        path = OBJECTS / f"{made['kind'].lower()}-{made['metadata']['name']}.json"
+        path.write_text(json.dumps(made))
 
 
 def main(*words: str) -> None:

@@ -113,15 +113,11 @@ def test_a_chain_that_goes_well(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Failed", "FailureTarget"])
-def test_a_failed_stage_is_reported_with_its_own_code_within_30_s(
-    cluster: Cluster, kind: str
-) -> None:
+def test_a_failed_stage_is_reported_with_its_own_code(cluster: Cluster, kind: str) -> None:
     cluster.script(synth=[{}, failed("PodFailurePolicy", "refused", kind)])
     others = [pod("synth-r-0", terminated={"exitCode": 137}), pod("synth-r-1", running={})]
     cluster.pods(synth=[*others, pod("synth-r-2", terminated={"exitCode": 2})])
-    began_s = time.monotonic()
     code, log = cluster.run()
-    assert time.monotonic() - began_s < 30
     assert code == 2
     assert "the last words of synth-r-2" in log
     assert "synth failed: PodFailurePolicy: refused" in log
@@ -230,3 +226,81 @@ def test_a_flag_that_would_be_passed_over_is_refused(cluster: Cluster, flag: str
     assert code == 2
     assert "neither dry_run nor overwrite" in log
     assert not (cluster.folder / "commands.txt").exists()
+
+
+def a_claim(name: str) -> dict[str, Any]:
+    return {"kind": "PersistentVolumeClaim", "metadata": {"name": name}}
+
+
+def test_a_missing_claim_is_refused_before_the_first_job(cluster: Cluster) -> None:
+    made = a_job("dump")
+    volumes = made["spec"]["template"]["spec"]["volumes"]
+    volumes.append({"name": "w", "persistentVolumeClaim": {"claimName": "eyrie-workspace"}})
+    rendered = cluster.folder / "rendered.yaml"
+    objects = [*yaml.safe_load_all(rendered.read_text())]
+    kept = [each for each in objects if each["metadata"]["name"] != "dump-r"]
+    rendered.write_text(yaml.safe_dump_all([*kept, made]))
+    cluster.script(synth=[COMPLETE])
+    code, log = cluster.run("--only", "synth")
+    assert code == 2
+    assert "expected the claim eyrie-workspace in namespace eyrie" in log
+    cluster.put(a_claim("eyrie-workspace"))
+    assert cluster.run("--only", "synth")[0] == 0
+
+
+def test_a_running_job_of_another_recipe_is_left_alone(cluster: Cluster) -> None:
+    """Even if it is a later stage's, which this run would come to in hours."""
+    cluster.put({**a_job("train", recipe="recipe-other"), "status": {"ready": 1}})
+    code, log = cluster.run()
+    assert code == 2
+    assert "job train-r runs with another recipe (recipe-other)" in log
+    assert "nameSuffix" in log
+    assert not any(" delete " in each or " apply " in each for each in cluster.commands())
+
+
+def test_the_attempt_that_ended_last_gives_the_code(cluster: Cluster) -> None:
+    ends = {"b": (75, "2026-01-01T00:03:00Z"), "a": (137, "2026-01-01T00:02:00Z")}
+    cluster.script(synth=[failed("BackoffLimitExceeded")])
+    states = {
+        name: {"terminated": {"exitCode": code, "finishedAt": at, "reason": "OOMKilled"}}
+        for name, (code, at) in ends.items()
+    }
+    cluster.pods(synth=[pod(name, **state) for name, state in states.items()])
+    code, log = cluster.run()
+    assert code == 75
+    assert "the last words of b" in log
+
+
+def test_what_a_pod_suffers_is_told_with_its_reason(cluster: Cluster) -> None:
+    cluster.script(synth=[{}, {}, COMPLETE])
+    killed = pod("p", terminated={"exitCode": 137, "reason": "OOMKilled"})
+    taken = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
+    preempted = pod("q", running={})
+    preempted["status"]["conditions"] = [{**taken, "message": "for a pod of higher priority"}]
+    cluster.pods(synth=[killed, preempted])
+    _, log = cluster.run("--only", "synth")
+    assert "p ended with exit code 137 (OOMKilled)" in log
+    assert "q is taken from its node: PreemptionByScheduler: for a pod of higher priority" in log
+
+
+def test_warnings_of_this_job_and_no_others_are_told_once(cluster: Cluster) -> None:
+    def event(name: str, reason: str, at: str) -> dict[str, Any]:
+        about = {"kind": "Job", "name": name}
+        return {"involvedObject": about, "reason": reason, "message": "m", "lastTimestamp": at}
+
+    now, before = "2026-01-02T00:00:01Z", "2026-01-01T00:00:00Z"
+    events = [
+        event("synth-r", "FailedCreate", now),
+        event("synth-r", "FailedMount", before),
+        event("synth-r-2", "Other", now),
+        event("synth-r", "FailedScheduling", now),
+    ]
+    (cluster.folder / "events.json").write_text(json.dumps({"items": events}))
+    made = a_job("synth")
+    made["metadata"]["creationTimestamp"] = "2026-01-02T00:00:00Z"
+    cluster.put(made)
+    cluster.script(synth=[{}, {}, {}, COMPLETE])
+    code, log = cluster.run("--only", "synth")
+    assert code == 0
+    assert log.count("synth-r: FailedCreate: m") == 1
+    assert not any(word in log for word in ("FailedMount", "Other", "FailedScheduling"))
