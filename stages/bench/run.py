@@ -30,7 +30,7 @@ from stages.bench import head_check
 from stages.bench.config import BenchConfig, CompareConfig
 from stages.bench.measure import plans
 from stages.bench.measure.loads import Conversation
-from stages.bench.report import gates, lineage, report
+from stages.bench.report import gates, limits, lineage, report
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 REPORT, PAGE = "report.json", "report.html"
@@ -101,6 +101,7 @@ def run(config: BenchConfig) -> None:
         result["seconds"] = round(measured_s, 1)
         if subject.parents:  # a head from elsewhere was not made by this run
             result["lineage"] = lineage.of_run(config.paths)
+            result["limit"] = limits.find(result)
         result["gates"] = gates.judge(config, result, earlier)
         _write(result, artifact.folder)
         gates.require_met(result, artifact.folder / REPORT)

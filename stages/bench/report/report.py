@@ -10,6 +10,7 @@
     seconds                 how long measuring took, engine starts included
     measured                what was measured, by fingerprint and hash
     lineage                 how the head was made, where this run made it: stages, loss, walks
+    limit                   what holds that head back, and the next step that would help most
 
 Figures as in `figures`; an interval is [low, high] at 95 %, or null where it cannot be computed.
 """
@@ -137,8 +138,8 @@ def _cautions(first: Mapping[str, Report], sweep: Sequence[Report]) -> list[str]
     found = []
     if head.get("speedup") is not None and head["speedup"] < 1:
         found.append(
-            f"Drafting costs more than it saves here (speed-up {head['speedup']:.2f}): on a small "
-            "target or a busy machine a draft takes as long as the steps that it saves."
+            f"Drafting costs more than it saves here (speed-up {head['speedup']:.2f}){_cost(head)}: on a "
+            "small target or a busy machine a draft takes as long as the steps that it saves."
         )
     if head["acceptance"]["acceptance_length_interval"] is None:
         found.append(
@@ -154,3 +155,12 @@ def _cautions(first: Mapping[str, Report], sweep: Sequence[Report]) -> list[str]
     if "baseline" not in first:
         found.append("No baseline was measured: there is no speed-up, and nothing was compared.")
     return found
+
+
+def _cost(head: Report) -> str:
+    """What a step with its draft costs: tokens per step / speed-up plain steps."""
+    steps = head.get("tokens_per_step")
+    if steps is None:
+        return ""
+    cost = steps / head["speedup"]
+    return f"; a step with its draft takes as long as {cost:.1f} plain ones, and gives {steps:.1f} tokens"

@@ -60,6 +60,8 @@ def sentences(found: Report) -> Iterator[str]:
         for best in found["best"]:
             yield f"best K at {describe_load(best)}: {best['num_speculative_tokens']}"
     yield from found["warnings"]
+    if limit := found.get("limit"):
+        yield f"{limit['says']} Next: {limit['next']}"
 
 
 def _table(title: str, columns: str) -> Table:

@@ -102,6 +102,7 @@ def made(name: str = "demo", *, scale: float = 1.0) -> dict[str, Any]:
         config, results, measured={"prompts": "abc"}, warnings=["norm_output is true"]
     )
     found["lineage"], found["seconds"] = LINEAGE, 33.25
+    found["limit"] = {"limit": "rows", "says": "The walk <stopped>.", "next": "More prompts."}
     found["gates"] = gates.judge(config, found, None)
     return dict(json.loads(json.dumps(found)))  # as a reader of report.json gets it
 
@@ -151,6 +152,7 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
         text = view.locator("body").inner_text()
         settings = view.locator("details").first.text_content()
         wide = view.evaluate("document.documentElement.scrollWidth")
+    assert "The walk <stopped>. Next. More prompts." in text
     assert len(shown) > 100
     for path, digits, scale, shown_text, visible in shown:
         assert shown_text == f"{resolve(found, path) * float(scale):.{int(digits)}f}", path

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds a result back, told from the facts of runs as they happen."""
+
+from typing import Any
+
+import pytest
+
+from stages.bench.report.limits import find
+
+
+def measured(
+    served: float,
+    walks: list[tuple[int, float]],
+    *,
+    rows: int = 480,
+    steps: int = 467,
+    interval: tuple[float, float] | None = None,
+    seconds: float | None = 600.0,
+) -> dict[str, Any]:
+    """A report of which only the facts that decide are there."""
+    best = max(walks, key=lambda walk: walk[1]) if walks else (steps, None)
+    entry = {"rows": rows, "seconds": seconds, "settings": {}, "facts": {}}
+    train = {
+        "stage": "train",
+        "facts": {"steps": steps, "best_step": best[0], "walked_acceptance_length": best[1]},
+        "settings": {"epochs": 5, "batch_tokens": 2048},
+    }
+    acceptance = {"acceptance_length": served, "acceptance_length_interval": interval}
+    stages = [{**entry, "stage": "synth"}, {**entry, "stage": "dump"}, {**entry, **train}]
+    return {
+        "head": {"acceptance": acceptance},
+        "lineage": {"stages": stages, "walks": [list(walk) for walk in walks]},
+    }
+
+
+RISING = [(100, 1.35), (200, 1.46), (300, 1.54), (400, 1.59), (467, 1.61)]  # SmolLM2, five epochs
+FLAT = [(100, 2.98), (200, 3.36), (255, 3.39)]  # the demo's target
+OVERFIT = [(100, 1.52), (200, 1.66), (300, 1.63), (400, 1.60)]
+
+
+@pytest.mark.parametrize(
+    ("report", "limit", "told"),
+    [
+        (measured(1.58, RISING), "steps", "10 instead of 5, about 20 minutes"),
+        (measured(3.33, FLAT, rows=1140, steps=255), "rows", "about 120 minutes"),
+        (measured(1.64, OVERFIT, steps=400), "rows", "four times as many rows"),
+        (measured(1.39, [(92, 1.40)], steps=92), "steps", "train.batch_tokens"),
+        # One epoch of broad text walked to 1.39; Spec-Bench's prompts gave 1.22.
+        (measured(1.22, [(92, 1.39)], steps=92, interval=(1.18, 1.26)), "prompts", "synth.prompts"),
+        (measured(1.02, FLAT, steps=255), "serving", "chat template"),
+    ],
+)
+def test_the_limit_of_a_run(report: dict[str, Any], limit: str, told: str) -> None:
+    found = find(report)
+    assert found is not None
+    assert (found["limit"], told in found["next"]) == (limit, True), found
+
+
+def test_a_difference_within_the_interval_says_nothing_about_prompts() -> None:
+    found = find(measured(1.50, OVERFIT, interval=(1.40, 1.60)))
+    assert found is not None and found["limit"] == "rows"
+
+
+def test_times_that_are_not_known_are_not_told() -> None:
+    found = find(measured(1.58, RISING, seconds=None))
+    assert found is not None and found["next"].endswith("10 instead of 5.")
+
+
+def test_a_head_from_elsewhere_or_one_that_was_never_walked_has_no_limit() -> None:
+    assert find({"head": {"acceptance": {}}}) is None
+    assert find(measured(1.5, [])) is None
