@@ -55,6 +55,11 @@ class RunChainConfig(CommandConfig):
         description="Replace every stage's artifact; work that an earlier --overwrite left unfinished is "
         "continued.",
     )
+    open_page: bool = pydantic.Field(
+        False,
+        alias="open",
+        description="Open the report's page in this desktop's browser at the end.",
+    )
 
     @pydantic.field_validator("only")
     @classmethod
@@ -74,9 +79,9 @@ class RunChainConfig(CommandConfig):
             raise ValueError("only, from and skip together leave no stage to run")
         if (self.by == "kubernetes") != (self.overlay is not None):
             raise ValueError("by kubernetes and overlay need each other")
-        if self.overlay and (self.dry_run or self.overwrite):
+        if self.overlay and (self.dry_run or self.overwrite or self.open_page):
             raise ValueError(
-                "by kubernetes takes neither dry_run nor overwrite: see `kubectl diff -k`, or put "
+                "by kubernetes takes no dry_run, overwrite or open: see `kubectl diff -k`, or put "
                 "--overwrite into the Job's args"
             )
         return self

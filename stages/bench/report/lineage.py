@@ -8,14 +8,13 @@ deleted or replaced since.
 """
 
 import datetime
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shared.artifacts.history import read_curves
 from shared.artifacts.manifest import read_manifest
 from shared.errors import UserError
-from shared.io.files import read_text
 from shared.paths import RunPaths
 from shared.runtime.status import read_status
 
@@ -39,7 +38,7 @@ def of_run(paths: RunPaths) -> dict[str, Any]:
     stages = [_entry(paths, stage, ancestors[stage]) for stage in _STAGES if stage in ancestors]
     # A training that was continued since made another head.
     path = paths.stage("train") / "history.jsonl"
-    curves = _curves(path) if "train" in ancestors else {"loss": [], "walks": []}
+    curves = read_curves(path) if "train" in ancestors else {"loss": [], "walks": []}
     times = [entry["seconds"] for entry in stages]
     seconds = round(sum(times), 1) if times and None not in times else None
     return {"stages": stages, "seconds": seconds, **curves}
@@ -102,17 +101,3 @@ def _seconds(status: Path, finished: str) -> float | None:
     except (UserError, ValueError, OverflowError):
         return None
     return round(max(0.0, ended_s - started_s), 1)
-
-
-def _curves(path: Path) -> dict[str, list[list[float]]]:
-    curves: dict[str, list[list[float]]] = {"loss": [], "walks": []}
-    lines = read_text(path).splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            for name, key in (("loss", "loss"), ("walks", "walked_acceptance_length")):
-                if key in record:
-                    curves[name].append([int(record["step"]), float(record[key])])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # a line that a crash cut
-    return curves

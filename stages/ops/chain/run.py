@@ -6,10 +6,12 @@ chain stops at the first stage that fails and leaves with that stage's exit code
 """
 
 import logging
+import os
 import signal
 import subprocess
 import sys
 import time
+import webbrowser
 from pathlib import Path
 
 from rich.console import Console
@@ -57,10 +59,13 @@ def run(config: RunChainConfig) -> int:
                 seconds[stage],
                 paths.log(stage),
             )
+            if stage == "bench":  # it writes its page also where a gate is missed
+                _show_page(paths, since_s=time.time() - seconds[stage], opens=config.open_page)
             return code
     times = " ".join(f"{stage}_s={spent:.0f}" for stage, spent in seconds.items())
     logger.info("%s: all stages done: %s", paths.run_name, times)
     if "bench" in config.stages:
+        _show_page(paths, opens=config.open_page)
         sys.stdout.write(closing_line(paths) + "\n")
     return EXIT_DONE
 
@@ -132,6 +137,20 @@ def _stop(process: "subprocess.Popen[bytes]") -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
+
+
+def _show_page(paths: RunPaths, *, since_s: float = 0.0, opens: bool) -> None:
+    """Name the report's page as a link, and open it where a desktop was asked to."""
+    page = paths.report.with_suffix(".html")
+    if not page.exists() or page.stat().st_mtime < since_s:
+        return
+    link = page.absolute().as_uri()
+    logger.info("the report's page: %s", link)
+    if not opens:
+        return
+    has_desktop = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if not (has_desktop and webbrowser.open(link)):
+        logger.warning("no desktop with a browser here: open the page yourself")
 
 
 def closing_line(paths: RunPaths) -> str:

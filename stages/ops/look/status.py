@@ -5,16 +5,19 @@ In: the folder of a run. Costs reading its status files and the times of its man
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from shared.artifacts.history import read_curves
 from shared.paths import STAGES, RunPaths
 from shared.runtime.process import stop_requested
 from shared.runtime.tables import cell
@@ -29,6 +32,7 @@ _COLOURS = {
     "stopped": "yellow",
     "unreadable": "bold red",
 }
+_BARS, _MAX_BARS = "▁▂▃▄▅▆▇█", 40
 _OF_PROGRESS = ("done", "total", "unit", "left_s")
 
 
@@ -74,7 +78,7 @@ def watch(config: WatchConfig) -> None:
         return
     with Live(console=Console(), auto_refresh=False) as live:
         for states in _looks(paths, config.period_s):
-            live.update(_table(paths, states), refresh=True)
+            live.update(Group(_table(paths, states), *_curves(paths)), refresh=True)
 
 
 def _looks(paths: RunPaths, period_s: float) -> Iterator[list[StageState]]:
@@ -144,6 +148,29 @@ def _table(paths: RunPaths, states: list[StageState]) -> Table:
             _clock(state.left_s),
         )
     return table
+
+
+def _curves(paths: RunPaths) -> Iterator[Text]:
+    """Loss and walked acceptance length over train's steps, a line each."""
+    curves = read_curves(paths.stage("train") / "history.jsonl")
+    for name, points in (("loss", curves["loss"]), ("walked AL", curves["walks"])):
+        if len(points) > 1:
+            (first, began), (last, now) = points[0], points[-1]
+            bars = sparkline([value for _, value in points])
+            span = f"step {first:.0f} to {last:.0f}"
+            yield Text(f"{name:>10} {bars}  {began:.2f} to {now:.2f}, {span}")
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """The values as bars between the lowest and the highest, at most 40.
+
+    Worked example: 1, 2, 3, 8 become "▁▂▃█"; more values than bars are averaged in groups.
+    """
+    groups = min(len(values), _MAX_BARS)
+    edges = [len(values) * group // groups for group in range(groups + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
 def _clock(seconds: float | None) -> str:

@@ -220,11 +220,11 @@ def test_the_two_flags_need_each_other(tmp_path: Path, flags: tuple[str, ...]) -
     assert "need each other" in done.stderr
 
 
-@pytest.mark.parametrize("flag", ["--dry_run", "--overwrite"])
+@pytest.mark.parametrize("flag", ["--dry_run", "--overwrite", "--open"])
 def test_a_flag_that_would_be_passed_over_is_refused(cluster: Cluster, flag: str) -> None:
     code, log = cluster.run(flag)
     assert code == 2
-    assert "neither dry_run nor overwrite" in log
+    assert "takes no dry_run, overwrite or open" in log
     assert not (cluster.folder / "commands.txt").exists()
 
 

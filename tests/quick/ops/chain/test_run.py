@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+import webbrowser
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
 from stages.ops.chain import estimates, preflight, processes
 from stages.ops.chain.machine import Machine, look
-from stages.ops.chain.run import run
+from stages.ops.chain.run import _show_page, run
 from stages.ops.config import RunChainConfig
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
@@ -478,3 +480,30 @@ def test_a_stop_between_two_stages_begins_no_other(
     assert done.returncode == EXIT_STOPPED, done.stderr
     assert "[stopped] stopped by a signal; dump was not begun." in done.stderr
     assert not (workspace / "begun").exists()
+
+
+def test_the_page_is_named_as_a_link_and_opened_where_a_desktop_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    paths = RunPaths(tmp_path, "a run")
+    _show_page(paths, opens=True)
+    assert not caplog.text
+    page = paths.report.with_suffix(".html")
+    page.parent.mkdir(parents=True)
+    page.write_text("<p>")
+    _show_page(paths, since_s=time.time() + 5, opens=False)  # an earlier attempt's
+    assert not caplog.text
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}.new && mv {opened}.new {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setattr(webbrowser, "_tryorder", None)
+    monkeypatch.setenv("BROWSER", str(browser))
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    _show_page(paths, opens=True)
+    assert f"file://{tmp_path}/a%20run/bench/report.html" in caplog.text
+    assert "no desktop" in caplog.text and not opened.exists()
+    monkeypatch.setenv("DISPLAY", ":0")
+    _show_page(paths, opens=True)
+    assert opened.read_text() == page.as_uri()

@@ -18,7 +18,7 @@ from shared.paths import RunPaths
 from shared.runtime.status import Status
 from stages.ops.config import StatusConfig, WatchConfig
 from stages.ops.look.run_state import find_run
-from stages.ops.look.status import StageState, _looks, read_states, run, watch
+from stages.ops.look.status import StageState, _looks, read_states, run, sparkline, watch
 
 ROOT = Path(__file__).resolve().parents[4]
 # A stage as far as its status goes: it says how far it is, and then nothing for a long time.
@@ -218,3 +218,28 @@ def test_a_run_without_a_recipe_is_found(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Did you mean r"):
         find_run("rr", tmp_path)
     assert find_run("r", tmp_path).root == tmp_path / "r"
+
+
+def test_a_watch_draws_loss_and_walks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("synth", "dump", "train", "bench"):
+        write(tmp_path, stage, state="done")
+    history = RunPaths(tmp_path, "r").stage("train") / "history.jsonl"
+    history.parent.mkdir(parents=True)
+    rows = [{"step": step, "loss": 8 - step} for step in range(1, 6)]
+    rows += [{"step": 2, "walked_acceptance_length": 1.25}]
+    history.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
+    flags = {"name": "r", "workspace": str(tmp_path)}
+    watch(build(WatchConfig, flags))
+    shown = capsys.readouterr().out
+    assert "loss █▆▅▃▁  7.00 to 3.00, step 1 to 5" in shown
+    assert "walked AL" not in shown  # one walk is no curve
+    with history.open("a") as more:
+        more.write('\n{"step": 5, "walked_acceptance_length": 1.5}\n')
+    watch(build(WatchConfig, flags))
+    assert "walked AL ▁█  1.25 to 1.50, step 2 to 5" in capsys.readouterr().out
+
+
+def test_a_long_curve_is_averaged_into_forty_bars() -> None:
+    assert sparkline([0.0] * 60 + [7.0] * 60) == "▁" * 20 + "█" * 20
+    assert sparkline([1.0, 2.0, 3.0, 8.0]) == "▁▂▃█"
+    assert sparkline([2.0, 2.0]) == "▁▁"
