@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 
@@ -38,7 +38,7 @@ class TrainConfig(StageConfig):
     groups: ClassVar[Mapping[str, str]] = {
         "Data": "dump_of max_samples holdout_fraction max_holdout_samples",
         "Model": "ttt_steps loss_decay intermediate_size num_layers init_from train_lm_head",
-        "Optimization": "epochs batch_tokens learning_rate warmup_fraction schedule "
+        "Optimization": "epochs batch_tokens learning_rate warmup_steps plateau_fraction schedule "
         "min_lr_fraction beta1 beta2 weight_decay max_grad_norm",
         "Speed": "mixed_precision micro_batch_tokens distributed recompute_activations "
         "profile_ranges",
@@ -46,13 +46,30 @@ class TrainConfig(StageConfig):
         "export_dtype",
     }
 
-    epochs: int = identity(2, "Passes over the training samples.", ge=1)
-    batch_tokens: int = identity(
-        16384, "Tokens per optimizer step, over all ranks and micro-batches.", ge=8
+    epochs: int = identity(
+        2, "Passes over the training samples, at most; see plateau_fraction.", ge=1
     )
-    learning_rate: float = identity(1e-4, "Peak learning rate of AdamW.", gt=0)
-    warmup_fraction: float = identity(
-        0.02, "Share of the steps over which the learning rate rises to its peak.", ge=0, lt=1
+    batch_tokens: Annotated[int, pydantic.Field(ge=8)] | Literal["auto"] = identity(
+        "auto",
+        "Tokens per optimizer step, over all ranks and micro-batches; auto: by the tokens of the dump "
+        "and the epochs, 512 to 16,384.",
+    )
+    learning_rate: Annotated[float, pydantic.Field(gt=0)] | Literal["auto"] = identity(
+        "auto",
+        "Peak learning rate of AdamW; auto: by the hidden size, lower for a warm start.",
+    )
+    warmup_steps: int | None = identity(
+        None,
+        "Steps over which the learning rate rises to its peak; default: 2 % of the steps, at most "
+        "1,000.",
+        ge=0,
+    )
+    plateau_fraction: float | None = identity(
+        0.25,
+        "Stop when no walk was better over this share of all steps, and at least over five walks; null: "
+        "train all epochs.",
+        gt=0,
+        lt=1,
     )
     schedule: Literal["cosine", "linear"] = identity(
         "cosine", "Decay of the learning rate after its peak."

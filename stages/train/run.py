@@ -22,6 +22,7 @@ from shared.target.model import TargetConfig
 from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
 from stages.train.export import warm_start
 from stages.train.export.again import forget_other_dtype, unlink
+from stages.train.loop import budget
 
 if TYPE_CHECKING:
     from shared.target.tensors import TargetTensors
@@ -40,6 +41,7 @@ def run(config: TrainConfig) -> None:
         RetryableError: another process finished this training while the ranks started.
     """
     parent, target_config = _inputs(config)
+    config = budget.resolved(config, parent, target_config.hidden_size)
     training = Artifact(
         config.paths.stage("train"),
         config,
@@ -117,6 +119,7 @@ def run_export(config: ExportConfig) -> None:
     from stages.train.export.hf import export_head, require_replaceable
     from stages.train.export.speculators import export_speculators
 
+    config = budget.resolved(config, parent, target_config.hidden_size)
     folder = config.paths.stage("train")
     named = {"best": folder / "checkpoints" / "best.pt", "latest": folder / "checkpoints/latest.pt"}
     path = named.get(config.checkpoint) or Path(config.checkpoint)

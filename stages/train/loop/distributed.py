@@ -227,3 +227,11 @@ def restore_state(
         optim_state_dict=state["optimizer"],
         options=_WHOLE,
     )
+
+
+def summed(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks."""
+    if accelerator.num_processes == 1:
+        return tensor
+    total: torch.Tensor = accelerator.reduce(tensor)
+    return total

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from shared.errors import OutputError, UserError
+from shared.errors import UserError
 from shared.runtime.process import stop_requested, stopped
 from shared.runtime.status import Status
 from shared.target.tensors import TargetTensors
@@ -25,11 +25,11 @@ from stages.train.config import TrainConfig
 from stages.train.data.batch import Batch
 from stages.train.data.dataset import Dataset, Sample, pack, training_steps
 from stages.train.data.loader import micro_batches, on_device, prefetched
-from stages.train.loop import checkpoint, distributed
+from stages.train.loop import budget, checkpoint, distributed
 from stages.train.loop.checkpoint import Checkpoints
 from stages.train.loop.history import History, Outcome, progress_figures
 from stages.train.loop.optimizer import lr_factor, make_optimizer
-from stages.train.loop.step import TrainingStep, train_step
+from stages.train.loop.step import TrainingStep, not_finite, train_step
 from stages.train.model import DraftHead
 from stages.train.objective.in_vocab import in_vocab_flags
 from stages.train.objective.loss import StepSums, combine
@@ -60,8 +60,10 @@ class Trainer:
                 remedy="Give synth more prompts and run dump again.",
             )
         self.config = config
+        self.batch_tokens = int(config.batch_tokens)  # `budget.resolved` has set it
         self.dataset = dataset
         self.accelerator = accelerator
+        self._summed = functools.partial(distributed.summed, accelerator)
         self.device = accelerator.device
         head.to(self.device)
         head.recompute_activations = config.recompute_activations
@@ -89,11 +91,12 @@ class Trainer:
         self.module = distributed.joined(accelerator, step, config.distributed)
         self.optimizer = make_optimizer(
             self.module,
-            learning_rate=config.learning_rate,
+            learning_rate=float(config.learning_rate),
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
         self.total_steps = sum(1 for _ in self._steps())
+        self.warmup_steps = budget.warmup_steps(config, self.total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
         self.history = History(folder / "history.jsonl", accelerator)
@@ -113,17 +116,18 @@ class Trainer:
             self.config.schedule,
             step,
             total=self.total_steps,
-            warmup=round(self.config.warmup_fraction * self.total_steps),
+            warmup=self.warmup_steps,
             minimum=self.config.min_lr_fraction,
         )
 
-    def _steps(self) -> Iterator[list[Sample]]:
-        return training_steps(
+    def _steps(self, end: int | None = None) -> Iterator[list[Sample]]:
+        steps = training_steps(
             self.dataset.training,
-            batch_tokens=self.config.batch_tokens,
+            batch_tokens=self.batch_tokens,
             seed=self.config.run.seed,
             epochs=self.config.epochs,
         )
+        return itertools.islice(steps, end)
 
     def run(self) -> Outcome:
         """Train to the end, from the last checkpoint if there is one.
@@ -133,6 +137,8 @@ class Trainer:
             OutputError: a loss is NaN or infinite.
         """
         self._resume()
+        if self.accelerator.is_main_process:
+            budget.tell(self.config, self.total_steps, self.warmup_steps)
         status = Status(self.config.paths.status(self.config.process_name))
         status.started()
         started_s, started_step, tokens = time.monotonic(), self.step, 0
@@ -155,13 +161,16 @@ class Trainer:
             speed = tokens / (time.monotonic() - started_s)
             figures = progress_figures(self.loss, self.accuracy, self.walked, speed, self.device)
             status.progress(self.step, self.total_steps, "steps", **figures)
+            if self._is_on_plateau():
+                logger.info("step %d: no better walk since step %d", self.step, self.best["step"])
+                break
         self._save()
         self.checkpoints.wait()
         self.accelerator.end_training()
         return Outcome(
             samples=len(self.dataset.training) + len(self.dataset.held_out),
             held_out=len(self.dataset.held_out),
-            tokens=sum(sample.num_tokens for samples in self._steps() for sample in samples),
+            tokens=sum(s.num_tokens for step in self._steps(self.step) for s in step),
             steps=self.step,
             best_step=int(self.best["step"]),
             walked_acceptance_length=self.best["value"] if self.best["is_walked"] else None,
@@ -171,7 +180,11 @@ class Trainer:
         )
 
     def _remaining_steps(self) -> Iterator[list[Sample]]:
-        return itertools.islice(self._steps(), self.step, None)
+        end = self.step if self._is_on_plateau() else None  # resumed where it had ended
+        return itertools.islice(self._steps(end), self.step, None)
+
+    def _is_on_plateau(self) -> bool:
+        return budget.is_on_plateau(self.config, self.step, self.best["step"], self.total_steps)
 
     def _batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of the remaining steps, on its device."""
@@ -181,7 +194,7 @@ class Trainer:
             self.dataset,
             rank=self.accelerator.process_index,
             num_ranks=self.accelerator.num_processes,
-            micro_tokens=self.config.micro_batch_tokens or self.config.batch_tokens,
+            micro_tokens=self.config.micro_batch_tokens or self.batch_tokens,
             num_steps=self.config.ttt_steps,
             pin=on_gpu,
         )
@@ -197,6 +210,8 @@ class Trainer:
         if last or self.step % self.config.eval_every_steps == 0:
             self._check_losses()
             is_best = self._evaluate()
+            if self.sums and self._is_on_plateau():  # nothing comes after it
+                self._record()
         stops = self._all_agree_to_stop()
         if is_best or stops or self.step % self.config.checkpoint_every_steps == 0:
             self._check_losses()
@@ -213,14 +228,7 @@ class Trainer:
         if self.step % LOG_EVERY_STEPS:
             return False
         requests = torch.tensor(float(stop_requested()), device=self.device)
-        return bool(self.accelerator.reduce(requests) > 0)
-
-    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks."""
-        if self.accelerator.num_processes == 1:
-            return tensor
-        summed: torch.Tensor = self.accelerator.reduce(tensor)
-        return summed
+        return bool(self._summed(requests) > 0)
 
     def _check_losses(self) -> None:
         """Require that every loss since the last check is finite.
@@ -234,14 +242,7 @@ class Trainer:
         for index, loss in enumerate(losses.tolist()):
             if not math.isfinite(loss):
                 step = self.step - len(self.unchecked) + 1 + index
-                samples = self.unchecked[index][1]
-                raise OutputError(
-                    f"step {step}: the loss is {loss}. The step has the samples {samples}.",
-                    code="loss-not-finite",
-                    remedy="Lower train.learning_rate, or inspect the states of these samples; the "
-                    "last checkpoint is older than this step.",
-                    facts={"step": step, "samples": samples[:8]},
-                )
+                raise not_finite(loss, step, self.unchecked[index][1])
         self.unchecked = []
 
     def _record(self) -> None:
@@ -274,7 +275,7 @@ class Trainer:
     def _walk(self) -> Walk:
         """The walk over all held-out samples, divided among the ranks."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        batches = pack(self.dataset.held_out[rank::ranks], self.config.batch_tokens)
+        batches = pack(self.dataset.held_out[rank::ranks], self.batch_tokens)
         with distributed.whole(self.module) as head, self.accelerator.autocast():
             own = walked_acceptance_length(
                 head,

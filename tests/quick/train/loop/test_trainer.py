@@ -5,6 +5,7 @@ Shapes: 30 target tokens, 12 draft tokens where not all, hidden size 16, aux lay
 """
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,9 +64,15 @@ def dataset(folder: Path, *, answer_tokens: int = 9, holdout: float = 0.0) -> Da
     )
 
 
-def trainer(workspace: Path, mixed_precision: str = "no", **sizes: int) -> Trainer:
+def trainer(
+    workspace: Path,
+    mixed_precision: str = "no",
+    more: dict[str, str] | None = None,
+    **sizes: int,
+) -> Trainer:
     """Eight tokens a step at least, so a sample a step; every step is walked."""
     settings = {"batch_tokens": "8", "eval_every_steps": "1", "epochs": "1", "ttt_steps": "2"}
+    settings |= {"learning_rate": "1e-4", **(more or {})}
     flags = {"workspace": str(workspace), "target": "t", "walk_tokens": str(DRAFT_TOKENS)}
     config = build(TrainConfig, {**flags, **settings})
     dump = workspace / "dump"
@@ -116,6 +123,22 @@ def test_one_token_more_is_walked(tmp_path: Path) -> None:
     assert outcome.walked_acceptance_length == training.best["value"] >= 1.0
     assert outcome.best_step == best_step(training)
     assert training.history.path.read_text().count("walked_acceptance_length") == 6
+
+
+def test_a_training_ends_on_a_plateau_and_so_does_a_resumed_one(tmp_path: Path) -> None:
+    """At a rate of nearly nothing the first walk stays the best one, so it ends five walks later."""
+    settings = {"epochs": "10", "learning_rate": "1e-12", "plateau_fraction": "0.01"}
+    training = trainer(tmp_path, more=settings)
+    outcome = training.run()
+    assert (outcome.best_step, outcome.steps, training.total_steps) == (1, 6, 60)
+    assert outcome.tokens == 6 * 12
+    kept = training.history.path.read_text()
+    assert json.loads(kept.splitlines()[-1])["step"] == 6
+    again = trainer(
+        tmp_path, more=settings
+    )  # as after a kill between the last save and the manifest
+    assert dataclasses.replace(again.run(), seconds=outcome.seconds) == outcome
+    assert again.history.path.read_text() == kept
 
 
 def test_what_another_rank_was_asked_stops_this_one(

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many optimizer steps a training makes, and at which rate.
+
+In: the tokens of the dump, and the settings. Out: batch size and learning rate where the recipe leaves
+them at `auto`, warm-up, and the step at which a training that no longer improves ends. The rule was
+measured: `tests/perf/grid.py`, its table in the README.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from stages.train.config import TrainConfig
+
+# Steps matter more than their size: a head learns little in fewer steps, and with 16,384 tokens a
+# step it gains nothing from more of them.
+STEPS_WANTED = 256
+MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 512, 16_384
+# A wider head takes a lower rate: 2.1e-3 at hidden size 192, 1e-4 at 4,096.
+RATE_TIMES_WIDTH = 0.4
+MAX_RATE = 2e-3
+WARM_START_SHARE = 0.25  # of the rate of a new head
+WARMUP_SHARE, MAX_WARMUP_STEPS = 0.02, 1000
+FEW_STEPS = 100  # below this the walked acceptance length is still rising steeply
+MIN_PLATEAU_WALKS = 5
+
+C = TypeVar("C", bound=TrainConfig)
+logger = logging.getLogger(__name__)
+
+
+def resolved(config: C, dump: Mapping[str, Any], hidden_size: int) -> C:
+    """The same settings with a number wherever `auto` was.
+
+    Args:
+        dump: its manifest.
+        hidden_size: of the target.
+    """
+    rows = max(1, int(dump["counts"]["ok"]))
+    held = min(round(rows * config.holdout_fraction), config.max_holdout_samples)
+    trained = min(rows - held, config.max_samples or rows)
+    tokens = config.epochs * int(dump["facts"].get("tokens", 0)) * trained // rows
+    chosen: dict[str, int | float] = {}
+    if config.batch_tokens == "auto":
+        chosen["batch_tokens"] = batch_tokens(tokens)
+    if config.learning_rate == "auto":
+        chosen["learning_rate"] = rate(hidden_size, is_warm=config.init_from is not None)
+    return config.model_copy(update=chosen)
+
+
+def batch_tokens(num_tokens: int) -> int:
+    """Tokens of a step, a power of two, of a training over `num_tokens`, all epochs together.
+
+    Worked example: 380,000 / 256 = 1,484, so 1,024 tokens a step, which makes 371 steps.
+    """
+    power = 2 ** math.floor(math.log2(max(1.0, num_tokens / STEPS_WANTED)))
+    return min(max(power, MIN_BATCH_TOKENS), MAX_BATCH_TOKENS)
+
+
+def rate(hidden_size: int, *, is_warm: bool) -> float:
+    """Peak learning rate, to two digits.
+
+    Worked example: hidden size 4,096: 0.4 / 4,096 = 9.8e-5, and 2.4e-5 for a warm start.
+    """
+    share = WARM_START_SHARE if is_warm else 1.0
+    return float(f"{share * min(RATE_TIMES_WIDTH / hidden_size, MAX_RATE):.2g}")
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """As set, else 2 % of the steps, at most 1,000; always fewer than all steps."""
+    wanted = config.warmup_steps
+    if wanted is None:
+        wanted = min(round(WARMUP_SHARE * total_steps), MAX_WARMUP_STEPS)
+    return min(wanted, total_steps - 1)
+
+
+def is_on_plateau(config: TrainConfig, step: int, best_step: float, total_steps: int) -> bool:
+    """Whether the walks have stopped improving, asked after the walk at `step`.
+
+    A function of the steps alone, so that a resumed training ends where an undisturbed one does.
+
+    Worked example: a walk every 100 steps of 4,000, share 0.25, best at step 2,000: at step 3,000.
+    """
+    if config.plateau_fraction is None or step % config.eval_every_steps:
+        return False
+    patience = max(
+        config.plateau_fraction * total_steps, MIN_PLATEAU_WALKS * config.eval_every_steps
+    )
+    return step - best_step >= patience
+
+
+def tell(config: TrainConfig, total_steps: int, warmup: int) -> None:
+    """Log what the settings come to, and warn where that is too little to learn from."""
+    logger.info(
+        "%d steps of %s tokens, learning rate %s after %d warm-up steps, %d epochs at most",
+        total_steps,
+        config.batch_tokens,
+        config.learning_rate,
+        warmup,
+        config.epochs,
+    )
+    if total_steps < FEW_STEPS:
+        logger.warning(
+            "only %d steps: expect a low acceptance length. Train on more rows, or raise "
+            "train.epochs%s",
+            total_steps,
+            ", or lower train.batch_tokens" if config.batch_tokens != MIN_BATCH_TOKENS else "",
+        )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is the rule for batch size and learning rate a good one?   python -m tests.perf.grid WORKSPACE
+
+In: the workspace of a finished demo, which is only read. Out: for each number of samples a Markdown
+table of the best walked acceptance length over three batch sizes and three learning rates, and with
+both left at `auto`, on the same held-out samples. The last line is JSON: what the rule chose, and its
+share of the grid's best. A cell trains in a process of one thread, two at a time: an hour on two cores.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.perf.learning import ROOT, walks
+
+BATCHES = (512, 2048, 8192)
+RATES = (7e-4, 2e-3, 6e-3)
+AUTO = ("auto", "auto")
+
+Cell = tuple[Any, Any]  # batch_tokens, learning_rate
+
+
+def train(workspace: Path, samples: int, epochs: int, cell: Cell) -> dict[str, Any]:
+    """The best walk of one training, its steps, and the batch size and rate that it used."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "targets").symlink_to((workspace / "targets").resolve())
+        (place / "demo").mkdir()
+        for stage in ("synth", "dump"):
+            (place / "demo" / stage).symlink_to((workspace / "demo" / stage).resolve())
+        recipe: dict[str, Any] = yaml.safe_load((workspace / "demo" / "recipe.yaml").read_text())
+        recipe["train"] = {
+            "epochs": epochs,
+            "max_samples": samples,
+            "batch_tokens": cell[0],
+            "learning_rate": cell[1],
+            "mixed_precision": "no",
+        }
+        (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        command = [sys.executable, "-m", "stages.train", "--recipe", str(place / "recipe.yaml")]
+        subprocess.run(
+            [*command, "--workspace", folder],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        manifest = json.loads((place / "demo" / "train" / "manifest.json").read_text())
+        used = {name: manifest["config"][name] for name in ("batch_tokens", "learning_rate")}
+        best = max(walks(place / "demo").values())
+        return {"al": round(best, 3), "steps": manifest["facts"]["steps"], **used}
+
+
+def table(samples: int, found: dict[Cell, dict[str, Any]]) -> str:
+    """The grid of one number of samples as a Markdown table, the rule's own cell last."""
+    rows = [[f"{samples:,} samples", *(f"rate {rate:g}" for rate in RATES)], ["---"] * 4]
+    for batch in BATCHES:
+        cells = [found[batch, rate] for rate in RATES]
+        rows.append(
+            [f"{batch} tokens, {cells[0]['steps']} steps", *(f"{c['al']:.2f}" for c in cells)]
+        )
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    chosen = found[AUTO]
+    return (
+        f"{lines}\nThe rule: {chosen['batch_tokens']} tokens, {chosen['steps']} steps, rate "
+        f"{chosen['learning_rate']:g}: {chosen['al']:.2f}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("--samples", type=int, nargs="+", default=[285, 1140])
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--results", type=Path, help="Keep finished cells here, and continue.")
+    options = parser.parse_args()
+    kept: dict[str, Any] = {}
+    if options.results and options.results.exists():
+        kept = json.loads(options.results.read_text())
+    cells: list[Cell] = [*((batch, rate) for batch in BATCHES for rate in RATES), AUTO]
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        waiting = {
+            pool.submit(train, options.workspace, samples, options.epochs, cell): (samples, cell)
+            for samples in options.samples
+            for cell in cells
+            if str((samples, *cell)) not in kept
+        }
+        for done in concurrent.futures.as_completed(waiting):
+            samples, cell = waiting[done]
+            kept[str((samples, *cell))] = done.result()
+            if options.results:
+                options.results.write_text(json.dumps(kept, indent=1))
+    shares = {}
+    for samples in options.samples:
+        found = {cell: kept[str((samples, *cell))] for cell in cells}
+        sys.stdout.write(table(samples, found) + "\n")
+        best = max(found[cell]["al"] for cell in cells if cell != AUTO)
+        shares[samples] = round(found[AUTO]["al"] / best, 3)
+    sys.stdout.write(json.dumps({"share_of_best": shares, "cells": kept}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch size and learning rate by the tokens at hand, warm-up, and the plateau."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from shared.config import build
+from stages.train.config import TrainConfig
+from stages.train.loop import budget
+
+DUMP = {"counts": {"ok": 1000}, "facts": {"tokens": 200_000}}
+
+
+def config(**flags: str) -> TrainConfig:
+    return build(TrainConfig, {"target": "t", **flags})
+
+
+def test_auto_becomes_numbers_which_are_part_of_the_identity() -> None:
+    """950 samples train: 190,000 tokens, two epochs."""
+    found = budget.resolved(config(), DUMP, 4096)
+    assert (found.batch_tokens, found.learning_rate) == (1024, 9.8e-5)
+    identity = found.identity()
+    assert identity["train.batch_tokens"] == 1024
+    assert identity["train.learning_rate"] == 9.8e-5
+
+
+def test_what_is_set_stays() -> None:
+    found = budget.resolved(config(batch_tokens="4096", learning_rate="3e-4"), DUMP, 4096)
+    assert (found.batch_tokens, found.learning_rate) == (4096, 3e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dump", "expected"),
+    [
+        ({"max_samples": "475", "epochs": "4"}, DUMP, 1024),  # as many tokens, all epochs together
+        ({"max_samples": "95", "epochs": "1"}, DUMP, 512),  # the smallest
+        ({}, {"counts": {"ok": 500_000}, "facts": {"tokens": 10**9}}, 16_384),  # the largest
+        ({}, {"counts": {"ok": 7}, "facts": {}}, 512),
+    ],
+)
+def test_the_batch_follows_the_tokens_that_are_trained_on(
+    flags: dict[str, str], dump: dict[str, Any], expected: int
+) -> None:
+    assert budget.resolved(config(**flags), dump, 64).batch_tokens == expected
+
+
+def test_a_warm_start_takes_a_lower_rate_and_a_narrow_head_a_bounded_one() -> None:
+    assert budget.rate(4096, is_warm=True) == pytest.approx(
+        budget.rate(4096, is_warm=False) / 4, 0.05
+    )
+    assert budget.rate(64, is_warm=False) == budget.MAX_RATE
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1000, 20), (100_000, 1000), (30, 1), (1, 0)])
+def test_warm_up_is_a_number_of_steps(steps: int, expected: int) -> None:
+    assert budget.warmup_steps(config(), steps) == expected
+
+
+def test_warm_up_as_set_leaves_a_step_to_train() -> None:
+    assert budget.warmup_steps(config(warmup_steps="500"), 1000) == 500
+    assert budget.warmup_steps(config(warmup_steps="500"), 300) == 299
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "best", "total", "expected"),
+    [
+        ({}, 3000, 2000, 4000, True),
+        ({}, 2900, 2000, 4000, False),
+        ({}, 3001, 2000, 4000, False),  # no walk there
+        ({}, 400, 0, 1000, False),  # fewer than five walks
+        ({}, 500, 0, 1000, True),
+        ({"plateau_fraction": "null"}, 4000, 0, 4000, False),
+    ],
+)
+def test_a_plateau_is_a_share_of_the_steps_and_five_walks(
+    flags: dict[str, str], step: int, best: int, total: int, expected: bool
+) -> None:
+    assert budget.is_on_plateau(config(**flags), step, best, total) is expected
+
+
+def test_few_steps_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    found = budget.resolved(config(batch_tokens="16384"), DUMP, 4096)
+    with caplog.at_level(logging.INFO):
+        budget.tell(found, 24, 0)
+    told, warned = caplog.messages
+    assert told.startswith("24 steps of 16384 tokens, learning rate 9.8e-05 after 0 warm-up steps")
+    assert "only 24 steps: expect a low acceptance length" in warned
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        budget.tell(found, 100, 2)
+    assert len(caplog.messages) == 1
