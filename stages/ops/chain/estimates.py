@@ -29,6 +29,7 @@ from shared.target.model import TargetConfig
 from stages.ops.chain import sizes
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.processes import Step
+from stages.ops.expected import expectation
 
 # Counting more rows than this takes longer than a person waits for a plan.
 _MAX_ROWS = 200_000
@@ -71,6 +72,19 @@ class Estimates:
 
     def rows(self) -> list[Estimate]:
         return [self._done(step) if step.done else self._ahead(step) for step in self.steps]
+
+    def expectation(self) -> str:
+        """What others have reached with as many rows as train will get; "" where nothing compares.
+
+        Asked after `rows`.
+        """
+        step = next((step for step in self.steps if step.stage == "train" and not step.done), None)
+        config = self._target(step) if step else None
+        if step is None or config is None or step.settings.get("init_from"):
+            return ""  # a warm start has learnt from other rows before
+        rows = self._rows.get("train") or 0
+        limit = step.settings.get("max_samples") or rows
+        return expectation(min(rows, limit), step.settings["epochs"], config.hidden_size)
 
     def _done(self, step: Step) -> Estimate:
         folder = self.paths.export if step.stage == "train" else self.paths.stage(step.stage)

@@ -87,11 +87,14 @@ def _look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
     machine = look()
     look_for = preflight.problems if config.by == "processes" else preflight.problems_of_containers
     found = list(look_for(steps, paths, machine)) if config.preflight else []
-    if config.dry_run:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        estimates.show(
-            paths.run_name, estimates.Estimates(steps, paths, machine).rows(), machine, console
-        )
+    if config.dry_run or not found:
+        ahead = estimates.Estimates(steps, paths, machine)
+        rows = ahead.rows()
+        if config.dry_run:
+            console = Console(width=None if sys.stdout.isatty() else 160)
+            estimates.show(paths.run_name, rows, machine, console)
+        if line := ahead.expectation():
+            logger.info("expected: %s", line)
     if found:
         raise UserError(
             "\n".join(["the chain would fail:", *found]),

@@ -12,9 +12,10 @@ from shared.runtime.log import printable
 from shared.runtime.tables import cell
 from stages.ops.chain import sizes
 from stages.ops.config import PlanConfig
-from stages.ops.plan.architecture import read_data
+from stages.ops.expected import expectation, published
 from stages.ops.plan.model import Plan, chosen_aux_layers, longest, warnings
 
+_EPOCHS = 2  # of the recipe
 _DISK_SAMPLES = (5_000, 50_000, 500_000)
 
 
@@ -40,7 +41,7 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
         run_section["aux_layers"] = list(plan.head.aux_layers)
     if target.raw.get("auto_map"):
         run_section["trust_remote_code"] = config.trust_remote_code
-    train: dict[str, Any] = {"epochs": 2, "mixed_precision": "bf16"}
+    train: dict[str, Any] = {"epochs": _EPOCHS, "mixed_precision": "bf16"}
     if plan.head.intermediate_size != target.text.get("intermediate_size"):
         train["intermediate_size"] = plan.head.intermediate_size
     if placement and not placement.train_fits:
@@ -75,6 +76,11 @@ def run_name(plan: Plan, config: PlanConfig) -> str:
     return config.name or model.split("/")[-1].lower()
 
 
+def expected(plan: Plan, config: PlanConfig) -> str:
+    """What others have reached with as many rows; "" where nothing compares."""
+    return expectation(config.samples, _EPOCHS, plan.head.hidden_size)
+
+
 def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
     """The plan for a program."""
     return {
@@ -90,7 +96,8 @@ def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
         "train_bytes": sizes.train_bytes(plan.head),
         "gpus": {gpu: placement.of_stages() for gpu, placement in plan.placements.items()},
         "dump_bytes": plan.disk_bytes(config.samples, config.length),
-        "published": read_data("published.yaml"),
+        "published": published(),
+        "expected": expected(plan, config),
         "warnings": warnings(plan),
     }
 
@@ -101,6 +108,8 @@ def show(plan: Plan, config: PlanConfig, console: Console) -> None:
     if plan.placements:
         console.print(_gpus(plan))
     console.print(_published())
+    if line := expected(plan, config):
+        console.print(f"expected: {line}", markup=False)
     for warning in warnings(plan):
         console.print(f"note: {warning}", markup=False)
 
@@ -143,7 +152,7 @@ def _published() -> Table:
     table = Table(title="What others have reached")
     for column in ("target", "samples", "K", "acceptance length", "prompts", "source"):
         table.add_column(column, overflow="fold")
-    for row in sorted(read_data("published.yaml"), key=lambda row: row.get("samples", 1 << 60)):
+    for row in sorted(published(), key=lambda row: row.get("samples", 1 << 60)):
         samples = f"{row['samples']:,}" if "samples" in row else "not told"
         length = f"{row['acceptance_length']:.2f}"
         k = str(row.get("k", "not told"))

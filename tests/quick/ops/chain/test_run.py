@@ -25,6 +25,7 @@ from shared.errors import EXIT_STOPPED, UserError
 from shared.paths import RunPaths
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
+from stages.ops import expected
 from stages.ops.chain import estimates, preflight, processes
 from stages.ops.chain.machine import Machine, look
 from stages.ops.chain.run import _show_page, run
@@ -398,6 +399,25 @@ def test_estimates_worked_by_hand(workspace: Path) -> None:
     size = 16 * weights + 4 * (512 + 128) * 64
     assert by_stage["train"].memory == f"{size / 1e6:.1f} MB and activations"
     assert {row.time for row in found} == {"unknown"}
+
+
+def test_the_plan_quotes_what_others_reached_with_as_many_rows(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm start learnt from other rows before; nothing compares with a tiny target."""
+    row = {"target": "t", "hidden_size": 64, "samples": 10, "acceptance_length": 2.0, "source": "s"}
+
+    def line(train: dict[str, Any] | None = None) -> str:
+        chain = steps(workspace, {"train": train or {}})
+        ahead = estimates.Estimates(chain, RunPaths(workspace, "run"), CPU)
+        ahead.rows()
+        return ahead.expectation()
+
+    assert line() == ""
+    monkeypatch.setattr(expected, "published", lambda: [row])
+    assert line() == "5 rows x 2 epochs; others reached AL 2.00 from 10 rows (t, s)"
+    assert line({"max_samples": 2}).startswith("2 rows x 2 epochs")
+    assert line({"init_from": "head"}) == ""
 
 
 def test_estimates_heed_a_source_s_limit_and_bench_s_turns(workspace: Path) -> None:

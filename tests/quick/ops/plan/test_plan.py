@@ -15,6 +15,7 @@ from shared.io.safetensors_files import TensorInfo
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
 from stages.ops.config import PlanConfig
+from stages.ops.expected import expectation
 from stages.ops.plan import overlay
 from stages.ops.plan.architecture import read_data, understand
 from stages.ops.plan.model import Plan, make_plan, warnings
@@ -217,6 +218,38 @@ def test_a_model_is_a_folder_a_file_or_a_hub_id(tmp_path: Path) -> None:
         read_model("n", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("rows", "hidden_size", "expected"),
+    [
+        (
+            50_000,
+            4096,
+            ["AL 1.94 from 50,000 rows x 5 epochs (Qwen2.5-7B, ", "AL 2.82 from 508,000"],
+        ),
+        (
+            2_000,
+            2048,
+            ["AL 1.89 from 5,000 rows x 5 epochs at K = 3 (Qwen3-8B, "],
+        ),  # the best of 5,000
+        (
+            10**6,
+            4096,
+            ["AL 2.82 from 508,000 rows x 2 epochs at K = 5 (Qwen3-8B, speculators pull"],
+        ),
+        (900, 4096, []),  # too few to compare
+        (5_000, 576, []),  # too small a target
+        (None, 4096, []),
+    ],
+)
+def test_the_expected_length_quotes_the_figures_next_to_the_rows(
+    rows: int | None, hidden_size: int, expected: list[str]
+) -> None:
+    line = expectation(rows, 2, hidden_size)
+    assert line.count("AL ") == len(expected) and bool(line) == bool(expected)
+    for part in expected:
+        assert part in line
+
+
 def test_published_figures_name_their_source() -> None:
     for row in read_data("published.yaml"):
         assert row["source"]
@@ -230,7 +263,14 @@ def test_the_command_shows_everything_and_writes_a_recipe(
     flags["gpu"] = "H200"
     run(build(PlanConfig, flags))
     shown = capsys.readouterr().out
-    for part in ("20,914,757,184", "TIKTOKEN_RS_CACHE_DIR", "SpecForge", "GB200", "2.4 TB"):
+    for part in (
+        "20,914,757,184",
+        "TIKTOKEN_RS_CACHE_DIR",
+        "SpecForge",
+        "GB200",
+        "2.4 TB",
+        "expected: 50,000 rows",
+    ):
         assert part in shown
     assert yaml.safe_load((tmp_path / "r.yaml").read_text())["train"]["intermediate_size"] == 11520
     run(build(PlanConfig, {**flags, "json": "true"}))
