@@ -23,7 +23,8 @@ from vllm import __version__ as VLLM_VERSION
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.utils import get_model_cls, initialize_model
+from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.v1.sample.rejection_sampler import MAX_SPEC_LEN
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -48,6 +49,7 @@ _READING = (
     "hf_overrides",
     "kv_cache_dtype",
     "load_format",
+    "model_impl",
     "quantization",
     "tokenizer",
     "tokenizer_mode",
@@ -142,6 +144,9 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
             enforce_eager=True,
             **{name: options[name] for name in _READING if name in options},
         ).create_engine_config()
+        target = get_model_cls(config.model_config)
+        if not supports_eagle3(target):
+            return {"without_hooks": target.__name__}
         with set_current_vllm_config(config):
             model: Any = _draft_model(config)
     except REFUSALS as error:

@@ -175,6 +175,13 @@ def _meant(head: Head) -> list[str]:
     return warnings
 
 
+# vLLM around transformers' class: it has the hooks whatever the class.
+WITH_TRANSFORMERS = (
+    "Set bench.engine_args: {model_impl: transformers}, as vLLM's wrapper around transformers' class "
+    "hands them out."
+)
+
+
 def check_in_vllm(plan: Plan, folder: Path, speculative: dict[str, Any], work: Path) -> None:
     """Hold the head's tensors to the parameters that vLLM builds for it, and the options to vLLM's own.
 
@@ -207,6 +214,14 @@ def check_in_vllm(plan: Plan, folder: Path, speculative: dict[str, Any], work: P
             code="head-refused-by-vllm",
             remedy="Mend the config.json that it names, or measure what this vLLM supports.",
             facts={"head": str(head.folder), "vllm": version, "refusal": refusal[:2000]},
+        )
+    if name := answer.get("without_hooks"):
+        raise UserError(
+            f"{plan.target}: expected a target whose class in vLLM {version} hands out hidden states "
+            f"(SupportsEagle3), found {name}, to which no EAGLE-3 head can be served.",
+            code="target-without-hooks",
+            remedy=WITH_TRANSFORMERS,
+            facts={"class": name, "vllm": version},
         )
     _check_parameters(head, answer)
     num_used = len(answer["aux_layers"] or (0, 0, 0))  # vLLM's own default is three layers

@@ -58,7 +58,7 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
         found += _endpoints(step)
     found += _shared_memory(left, machine)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
-        found += target_problems(name, left, paths, machine)
+        found += target_problems(name, left, paths, machine, _bench_vllm(left))
     return found
 
 
@@ -74,6 +74,15 @@ def problems_of_containers(
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         if find_input(name, paths.workspace) is not None:
             yield from target_problems(name, left, paths, machine)
+
+
+def _bench_vllm(left: Sequence[Step]) -> str:
+    """The version of bench's vLLM; '' where there is none, which `_versions` tells."""
+    try:
+        installed = _installed(python_of("bench")) if any(s.stage == "bench" for s in left) else {}
+    except (OSError, subprocess.SubprocessError):
+        installed = {}
+    return next((installed[name] for name in _NAMES["vllm"] if name in installed), "")
 
 
 def uses_vllm(step: Step) -> bool:

@@ -15,6 +15,7 @@ from shared.target import model as target
 from shared.target.model import TargetConfig
 from shared.target.templates import require_chat_template
 from stages.ops.chain import sizes
+from stages.ops.chain.hooks import read_hooks
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.processes import Step
 
@@ -42,11 +43,14 @@ def targets(step: Step) -> Iterator[str]:
 
 
 def target_problems(
-    name: str, left: Sequence[Step], paths: RunPaths, machine: Machine
+    name: str, left: Sequence[Step], paths: RunPaths, machine: Machine, vllm: str = ""
 ) -> Iterator[str]:
     """What is wrong with one target of the stages that are left.
 
     A target on the hub is judged by its config.json and its tensors' headers.
+
+    Args:
+        vllm: version of bench's vLLM; empty where that is not known.
     """
     users = [step for step in left if name in targets(step)]
     run = users[0].run
@@ -65,6 +69,8 @@ def target_problems(
     yield from fits
     if not fits and any(step.stage in ("dump", "train") for step in users):
         yield from _trainable(users, config, tensors)
+    if not fits:
+        yield from _served(users, config, vllm)
     yield from _memory(sizes.weight_bytes(tensors), users, machine)
     yield from _disk(left, config, paths)
 
@@ -82,6 +88,26 @@ def _trainable(
                 sizes.head_config(step.run, config, step.settings)
     except UserError as error:
         yield str(error)
+
+
+def _served(users: Sequence[Step], config: TargetConfig, vllm: str) -> Iterator[str]:
+    """What bench would refuse at the chain's end: a target that vLLM serves no EAGLE-3 head to."""
+    table = read_hooks()
+    name = str((config.whole.get("architectures") or [""])[0])
+    if name not in table["without"] or vllm not in ("", table["vllm"]):
+        return
+    for step in users:
+        if step.stage != "bench":
+            continue
+        options = step.settings["engine_args"]
+        if "transformers" not in (options.get("model_impl"), options.get("model-impl")):
+            yield problem(
+                "bench",
+                "a target whose class in vLLM hands out hidden states (SupportsEagle3)",
+                f"{name}, which does not in vLLM {table['vllm']}",
+                "Set bench.engine_args: {model_impl: transformers}, as vLLM's wrapper around "
+                "transformers' class does; or leave bench out (--skip bench).",
+            )
 
 
 def _find(

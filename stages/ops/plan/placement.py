@@ -10,7 +10,8 @@ import dataclasses
 import math
 from typing import Any
 
-from stages.ops.plan.architecture import Architecture, read_data
+from stages.ops.chain.hooks import read_hooks
+from stages.ops.plan.architecture import Architecture
 
 _WEIGHT_SHARE = 0.75
 # fp32 weights, gradients, AdamW's moments, and activations of the usual step beside them.
@@ -83,7 +84,7 @@ def place(
 
 def dump_backend(target: Architecture) -> tuple[str, str]:
     """(backend, why): what `backend: auto` would choose, as far as a table can say."""
-    hooks = read_data("hooks.yaml")
+    hooks = read_hooks()
     version = hooks["vllm"]
     if target.is_mla:
         return "hf", f"its attention is latent (MLA): vLLM {version} hands out no states of it"

@@ -285,6 +285,21 @@ def test_a_target_that_train_cannot_take_is_named_before_the_first_stage(
     assert re.search(message, found)
 
 
+def test_a_target_that_vllm_serves_no_head_to_is_named(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixtral = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    (workspace / "model" / "config.json").write_text(json.dumps(CONFIG | mixtral))
+    (found,) = problems(steps(workspace), workspace)
+    assert "found MixtralForCausalLM, which does not in vLLM" in found
+    assert "{model_impl: transformers}" in found
+    wrapped = {"bench": {"engine_args": {"model-impl": "transformers"}}}
+    assert problems(steps(workspace, wrapped), workspace) == []
+    assert problems(steps(workspace)[:3], workspace) == []
+    monkeypatch.setattr(preflight, "_bench_vllm", lambda _: "9.9")  # of which the table knows nothing
+    assert problems(steps(workspace), workspace) == []
+
+
 def test_a_quantised_output_layer_sends_to_the_original(workspace: Path) -> None:
     packed = TENSORS | {"lm_head.weight": torch.zeros(512, 32, dtype=torch.uint8)}
     save_file(packed, workspace / "model" / "model.safetensors")
