@@ -22,7 +22,7 @@ _ALIASES = {
 }
 # These become the plain type.
 _NOT_FIXED = {"default", "longrope", "dynamic", "ntk", "proportional", "xdrope", "openpangu"}
-_THETA_KEYS = ("rope_theta", "rotary_emb_base", "global_rope_theta")
+_THETA_KEYS = ("rope_theta", "rotary_emb_base", "global_rope_theta", "rope_base", "rotary_base")
 # Softmax temperature per log of the stretch: YaRN's and TeleChat's.
 _YARN_COEFFICIENT, _TELECHAT_COEFFICIENT = 0.1, 0.07
 
@@ -63,7 +63,8 @@ def _rope_dict(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     nested = {key: value for key, value in rope.items() if isinstance(value, Mapping)}
     if not nested:
         return rope
-    return nested.get("full_attention") or next(iter(nested.values()))
+    whole = [key for key in nested if not key.startswith(("sliding", "local", "chunked"))]
+    return nested[next(iter(whole or nested))]
 
 
 def _theta(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> float:

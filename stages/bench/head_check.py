@@ -175,13 +175,6 @@ def _meant(head: Head) -> list[str]:
     return warnings
 
 
-# vLLM around transformers' class: it has the hooks whatever the class.
-WITH_TRANSFORMERS = (
-    "Set bench.engine_args: {model_impl: transformers}, as vLLM's wrapper around transformers' class "
-    "hands them out."
-)
-
-
 def check_in_vllm(plan: Plan, folder: Path, speculative: dict[str, Any], work: Path) -> None:
     """Hold the head's tensors to the parameters that vLLM builds for it, and the options to vLLM's own.
 
@@ -220,7 +213,8 @@ def check_in_vllm(plan: Plan, folder: Path, speculative: dict[str, Any], work: P
             f"{plan.target}: expected a target whose class in vLLM {version} hands out hidden states "
             f"(SupportsEagle3), found {name}, to which no EAGLE-3 head can be served.",
             code="target-without-hooks",
-            remedy=WITH_TRANSFORMERS,
+            remedy="Set bench.engine_args: {model_impl: transformers}: vLLM's wrapper around "
+            "transformers' class hands them out.",
             facts={"class": name, "vllm": version},
         )
     _check_parameters(head, answer)

@@ -296,7 +296,9 @@ def test_a_target_that_vllm_serves_no_head_to_is_named(
     wrapped = {"bench": {"engine_args": {"model-impl": "transformers"}}}
     assert problems(steps(workspace, wrapped), workspace) == []
     assert problems(steps(workspace)[:3], workspace) == []
-    monkeypatch.setattr(preflight, "_bench_vllm", lambda _: "9.9")  # of which the table knows nothing
+    monkeypatch.setattr(
+        preflight, "_bench_vllm", lambda _: "9.9"
+    )  # of which the table knows nothing
     assert problems(steps(workspace), workspace) == []
 
 
