@@ -84,7 +84,7 @@ class OutputError(EyrieError):
 
 
 class RetryableError(EyrieError):
-    """Nothing here is wrong as far as can be told: the same command may work in a while."""
+    """Nothing here is known to be wrong: the same command may work in a while."""
 
     exit_code = EXIT_RETRY
     kind = "try again"

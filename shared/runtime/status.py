@@ -227,8 +227,8 @@ class Status:
         made = done - began_with
         left_s = round((now - began_s) * (total - done) / made) if made else None
         shown = " ".join(f"{name}={value}" for name, value in facts.items())
-        told = "?" if left_s is None else left_s
-        logger.info("%s=%d/%d %s left_s=%s", unit, done, total, shown, told)
+        left = "?" if left_s is None else left_s
+        logger.info("%s=%d/%d %s left_s=%s", unit, done, total, shown, left)
         record = {"done": done, "total": total, "unit": unit, "left_s": left_s, **facts}
         self._write("running", progress=record)
 
@@ -239,10 +239,10 @@ class Status:
         return round(amount / passed_s) if passed_s >= 1 else 0
 
     def opened(self) -> None:
-        """Say that the process is at work, before it knows on what; earlier progress stays told."""
+        """Say that the process is at work, before it knows on what; earlier progress stays."""
         if self._is_anothers():
             return
-        with contextlib.suppress(OSError):  # a folder that cannot be written is told below
+        with contextlib.suppress(OSError):  # a folder that cannot be written is reported below
             files.sweep_temporaries(self.path.parent, of=self.path.name)
         self._write("running", **self._earlier("exit_code", "message", "error"))
         self._last = {}

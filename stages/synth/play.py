@@ -75,35 +75,35 @@ async def play(prompt: Prompt, ask: Ask, config: SynthConfig) -> Played:
             raise Refused("unanswered_turn", "mode regenerate answers the turns before the last")
         reply = await ask(prompt.messages, 0)
         return Played((Answered((*prompt.messages, reply.message), reply),))
-    said: list[Message] = []
+    history: list[Message] = []
     answered: list[Answered] = []
     ended = ""
     for index, turn in enumerate(prompt.turns):
-        asked = _asked(turn, said)
+        messages = _messages(turn, history)
         try:
-            reply = await ask([*said, *asked], index)
+            reply = await ask([*history, *messages], index)
         except Refused as refused:
             if not answered:
                 raise
             ended = refused.reason
             break
-        said += [*asked, reply.message]
-        answered.append(Answered(tuple(said), reply))
+        history += [*messages, reply.message]
+        answered.append(Answered(tuple(history), reply))
         ended = _why_ended(prompt.turns, index, reply, config)
         if ended:
             break
     return Played(tuple(answered), ended)
 
 
-def _asked(turn: Turn, said: Sequence[Message]) -> list[Message]:
+def _messages(turn: Turn, history: Sequence[Message]) -> list[Message]:
     """The turn's messages, each tool result under the id that the target gave its call."""
-    calls = iter(said[-1].get("tool_calls", ()) if said else ())
-    asked = []
+    calls = iter(history[-1].get("tool_calls", ()) if history else ())
+    messages = []
     for message in turn.asked:
         if message["role"] == "tool" and (call := next(calls, None)) is not None:
             message = {**message, "tool_call_id": call["id"]}
-        asked.append(message)
-    return asked
+        messages.append(message)
+    return messages
 
 
 def _calls(message: Message | None) -> list[tuple[str, Any]]:

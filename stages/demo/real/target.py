@@ -142,19 +142,19 @@ def _convert(gguf_path: Path, folder: Path) -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    place: dict[str, Any] = {
+    source: dict[str, Any] = {
         "pretrained_model_name_or_path": gguf_path.parent,
         "gguf_file": gguf_path.name,
     }
     with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
-        model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     # transformers refuses to save a model that it read from GGUF, so a plain one takes its values.
     config = model.config
     del config.quantization_config
     plain = type(model)(config).to(torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 def _differences(gguf_path: Path, folder: Path) -> list[str]:

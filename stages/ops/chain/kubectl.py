@@ -45,8 +45,8 @@ class Kubectl:
             RetryableError: the cluster does not answer.
             UserError: there is no kubectl, or the cluster refuses the command.
         """
-        place = ["--namespace", self.namespace] if self.namespace else []
-        command = ["kubectl", *place, *arguments]
+        namespace = ["--namespace", self.namespace] if self.namespace else []
+        command = ["kubectl", *namespace, *arguments]
         try:
             done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
         except OSError as error:

@@ -170,12 +170,12 @@ class _Stage:
         if not (failed := objects.failure(job)):
             return None
         logger.error("%s failed: %s: %s", self._stage, failed.get("reason"), failed.get("message"))
-        told = re.search(r"exit code (\d+)", str(failed.get("message")))
+        reported = re.search(r"exit code (\d+)", str(failed.get("message")))
         code, pod = objects.decisive(pods)
         if pod:
             self._show_log(pod)
-        elif told:  # the pods are gone, and the Job's own message still tells
-            code = int(told[1])
+        elif reported:  # the pods are gone; the Job's own message still holds the code
+            code = int(reported[1])
         return code
 
     def _show_log(self, pod: Object) -> None:

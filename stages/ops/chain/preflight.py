@@ -23,7 +23,7 @@ from shared.vllm.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_with
 from stages.ops.chain import containers
 from stages.ops.chain.estimates import prompt_sources
 from stages.ops.chain.machine import SHARED_MEMORY, Machine
-from stages.ops.chain.preflight_target import existing_place, problem, target_problems, targets
+from stages.ops.chain.preflight_target import existing_folder, problem, target_problems, targets
 from stages.ops.chain.processes import Step, environment, python_of
 
 # Below this vLLM ends with "Insufficient space in /dev/shm"; Docker's default is 64 MiB.
@@ -103,14 +103,14 @@ def uses_trtllm(step: Step) -> bool:
 
 
 def _workspace(paths: RunPaths) -> Iterator[str]:
-    place = existing_place(paths)
+    folder = existing_folder(paths)
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         yield problem(
             "workspace",
-            f"a folder that can be written at {place}",
+            f"a folder that can be written at {folder}",
             str(error.strerror),
             "Make it writable for this user, or give another --workspace.",
         )

@@ -28,7 +28,7 @@ def problem(label: str, expected: str, found: str, remedy: str) -> str:
     return f"{label}: expected {expected}, found {found}. {remedy}"
 
 
-def existing_place(paths: RunPaths) -> Path:
+def existing_folder(paths: RunPaths) -> Path:
     """The run's folder, or where it will be made: a plan makes nothing."""
     folders = (paths.root, *paths.root.absolute().parents)
     return next(folder for folder in folders if folder.exists())
@@ -246,8 +246,8 @@ def _disk(left: Sequence[Step], config: TargetConfig, paths: RunPaths) -> Iterat
         needed = sizes.certain_disk_bytes(left, config, paths)
     except UserError:  # settings that do not fit the target: named already
         return
-    place = existing_place(paths)
-    free = shutil.disk_usage(place).free
+    folder = existing_folder(paths)
+    free = shutil.disk_usage(folder).free
     if needed > free:
         yield problem(
             "disk",

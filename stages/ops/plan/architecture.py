@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a target is, from its config.json: its kind, and the sizes that a plan needs.
 
-What the file leaves out is asked of the target's class in transformers.
+What the file leaves out comes from the target's class in transformers.
 """
 
 import dataclasses

@@ -71,7 +71,7 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
 
 
 def run_name(plan: Plan, config: PlanConfig) -> str:
-    """As asked for, or the last part of a folder's, a file's or a hub id's name."""
+    """`--name`, else the last part of a folder's, a file's or a hub id's name."""
     model = plan.model.rstrip("/").removesuffix("/config.json").removesuffix(".json")
     return config.name or model.split("/")[-1].lower()
 
@@ -153,8 +153,8 @@ def _published() -> Table:
     for column in ("target", "samples", "K", "acceptance length", "prompts", "source"):
         table.add_column(column, overflow="fold")
     for row in sorted(published(), key=lambda row: row.get("samples", 1 << 60)):
-        samples = f"{row['samples']:,}" if "samples" in row else "not told"
+        samples = f"{row['samples']:,}" if "samples" in row else "not stated"
         length = f"{row['acceptance_length']:.2f}"
-        k = str(row.get("k", "not told"))
+        k = str(row.get("k", "not stated"))
         table.add_row(row["target"], samples, k, length, row.get("prompts", ""), row["source"])
     return table

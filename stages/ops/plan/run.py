@@ -29,7 +29,7 @@ def run(config: PlanConfig) -> None:
     """Make the plan, show it, write the recipe and the overlay.
 
     Raises:
-        UserError: no such model, or no plan for what was asked.
+        UserError: no such model, or no plan for these flags.
         RetryableError: the hub cannot be reached.
     """
     path, raw, tensors = read_model(config.model, config.workspace)

@@ -380,7 +380,7 @@ def test_a_check_that_was_not_asked_is_not_said_to_have_passed(folder: Path) -> 
         lambda m: m["facts"].update(agreement=None, logprob_gap=None),
     )
     told = findings(folder, "PASS")["dump", "capture"]
-    assert told == "agreement not asked, log-probability gap in nats not asked"
+    assert told == "agreement not checked, log-probability gap in nats not checked"
 
 
 def test_the_command_tells_by_its_exit_code(folder: Path) -> None:

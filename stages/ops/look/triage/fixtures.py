@@ -25,7 +25,7 @@ LAST_LINES = 300
 _APP = Path(__file__).resolve().parents[4]
 
 
-def without_places(text: str, workspace: Path | None) -> str:
+def without_machine(text: str, workspace: Path | None) -> str:
     """`text` with every folder and host of this machine renamed."""
     known = {
         str(workspace.absolute()) if workspace else "": "/workspace",
@@ -36,8 +36,8 @@ def without_places(text: str, workspace: Path | None) -> str:
         str(Path.home()): "/home/user",
         socket.gethostname(): "node",
     }
-    for place in sorted((name for name in known if len(name) > 3), key=len, reverse=True):
-        text = text.replace(place, known[place])
+    for name in sorted((name for name in known if len(name) > 3), key=len, reverse=True):
+        text = text.replace(name, known[name])
     return text
 
 
@@ -52,7 +52,7 @@ def as_fixture(header: Mapping[str, Any], log: str, workspace: Path | None) -> s
     kept = {key: value for key, value in header.items() if value not in (None, "", {})}
     kept.setdefault("expect", "")
     text = yaml.safe_dump(kept, sort_keys=False, width=1000) + "---\n" + log
-    return without_places(text, workspace)
+    return without_machine(text, workspace)
 
 
 def save_fixture(outcome: Outcome, path: Path) -> None:

@@ -47,7 +47,7 @@ _TRACEBACK = re.compile(r"\s*(?:Exception Group )?Traceback \(most recent call l
 _FRAME = re.compile(r'\s*File "[^"]*", line \d+')
 _CHAINED = re.compile(r"\s*(?:During handling of|The above exception was)\b")
 _CODE = re.compile(r"\s+(?:raise|return|await|yield|assert|with|for|if|self\.)\b|\s*[~^]+\s*$")
-# A server without levels logs what it was asked.
+# A server without levels logs its requests.
 _REQUEST = re.compile(
     r"Receive(?:d request|: )|GenerateReqInput|\b(?:prompt|messages|text) ?[=:] ?['\"\[{]"
     r"|['\"](?:prompt|messages|role|content)['\"]: "
@@ -68,7 +68,7 @@ ERROR = re.compile(
     r"|^\s*(?:Status|Reason|State):\s+(?:Failed|Error|Evicted|OOMKilled|\w*BackOff|\w*Error)\s*$"
     r"|: command not found|\bNCCL WARN\b|\boom-kill\b|^make: \*\*\*|^what\(\):"
 )
-# Said in no error's own form, but at a log's end it means one.
+# No error's own form, but at a log's end it means one.
 BAD_END = re.compile(
     r"(?i)\b(?:errors?|fail(?:ed|ure|s)?|cannot|could not|can't|unable|not found|denied|refused|no such"
     r"|abort(?:ed|ing)?|killed|terminated|invalid|unknown|unexpected|timed? ?out|exceeded|insufficient"

@@ -33,7 +33,7 @@ class Findings:
     """What a log's last attempt holds.
 
     Attributes:
-        hits: in the log's order; of one line the rule that says most first.
+        hits: in the log's order; of one line the most specific rule first.
         unknown: exceptions and errors that no rule matches; without any, an end that looks like one.
         is_done: the stage itself reported its end, and no error after it.
         went_on: whatever failed, ordinary work followed it.
@@ -109,7 +109,7 @@ def _hits(lines: Sequence[Line], index: int, rules: Sequence[Rule]) -> list[Hit]
             if not rule.holds_in(surroundings):
                 continue
         seen = {name: value for name, value in matched.groupdict().items() if value is not None}
-        # A rule that asked its surroundings says more; then the one that took more of the line.
+        # A rule with `near` is more specific; then the one that matched more of the line.
         found.append(((not rule.near, -len(matched[0])), Hit(rule, line, seen)))
     return [hit for _, hit in sorted(found, key=lambda each: each[0])]
 

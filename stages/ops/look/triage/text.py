@@ -112,12 +112,12 @@ def as_json(outcome: Outcome) -> str:
 
 def _record(found: Diagnosis) -> dict[str, Any]:
     evidence = found.evidence
-    place: dict[str, Any] | None = None
+    location: dict[str, Any] | None = None
     if evidence:
         text = safe(evidence.text.strip())
-        place = {"file": str(evidence.path), "line": evidence.number, "text": text}
+        location = {"file": str(evidence.path), "line": evidence.number, "text": text}
         if found.rule == UNKNOWN:
-            place["context"] = context(evidence)
+            location["context"] = context(evidence)
     return {
         "rule": found.rule,
         "role": found.role,
@@ -126,5 +126,5 @@ def _record(found: Diagnosis) -> dict[str, Any]:
         "fix": safe(found.fix),
         "rerun": found.rerun,
         "facts": dict(found.facts),
-        "evidence": place,
+        "evidence": location,
     }

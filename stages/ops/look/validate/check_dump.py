@@ -62,7 +62,7 @@ def ask_capture(run: RunView) -> str:
     """What the checks at capture found is within the limits that were set."""
     manifest = run.manifest("dump")
     facts, config = manifest["facts"], manifest["config"]
-    # Null where nothing was asked: no greedy answers, or a backend without probabilities.
+    # Null where nothing was checked: no greedy answers, or a backend without probabilities.
     agreement, gap = (
         None if facts[name] is None else float(facts[name]) for name in ("agreement", "logprob_gap")
     )
@@ -78,7 +78,7 @@ def ask_capture(run: RunView) -> str:
         )
     recorded = {"agreement": agreement, "log-probability gap in nats": gap}
     return ", ".join(
-        f"{name} {'not asked' if value is None else f'{value:.4f}'}"
+        f"{name} {'not checked' if value is None else f'{value:.4f}'}"
         for name, value in recorded.items()
     )
 

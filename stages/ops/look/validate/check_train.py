@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from stages.ops.look.validate.artifacts import RunView
-from stages.ops.look.validate.findings import NotAsked, Wrong, ask_falling, needs
+from stages.ops.look.validate.findings import Skipped, Wrong, ask_falling, needs
 
 
 def _history(run: RunView) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def ask_walk(run: RunView) -> str:
         manifest["config"]["walk_tokens"] + 1,
     )
     if recorded is None:
-        raise NotAsked("nothing was walked: no held-out greedy answers")
+        raise Skipped("nothing was walked: no held-out greedy answers")
     key = "walked_acceptance_length"
     walks = {record["step"]: record[key] for record in _history(run) if key in record}
     if not 1 <= recorded <= maximum:

@@ -2,7 +2,7 @@
 """What a validation found: one line a question, and the ways to show them.
 
 A question is a function that returns what it saw, or raises `Wrong` with what is wrong,
-`NotAsked` where it cannot be asked here, or `Unknown` where nothing answers it. Whatever a damaged
+`Skipped` where it cannot be answered here, or `Unknown` where nothing answers it. Whatever a damaged
 file makes it trip over counts against the file: a validation fails closed and goes on to the next
 question.
 """
@@ -31,8 +31,8 @@ class Wrong(Exception):
     """What was found is not what it should be; the message says both, and where."""
 
 
-class NotAsked(Exception):
-    """The question cannot be asked here; the message says why."""
+class Skipped(Exception):
+    """The question cannot be answered here; the message says why."""
 
 
 class Unknown(Exception):
@@ -50,7 +50,7 @@ class Finding:
 
 
 class Findings:
-    """All answers of one validation, in the order that they were asked."""
+    """All answers of one validation, in the order of the questions."""
 
     def __init__(self) -> None:
         self.rows: list[Finding] = []
@@ -59,7 +59,7 @@ class Findings:
         """Ask, keep what came out, and tell whether the next questions make sense."""
         try:
             verdict, detail = PASS, answer()
-        except NotAsked as reason:
+        except Skipped as reason:
             verdict, detail = SKIP, str(reason)
         except Unknown as reason:
             verdict, detail = UNKNOWN, str(reason)
@@ -80,7 +80,7 @@ class Findings:
     def summary(self) -> str:
         parts = [f"{self.count(PASS)} passed", f"{self.count(FAIL)} failed"]
         if self.count(SKIP):
-            parts.append(f"{self.count(SKIP)} not asked")
+            parts.append(f"{self.count(SKIP)} skipped")
         if self.count(UNKNOWN):
             parts.append(f"{self.count(UNKNOWN)} unknown")
         return f"{self.verdict}: {', '.join(parts)}"
@@ -123,13 +123,15 @@ def _one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def needs(module: str) -> Any:
-    """Turn the lack of a package into `NotAsked`: the ops image carries no torch."""
+    """Turn the lack of a package into `Skipped`: the ops image carries no torch."""
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise NotAsked(f"{module} is not installed here; ask where train's packages are") from error
+        raise Skipped(
+            f"{module} is not installed here; validate where train's packages are"
+        ) from error
 
 
 def ask_falling(losses: Sequence[float]) -> str:
@@ -137,10 +139,10 @@ def ask_falling(losses: Sequence[float]) -> str:
 
     Raises:
         Wrong: it is not.
-        NotAsked: they are too few to judge.
+        Skipped: they are too few to judge.
     """
     if len(losses) < _LOSSES_FOR_A_TREND:
-        raise NotAsked(f"{len(losses)} records are too few to tell whether the loss falls")
+        raise Skipped(f"{len(losses)} records are too few to tell whether the loss falls")
     part = max(1, len(losses) // 4)
     first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
     if last >= first:

@@ -23,7 +23,7 @@ from stages.ops.config import ValidateConfig
 from stages.ops.look.run_state import find_run
 from stages.ops.look.validate import artifacts, check_bench, check_dump, check_synth, check_train
 from stages.ops.look.validate.artifacts import ARTIFACTS, MAKER, RunView
-from stages.ops.look.validate.findings import FAIL, Findings, NotAsked, Wrong
+from stages.ops.look.validate.findings import FAIL, Findings, Skipped, Wrong
 from stages.ops.look.validate.launcher import is_experiment, validate_experiment
 
 Question = tuple[str, Callable[[RunView], str]]
@@ -100,7 +100,7 @@ def validate(view: RunView, names: list[str]) -> Findings:
 def _ask_recipe(view: RunView) -> str:
     """The kept recipe is one, and names the target that the artifacts were made for."""
     if not view.paths.recipe.exists():
-        raise NotAsked("the run's folder holds no recipe; its artifacts keep their own settings")
+        raise Skipped("the run's folder holds no recipe; its artifacts keep their own settings")
     recipe = read_recipe(view.paths.recipe)
     unknown = recipe.get("run", {}).keys() - RunConfig.model_fields.keys()
     if unknown:
@@ -124,7 +124,7 @@ def _ask_target(view: RunView, names: list[str]) -> str:
         if digest is None:
             continue
         if target is None:
-            raise NotAsked("the target does not lie in the workspace")
+            raise Skipped("the target does not lie in the workspace")
         if weights_hash(target.folder) != digest:
             raise Wrong(
                 f"{target.folder} changed since {name} was made with it. Restore it, or run "
