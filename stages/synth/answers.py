@@ -4,14 +4,15 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from pathlib import Path
 
+from shared.conversations.reader import ConversationReader, Refused
 from shared.errors import RetryableError, UserError
 from shared.prompts.rows import Prompt
 from shared.runtime.process import stop_requested
 from shared.target.special_tokens import SpecialTokens
-from shared.target.tokenizer import load_tokenizer
+from shared.target.tokenizer import load_chat_tokenizer, load_tokenizer
 from stages.synth.client import Client, Dispatcher, Endpoint, Outcome, ServerDiedError
 from stages.synth.config import SynthConfig
 
@@ -37,13 +38,8 @@ async def answers(
         return
     prompts = itertools.chain([first], prompts)
     if config.mode == "keep":
-        from stages.synth.keep import Keeper
-
-        keeper = Keeper(config, target)
-        for prompt in prompts:
-            if stop_requested():
-                return
-            yield keeper.keep(prompt), 0
+        for outcome in kept(config, target, prompts):
+            yield outcome, 0
         return
     reasoning_end, special = _of_tokenizer(config, target)
     dispatcher = Dispatcher(config.concurrency)
@@ -73,6 +69,19 @@ async def answers(
                 logger.warning("the server died (%s); starting it again", error)
             finally:
                 await client.close()
+
+
+def kept(config: SynthConfig, target: Path, prompts: Iterable[Prompt]) -> Iterator[Outcome]:
+    """Mode `keep`: the rows' own answers, tokenised and masked by the target's chat template."""
+    tokenizer = load_chat_tokenizer(target, config.run, config.workspace)
+    reader = ConversationReader(tokenizer, config.run, config.special_token_text)
+    for prompt in prompts:
+        if stop_requested():
+            return
+        try:
+            yield Outcome(prompt, tuple(reader.rows(prompt)))
+        except Refused as refused:
+            yield Outcome(prompt, refused=refused)
 
 
 @contextlib.contextmanager

@@ -18,13 +18,14 @@ import aiohttp
 import tenacity
 
 from shared.contracts.conversations import Conversation
+from shared.conversations.reader import Refused
 from shared.errors import OutputError
 from shared.prompts.rows import Message, Prompt
 from shared.runtime.process import stop_requested
 from shared.target.special_tokens import REASON, SpecialTokens
 from stages.synth.config import SynthConfig
 from stages.synth.mixture import request_seed, sampling_of
-from stages.synth.play import Played, Refused, Reply, play, to_rows
+from stages.synth.play import Played, Reply, play, to_rows
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class Client:
                 reason = f"code {ended[0]}" if ended else str(error) or type(error).__name__
                 raise ServerDiedError(reason) from error
             reason = "timeout" if isinstance(error, TimeoutError) else "server_error"
-            raise Refused(reason, str(error)[:500]) from error
+            raise Refused(reason, str(error)) from error
         raise RuntimeError("tenacity returns an answer or raises")
 
     async def _post(self, endpoint: Endpoint, body: dict[str, Any]) -> Reply:

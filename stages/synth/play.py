@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from shared.contracts.conversations import Conversation, text_columns
+from shared.conversations.reader import Refused
 from shared.prompts.rows import Message, Prompt, Turn
 from stages.synth.config import SynthConfig
 
@@ -40,15 +41,6 @@ class Answered:
 
     messages: tuple[Message, ...]
     reply: Reply
-
-
-class Refused(Exception):
-    """The server will not answer this, and why."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from shared.config import build
+from shared.conversations.reader import Refused
 from shared.prompts.rows import Message, Prompt, parse_row
 from stages.synth.config import SynthConfig
-from stages.synth.play import Played, Refused, Reply, play, to_rows, trained_from
+from stages.synth.play import Played, Reply, play, to_rows, trained_from
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "recorded"}

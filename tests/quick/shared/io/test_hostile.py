@@ -39,7 +39,6 @@ from stages.dump.plan import ShardPlan, ShardRows
 from stages.dump.shards.layouts import write_samples
 from stages.dump.sources import open_source
 from stages.synth.config import SynthConfig
-from stages.synth.keep import Keeper
 from stages.train.loop import checkpoint
 from tests.models import tiny_llama, tiny_tokenizer
 
@@ -145,7 +144,7 @@ def test_kept_conversations_with_such_text_are_skipped_unless_allowed(
     assert len(list(source.rows(tmp_path / "tiny", accounting))) == kept
     assert accounting.skipped.get("special_token_in_text", 0) == 1 - kept
     config = build(SynthConfig, {**flags, "prompts": "rows.jsonl", "mode": "keep"})
-    outcome = Keeper(config, tmp_path / "tiny").keep(parse_row(row))
+    [outcome] = kept(config, tmp_path / "tiny", [parse_row(row)])
     assert (outcome.refused is None) == bool(kept)
     assert kept or (outcome.refused and outcome.refused.detail == "<|im_end|>")
 
