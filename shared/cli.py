@@ -101,7 +101,7 @@ def _parse(
         raise errors.UserError(
             f"unknown command {command!r}.",
             code="command-unknown",
-            remedy=configs.nearest(command, commands),
+            remedy=errors.nearest(command, commands),
         )
     if "--help" in argv or "-h" in argv:
         return command, help_text(stage, commands, command)

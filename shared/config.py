@@ -11,7 +11,6 @@ A recipe is one YAML file with the section `run` and one section a stage:
 An unknown key or flag is refused with the nearest valid name, before anything runs.
 """
 
-import difflib
 import os
 import reprlib
 import types
@@ -24,15 +23,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 import pydantic
 from pydantic.fields import FieldInfo
 
-from shared.errors import UserError
+from shared.errors import UserError, nearest
 from shared.io import recipe_yaml
-from shared.io.files import read_text
-from shared.paths import STAGES, RunPaths
+from shared.paths import RunPaths
+from shared.recipe import read_recipe
 from shared.runtime.process import Share
 
-SECTIONS = ("run", *STAGES)
 _MAX_NAME_BYTES = 200  # file systems take 255 bytes; a temporary name is longer than the final one
-_RECIPE_REMEDY = "Give its path as this process sees it; in a container that is below /workspace."
 
 S = TypeVar("S", bound="Section")
 C = TypeVar("C", bound="CommandConfig")
@@ -169,51 +166,6 @@ class StageConfig(CommandConfig):
             if kind_of(field) == "identity":
                 keys[f"{self.section}.{name}"] = own[name]
         return keys
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint for a wrong name: the closest valid one, else all of them."""
-    names = list(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"Did you mean {close[0]}?" if close else f"Valid: {', '.join(names)}."
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe as a dict of sections.
-
-    Raises:
-        UserError: missing, not YAML, or a section nobody knows.
-    """
-    try:
-        recipe = recipe_yaml.parse(read_text(path))
-    except UserError as error:
-        raise UserError(
-            f"--recipe: {error.problem}", code="recipe-unreadable", remedy=_RECIPE_REMEDY
-        ) from error
-    except recipe_yaml.RecipeError as error:
-        raise _bad_recipe(f"--recipe: {path} is not valid YAML: {error}.") from error
-    if not isinstance(recipe, dict):
-        raise _bad_recipe(f"{path}: expected sections ({', '.join(SECTIONS)}), found no mapping.")
-    for name, section in recipe.items():
-        if name not in SECTIONS:
-            raise UserError(
-                f"{path}: unknown section {name!r}.",
-                code="recipe-section",
-                remedy=nearest(str(name), SECTIONS),
-            )
-        if not isinstance(section, dict | None):
-            raise _bad_recipe(
-                f"{path}: section {name}: expected keys and values, found {reprlib.repr(section)}."
-            )
-    return {name: section or {} for name, section in recipe.items()}
-
-
-def _bad_recipe(problem: str) -> UserError:
-    return UserError(
-        problem,
-        code="recipe-invalid",
-        remedy="Correct it; compose/recipes/demo/recipe.yaml shows the shape.",
-    )
 
 
 def _from_text(text: str, field: FieldInfo) -> Any:

@@ -21,7 +21,8 @@ words may change at any time:
     )
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 EXIT_DONE = 0
@@ -95,3 +96,10 @@ class Stopped(EyrieError):
 
     exit_code = EXIT_STOPPED
     kind = "stopped"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint for a wrong name: the closest valid one, else all of them."""
+    names = list(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]}?" if close else f"Valid: {', '.join(names)}."

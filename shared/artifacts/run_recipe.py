@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from shared.config import StageConfig, kind_of, read_recipe
+from shared.config import StageConfig, kind_of
 from shared.errors import UserError
 from shared.io import files
+from shared.recipe import read_recipe
 
 # Of this invocation, not of the run.
 _NOT_OF_THE_RUN = {"run", "recipe", "workspace", "overwrite", "shard_index", "num_shards"}

@@ -17,9 +17,10 @@ from typing import Any
 
 from shared.artifacts.manifest import MANIFEST
 from shared.cli import PRINT_CONFIG
-from shared.config import RunConfig, read_recipe
+from shared.config import RunConfig
 from shared.errors import EXIT_DONE, UserError
 from shared.paths import RunPaths
+from shared.recipe import read_recipe
 from stages.ops.chain.machine import look
 from stages.ops.config import RunChainConfig
 

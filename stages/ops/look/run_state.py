@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifacts.manifest import MANIFEST, read_manifest
-from shared.config import nearest, read_recipe
-from shared.errors import EyrieError, UserError
+from shared.errors import EyrieError, UserError, nearest
 from shared.paths import STAGES, RunPaths
+from shared.recipe import read_recipe
 from shared.runtime.process import is_alive
 from shared.runtime.status import SILENT_AFTER_S, read_status
 

@@ -18,8 +18,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.platforms import current_platform
 
-from shared.config import nearest
-from shared.errors import RetryableError, UserError
+from shared.errors import RetryableError, UserError, nearest
 from shared.vllm.versions import SUPPORTED_VLLM, is_within
 from stages.dump.backends.base import EngineSettings
 

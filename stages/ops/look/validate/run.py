@@ -15,9 +15,10 @@ from collections.abc import Callable
 from rich.console import Console
 
 from shared.artifacts.manifest import MANIFEST
-from shared.config import RunConfig, read_recipe
+from shared.config import RunConfig
 from shared.errors import EXIT_DONE, EXIT_OUTPUT
 from shared.io import files
+from shared.recipe import read_recipe
 from shared.target.model import weights_hash
 from stages.ops.config import ValidateConfig
 from stages.ops.look.run_state import find_run

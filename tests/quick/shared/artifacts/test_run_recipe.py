@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from shared.artifacts.manifest import Artifact
-from shared.config import StageConfig, build, read_recipe
+from shared.config import StageConfig, build
+from shared.recipe import read_recipe
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig
 
