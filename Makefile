@@ -70,17 +70,23 @@ real: setup ## The chain on a pretrained model, SmolLM2-135M: TIER=quarter or ni
 images: ## Build the images of the four stages and ops; FLAVOUR=gpu or cpu.
 	$(if $(filter cpu,$(FLAVOUR)),$(COMPOSE_CPU),$(COMPOSE)) --profile stages --profile tools build
 
+# Whatever .env says of another run.
 .PHONY: demo-compose
+demo-compose: export EYRIE_RUN := demo
+demo-compose: export EYRIE_RECIPE = ./compose/recipes/$(EYRIE_RUN)/recipe.yaml
 demo-compose: export EYRIE_WORKSPACE := workspace
 demo-compose: ## The demo in containers, on the CPU; the workspace is a docker volume.
 	@echo "demo-compose: building five images; five minutes the first time"
 	$(COMPOSE_CPU) --profile stages --profile tools build
 	@for stage in target synth dump train bench; do \
-	  echo "demo-compose: $$stage"; $(DEMO) $$stage || exit; \
+	  echo "demo-compose: $$stage"; \
+	  $(DEMO) $$stage || { code=$$?; echo "demo-compose: $$stage ended with exit code $$code;" \
+	    "make demo-compose continues from there"; exit $$code; }; \
 	done
-	@mkdir -p $(WORKSPACE) && $(DEMO) --entrypoint cat ops /workspace/demo/bench/report.html \
-	  > $(WORKSPACE)/demo-report.html
-	@echo "demo-compose: report=$(WORKSPACE)/demo-report.html; all results: volume eyrie_workspace, /demo"
+	@mkdir -p $(WORKSPACE) && $(DEMO) --entrypoint cat ops /workspace/$(EYRIE_RUN)/bench/report.html \
+	  > $(WORKSPACE)/$(EYRIE_RUN)-report.html
+	@echo "demo-compose: report=$(WORKSPACE)/$(EYRIE_RUN)-report.html;" \
+	  "all results: volume $${EYRIE_VOLUMES:-eyrie}_workspace, folder $(EYRIE_RUN)"
 
 # The demo runs alone, since its time is a promise; the other test files take one core each.
 .PHONY: test

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every stage killed in its middle, and two stages on another vLLM: longer than CI has time for."""
+"""The demo whole, every stage killed in its middle, two stages on another vLLM: too long for CI."""
 
 import dataclasses
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import MadeTarget
-from tests.containers.conftest import STAGES, Project, wait_for
+from tests.containers.conftest import ROOT, STAGES, Project, wait_for
 
 pytestmark = [pytest.mark.container, pytest.mark.engine, pytest.mark.soak]
 
@@ -40,6 +41,25 @@ def read(path: Path) -> dict[str, Any]:
 def finish(project: Project, stage: str, *words: str) -> None:
     done = project.compose("run", "--rm", "--no-deps", *words)
     assert done.returncode == 0, f"{stage}: {done.stderr[-3000:]}"
+
+
+def test_the_whole_demo_in_containers(images: dict[str, str], tmp_path: Path) -> None:
+    """As a user types it, target and all; only the volumes are the test's own."""
+    project = Project("eyrie-test-demo", "workspace")
+    try:
+        made = subprocess.run(
+            ["make", "demo-compose", f"WORKSPACE={tmp_path}"],
+            cwd=ROOT,
+            env=project.environment(),
+            capture_output=True,
+            text=True,
+            timeout=3600,
+        )
+    finally:
+        project.down()
+    assert made.returncode == 0, (made.stdout + made.stderr)[-3000:]
+    assert f"report={tmp_path}/demo-report.html" in made.stdout.splitlines()[-1]
+    assert (tmp_path / "demo-report.html").stat().st_size > 10_000
 
 
 @pytest.fixture(scope="module")
