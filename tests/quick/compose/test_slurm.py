@@ -35,6 +35,7 @@ os.execvp({sys.executable!r}, [{sys.executable!r}, *command[1:]])
 OTHER = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$SPY"
 [[ $(basename "$0") == sbatch ]] && grep -c sbatch "$SPY"
+[[ $* == *"show job"* ]] && echo "JobId=7 JobState=${STATE:-RUNNING} Reason=None"
 exit 0
 """
 
@@ -103,7 +104,14 @@ def test_what_is_worth_another_try_is_queued_again(machine: Machine, code: int) 
 
 def test_it_is_queued_again_six_times_and_no_more(machine: Machine) -> None:
     assert machine.run(STAGE="synth", CODE="75", SLURM_RESTART_COUNT="6")[0] == 75
-    assert "scontrol" not in machine.told()
+    assert "requeue" not in machine.told()
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+def test_a_cancelled_job_stays_cancelled(machine: Machine, state: str) -> None:
+    code, complaint = machine.run(STAGE="train", CODE="143", STATE=state)
+    assert code == 143
+    assert "not queued again" in complaint and "requeue" not in machine.told()
 
 
 def test_a_shard_of_an_array(machine: Machine) -> None:
