@@ -185,6 +185,8 @@ def parse_row(row: Any, *, source: str = "", columns: Mapping[str, str] | None =
     if first:  # the rest of a long conversation that somebody cut
         reader.unread.add("answers before the first question")
     category, own = reader.get("category", str), reader.get("id")
+    if isinstance(own, list | dict):  # a file of columns instead of rows
+        raise Unusable("bad_id", f"expected text or a number, found {type(own).__name__}")
     own_id = "" if isinstance(own, bool) else _id_text(own)
     prompt = Prompt(
         sample_id=_name(own_id, "id"),

@@ -99,6 +99,7 @@ def test_what_is_not_read_is_named(row: object, unread: str) -> None:
         ({"prompt": "cat", "tools": [{"type": "function", "function": None}]}, "broken_tools"),
         ({"prompt": "cat", "tools": [{"type": "web_search"}]}, "broken_tools"),
         ({"prompt": "dog", "chosen": [USER, CHAT]}, "two_conversations"),
+        ({"id": ["a", "b"], "prompt": ["cat", "dog"]}, "bad_id"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_refused(row: object, reason: str) -> None:

@@ -23,12 +23,17 @@ transformers, so a family that is not listed here works too if that class follow
 otherwise `python -m stages.ops run --dry_run` refuses it by name. This table is generated: for each
 row a tiny target with random weights is made, and its logits are rebuilt from its final state to 1e-4.
 
-Backend: `vllm` where vLLM has EAGLE-3 hooks for the class, so that it can also serve a draft head for
-it; `hf` where the states come from transformers.
+Backend: `vllm` where vLLM has EAGLE-3 hooks for the class; `hf` where the states come from transformers.
 
-| model_type | class | final norm | lm_head | logits | backend |
-|---|---|---|---|---|---|
+Served: whether vLLM 0.32 loaded a head that was trained on that tiny target, and drafted with it, on a
+CPU (2026-11-28). Where its own class has no hooks, `bench.engine_args: {model_impl: transformers}` makes
+it wrap transformers' class, which has them. Empty: not tried, as vision targets, which need
+torchvision there.
+
+| model_type | class | final norm | lm_head | logits | backend | served |
+|---|---|---|---|---|---|---|
 """
+_SERVED = {"auto": "yes", "transformers": "by transformers' class"}
 
 
 def describe(folder: Path, config: TargetConfig) -> str:
@@ -60,7 +65,8 @@ def row(name: str, folder: Path) -> str:
     architecture = understand(config.whole, str(folder / "config.json"))
     backend, _ = dump_backend(architecture)
     cells = f"{name} | {architecture.name} | {describe(folder, config)}"
-    return f"| {cells} | {backend} |"
+    served = _SERVED.get(targets.SERVED.get(name, ""), "")
+    return f"| {cells} | {backend} | {served} |"
 
 
 def main() -> None:
