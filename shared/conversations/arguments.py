@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from shared.conversations.template import TemplateMismatch
+
 _DECODER = json.JSONDecoder()
 
 
@@ -13,15 +15,17 @@ def arguments_end(text: str, start: int, stop: int, arguments: Any) -> int | Non
 
     Args:
         arguments: a mapping, or text that is no JSON object.
+
+    Raises:
+        TemplateMismatch: a mapping is shown in Python's spelling.
     """
     window = text[start:stop]
     if isinstance(arguments, str):
         index = window.find(arguments)
         return start + index + len(arguments) if index >= 0 else None
     if arguments and str(arguments) in window and str(arguments) != json.dumps(arguments):
-        return (
-            None  # printed by a template that wants JSON text: nobody says it in Python's spelling
-        )
+        # Printed by a template that wants JSON text: nobody says it in Python's spelling.
+        raise TemplateMismatch("a tool call's arguments are shown in Python's spelling")
     for index, value, end in _json_values(window):
         if value == arguments or _is_json_of(value, arguments):
             return start + index + end

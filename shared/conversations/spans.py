@@ -291,7 +291,7 @@ class _Rendering:
 
     def _arguments_end(self, index: int, trained: Sequence[Located], stop: int) -> int:
         """One past the last piece, each call's arguments seen beside its name."""
-        before, last = 0, max(each.end for each in trained)
+        before, last = trained[0].start, max(each.end for each in trained)
         for number, call in enumerate(self.messages[index]["tool_calls"]):
             names = [each for each in trained if each.piece.kind == "name"]
             name = next(each for each in names if each.piece.call == number)

@@ -9,7 +9,7 @@ import yaml
 
 from shared.config import RunConfig
 from shared.conversations.reader import ConversationReader, Refused
-from shared.prompts.rows import Prompt
+from shared.prompts.rows import Prompt, Turn
 from tests.quick.shared.conversations.gallery import FOLDER, ROWS, tokenizer_of
 
 EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / "expected.yaml").read_text())
@@ -83,3 +83,19 @@ def test_a_prompt_that_ends_in_a_space_is_encoded_by_itself() -> None:
     (row,) = ConversationReader(tokenizer, RunConfig(target="t"), "skip").rows(ROWS["plain"])
     prompt = tokenizer("User: Name a river.\nAssistant: ", add_special_tokens=False)["input_ids"]
     assert list(row.input_ids[: row.num_prompt_tokens]) == prompt
+
+
+def test_arguments_in_pythons_spelling_are_not_trained() -> None:
+    """The question and the answer hold the arguments' words already: those prove nothing."""
+    words = {"role": "user", "content": "town town"}
+    function = {"name": "town", "arguments": '{"town": "town"}'}
+    calling = _answer_of(
+        "town town", tool_calls=[{"id": "c", "type": "function", "function": function}]
+    )
+    prompt = Prompt("words", (Turn((words,), calling),))
+    spans = trained("prints-arguments", prompt)
+    assert spans == [['town town<tool_call>town\n{"town": "town"}</tool_call><|eos|>']]
+
+
+def _answer_of(text: str, **more: object) -> dict[str, object]:
+    return {"role": "assistant", "content": text, **more}
