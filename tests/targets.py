@@ -130,6 +130,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Families whose head vLLM was seen to draft with, and whose classes it ran for that: its own where it
+# has hooks (auto), or its wrapper around transformers'.
+SERVED: dict[str, str] = {}
+
+
 def make(name: str, folder: Path, *, seed: int = 0) -> PreTrainedModel:
     """The tiny target of a family in float32, saved in `folder` without a tokenizer."""
     config = make_config(name)
