@@ -16,12 +16,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 NUM_LAYERS = 8
 _SIZES: dict[str, Any] = {
     "vocab_size": 512,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 96,
     "num_hidden_layers": NUM_LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,  # the least that vLLM's attention on a CPU takes
     "max_position_embeddings": 256,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -60,9 +60,9 @@ _VISION = {
     "patch_size": 14,
     "depth": 2,
     "num_heads": 4,
-    "out_hidden_size": 64,
+    "out_hidden_size": 128,
 }
-_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2": Family(),
     "nanochat": Family({"final_logit_softcapping": 3.0}),
     "falcon": Family(),
-    "mpt": Family({"d_model": 64, "n_heads": 4, "n_layers": NUM_LAYERS, "max_seq_len": 256}),
+    "mpt": Family({"d_model": 128, "n_heads": 4, "n_layers": NUM_LAYERS, "max_seq_len": 256}),
     "gpt_neox": Family(),
     "phi": Family(),
     "qwen2_vl": Family({"rope_parameters": _SECTIONS}, is_vision=True),
