@@ -130,9 +130,21 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Families whose head vLLM was seen to draft with, and whose classes it ran for that: its own where it
-# has hooks (auto), or its wrapper around transformers'.
-SERVED: dict[str, str] = {}
+# What vLLM runs a family by when a head is served to it: its own class, or transformers' for want of
+# another (auto), its wrapper around transformers' class where its own has no hooks, or nothing.
+_SERVED_BY = {
+    "auto": (
+        "llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "phi3",
+        "olmo", "olmo2", "granite", "deepseek_v3", "gpt_oss", "starcoder2", "smollm3",
+        "ernie4_5", "seed_oss", "minicpm3", "minimax_m2", "nanochat", "gpt_neox",
+    ),
+    "transformers": (
+        "gemma", "gemma2", "gemma3_text", "glm4", "glm4_moe", "cohere", "cohere2", "mixtral",
+        "stablelm", "nemotron", "exaone4", "lfm2",
+    ),
+    "": ("falcon", "mpt", ),
+}  # fmt: skip
+SERVED = {name: how for how, names in _SERVED_BY.items() for name in names}
 
 
 def make(name: str, folder: Path, *, seed: int = 0) -> PreTrainedModel:

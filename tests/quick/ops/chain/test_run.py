@@ -296,6 +296,16 @@ def test_a_target_that_vllm_serves_no_head_to_is_named(
     wrapped = {"bench": {"engine_args": {"model-impl": "transformers"}}}
     assert problems(steps(workspace, wrapped), workspace) == []
     assert problems(steps(workspace)[:3], workspace) == []
+    falcon = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}  # none to wrap
+    for other, how in (
+        (falcon, "does not"),
+        ({"architectures": ["MptForCausalLM"]}, "is no longer"),
+    ):
+        (workspace / "model" / "config.json").write_text(json.dumps(CONFIG | other))
+        found = problems(steps(workspace, wrapped), workspace)
+        assert f"which {how} in vLLM" in found[-1]
+        assert "Leave bench out (--skip bench)" in found[-1]
+    (workspace / "model" / "config.json").write_text(json.dumps(CONFIG | mixtral))
     monkeypatch.setattr(
         preflight, "_bench_vllm", lambda _: "9.9"
     )  # of which the table knows nothing

@@ -25,15 +25,15 @@ row a tiny target with random weights is made, and its logits are rebuilt from i
 
 Backend: `vllm` where vLLM has EAGLE-3 hooks for the class; `hf` where the states come from transformers.
 
-Served: whether vLLM 0.32 loaded a head that was trained on that tiny target, and drafted with it, on a
-CPU (2026-11-28). Where its own class has no hooks, `bench.engine_args: {model_impl: transformers}` makes
-it wrap transformers' class, which has them. Empty: not tried, as vision targets, which need
-torchvision there.
+Served: how vLLM 0.32 takes a draft head that was trained on that tiny target, by its own loader of the
+head (2026-11-28): by its class of the target (yes), by its wrapper around transformers' class, which
+`bench.engine_args: {model_impl: transformers}` asks for, or not at all. The dry run tells which. Empty:
+not tried, as vision targets want torchvision there.
 
 | model_type | class | final norm | lm_head | logits | backend | served |
 |---|---|---|---|---|---|---|
 """
-_SERVED = {"auto": "yes", "transformers": "by transformers' class"}
+_SERVED = {"auto": "yes", "transformers": "by the wrapper", "": "no"}
 
 
 def describe(folder: Path, config: TargetConfig) -> str:
@@ -65,7 +65,7 @@ def row(name: str, folder: Path) -> str:
     architecture = understand(config.whole, str(folder / "config.json"))
     backend, _ = dump_backend(architecture)
     cells = f"{name} | {architecture.name} | {describe(folder, config)}"
-    served = _SERVED.get(targets.SERVED.get(name, ""), "")
+    served = _SERVED[targets.SERVED[name]] if name in targets.SERVED else ""
     return f"| {cells} | {backend} | {served} |"
 
 
