@@ -25,6 +25,7 @@ class Shape:
     rope_theta: float
     eps: float
     norms: frozenset[str] = frozenset()  # the flags of a HeadVariant that are set
+    window: int | None = None  # positions that attention sees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +128,13 @@ def chain(
 
     With `norm_output` the next step is fed what the final norm makes of them.
     """
-    keys, values, outputs = [], [], []
+    keys, values, outputs, positions = [], [], [], []
     for t in range(slot + 1):  # step-0 keys of this slot and of those before it
         state = from_aux(weights, shape, document.states[t])
         x = layer_input(weights, shape, embed[document.tokens[t + 1]], state)
         keys.append(project(weights, shape, "k_proj", x, t))
         values.append(project(weights, shape, "v_proj", x, t))
+        positions.append(t)
     for step in range(num_steps):
         if slot + 1 + step >= len(document.tokens):
             break
@@ -143,8 +145,12 @@ def chain(
         if step:
             keys.append(project(weights, shape, "k_proj", x, slot + step))
             values.append(project(weights, shape, "v_proj", x, slot + step))
+            positions.append(slot + step)
         query = project(weights, shape, "q_proj", x, slot + step)
-        outputs.append(layer_output(weights, shape, state, query, keys, values))
+        first = slot + step + 1 - (shape.window or len(document.tokens))
+        seen = [i for i, position in enumerate(positions) if position >= first]
+        own_keys, own_values = [keys[i] for i in seen], [values[i] for i in seen]
+        outputs.append(layer_output(weights, shape, state, query, own_keys, own_values))
     return outputs
 
 

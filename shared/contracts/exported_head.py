@@ -61,13 +61,21 @@ def config_json(config: HeadConfig, *, dtype: str) -> dict[str, Any]:
     }
     if scaling:
         fields["rope_scaling"] = rope
-    return fields | stated_norms(variant)
+    return fields | stated_norms(variant) | stated_window(variant)
 
 
 def stated_norms(variant: HeadVariant) -> dict[str, bool]:
     """The norms of config.json that a head without them does not state."""
     norms = {name: getattr(variant, name) for name in ("norm_before_fc", "fc_norm", "norm_output")}
     return {name: True for name, is_set in norms.items() if is_set}
+
+
+def stated_window(variant: HeadVariant) -> dict[str, Any]:
+    """The keys of a layer with a window; transformers' Qwen3Config drops it without the last one."""
+    if variant.window is None:
+        return {}
+    keys = {"layer_types": ["sliding_attention"], "sliding_window": variant.window}
+    return keys | ({"use_sliding_window": True} if variant.qk_norm else {})
 
 
 def expected_tensors(config: HeadConfig) -> dict[str, tuple[int, ...]]:

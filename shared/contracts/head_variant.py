@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a draft head normalises: what tells classic EAGLE-3 from EAGLE-3.1 and from a Qwen3-style layer.
+"""What tells draft heads apart: where they normalise (EAGLE-3, 3.1, a Qwen3-style layer), how far they look.
 
 In: a head's config.json, or the names of a recipe. Out: flags that mean what they mean in vLLM's
 `llama_eagle3.py` and `qwen3_eagle3.py`.
@@ -14,7 +14,7 @@ QWEN3_ARCHITECTURE = "Eagle3Qwen3ForCausalLM"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadVariant:
-    """The norms of a head beyond those that every head has; without any it is classic EAGLE-3.
+    """A head's norms beyond those that every head has, and its window; without any, classic EAGLE-3.
 
     Attributes:
         norm_before_fc: one RMS norm over the concatenated aux states (`input_norm`).
@@ -22,6 +22,7 @@ class HeadVariant:
         norm_output: the state fed to the next step is the one after the final norm.
         norm_before_residual: the layer's residual starts after `hidden_norm`, not before it.
         qk_norm: an RMS norm over each head's query and key, as in Qwen3 (`q_norm`, `k_norm`).
+        window: attention sees this many positions, the current one included; None means all.
     """
 
     norm_before_fc: bool = False
@@ -29,6 +30,7 @@ class HeadVariant:
     norm_output: bool = False
     norm_before_residual: bool = False
     qk_norm: bool = False
+    window: int | None = None
 
     @property
     def name(self) -> str:
@@ -40,9 +42,12 @@ CLASSIC = HeadVariant()
 _BY_NAME = {"eagle3": CLASSIC, "eagle3.1": HeadVariant(fc_norm=True, norm_output=True)}
 
 
-def named_variant(variant: str | None, layer: str | None) -> HeadVariant:
-    """The variant that train makes from `train.variant` and `train.layer`."""
-    return dataclasses.replace(_BY_NAME[variant or "eagle3"], qk_norm=layer == "qwen3")
+def named_variant(
+    variant: str | None = None, layer: str | None = None, window: int | None = None
+) -> HeadVariant:
+    """The variant that train makes from `train.variant`, `train.layer` and `train.draft_window`."""
+    base = _BY_NAME[variant or "eagle3"]
+    return dataclasses.replace(base, qk_norm=layer == "qwen3", window=window)
 
 
 def read_variant(config: Mapping[str, Any]) -> HeadVariant:
@@ -55,10 +60,17 @@ def read_variant(config: Mapping[str, Any]) -> HeadVariant:
     nested = config.get("eagle_config") or {}
     is_speculators = config.get("speculators_model_type") is not None
     is_qwen3 = QWEN3_ARCHITECTURE in (config.get("architectures") or [])
+    qk_norm = is_qwen3 or (is_speculators and config.get("model_type") == "qwen3")
+    is_sliding = (config.get("layer_types") or [None])[0] == "sliding_attention"
+    if qk_norm and not config.get(
+        "use_sliding_window"
+    ):  # transformers' Qwen3Config drops the window
+        is_sliding = False
     return HeadVariant(
         norm_before_fc=bool(nested.get("norm_before_fc", config.get("norm_before_fc"))),
         fc_norm=bool(config.get("fc_norm")),
         norm_output=bool(config.get("norm_output")),
         norm_before_residual=bool(config.get("norm_before_residual", is_speculators)),
-        qk_norm=is_qwen3 or (is_speculators and config.get("model_type") == "qwen3"),
+        qk_norm=qk_norm,
+        window=int(config["sliding_window"]) if is_sliding else None,
     )

@@ -37,7 +37,8 @@ class TrainConfig(StageConfig):
     )
     groups: ClassVar[Mapping[str, str]] = {
         "Data": "dump_of max_samples holdout_fraction max_holdout_samples",
-        "Model": "ttt_steps loss_decay intermediate_size num_layers init_from train_lm_head",
+        "Model": "variant layer draft_window ttt_steps loss loss_decay intermediate_size num_layers "
+        "init_from train_lm_head",
         "Optimization": "epochs batch_tokens learning_rate warmup_steps plateau_fraction schedule "
         "min_lr_fraction beta1 beta2 weight_decay max_grad_norm",
         "Speed": "mixed_precision micro_batch_tokens distributed recompute_activations "
@@ -102,8 +103,14 @@ class TrainConfig(StageConfig):
     )
     layer: Literal["llama", "qwen3"] | None = identity(
         None,
-        "qwen3: norms over queries and keys, which only vLLM serves; default: llama, or what "
+        "qwen3: norms over queries and keys, as vLLM reads them; default: llama, or what "
         "init_from is.",
+    )
+    draft_window: int | None = identity(
+        None,
+        "Positions that the head's attention sees, for texts longer than it was trained on; default: "
+        "all, or what init_from has.",
+        ge=16,
     )
     num_layers: int = identity(1, "Decoder layers of the head; engines serve only 1.", ge=1)
     init_from: str | None = identity(
@@ -167,6 +174,12 @@ class TrainConfig(StageConfig):
                 "`midlayer.*`, which has one, and every drafted token would pay for more"
             )
         return num_layers
+
+    @pydantic.model_validator(mode="after")
+    def _window_over_steps(self) -> "TrainConfig":
+        if self.draft_window and self.draft_window <= max(self.ttt_steps, self.walk_tokens):
+            raise ValueError("draft_window must be above ttt_steps and walk_tokens")
+        return self
 
     @property
     def process_name(self) -> str:

@@ -42,7 +42,7 @@ from shared.contracts.head_config import HeadConfig
 from shared.errors import UserError
 from shared.io.files import read_json, require_file
 from stages.train.kernels.attention import ChainAttention
-from stages.train.kernels.blocks import Document, attention_blocks
+from stages.train.kernels.blocks import Document, attention_blocks, narrowed, narrowed_starts
 from stages.train.kernels.fused import FusedChainAttention, is_fused
 from stages.train.kernels.norm import RMSNorm
 from stages.train.kernels.rotary import Rotary, Rotation
@@ -110,19 +110,40 @@ class DraftLayer(nn.Module):
 
 
 def _attention(
-    slots: Tensor, starts: Tensor, offsets: Tensor, documents: list[Document] | None
+    slots: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
+    documents: list[Document] | None,
+    window: int | None,
 ) -> Callable[..., Tensor]:
     """Attention of the requested slots: kernels on an accelerator, blocks on a CPU.
 
-    `starts` [T] is where each token's document starts.
+    Slot t at step k stands at position t + k, so a window of W positions shows it its whole chain
+    and the step-0 keys of the slots t + k - W + 1 .. t: one fewer each step, as in an engine.
+
+    Args:
+        starts: [T] where each token's document starts.
+        window: W, above the number of steps; None for no window.
     """
     if is_fused(slots):
-        rows = slots.to(torch.int32), starts.index_select(0, slots).to(torch.int32)
-        return lambda query, key, value, *chain: FusedChainAttention.apply(
-            query, key, value, *rows, *chain
-        )
+        rows, first = slots.to(torch.int32), starts.index_select(0, slots).to(torch.int32)
+
+        def fused(query: Tensor, key: Tensor, value: Tensor, *chain: Tensor) -> Tensor:
+            seen = first
+            if window is not None:
+                seen = narrowed_starts(first, rows, window - len(chain) // 2)
+            return FusedChainAttention.apply(query, key, value, rows, seen, *chain)
+
+        return fused
     blocks = documents or attention_blocks(slots, offsets)
-    return lambda query, key, value, *chain: ChainAttention.apply(query, key, value, blocks, *chain)
+
+    def in_blocks(query: Tensor, key: Tensor, value: Tensor, *chain: Tensor) -> Tensor:
+        seen = blocks
+        if window is not None:
+            seen = narrowed(blocks, slots, window - len(chain) // 2)
+        return ChainAttention.apply(query, key, value, seen, *chain)
+
+    return in_blocks
 
 
 class DraftHead(nn.Module):
@@ -220,7 +241,7 @@ class DraftHead(nn.Module):
         layer, variant = self.midlayer, self.config.variant
         rows = torch.arange(len(states), device=tokens.device)
         starts = offsets[torch.bucketize(rows, offsets, right=True) - 1]
-        attend = _attention(slots, starts, offsets, documents)
+        attend = _attention(slots, starts, offsets, documents, variant.window)
         positions = rows - starts
         embedding_half, state_half = layer.self_attn.halves()
         embeddings = self._as_input(F.embedding(tokens, self.embed_tokens))

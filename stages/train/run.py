@@ -231,7 +231,7 @@ def _build(
             raw,
             aux_layers=aux_layers,
             draft_vocab_size=draft.size,
-            variant=named_variant(config.variant, config.layer),
+            variant=named_variant(config.variant, config.layer, config.draft_window),
             where=target_config.folder / "config.json",
         )
     )

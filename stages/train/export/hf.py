@@ -112,8 +112,8 @@ def _engines(config: HeadConfig) -> str:
     if config.variant == CLASSIC:
         return "SGLang takes it with `--speculative-algorithm EAGLE3`."
     return (
-        "Its norms need vLLM 0.32 or later, or an engine that reads the same keys of config.json; an "
-        "engine that does not know them drops the tensors without a word, and accepts little."
+        "Its norms or its window need vLLM 0.32 or later, or an engine that reads the same keys of "
+        "config.json; one that does not know them ignores them without a word, and accepts less."
     )
 
 

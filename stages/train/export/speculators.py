@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.contracts.exported_head import DTYPES, config_json, stated_norms
+from shared.contracts.exported_head import DTYPES, config_json, stated_norms, stated_window
 from shared.contracts.head_config import HeadConfig
 from shared.io.files import atomic_folder, write_json, write_text
 from stages.train.export.hf import model_card, write_weights
@@ -59,6 +59,7 @@ def speculators_config(
         "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
         "transformer_layer_config": {
             **{key: ours[key] for key in _LAYER_KEYS},
+            **stated_window(config.variant),
             # vLLM merges this part alone into what it reads, and expects three without it.
             "num_aux_hidden_states": len(config.aux_layers),
         },

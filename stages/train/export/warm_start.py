@@ -99,6 +99,7 @@ def load(
         expected["train.intermediate_size"] = config.intermediate_size
         found["train.intermediate_size"] = shape.intermediate_size
     _require_variant(head, shape.variant, config)
+    _require_wide(head, shape.variant.window, config)
     if found != expected:
         raise _unfit(head, f"it has {found}, and this run {expected}", "Set the run to the head's.")
     tensors = _own_tensors(head, embed_tokens, lm_head)
@@ -137,19 +138,27 @@ def _require_made(head: Head) -> None:
 
 def _require_variant(head: Head, found: HeadVariant, config: TrainConfig) -> None:
     """The head is what `train.variant` and `train.layer` ask for, where they ask."""
-    asked = named_variant(config.variant, config.layer)
+    asked = named_variant(config.variant, config.layer, config.draft_window)
     names = [] if config.variant is None else ["norm_before_fc", "fc_norm", "norm_output"]
     names += [] if config.layer is None else ["qk_norm"]
+    names += [] if config.draft_window is None else ["window"]
     other = {
         name: value for name in names if (value := getattr(found, name)) != getattr(asked, name)
     }
     if other:
         raise _unfit(
             head,
-            f"it has {other}, which train.variant {config.variant} and train.layer {config.layer} "
-            "do not make",
-            "Leave both out: the head keeps its own norms.",
+            f"it has {other}, which train.variant {config.variant}, train.layer {config.layer} and "
+            f"train.draft_window {config.draft_window} do not make",
+            "Leave them out: the head keeps its own.",
         )
+
+
+def _require_wide(head: Head, window: int | None, config: TrainConfig) -> None:
+    """The window shows every step its whole chain."""
+    deepest = max(config.ttt_steps, config.walk_tokens)
+    if window is not None and window <= deepest:
+        raise _unfit(head, f"its window of {window} positions is not above {deepest} steps")
 
 
 def _require_aux_layers(head: Head, ours: list[int], default: list[int]) -> None:

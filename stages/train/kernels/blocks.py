@@ -27,7 +27,8 @@ class Block(NamedTuple):
     Attributes:
         rows: which of the R requested slots; r is their number, padded.
         num_keys: step-0 keys, from the document's first to the last slot's own; s is padded.
-        later: [r, 1, w] bool: which of the last w keys come after a row's own slot.
+        later: [r, 1, w] bool: which of the last w keys come after a row's own slot. Where a window
+            narrows the view, w is s, and those before the window are marked too.
     """
 
     rows: slice
@@ -76,6 +77,33 @@ def _later(slots: Tensor, first: int, stop: int) -> Tensor:
     rows = later.new_zeros(round_up(len(slots), ROUND_ROWS), 1, later.shape[1])
     rows[: len(slots), 0] = later
     return rows
+
+
+def narrowed(documents: list[Document], slots: Tensor, reach: int) -> list[Document]:
+    """The same blocks, each row seeing only the last `reach` keys up to its own slot's.
+
+    Worked example, reach 2: slot 4 of a document of 8 tokens sees the keys 3 and 4. The others are
+    masked, not skipped: a window saves no time here, as it does in the kernels of an accelerator.
+    """
+    return [
+        Document(
+            tokens, [_narrowed(block, slots[block.rows] - tokens.start, reach) for block in blocks]
+        )
+        for tokens, blocks in documents
+    ]
+
+
+def narrowed_starts(starts: Tensor, slots: Tensor, reach: int) -> Tensor:
+    """[R] the first key that each row of the kernels sees, not before its document's `starts` [R]."""
+    return torch.maximum(starts, slots + (1 - reach))
+
+
+def _narrowed(block: Block, own: Tensor, reach: int) -> Block:
+    hidden = block.later.new_zeros(len(block.later), 1, block.num_keys)
+    hidden[..., block.num_keys - block.later.shape[-1] :] = block.later
+    keys = torch.arange(block.num_keys, device=own.device)
+    hidden[: len(own), 0] |= keys <= own[:, None] - reach
+    return block._replace(later=hidden)
 
 
 def round_up(number: int, step: int) -> int:

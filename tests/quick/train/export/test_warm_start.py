@@ -154,7 +154,7 @@ def test_a_head_keeps_its_own_norms(place: Path, tmp_path: Path) -> None:
     assert head.config.variant == expected
     assert head.fc_norm[2].weight.tolist() == [3.0] * 128
     assert start(place, name, variant="eagle3.1").config.variant == expected
-    for flags in ({"variant": "eagle3"}, {"layer": "qwen3"}):
+    for flags in ({"variant": "eagle3"}, {"layer": "qwen3"}, {"draft_window": "64"}):
         with pytest.raises(UserError, match=r"train\.variant") as refused:
             start(place, name, **flags)
         assert refused.value.code == "warm-start-unfit"
@@ -169,6 +169,23 @@ def test_a_head_keeps_its_own_norms(place: Path, tmp_path: Path) -> None:
     again = start(place, str(tmp_path / "theirs"))
     assert again.config.variant == expected
     assert same(again, head)
+
+
+def test_a_head_keeps_its_own_window(place: Path, tmp_path: Path) -> None:
+    def narrow(config: Config) -> None:
+        config.update(layer_types=["sliding_attention"], sliding_window=4)
+
+    name = changed(place, tmp_path / "head", narrow)
+    assert start(place, name, ttt_steps="3").config.variant == HeadVariant(window=4)
+    with pytest.raises(UserError, match="window of 4 positions is not above 4 steps"):
+        start(place, name)
+
+
+def test_a_window_must_show_the_whole_chain() -> None:
+    flags = {"target": "t", "draft_window": "16", "ttt_steps": "16"}
+    with pytest.raises(UserError, match="draft_window must be above"):
+        build(TrainConfig, flags)
+    assert build(TrainConfig, {**flags, "ttt_steps": "15"}).draft_window == 16
 
 
 def test_another_size_of_vocabulary_is_refused(place: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages.train.kernels import blocks as blocks_module
 from stages.train.kernels.attention import ChainAttention
-from stages.train.kernels.blocks import attention_blocks
+from stages.train.kernels.blocks import attention_blocks, narrowed
 from stages.train.kernels.norm import RMSNormOnCPU
 from stages.train.kernels.rotary import Rotation
 from stages.train.objective.slices import even_slices
@@ -30,6 +30,20 @@ def test_the_worked_example_of_attention_blocks(monkeypatch: pytest.MonkeyPatch)
     assert (tokens, block.rows, block.num_keys) == (slice(0, 8), slice(0, 3), 8)
     by_slot = {3: [1, 1, 1, 1], 4: [0, 1, 1, 1], 6: [0, 0, 0, 1], "nobody": [0, 0, 0, 0]}
     assert block.later[:, 0].int().tolist() == list(by_slot.values())
+
+
+@pytest.mark.parametrize("reach", [1, 2, 3, 100])
+def test_a_window_shows_each_row_its_last_keys(reach: int) -> None:
+    slots, offsets = torch.tensor([1, 3, 6, 8, 9, 12]), torch.tensor([0, 5, 13])
+    with mock.patch.multiple(blocks_module, SPAN_TOKENS=3, ROUND_ROWS=2, ROUND_KEYS=4):
+        documents = narrowed(attention_blocks(slots, offsets), slots, reach)
+    for tokens, blocks in documents:
+        for rows, num_keys, later in blocks:
+            assert later.shape[1:] == (1, num_keys)
+            for slot, hidden in zip(slots[rows].tolist(), later[:, 0].tolist(), strict=False):
+                own = slot - tokens.start
+                seen = range(max(0, own - reach + 1), own + 1)
+                assert [key for key in range(num_keys) if not hidden[key]] == list(seen)
 
 
 @settings(max_examples=60, deadline=None)

@@ -56,7 +56,7 @@ def excess(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Ten
 def check_attention(seed: int, dtype: torch.dtype) -> float:
     """One drawn shape: the largest excess error of output and gradients."""
     from stages.train.kernels.attention import ChainAttention
-    from stages.train.kernels.blocks import attention_blocks
+    from stages.train.kernels.blocks import attention_blocks, narrowed, narrowed_starts
     from stages.train.kernels.fused import FusedChainAttention
 
     draw = random.Random(seed)
@@ -74,6 +74,9 @@ def check_attention(seed: int, dtype: torch.dtype) -> float:
     grad = torch.randn(shapes[0]).to(dtype)
     starts = offsets[torch.bucketize(slots, offsets, right=True) - 1]
     blocks = attention_blocks(slots, offsets)
+    if seed % 3 == 0:
+        reach = draw.choice([1, 5, 64])
+        blocks, starts = narrowed(blocks, slots, reach), narrowed_starts(starts, slots, reach)
 
     def run(fused: bool, dtype: torch.dtype) -> list[Tensor]:
         own = [x.to(dtype, copy=True).requires_grad_() for x in inputs]

@@ -76,7 +76,7 @@ def trainer(
     flags = {"workspace": str(workspace), "target": "t", "walk_tokens": str(DRAFT_TOKENS)}
     config = build(TrainConfig, {**flags, **settings})
     dump = workspace / "dump"
-    dump.mkdir(exist_ok=True)
+    dump.mkdir(parents=True, exist_ok=True)
     return Trainer(
         config,
         random_tensors(),
@@ -115,6 +115,15 @@ def test_where_nothing_can_be_drafted_the_last_head_is_the_best(tmp_path: Path) 
     assert outcome.walked_acceptance_length is None
     assert outcome.best_step == best_step(training) == 6
     assert "walked_acceptance_length" not in training.history.path.read_text()
+
+
+def test_the_recipe_s_loss_is_trained_on(tmp_path: Path) -> None:
+    losses = {}
+    for loss in ("cross_entropy", "tv"):
+        training = trainer(tmp_path / loss, more={"loss": loss})
+        training.run()
+        losses[loss] = training.loss
+    assert 0 < losses["tv"] < 1 < losses["cross_entropy"]
 
 
 def test_one_token_more_is_walked(tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def shape_of(config: HeadConfig) -> reference.Shape:
         config.rope_theta,
         config.rms_norm_eps,
         frozenset(name for name, is_set in vars(config.variant).items() if is_set),
+        config.variant.window,
     )
 
 
@@ -202,6 +203,7 @@ VARIANTS = {
     "eagle3.1": named_variant("eagle3.1", None),
     "eagle3.1-qwen3": named_variant("eagle3.1", "qwen3"),
     "norm-before-fc-and-residual": HeadVariant(norm_before_fc=True, norm_before_residual=True),
+    "window": HeadVariant(window=4),
 }
 
 
