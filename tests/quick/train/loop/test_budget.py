@@ -18,12 +18,12 @@ def config(**flags: str) -> TrainConfig:
 
 
 def test_auto_becomes_numbers_which_are_part_of_the_identity() -> None:
-    """950 samples train: 190,000 tokens, two epochs."""
-    found = budget.resolved(config(), DUMP, 4096)
-    assert (found.batch_tokens, found.learning_rate) == (1024, 9.8e-5)
+    """950 samples train: 190,000 tokens, four epochs."""
+    found = budget.resolved(config(epochs="4"), DUMP, 4096)
+    assert (found.batch_tokens, found.learning_rate) == (1024, 2.8e-4)
     identity = found.identity()
     assert identity["train.batch_tokens"] == 1024
-    assert identity["train.learning_rate"] == 9.8e-5
+    assert identity["train.learning_rate"] == 2.8e-4
 
 
 def test_what_is_set_stays() -> None:
@@ -34,7 +34,7 @@ def test_what_is_set_stays() -> None:
 @pytest.mark.parametrize(
     ("flags", "dump", "expected"),
     [
-        ({"max_samples": "475", "epochs": "4"}, DUMP, 1024),  # as many tokens, all epochs together
+        ({"max_samples": "475", "epochs": "8"}, DUMP, 1024),  # as many tokens, all epochs together
         ({"max_samples": "95", "epochs": "1"}, DUMP, 512),  # the smallest
         ({}, {"counts": {"ok": 500_000}, "facts": {"tokens": 10**9}}, 16_384),  # the largest
         ({}, {"counts": {"ok": 7}, "facts": {}}, 512),
@@ -85,7 +85,7 @@ def test_few_steps_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         budget.tell(found, 24, 0)
     told, warned = caplog.messages
-    assert told.startswith("24 steps of 16384 tokens, learning rate 9.8e-05 after 0 warm-up steps")
+    assert told.startswith("24 steps of 16384 tokens, learning rate 0.00028 after 0 warm-up steps")
     assert "only 24 steps: expect a low acceptance length" in warned
     caplog.clear()
     with caplog.at_level(logging.INFO):
