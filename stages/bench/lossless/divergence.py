@@ -9,8 +9,8 @@ A verification scores K+1 tokens of a row in one pass where plain decoding score
 rounds differently in another batch shape. So a divergence is a *tie* where the two tokens are the
 target's top two in that very context and their gap is no larger than the noise that batch shapes
 alone make. The plain engine measures both. Every divergent context is scored once, alone. The noise is
-measured on up to 256 of them and some others, in four shapes: as a prompt's end and as the end of a
-short decode, each alone and together with all the others. It is the largest change of a context's
+measured on all of them and some others, in four shapes: as a prompt's end and as the end of a
+short decode, each alone and together with the others (256 at a time). It is the largest change of a context's
 top-two gap between the shapes. A wrong token is nearly never among the top two, so it is caught
 however large the noise is.
 
@@ -28,7 +28,9 @@ from shared.errors import UserError
 from stages.bench.figures.metrics import first_divergence
 
 LEAD_TOKENS = 8  # decoded before a context's end, in two of the four shapes
-NOISE_CONTEXTS = 256  # divergent contexts that the noise is measured on, at most
+MAX_IN_FLIGHT = (
+    256  # requests together, at most: the noise is measured on every context all the same
+)
 MORE_CONTEXTS = 16  # undisturbed answers scored too, so that few divergences give a fair noise
 MIN_TOGETHER = 8  # few contexts are repeated, so that together is another batch than alone
 TOP = 5  # logprobs requested
@@ -148,7 +150,7 @@ def judge(
     }
     scored = ask([context.at_once() for context in divergent.values()], 1)
     best = {ids: scores.logprobs[0] for ids, scores in zip(divergent, scored, strict=True)}
-    contexts = list(divergent.values())[:NOISE_CONTEXTS]
+    contexts = list(divergent.values())
     for row in undisturbed[:MORE_CONTEXTS]:
         ids = (*row["prompt_token_ids"], *row["token_ids"][:-1])
         contexts.append(_Context(ids, min(LEAD_TOKENS, max(len(row["token_ids"]) - 1, 0))))
@@ -167,7 +169,8 @@ def _noise_changes(contexts: Sequence[_Context], ask: Ask) -> list[float]:
     crowd = [*contexts] * math.ceil(MIN_TOGETHER / len(contexts))
     at_once, decoded = [c.at_once() for c in crowd], [c.decoded() for c in crowd]
     shapes = [
-        [ask(probes[: len(contexts)], 1), ask(probes, len(probes))] for probes in (at_once, decoded)
+        [ask(probes[: len(contexts)], 1), ask(probes, min(len(probes), MAX_IN_FLIGHT))]
+        for probes in (at_once, decoded)
     ]
     return [
         change

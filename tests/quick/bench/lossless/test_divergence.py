@@ -133,5 +133,5 @@ def test_every_divergence_is_judged_and_a_sweep_shares_its_contexts() -> None:
     found = lossless.judged(plain, {"head": head, "head-k5": head}, target)
     assert found is not None
     assert (found["ties"], found["wrong"], found["contexts_scored"]) == (600, 0, 300)
-    # Each context once, though two heads diverge there; the noise on 256 of them.
-    assert target.asked == [(300, 1), (256, 1), (256, 256), (256, 1), (256, 256)]
+    # Each context once, though two heads diverge there; the noise on all of them.
+    assert target.asked == [(300, 1), (300, 1), (300, 256), (300, 1), (300, 256)]
