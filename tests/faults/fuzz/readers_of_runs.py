@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from shared.artifacts.manifest import Artifact, require_parent
+from shared.artifacts.history import read_curves
 from shared.config import build
 from shared.contracts.bench_report import read_report
 from shared.errors import OutputError
@@ -81,7 +82,7 @@ def _make_history(folder: Path) -> Path:
 
 
 def _read_history(path: Path) -> None:
-    lineage._curves(path)
+    read_curves(path)
     for line in files.read_text(path).splitlines():
         _step_of(line)
 
