@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from shared.artifacts.manifest import Artifact, require_parent
 from shared.artifacts.history import read_curves
+from shared.artifacts.manifest import Artifact, require_parent
 from shared.config import build
 from shared.contracts.bench_report import read_report
 from shared.errors import OutputError
