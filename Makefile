@@ -123,7 +123,7 @@ lock: setup ## Resolve both lock files from pyproject.toml; needs uv on PATH for
 	  --no-emit-index-url --no-emit-options \
 	  --extra cpu --extra real --extra dev --output-file requirements.lock pyproject.toml \
 	  --unsafe-package torch --unsafe-package torchvision --unsafe-package torchaudio \
-	  --unsafe-package torchcodec --unsafe-package triton
+	  --unsafe-package torchcodec
 	sed -i '/^# WARNING: The following/,$$d' requirements.lock  # torch is pinned above, not there
 	uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header \
 	  --generate-hashes --extra gpu --extra real --extra dev --output-file requirements-gpu.lock pyproject.toml

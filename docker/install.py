@@ -30,8 +30,8 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 _PIP_CACHE = _HERE.parent / "pip"  # mounted there while an image is built
 # vLLM for CPU requires these, and the package index has them as CUDA builds only. Beside torch for CPU
-# the first three fail to import, and transformers with them; with the last, vLLM starts kernels that
-# a processor cannot run. Text models need none of them.
+# the first three fail to import, and transformers with them; the last is 700 MB that vLLM switches off
+# on a processor. Text models need none of them; the lock has Triton for the tests of train's kernels.
 _CUDA_ONLY = ("torchaudio", "torchcodec", "torchvision", "triton")
 
 
@@ -66,13 +66,16 @@ def read_lock(path: Path) -> dict[str, Pin]:
 
 
 def closure(pins: dict[str, Pin], names: Iterable[str]) -> dict[str, Pin]:
-    """The pins of these packages and of everything they need; torch itself is in no lock."""
+    """The pins of these packages and of everything they need that a CPU can use.
+
+    torch itself is in no lock.
+    """
     reached = {normal(name) for name in names}
     if unknown := sorted(reached - pins.keys() - {"torch"}):
         sys.exit(f"requirements.lock has no {', '.join(unknown)}: run `make lock`")
     while more := {name for name, pin in pins.items() if pin.wanted_by & reached} - reached:
         reached |= more
-    return {name: pins[name] for name in sorted(reached & pins.keys())}
+    return {name: pins[name] for name in sorted(reached & pins.keys() - set(_CUDA_ONLY))}
 
 
 def installed() -> dict[str, str]:

@@ -25,50 +25,35 @@ def is_fused(x: Tensor) -> bool:
 
 
 @torch.library.custom_op("eyrie::attention", mutates_args=())
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    chain_keys: Tensor,
-    chain_values: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Output [R, Hq, d] and log-sum-exp [R, Hq]; chain [k, R, Hkv, d], slots and starts int32 [R]."""
+def attention(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Output [R, Hq, d] and log-sum-exp [R, Hq], both float32.
+
+    `inputs` are query, key, value, chain keys and values [k, R, Hkv, d], slots and starts int32 [R].
+    """
     from stages.train.kernels import triton_attention
 
-    return triton_attention.forward(query, key, value, (chain_keys, chain_values), (slots, starts))
+    return triton_attention.forward(*inputs)
 
 
 @attention.register_fake
-def _(query: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+def _(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    query, kind = inputs[0], torch.float32
+    return torch.empty_like(query, dtype=kind), query.new_empty(query.shape[:2], dtype=kind)
 
 
 @torch.library.custom_op("eyrie::attention_backward", mutates_args=())
 def attention_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    chain_keys: Tensor,
-    chain_values: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, chain_keys and chain_values."""
+    inputs: Sequence[Tensor], out: Tensor, lse: Tensor, grad: Tensor
+) -> list[Tensor]:
+    """Gradients of query, key, value, chain keys and chain values."""
     from stages.train.kernels import triton_attention
 
-    return triton_attention.backward(
-        query, key, value, (chain_keys, chain_values), (slots, starts), out, lse, grad
-    )
+    return triton_attention.backward(inputs, out, lse, grad)
 
 
 @attention_backward.register_fake
-def _(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) for x in inputs[:5])
+def _(inputs: Sequence[Tensor], *_: Tensor) -> list[Tensor]:
+    return [torch.empty_like(x) for x in inputs[:5]]
 
 
 @torch.library.custom_op("eyrie::loss_rows", mutates_args=("scores",))
@@ -109,14 +94,16 @@ class FusedChainAttention(torch.autograd.Function):
     ) -> Tensor:
         main = tuple(x.contiguous() for x in (query, key, value))
         members = (_stacked(chain[::2], key, len(query)), _stacked(chain[1::2], key, len(query)))
-        out, lse = attention(*main, *members, slots, starts)
-        ctx.save_for_backward(*main, *members, slots, starts, out, lse)
-        return out
+        inputs = (*main, *members, slots, starts)
+        out, lse = attention(inputs)
+        ctx.save_for_backward(*inputs, out, lse)
+        return out.to(query.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *main, by_key, by_value = attention_backward(*ctx.saved_tensors, grad.contiguous())
+        *inputs, out, lse = ctx.saved_tensors
+        *main, by_key, by_value = attention_backward(inputs, out, lse, grad.contiguous())
         pairs = zip(by_key.unbind(0), by_value.unbind(0), strict=True)
         return *main, None, None, *(member for pair in pairs for member in pair)
 

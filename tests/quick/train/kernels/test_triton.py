@@ -4,7 +4,6 @@
 The interpreter is chosen when a kernel is declared, so the checks run in a process of their own.
 """
 
-import importlib.util
 import os
 import random
 import subprocess
@@ -12,39 +11,42 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from tests.runs import ROOT
 
+# Drawn shapes of each kernel, in both dtypes; tests/stages/train/test_triton_shapes.py draws the others.
 QUICK_SHAPES = 5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+
+def test_kernels_agree_with_the_reference() -> None:
+    run_in_interpreter(0, QUICK_SHAPES)
 
 
-@needs_triton
-@pytest.mark.parametrize("kernel", ["attention", "loss"])
-def test_kernels_agree_with_the_reference(kernel: str) -> None:
-    run_in_interpreter(kernel, QUICK_SHAPES)
-
-
-def run_in_interpreter(kernel: str, shapes: int) -> None:
-    """Fail if a kernel is off for one of so many drawn shapes."""
+def run_in_interpreter(first: int, last: int) -> None:
+    """Fail if a kernel is off for one of the drawn shapes first .. last - 1."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.quick.train.kernels.test_triton", kernel, str(shapes)]
+    module = "tests.quick.train.kernels.test_triton"
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        # The padding rows of a tile are 0 / 0 in the interpreter, as on a card.
+        [sys.executable, "-W", "ignore::RuntimeWarning", "-m", module, str(first), str(last)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """The norm of the error, as a share of the norm of `expected`."""
-    return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-3))
+    """The norm of the error, as a share of the norm of `expected`.
+
+    Of 1 if that is less: a gradient of zero is a difference of sums of that size.
+    """
+    return float((found.double() - expected).norm() / expected.norm().clamp(min=1.0))
 
 
 def excess(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -61,13 +63,14 @@ def check_attention(seed: int, dtype: torch.dtype) -> float:
 
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    lengths = [draw.choice([1, 1, 2, 7, 40, 90]) for _ in range(draw.randint(1, 4))]
+    # Tiles have 64 rows and keys.
+    lengths = [draw.choice([0, 1, 1, 2, 7, 40, 70]) for _ in range(draw.randint(1, 4))]
     share = draw.choice([0.0, 0.3, 1.0]) if seed % 10 else 0.0  # some documents have no slot
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     total = int(offsets[-1])
     slots = (torch.rand(total) < share).nonzero().flatten()
-    kv_heads, groups = draw.choice([1, 2]), draw.choice([1, 2, 3])
-    size, members = draw.choice([2, 8, 16, 24, 40, 64]), draw.randint(0, 3)
+    kv_heads, groups = draw.choice([1, 2]), draw.choice([1, 2, 3, 4])
+    size, members = draw.choice([1, 2, 7, 8, 16, 24, 33, 40, 64, 80]), draw.randint(0, 4)
     shapes = [(len(slots), kv_heads * groups, size), *[(total, kv_heads, size)] * 2]
     shapes += [(len(slots), kv_heads, size)] * (2 * members)
     inputs = [torch.randn(shape).to(dtype) for shape in shapes]
@@ -96,8 +99,8 @@ def check_loss(seed: int, dtype: torch.dtype) -> float:
 
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    columns, targets = draw.choice([1, 5, 64, 100, 300, 2500]), draw.choice([0, 1, 3, 9])
-    hidden, steps = 8, draw.randint(1, 4)
+    columns, targets = draw.choice([1, 5, 64, 100, 300, 2500]), draw.choice([0, 1, 3, 6])
+    hidden, steps = 8, draw.randint(1, 5)
     scale, cap = draw.choice([1.0, 0.25]), draw.choice([None, 5.0])
     loss = LOSSES[seed % len(LOSSES)]
     finals = torch.randn(targets, hidden, dtype=torch.float64)
@@ -125,15 +128,15 @@ class _Given:
         return self.given if self.cap is None else self.cap * torch.tanh(self.given / self.cap)
 
 
-def main(kernel: str, shapes: int) -> None:
-    check = {"attention": check_attention, "loss": check_loss}[kernel]
-    worst = dict.fromkeys(TOLERANCE, 0.0)
-    for seed in range(shapes):
-        for dtype in TOLERANCE:
-            worst[dtype] = max(worst[dtype], check(seed, dtype))
-    sys.stdout.write(f"{kernel}: {worst}\n")
-    sys.exit(any(worst[dtype] > limit for dtype, limit in TOLERANCE.items()))
+def main(first: int, last: int) -> None:
+    for check in (check_attention, check_loss):
+        for dtype, limit in TOLERANCE.items():
+            found = {seed: check(seed, dtype) for seed in range(first, last)}
+            worst = max(found, key=lambda seed: found[seed])
+            sys.stdout.write(f"{check.__name__} {dtype}: {found[worst]:.2e} at shape {worst}\n")
+            if not found[worst] <= limit:
+                sys.exit(1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))
