@@ -104,7 +104,7 @@ def train(model: LlamaForCausalLM, data: Iterator[Batch], *, steps: int) -> floa
             schedule.step()
         losses.append(loss.item())
         seen_tokens += ids.numel()
-        if step % _LOG_EVERY_STEPS == 0 or step == steps:
+        if step % _LOG_EVERY_STEPS == 0 or step in (1, steps):
             passed_s, recent = time.monotonic() - started_s, losses[-_LOG_EVERY_STEPS:]
             facts = (step, steps, statistics.fmean(recent), seen_tokens / passed_s)
             left_s = passed_s / step * (steps - step)
