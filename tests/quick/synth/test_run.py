@@ -4,8 +4,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,6 @@ from shared.errors import EyrieError
 from stages.synth import parts
 from stages.synth.config import SynthConfig
 from stages.synth.run import run
-from tests.conftest import ROOT
 from tests.loopback import ANSWER_IDS, loopback
 from tests.models import tiny_llama
 
@@ -213,27 +210,6 @@ def test_shares_fill_one_artifact_and_the_last_one_completes_it(
     assert {"rejects-00000.jsonl", "rejects-00001.jsonl", "rejects-00002.jsonl"} <= set(
         manifest(tmp_path)["files"]
     )
-
-
-def test_two_shards_by_the_command_line_each_report_under_their_own_name(
-    tmp_path: Path, target: Path, server: str
-) -> None:
-    write_prompts(tmp_path, {f"r{i}": f"hello {i}" for i in range(5)})
-    words = [sys.executable, "-m", "stages.synth", "--workspace", str(tmp_path)]
-    words += ["--target", str(target), "--prompts", "prompts.jsonl", "--endpoints", server]
-    for index in (0, 1):
-        subprocess.run(
-            [*words, "--num_shards", "2", "--shard_index", str(index)], cwd=ROOT, check=True
-        )
-    status = {
-        path.name: json.loads(path.read_text())
-        for path in sorted((tmp_path / "run" / "status").glob("*.json"))
-    }
-    assert {name: each["state"] for name, each in status.items()} == {
-        "synth-0.json": "done",
-        "synth-1.json": "done",
-    }
-    assert manifest(tmp_path)["counts"]["ok"] == 5
 
 
 def test_a_part_is_written_by_its_rows_and_by_its_age(
