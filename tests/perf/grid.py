@@ -10,16 +10,13 @@ share of the grid's best. A cell trains in a process of one thread, two at a tim
 import argparse
 import concurrent.futures
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.perf.learning import ROOT, walks
+from tests.perf.learning import trained, walks
 
 BATCHES = (512, 2048, 8192)
 RATES = (7e-4, 2e-3, 6e-3)
@@ -30,31 +27,18 @@ Cell = tuple[Any, Any]  # batch_tokens, learning_rate
 
 def train(workspace: Path, samples: int, epochs: int, cell: Cell) -> dict[str, Any]:
     """The best walk of one training, its steps, and the batch size and rate that it used."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        (place / "targets").symlink_to((workspace / "targets").resolve())
-        (place / "demo").mkdir()
-        for stage in ("synth", "dump"):
-            (place / "demo" / stage).symlink_to((workspace / "demo" / stage).resolve())
-        recipe: dict[str, Any] = yaml.safe_load((workspace / "demo" / "recipe.yaml").read_text())
-        recipe["train"] = {
-            "epochs": epochs,
-            "max_samples": samples,
-            "batch_tokens": cell[0],
-            "learning_rate": cell[1],
-            "mixed_precision": "no",
-        }
-        (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        command = [sys.executable, "-m", "stages.train", "--recipe", str(place / "recipe.yaml")]
-        subprocess.run(
-            [*command, "--workspace", folder],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-        )
-        manifest = json.loads((place / "demo" / "train" / "manifest.json").read_text())
+    recipe: dict[str, Any] = yaml.safe_load((workspace / "demo" / "recipe.yaml").read_text())
+    recipe["train"] = {
+        "epochs": epochs,
+        "max_samples": samples,
+        "batch_tokens": cell[0],
+        "learning_rate": cell[1],
+        "mixed_precision": "no",
+    }
+    with trained(workspace, recipe, OMP_NUM_THREADS="1") as run:
+        manifest = json.loads((run / "train" / "manifest.json").read_text())
         used = {name: manifest["config"][name] for name in ("batch_tokens", "learning_rate")}
-        best = max(walks(place / "demo").values())
+        best = max(walks(run).values())
         return {"al": round(best, 3), "steps": manifest["facts"]["steps"], **used}
 
 

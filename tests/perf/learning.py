@@ -7,15 +7,20 @@ always on the same held-out samples: two Markdown tables. The last line is JSON.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from shared.artifacts.history import read_curves
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "compose" / "recipes" / "demo" / "recipe.yaml"
@@ -23,26 +28,36 @@ RECIPE = ROOT / "compose" / "recipes" / "demo" / "recipe.yaml"
 
 def walks(run: Path) -> dict[int, float]:
     """Step -> walked acceptance length, from a training's history."""
-    lines = (run / "train" / "history.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    key = "walked_acceptance_length"
-    return {row["step"]: row[key] for row in rows if key in row}
+    curves = read_curves(run / "train" / "history.jsonl")
+    return {int(step): length for step, length in curves["walks"]}
 
 
-def train(workspace: Path, num_samples: int, epochs: int) -> float:
-    """Train on `num_samples` of the demo's dump; the best walk."""
+@contextlib.contextmanager
+def trained(workspace: Path, recipe: dict[str, Any], **environment: str) -> Iterator[Path]:
+    """The run of a training by `recipe` on the demo's dump, for the length of the block."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "targets").symlink_to((workspace / "targets").resolve())
         (place / "demo").mkdir()
         for stage in ("synth", "dump"):
             (place / "demo" / stage).symlink_to((workspace / "demo" / stage).resolve())
-        recipe: dict[str, Any] = yaml.safe_load(RECIPE.read_text())
-        recipe["train"] |= {"epochs": epochs, "max_samples": num_samples, "eval_every_steps": 50}
         (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         command = [sys.executable, "-m", "stages.train", "--recipe", str(place / "recipe.yaml")]
-        subprocess.run([*command, "--workspace", folder], cwd=ROOT, check=True)
-        return max(walks(place / "demo").values())
+        subprocess.run(
+            [*command, "--workspace", folder],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            check=True,
+        )
+        yield place / "demo"
+
+
+def train(workspace: Path, num_samples: int, epochs: int) -> float:
+    """Train on `num_samples` of the demo's dump; the best walk."""
+    recipe: dict[str, Any] = yaml.safe_load(RECIPE.read_text())
+    recipe["train"] |= {"epochs": epochs, "max_samples": num_samples, "eval_every_steps": 50}
+    with trained(workspace, recipe) as run:
+        return max(walks(run).values())
 
 
 def table(heading: str, found: dict[int, float]) -> str:
