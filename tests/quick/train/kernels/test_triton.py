@@ -18,8 +18,7 @@ from tests.runs import ROOT
 
 # Drawn shapes of each kernel, in both dtypes; tests/stages/train/test_triton_shapes.py draws the others.
 QUICK_SHAPES = 5
-# Of 200 drawn shapes one is beyond 1e-5 in float32, by 0.4e-5.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 
 
 def test_kernels_agree_with_the_reference() -> None:
@@ -43,11 +42,15 @@ def run_in_interpreter(first: int, last: int) -> None:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """The norm of the error, as a share of the norm of `expected`.
+    """The norm of the error, as a share of the norm of `expected`, or of 1 if that is less.
 
-    Of 1 if that is less: a gradient of zero is a difference of sums of that size.
+    Where `expected` is zero, as the queries' gradient is where each row sees one key, there is nothing
+    to take a share of: the largest error of an element, whose addends are about 1.
     """
-    return float((found.double() - expected).norm() / expected.norm().clamp(min=1.0))
+    error = found.double() - expected
+    if error.numel() and not expected.any():
+        return float(error.abs().max())
+    return float(error.norm() / expected.norm().clamp(min=1.0))
 
 
 def excess(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
