@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from stages.dump.backends.vllm import connector
 from stages.dump.backends.vllm.setup import VllmSettings
 from tests.engine.dump.capturing import AUX_LAYERS, MAX_LENGTH_TOKENS, settings
+from tests.engine.process_group import single_process_group
 from tests.models import tiny_llama
 
 pytestmark = [
@@ -109,14 +110,8 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    from vllm.config import set_current_vllm_config
     from vllm.distributed import kv_transfer
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-    from vllm.distributed.parallel_state import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
     from vllm.model_executor.models.extract_hidden_states import ExtractHiddenStatesModel
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
@@ -125,10 +120,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     folder = tmp_path_factory.mktemp("target")
     target = tiny_llama(folder, max_length_tokens=MAX_LENGTH_TOKENS)
     config = VllmSettings(**settings(target), max_num_batched_tokens=512).resolve()
-    with set_current_vllm_config(config):
-        address = f"file://{tmp_path_factory.mktemp('group') / 'store'}"
-        init_distributed_environment(1, 0, address, 0, backend="gloo")
-        initialize_model_parallel(1, 1)
+    with single_process_group(config):
         model = ExtractHiddenStatesModel(vllm_config=config, prefix="draft")
         ((name, layer),) = config.compilation_config.static_forward_context.items()
         spec = layer.get_kv_cache_spec(config)
@@ -149,7 +141,6 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
             spec.block_size,
         )
         kv_transfer.ensure_kv_transfer_shutdown()
-    cleanup_dist_env_and_memory()
 
 
 def states(runner: Runner, num_tokens: int, seed: int) -> torch.Tensor:

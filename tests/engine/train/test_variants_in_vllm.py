@@ -7,7 +7,6 @@ that sees what vLLM's layer says: all earlier positions, or its window of them.
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from shared.target.tensors import read_tensors
 from stages.train.export.hf import export_head
 from stages.train.export.speculators import export_speculators
 from stages.train.model import DraftHead
+from tests.engine.process_group import single_process_group
 from tests.models import tiny_llama
 
 pytestmark = pytest.mark.engine
@@ -36,13 +36,9 @@ LENGTHS = (5, 17, 60)
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_process() -> Iterator[None]:
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.config import VllmConfig
 
-    with tempfile.TemporaryDirectory() as folder:
-        with set_current_vllm_config(VllmConfig()):
-            init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
-            ensure_model_parallel_initialized(1, 1)
+    with single_process_group(VllmConfig()):
         yield
 
 
