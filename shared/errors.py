@@ -32,6 +32,21 @@ EXIT_OUTPUT = 3
 EXIT_RETRY = 75
 EXIT_STOPPED = 143
 
+# What foreign code (a parser, a model's class, a chat template) raises for input that it does not expect.
+FOREIGN_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
 
 class EyrieError(Exception):
     """An expected failure: it ends the process with `exit_code` and one message, no traceback.

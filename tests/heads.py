@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from shared.contracts.head_config import HeadConfig
+from shared.contracts.head_folder import read_head
+from shared.contracts.head_variant import read_variant
 from shared.contracts.layers import resolve_aux_layers, to_output_ids
+from stages.train.model import DraftHead
 
 # Standard deviation of every matrix times sqrt(fan-in): each layer keeps its input's scale.
 GAIN = 1.0
@@ -124,3 +128,36 @@ def write_random_head(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(random_weights(config, seed=seed), folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def load_head(folder: Path, embed_tokens: torch.Tensor) -> DraftHead:
+    """The head in an exported folder, in its own dtype, on the target's embeddings [V, H]."""
+    found = read_head(folder)
+    weights = found.tensors()
+    config = HeadConfig.from_json(
+        found.config,
+        aux_layers=tuple(found.aux_layers or ()),
+        draft_vocab_size=found.draft_vocab_size,
+        variant=read_variant(found.config),
+    )
+    head = DraftHead(config, embed_tokens=embed_tokens, d2t=weights.get("d2t"))
+    head.to(weights["fc.weight"].dtype).load_state_dict(weights)
+    return head
+
+
+def draft_logits(
+    head: DraftHead,
+    tokens: torch.Tensor,
+    states: torch.Tensor,
+    *,
+    num_steps: int,
+    slots: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Teacher-forced logits [K, R, D] of one document; row (k, t) proposes token t + 2 + k.
+
+    `slots` are all by default. The last token stands in for those after the end.
+    """
+    slots = torch.arange(len(states)) if slots is None else slots
+    offsets = torch.tensor([0, len(states)])
+    hidden = head(tokens, states, offsets=offsets, slots=slots, num_steps=num_steps)
+    return head.lm_head(head.to_lm_head(torch.stack(hidden)))

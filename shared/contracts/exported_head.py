@@ -15,7 +15,7 @@ from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_folder import read_head
 from shared.contracts.head_variant import QWEN3_ARCHITECTURE, HeadVariant, read_variant
 from shared.contracts.layers import to_output_ids
-from shared.errors import OutputError, UserError
+from shared.errors import FOREIGN_ERRORS, OutputError, UserError
 from shared.io.files import require_file
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -131,15 +131,7 @@ def check_export(folder: Path) -> HeadConfig:
         dtype = DTYPES[raw["torch_dtype"]]
         expected = config_json(config, dtype=raw["torch_dtype"])
         weights = head.tensors()
-    except (
-        UserError,
-        KeyError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        OSError,
-    ) as error:
+    except (UserError, *FOREIGN_ERRORS) as error:
         raise _not_as_agreed(
             folder, f"expected an exported draft head, found: {error!r}"
         ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of a draft head: derived from a target's config.json, or read from an exported head's."""
+"""The shape of a draft head, from a target's config.json or a head's own."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shared.contracts.head_variant import CLASSIC, HeadVariant, read_variant
+from shared.contracts.head_variant import CLASSIC, HeadVariant
 from shared.contracts.rope import resolve_rope
 from shared.errors import UserError
 
@@ -85,7 +85,7 @@ class HeadConfig:
         variant: HeadVariant = CLASSIC,
         where: object = "config.json",
     ) -> "HeadConfig":
-        """A head for the target whose config.json (its text part) is `raw`.
+        """A head for the target whose config.json (its text part) is `raw`, or the head that `raw` is of.
 
         The target's shape, made legal where no Llama head may have it: attention heads that divide
         the hidden size, full rotary, a rope type that transformers and vLLM read alike.
@@ -94,64 +94,26 @@ class HeadConfig:
             UserError: a size is missing or no number, or the rope type is unknown.
         """
         with _refused(where):
-            return cls._from(_legal(raw), aux_layers, draft_vocab_size, variant)
-
-    @classmethod
-    def from_export(
-        cls,
-        raw: Mapping[str, Any],
-        *,
-        aux_layers: tuple[int, ...],
-        draft_vocab_size: int,
-        where: object = "config.json",
-    ) -> "HeadConfig":
-        """The head whose own config.json is `raw`, exactly as it is.
-
-        Rotary parameters lie in `rope_parameters` (transformers 5) or in `rope_theta` and
-        `rope_scaling` (transformers 4); both are read.
-
-        Raises:
-            UserError: a size is missing or no number, or engines would rotate otherwise than train.
-        """
-        with _refused(where):
-            config = cls._from(raw, aux_layers, draft_vocab_size, read_variant(raw))
-            rope = {**(raw.get("rope_parameters") or {}), **(raw.get("rope_scaling") or {})}
-            stated = str(rope.get("rope_type") or rope.get("type") or "default")
-            resolved = (config.rope_scaling or {}).get("rope_type", "default")
-            partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-            if stated != resolved or float(partial) != 1:
-                raise ValueError(
-                    f"rope type {stated} on {partial} of the head: engines differ in it"
-                )
-            return config
-
-    @classmethod
-    def _from(
-        cls,
-        raw: Mapping[str, Any],
-        aux_layers: tuple[int, ...],
-        draft_vocab_size: int,
-        variant: HeadVariant,
-    ) -> "HeadConfig":
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-        head_dim = int(raw.get("head_dim") or hidden // heads)
-        theta, scaling = resolve_rope(raw, head_dim)
-        return cls(
-            hidden_size=hidden,
-            target_hidden_size=int(raw.get("target_hidden_size") or hidden),
-            intermediate_size=int(raw["intermediate_size"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=head_dim,
-            vocab_size=int(raw["vocab_size"]),
-            draft_vocab_size=draft_vocab_size,
-            rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=int(raw["max_position_embeddings"]),
-            aux_layers=tuple(aux_layers),
-            variant=variant,
-        )
+            raw = _legal(raw)
+            heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+            head_dim = int(raw.get("head_dim") or hidden // heads)
+            theta, scaling = resolve_rope(raw, head_dim)
+            return cls(
+                hidden_size=hidden,
+                target_hidden_size=int(raw.get("target_hidden_size") or hidden),
+                intermediate_size=int(raw["intermediate_size"]),
+                num_attention_heads=heads,
+                num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
+                head_dim=head_dim,
+                vocab_size=int(raw["vocab_size"]),
+                draft_vocab_size=draft_vocab_size,
+                rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
+                rope_theta=theta,
+                rope_scaling=scaling,
+                max_position_embeddings=int(raw["max_position_embeddings"]),
+                aux_layers=tuple(aux_layers),
+                variant=variant,
+            )
 
 
 def _legal(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,9 @@ class _Config(Shape):
     num_hidden_layers: Annotated[int, Field(gt=0, le=64)] = 1
     eagle_aux_hidden_state_layer_ids: list[int] | None = None
     eagle_config: _Nested | None = None
+    architectures: list[str] | None = None
+    layer_types: list[str] | None = None
+    sliding_window: Positive | None = None
 
 
 @dataclass(frozen=True)

@@ -62,15 +62,13 @@ def read_variant(config: Mapping[str, Any]) -> HeadVariant:
     is_qwen3 = QWEN3_ARCHITECTURE in (config.get("architectures") or [])
     qk_norm = is_qwen3 or (is_speculators and config.get("model_type") == "qwen3")
     is_sliding = (config.get("layer_types") or [None])[0] == "sliding_attention"
-    if qk_norm and not config.get(
-        "use_sliding_window"
-    ):  # transformers' Qwen3Config drops the window
-        is_sliding = False
+    # transformers' Qwen3Config drops the window otherwise.
+    is_sliding &= not qk_norm or bool(config.get("use_sliding_window"))
     return HeadVariant(
         norm_before_fc=bool(nested.get("norm_before_fc", config.get("norm_before_fc"))),
         fc_norm=bool(config.get("fc_norm")),
         norm_output=bool(config.get("norm_output")),
         norm_before_residual=bool(config.get("norm_before_residual", is_speculators)),
         qk_norm=qk_norm,
-        window=int(config["sliding_window"]) if is_sliding else None,
+        window=config.get("sliding_window") if is_sliding else None,
     )

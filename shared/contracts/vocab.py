@@ -17,25 +17,13 @@ import numpy as np
 import torch
 
 from shared.contracts.head_config import draft_vocab_too_large
-from shared.errors import UserError
+from shared.errors import FOREIGN_ERRORS, UserError
 from shared.io import files
 
 D2T = "d2t.npy"
 T2D = "t2d.npy"
 # The header of an array is a Python literal, and parsing one fails in many ways.
-_HEADER_ERRORS = (
-    ValueError,
-    OSError,
-    EOFError,
-    SyntaxError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    MemoryError,
-    RecursionError,
-    tokenize.TokenError,
-)
+_HEADER_ERRORS = (*FOREIGN_ERRORS, MemoryError, tokenize.TokenError)
 _REMEDY = "Restore d2t.npy and t2d.npy, or delete both to make them again from dump's counts."
 
 

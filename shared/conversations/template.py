@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from shared.errors import FOREIGN_ERRORS
 from shared.prompts.rows import Message
 
 # Llama 3's own default, which its template prints where no date is given.
@@ -130,15 +131,7 @@ class ChatTemplate:
                 )
             )
         # A template is a program that came with the target: it may fail like any other.
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except (TemplateError, *FOREIGN_ERRORS) as error:
             if isinstance(error, TemplateMismatch):
                 raise
             raise TemplateMismatch(f"the template refuses the messages: {error}") from error

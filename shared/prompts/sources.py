@@ -213,12 +213,3 @@ class Duplicates:
 def without_duplicates(rows: Iterable[Prompt | BadRow]) -> Iterator[Prompt | BadRow]:
     """The rows, a second one with the same id as a BadRow."""
     return Duplicates().marked(rows)
-
-
-def read_prompts(path: Path) -> Iterator[Prompt | BadRow]:
-    """A file's prompts; a second row with the same id is a BadRow.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    return without_duplicates(_parsed(formats.rows(path), path.name, path.name, {}))

@@ -17,20 +17,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from shared.errors import FOREIGN_ERRORS
+
 # What code that meets a config it does not expect raises.
-CLASS_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
+CLASS_ERRORS = (*FOREIGN_ERRORS, StrictDataclassError)
 _ROWS = 3
 _TOLERANCE = 1e-4
 

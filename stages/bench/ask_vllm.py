@@ -28,19 +28,9 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.v1.sample.rejection_sampler import MAX_SPEC_LEN
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from shared.errors import FOREIGN_ERRORS
 from shared.io.files import read_json, write_json
 
-# What vLLM, transformers and pydantic raise where they do not like a head.
-REFUSALS = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    OSError,
-    RuntimeError,
-)
 # Options of the engine that decide how models are read.
 _READING = (
     "code_revision",
@@ -102,7 +92,7 @@ def _load(model: Any, shapes: dict[str, list[int]]) -> tuple[dict[str, str], lis
         try:
             with watcher:
                 model.load_weights(iter([(name, tensor)]))
-        except REFUSALS as error:
+        except FOREIGN_ERRORS as error:
             refused[name] = str(error) or type(error).__name__
     dropped = [
         name
@@ -149,7 +139,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
             return {"without_hooks": target.__name__}
         with set_current_vllm_config(config):
             model: Any = _draft_model(config)
-    except REFUSALS as error:
+    except FOREIGN_ERRORS as error:
         return {"refusal": f"{type(error).__name__}: {error}"}
     with set_current_vllm_config(config):
         refused, dropped, watcher = _load(model, question["shapes"])

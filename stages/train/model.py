@@ -2,7 +2,7 @@
 """The EAGLE-3 draft head and its training-time test (TTT) over packed documents.
 
 In: token ids, the target's aux hidden states, where documents start, which slots to run.
-Out: one hidden state for each slot and TTT step; `draft_logits` turns them into logits.
+Out: one hidden state for each slot and TTT step; `to_lm_head` and `lm_head` turn them into logits.
 Cost: keys and values for every slot once, everything else for the requested slots only; no [T, T]
 tensor, forward or backward.
 
@@ -28,19 +28,14 @@ V target vocabulary, D draft vocabulary, Hq / Hkv query / key heads, d head size
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared.contracts.head_config import HeadConfig
 from shared.errors import UserError
-from shared.io.files import read_json, require_file
 from stages.train.kernels.attention import ChainAttention
 from stages.train.kernels.blocks import Document, attention_blocks, narrowed, narrowed_starts
 from stages.train.kernels.fused import FusedChainAttention, is_fused
@@ -313,27 +308,6 @@ class DraftHead(nn.Module):
         query, key = Rotation.apply(to_rotate, cos, sin).split([num_queries, num_keys], dim=1)
         return query, key, value
 
-    def draft_logits(
-        self,
-        tokens: Tensor,
-        states: Tensor,
-        *,
-        num_steps: int,
-        slots: Tensor | None = None,
-        offsets: Tensor | None = None,
-    ) -> Tensor:
-        """Teacher-forced logits [K, R, D] over draft ids; row (k, t) proposes token t + 2 + k.
-
-        `slots` defaults to every slot, `offsets` to one document. With fewer than T + num_steps
-        tokens, the last token stands in for the missing ones.
-        """
-        if offsets is None:
-            offsets = torch.tensor([0, len(states)], device=tokens.device)
-        if slots is None:
-            slots = torch.arange(len(states), device=tokens.device)
-        hidden = self(tokens, states, offsets=offsets, slots=slots, num_steps=num_steps)
-        return self.lm_head(self.to_lm_head(torch.stack(hidden)))
-
     def token_ids(self) -> Tensor:
         """[D] the target's id of each draft id."""
         return self.to_target_ids(
@@ -345,43 +319,3 @@ class DraftHead(nn.Module):
         if self.config.draft_vocab_size == self.config.vocab_size:
             return draft_ids
         return draft_ids + self.d2t[draft_ids]
-
-
-def load_head(folder: Path, embed_tokens: Tensor) -> DraftHead:
-    """The head in an exported folder, in its own dtype, on the device of `embed_tokens` [V, H].
-
-    Raises:
-        UserError: the folder does not hold a head of this kind.
-    """
-    raw = read_json(folder / "config.json")
-    require_file(folder / "model.safetensors")
-    try:
-        weights = load_file(folder / "model.safetensors")
-        config = HeadConfig.from_export(
-            raw,
-            aux_layers=tuple(raw["eagle_aux_hidden_state_layer_ids"]),
-            draft_vocab_size=int(raw["draft_vocab_size"]),
-            where=folder / "config.json",
-        )
-        head = DraftHead(config, embed_tokens=embed_tokens, d2t=weights.get("d2t"))
-        head.to(device=embed_tokens.device, dtype=weights["fc.weight"].dtype)
-        head.load_state_dict(weights)
-    except (  # among them what transformers' rotary embedding raises about the sizes
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        OSError,
-        SafetensorError,
-        RuntimeError,
-        StrictDataclassError,
-        UserError,
-    ) as error:
-        raise UserError(
-            f"{folder}: expected an exported EAGLE-3 head, found: {error}",
-            code="head-unreadable",
-            remedy="Name the folder of a finished export.",
-            facts={"folder": str(folder)},
-        ) from error
-    return head

@@ -78,6 +78,9 @@ def load(
         UserError: it is no head for this target and these states, of a variant that train does not
             make, or for another size of vocabulary.
     """
+    import torch
+
+    from shared.contracts.exported_head import expected_tensors
     from shared.contracts.head_config import HeadConfig
     from stages.train.model import DraftHead
 
@@ -103,18 +106,21 @@ def load(
     if found != expected:
         raise _unfit(head, f"it has {found}, and this run {expected}", "Set the run to the head's.")
     tensors = _own_tensors(head, embed_tokens, lm_head)
-    d2t = tensors.get("d2t")
-    warm = DraftHead(shape, embed_tokens=embed_tokens, d2t=None if d2t is None else d2t.long())
-    wanted = {name: list(tensor.shape) for name, tensor in warm.state_dict().items()}
+    # Before a module is built: the file's sizes bound its memory, whatever config.json says.
+    wanted = {n: list(size) for n, size in expected_tensors(shape).items() if n != "t2d"}
     given = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if "t2d" in wanted:
-        tensors["t2d"], given["t2d"] = warm.t2d, wanted["t2d"]  # follows from d2t
     if wrong := sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n)):
         lines = [f"{name}: {given.get(name)}, expected {wanted.get(name)}" for name in wrong]
         raise _unfit(
             head, f"its tensors are not those that its config.json asks for ({'; '.join(lines)})"
         )
-    warm.load_state_dict(tensors)
+    d2t = tensors["d2t"].long() if "d2t" in tensors else None
+    if d2t is not None:
+        ids = d2t + torch.arange(len(d2t))
+        if int(ids.min()) < 0 or int(ids.max()) >= shape.vocab_size:
+            raise _unfit(head, "its d2t leads to ids outside the target's vocabulary")
+    warm = DraftHead(shape, embed_tokens=embed_tokens, d2t=d2t)
+    warm.load_state_dict(tensors, strict=False)  # t2d follows from d2t
     return warm
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from shared.config import build
 from shared.contracts.conversations import Conversation
 from shared.prompts.rows import Prompt, parse_row
-from shared.prompts.sources import read_prompts
+from shared.prompts.sources import Source, read_source
 from shared.target.special_tokens import SpecialTokens
 from stages.synth.client import Client, Dispatcher, Endpoint, Outcome
 from stages.synth.config import SynthConfig
@@ -82,7 +82,8 @@ class WithTemplate(Client):
 
 def conversations_of(demo: Demo, **more: Any) -> list[Prompt]:
     """Two of the demo's prompts each, as the two turns of one conversation."""
-    rows = [row for row in read_prompts(demo.target / "prompts.jsonl") if isinstance(row, Prompt)]
+    source = Source(path=str(demo.target / "prompts.jsonl"))
+    rows = [row for row in read_source(source, demo.target) if isinstance(row, Prompt)]
     asked = [row.messages[0]["content"] for row in rows[: 2 * NUM_CONVERSATIONS]]
     pairs = zip(asked[::2], asked[1::2], strict=True)
     return [parse_row({"id": str(i), "turns": list(pair), **more}) for i, pair in enumerate(pairs)]

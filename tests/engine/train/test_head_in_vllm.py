@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.target import model as targets
 from shared.target.tensors import read_tensors
-from stages.train.model import DraftHead, load_head
+from stages.train.model import DraftHead
 from stages.train.objective.walk import Walk, combine, walk
 from tests.engine.conftest import Demo
 from tests.engine.train.proposer import Observation, observe_in_child
+from tests.heads import draft_logits, load_head
 
 pytestmark = pytest.mark.engine
 
@@ -89,7 +90,7 @@ def observed(demo: Demo, references: list[Reference]) -> Observation:
 def our_logits(head: DraftHead, reference: Reference) -> torch.Tensor:
     """[K, T, D] for every slot, teacher forced on the reference answer."""
     states = torch.cat([reference.states[layer] for layer in head.config.aux_layers], dim=-1)
-    return head.draft_logits(reference.tokens, states, num_steps=K)
+    return draft_logits(head, reference.tokens, states, num_steps=K)
 
 
 def compare(

@@ -25,6 +25,7 @@ from stages.train.export.hf import export_head
 from stages.train.export.speculators import export_speculators
 from stages.train.model import DraftHead
 from tests.engine.process_group import single_process_group
+from tests.heads import draft_logits
 from tests.models import tiny_llama
 
 pytestmark = pytest.mark.engine
@@ -153,7 +154,7 @@ def apart(target: Path, folder: Path, head: DraftHead) -> tuple[float, float]:
         theirs = served.logits(tokens, states)[:, rows]
         slot = torch.tensor([length - 1])
         with torch.no_grad():
-            ours = head.draft_logits(tokens, states, num_steps=K, slots=slot)[:, 0]
+            ours = draft_logits(head, tokens, states, num_steps=K, slots=slot)[:, 0]
         worst = max(worst, float((theirs - ours).abs().max()))
         equal += (theirs.argmax(-1) == ours.argmax(-1)).tolist()
     return worst, sum(equal) / len(equal)

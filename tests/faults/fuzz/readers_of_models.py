@@ -14,8 +14,9 @@ from shared.io.safetensors_files import read_header
 from shared.target import model as target
 from shared.target.tensors import read_tensors
 from stages.bench import head_check as head
+from stages.train.config import TrainConfig
+from stages.train.export import warm_start
 from stages.train.loop import checkpoint
-from stages.train.model import load_head
 from tests.faults.fuzz.reader import AUX, CONFIG, SIZE, VOCAB, Reader, written
 from tests.heads import write_random_head
 
@@ -110,7 +111,10 @@ def _check_head(path: Path) -> None:
 
 
 def _load_head(path: Path) -> None:
-    load_head(path.parent, torch.zeros(VOCAB, SIZE))
+    run = {"target": "t", "draft_vocab_size": 4}
+    config = TrainConfig.model_validate({"run": run, "init_from": str(path.parent)})
+    rows = torch.zeros(VOCAB, SIZE)
+    warm_start.load(config, rows, rows, AUX, AUX)
 
 
 def _check_export(path: Path) -> None:

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from shared.prompts.messages import Unusable
 from shared.prompts.rows import BadRow, Prompt, Turn, parse_row
-from shared.prompts.sources import read_prompts
+from shared.prompts.sources import Source, read_source, without_duplicates
+
+
+def read(path: Path) -> list[Prompt | BadRow]:
+    return list(without_duplicates(read_source(Source(path=str(path)), path.parent)))
+
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -48,7 +53,7 @@ BAD_LINES = {
 def test_every_line_of_a_prompts_file_is_accounted_for(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b"\n".join([*GOOD_LINES, b"", *BAD_LINES]) + b"\n")
-    rows = list(read_prompts(path))
+    rows = read(path)
     good = [row for row in rows if isinstance(row, Prompt)]
     bad = [row.reason for row in rows if isinstance(row, BadRow)]
     assert [row.category for row in good] == ["greeting", ""]
@@ -59,9 +64,9 @@ def test_every_line_of_a_prompts_file_is_accounted_for(tmp_path: Path) -> None:
 def test_a_row_without_id_gets_a_stable_one(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'{"prompt": "x"}\n{"prompt": "y"}\n')
-    first = [row.sample_id for row in read_prompts(path) if isinstance(row, Prompt)]
+    first = [row.sample_id for row in read(path) if isinstance(row, Prompt)]
     path.write_bytes(b'{"prompt": "y"}\n{"prompt": "x", "category": "c"}\n')
-    second = [row.sample_id for row in read_prompts(path) if isinstance(row, Prompt)]
+    second = [row.sample_id for row in read(path) if isinstance(row, Prompt)]
     assert first == second[::-1]
 
 
@@ -167,7 +172,7 @@ def test_prompts_that_are_json_of_any_kind_never_crash_the_reader(tmp_path: Path
     def check(rows: list[object]) -> None:
         path = tmp_path / "fuzz.jsonl"
         path.write_text("\n".join(json.dumps(row) for row in rows))
-        assert len(list(read_prompts(path))) == len(rows)
+        assert len(read(path)) == len(rows)
 
     check()
 

@@ -19,7 +19,8 @@ from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_variant import HeadVariant, named_variant
 from shared.errors import OutputError, UserError
 from stages.train.export.hf import export_head, require_replaceable
-from stages.train.model import DraftHead, load_head
+from stages.train.model import DraftHead
+from tests.heads import draft_logits, load_head
 
 CONFIG = HeadConfig(
     hidden_size=16,
@@ -195,8 +196,8 @@ def test_the_folder_loads_back_as_the_same_head(tmp_path: Path, dtype: str) -> N
     head.to(getattr(torch, dtype))
     assert loaded.config == head.config
     tokens, states = torch.randint(0, 30, (9,)), torch.randn(6, 48)
-    expected = head.draft_logits(tokens, states, num_steps=3)
-    found = loaded.draft_logits(tokens, states, num_steps=3)
+    expected = draft_logits(head, tokens, states, num_steps=3)
+    found = draft_logits(loaded, tokens, states, num_steps=3)
     assert found.dtype == getattr(torch, dtype)
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
     assert torch.equal(loaded.to_target_ids(torch.arange(12)), head.to_target_ids(torch.arange(12)))
@@ -309,7 +310,5 @@ def test_an_edited_config_is_named(tmp_path: Path, key: str, value: Any) -> None
 
 def test_a_folder_that_is_no_head_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"expected a file at .*model\.safetensors"):
-        load_head(tmp_path, torch.zeros(30, 16))
     with pytest.raises(OutputError, match="expected an exported draft head"):
         check_export(tmp_path)

@@ -33,6 +33,7 @@ from stages.train.objective.loss import (
 )
 from stages.train.objective.target_output import TargetOutput, target_argmax
 from tests import reference
+from tests.heads import draft_logits
 
 CONFIG = HeadConfig(
     hidden_size=12,
@@ -621,7 +622,7 @@ def test_draft_logits_of_every_slot_are_the_reference_s() -> None:
     document, shape = case.documents[0], shape_of(CONFIG)
     weights = {name: p.detach() for name, p in case.head.named_parameters()}
     with torch.no_grad():
-        logits = case.head.draft_logits(document.tokens, document.states[:8], num_steps=2)
+        logits = draft_logits(case.head, document.tokens, document.states[:8], num_steps=2)
     assert logits.shape == (2, 8, 6)
     for slot in range(8):
         chain = reference.chain(weights, shape, case.head.embed_tokens, document, slot, 2)
