@@ -30,6 +30,7 @@ _RECORDS = tuple(
     for pattern in (
         rf"{_TIME} (?P<level>[A-Z]+) (?P<stage>synth|dump|train|bench|ops|demo) ",  # ours
         rf"{_LEVEL} \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\] ?",  # vLLM
+        r"[\w.-]+:\d+:\d+ \[\d+\] NCCL (?P<level>INFO) ",  # its WARN is an error
         r"\[?(?P<letter>[DIWEF])\d{3,4} [\d:.]+ (?:\d+ )*(?P<where>[^\]]*)\] ?",  # glog, torch
         rf"\[{_LEVEL}\|[^\]]*\](?: {_TIME} >>)? ?",  # transformers
         rf"\[(?:{_TIME}|\d\d/\d\d/\d{{4}}-[\d:]+)\] \[(?:TRT-LLM\] \[)?(?:{_LEVEL}|(?P<letter>[DIWEF]))\] ?",
@@ -51,6 +52,7 @@ _CODE = re.compile(r"\s+(?:raise|return|await|yield|assert|with|for|if|self\.)\b
 _REQUEST = re.compile(
     r"Receive(?:d request|: )|GenerateReqInput|\b(?:prompt|messages|text) ?[=:] ?['\"\[{]"
     r"|['\"](?:prompt|messages|role|content)['\"]: "
+    r"|^\W*(?i:user|assistant|human|gpt|prompt|question)\W*: "  # a conversation, printed
 )
 _IGNORED = re.compile(r"Exception ignored (?:in|on)\b")
 EXCEPTION = re.compile(
@@ -60,22 +62,31 @@ EXCEPTION = re.compile(
 _IDENTIFIER = re.compile(r"[A-Za-z_][\w.]*(?:\[[^\]]*\])?(?::\s|:?$)")
 ERROR = re.compile(
     r"\b(?:ERROR|FATAL|CRITICAL|SEVERE)\b"
-    r"|\b(?:Fatal Python error|Segmentation fault|Bus error|core dumped|terminate called|panic:)"
-    r"|(?:^|\s)(?:fatal|error|fatal error)\s*: |^Error[: ]|\[error\]"
+    r"|\b(?:Fatal Python error|Segmentation fault|Bus error|core dumped|terminate called|panic:|panicked at)"
+    r"|(?:^|\s)(?:fatal|error|fatal error)\s*: |^Error(?:: | (?!rates?\b))|\[error\]"
     r"|^\W*(?:Killed|Aborted|Terminated)\s*$|: Killed\s*$|: \d+ (?:Killed|Aborted|Segmentation)"
     r"|[Ee]xit(?:ed)? (?:with )?(?:exit )?(?:code|status):? [1-9]|exit(?:ed with)? code=[1-9]"
     r"|^\s*Warning\s+[A-Z]\w+\s+(?!from)\S+|^\s*Exit Code:\s+[1-9]"  # kubectl describe
     r"|^\s*(?:Status|Reason|State):\s+(?:Failed|Error|Evicted|OOMKilled|\w*BackOff|\w*Error)\s*$"
+    r"|(?i:\bsegfault (?:at|encountered)\b)|^curl: \(\d+\)"
     r"|: command not found|\bNCCL WARN\b|\boom-kill\b|^make: \*\*\*|^what\(\):"
 )
 # No error's own form, but at a log's end it means one.
 BAD_END = re.compile(
-    r"(?i)\b(?:errors?|fail(?:ed|ure|s)?|cannot|could not|can't|unable|not found|denied|refused|no such"
+    r"(?i)\b(?:errors?|fail(?:ed|ure|s)?|cannot|could not|can't|unable|not found|denied|refused"
+    r"|no (?:such|module named)"
     r"|abort(?:ed|ing)?|killed|terminated|invalid|unknown|unexpected|timed? ?out|exceeded|insufficient"
     r"|backoff|fatal|missing|unreachable|disconnected|unauthori[sz]ed|forbidden|rejected|corrupt(?:ed)?)\b"
 )
+# The program's own word that it came to its end.
+_GOOD_END = re.compile(
+    r"(?i)^\W*(?:(?:all )?done|finished|completed?|saved|wrote|success\w*)\b"
+    r"(?!.*\b(?:error|fail|abort|kill|crash)\w*)"
+)
 _NO_BAD_END = re.compile(
-    r"(?i)\b(?:0|no|zero) (?:errors?|failures?|failed)\b|error rate|errors?[=:] ?0\b"
+    r"(?i)\b(?:0|no|zero) (?:errors?|failures?|failed)\b|error rate"
+    r"|\b(?:errors?|fail\w*|rejected|aborted|timeouts?)[\w ]*[=:] *0\b"
+    r"|\b(?:skip(?:s|ped|ping)|filter(?:ed|ing)|drop(?:ped|ping)|ignor(?:ed|ing)|falling back)\b"
 )
 
 
@@ -104,6 +115,10 @@ class Line:
     @property
     def is_evidence(self) -> bool:
         return self.kind in ("exception", "error", "text") and bool(self.body.strip())
+
+    @property
+    def ends_well(self) -> bool:
+        return bool(_GOOD_END.search(self.body))
 
     @property
     def ends_badly(self) -> bool:

@@ -73,7 +73,7 @@ def find(attempt: Attempt, rules: Sequence[Rule], stage: str | None) -> Findings
         if hits or line.kind in ("exception", "error"):
             last_bad = index
     if not (found.hits or found.unknown or found.own or found.benign or found.is_done):
-        found.unknown = [line for line in _end(lines) if line.is_evidence and line.ends_badly][:1]
+        found.unknown = _bad_end(_end(lines))
     found.went_on = last_bad >= 0 and not found.own and _works_on(lines[last_bad + 1 :])
     # An exception says more than the errors around it.
     found.unknown.sort(key=lambda line: line.kind != "exception")
@@ -126,6 +126,13 @@ def _is_done(lines: Sequence[Line]) -> bool:
 def _end(lines: Sequence[Line]) -> list[Line]:
     """The last lines that say something, the last one first."""
     return [line for line in reversed(lines) if line.body.strip()][:_END_LINES]
+
+
+def _bad_end(end: Sequence[Line]) -> list[Line]:
+    """The last line that sounds like a failure, unless the very last one reports success."""
+    if end and end[0].ends_well:
+        return []
+    return [line for line in end if line.is_evidence and line.ends_badly][:1]
 
 
 def _works_on(later: Sequence[Line]) -> bool:

@@ -22,7 +22,19 @@ from tests.triage_cases import FailureCase, read_cases
 RULES = read_rules()
 # Of Docker, Slurm, kubectl and their like.
 OTHERS_FLAGS = frozenset(
-    ("help", "ipc", "mem", "time", "gres", "gpus", "pids", "previous", "platform", "ulimit")
+    (
+        "help",
+        "exclude",
+        "ipc",
+        "mem",
+        "time",
+        "gres",
+        "gpus",
+        "pids",
+        "previous",
+        "platform",
+        "ulimit",
+    )
 )
 CASES = read_cases()
 
