@@ -13,6 +13,8 @@ variable "EYRIE_VERSION" { default = "0.1.0" }
 variable "FLAVOUR" { default = "gpu" }
 # "host" where package indexes can be reached from the host's own network alone.
 variable "EYRIE_BUILD_NETWORK" { default = "default" }
+# "linux/amd64,linux/arm64" for one image of both; the builder's own without.
+variable "PLATFORMS" { default = "" }
 variable "TORCH_VERSION" { default = "2.13.0" }
 
 variable "VLLM_VERSION" { default = "0.32.0" }
@@ -38,13 +40,22 @@ function "engine_base" {
   result = base != "" ? base : "vllm/vllm-openai:v${version}"
 }
 
+# A digest has a label of its own, where the base is named by one.
+function "base_labels" {
+  params = [base]
+  result = {
+    "org.opencontainers.image.base.digest" = length(split("@", base)) > 1 ? split("@", base)[1] : null
+  }
+}
+
 group "default" {
   targets = ["synth", "dump", "train", "bench", "ops"]
 }
 
 target "_common" {
-  context = "."
-  network = EYRIE_BUILD_NETWORK
+  context   = "."
+  network   = EYRIE_BUILD_NETWORK
+  platforms = PLATFORMS != "" ? split(",", PLATFORMS) : null
   args = {
     EYRIE_VERSION = EYRIE_VERSION
     REVISION      = EYRIE_REVISION
@@ -69,6 +80,7 @@ target "synth" {
     VLLM_VERSION = SYNTH_VLLM_VERSION
     IMAGE        = image("synth", "vllm-${SYNTH_VLLM_VERSION}")
   }
+  labels = base_labels(FLAVOUR == "cpu" ? CPU_BASE_IMAGE : engine_base(SYNTH_BASE_IMAGE, SYNTH_VLLM_VERSION))
 }
 
 target "dump" {
@@ -80,6 +92,7 @@ target "dump" {
     VLLM_VERSION = DUMP_VLLM_VERSION
     IMAGE        = image("dump", "vllm-${DUMP_VLLM_VERSION}")
   }
+  labels = base_labels(FLAVOUR == "cpu" ? CPU_BASE_IMAGE : engine_base(DUMP_BASE_IMAGE, DUMP_VLLM_VERSION))
 }
 
 target "bench" {
@@ -91,6 +104,7 @@ target "bench" {
     VLLM_VERSION = BENCH_VLLM_VERSION
     IMAGE        = image("bench", "vllm-${BENCH_VLLM_VERSION}")
   }
+  labels = base_labels(FLAVOUR == "cpu" ? CPU_BASE_IMAGE : engine_base(BENCH_BASE_IMAGE, BENCH_VLLM_VERSION))
 }
 
 target "train" {
@@ -104,6 +118,7 @@ target "train" {
     CPU_BASE_IMAGE = CPU_BASE_IMAGE
     IMAGE          = image("train", "torch-${TORCH_VERSION}")
   }
+  labels = base_labels(FLAVOUR == "cpu" ? CPU_BASE_IMAGE : TORCH_BASE_IMAGE)
 }
 
 # One flavour: it needs neither an engine nor torch.
@@ -115,4 +130,5 @@ target "ops" {
     CPU_BASE_IMAGE = CPU_BASE_IMAGE
     IMAGE          = "${EYRIE_REGISTRY}/ops:${EYRIE_VERSION}"
   }
+  labels = base_labels(CPU_BASE_IMAGE)
 }

@@ -17,6 +17,7 @@ locks of their own.
 import dataclasses
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -33,6 +34,8 @@ _PIP_CACHE = _HERE.parent / "pip"  # mounted there while an image is built
 # the first three fail to import, and transformers with them; the last is 700 MB that vLLM switches off
 # on a processor. Text models need none of them; the lock has Triton for the tests of train's kernels.
 _CUDA_ONLY = ("torchaudio", "torchcodec", "torchvision", "triton")
+# vLLM's requirement on these is for x86-64 alone; the lock, which was made there, does not say so.
+_X86_ONLY = ("intel-cmplr-lib-ur", "intel-openmp")
 
 
 @dataclasses.dataclass
@@ -66,7 +69,7 @@ def read_lock(path: Path) -> dict[str, Pin]:
 
 
 def closure(pins: dict[str, Pin], names: Iterable[str]) -> dict[str, Pin]:
-    """The pins of these packages and of everything they need that a CPU can use.
+    """The pins of these packages and of everything they need that this machine's CPU can use.
 
     torch itself is in no lock.
     """
@@ -75,7 +78,10 @@ def closure(pins: dict[str, Pin], names: Iterable[str]) -> dict[str, Pin]:
         sys.exit(f"requirements.lock has no {', '.join(unknown)}: run `make lock`")
     while more := {name for name, pin in pins.items() if pin.wanted_by & reached} - reached:
         reached |= more
-    return {name: pins[name] for name in sorted(reached & pins.keys() - set(_CUDA_ONLY))}
+    useless = set(_CUDA_ONLY)
+    if platform.machine() != "x86_64":
+        useless |= set(_X86_ONLY)
+    return {name: pins[name] for name in sorted(reached & pins.keys() - useless)}
 
 
 def installed() -> dict[str, str]:

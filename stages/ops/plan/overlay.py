@@ -32,6 +32,7 @@ _RANK_SHM_GIB = 8
 _PROCESS_GIB = 32
 # Checkpoints, answers and reports beside the states, and what a full file system does to a network one.
 _SPARE = 1.25
+_ARM_HOSTS = ("GB200",)
 _LONGEST_SUFFIX = 40  # a Job's name has 63 characters, of which pods take some
 
 
@@ -136,6 +137,10 @@ def _kustomization(plan: Plan, config: PlanConfig, found: dict[str, Pod], base: 
         "#   kubectl apply -f storage.yaml     once: namespace and claims",
         "#   kubectl apply -k . -l 'app.kubernetes.io/component in (recipe, synth)'",
     ]
+    if config.gpu in _ARM_HOSTS:
+        head.append(
+            "# Its hosts are Arm: build the images of the GPU flavour on one (docker/README.md)."
+        )
     labels = {"app.kubernetes.io/name": "eyrie", "app.kubernetes.io/component": "recipe"}
     sections = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",

@@ -200,6 +200,26 @@ def test_each_engine_stage_may_have_its_own_base() -> None:
     assert (bases["synth"], bases["dump"]) == ("other", digest)
 
 
+def bake(**variables: str) -> dict[str, Any]:
+    """What bake would build: stage -> its target."""
+    words = ["docker", "buildx", "bake", "--file", "docker/docker-bake.hcl", "--print"]
+    return dict(json.loads(run(*words, **variables))["target"])
+
+
+@needs_bake
+def test_a_release_labels_the_digests_of_its_bases_and_names_its_platforms() -> None:
+    bases = {"DUMP_BASE_IMAGE": "mirror.example.com/vllm:v0.32.0@sha256:aa"}
+    bases |= {"CPU_BASE_IMAGE": "debian@sha256:bb"}
+    label = "org.opencontainers.image.base.digest"
+    gpu = bake(FLAVOUR="gpu", **bases)
+    digests = {name: each["labels"][label] for name, each in gpu.items() if "labels" in each}
+    assert digests == {"dump": "sha256:aa", "ops": "sha256:bb"}
+    assert not any("platforms" in each for each in gpu.values())
+    for each in bake(FLAVOUR="cpu", PLATFORMS="linux/amd64,linux/arm64", **bases).values():
+        assert each["labels"][label] == "sha256:bb"
+        assert each["platforms"] == ["linux/amd64", "linux/arm64"]
+
+
 @needs_compose
 @needs_bake
 @pytest.mark.parametrize("flavour", ["gpu", "cpu"])
@@ -208,8 +228,7 @@ def test_bake_and_compose_name_and_build_alike(flavour: str) -> None:
     swap |= {"DUMP_BASE_IMAGE": "mirror.example.com/vllm", "EYRIE_SOURCE": "https://example.com"}
     overlays = ("cpu",) if flavour == "cpu" else ()
     composed = services(*overlays, **swap)
-    bake = ["docker", "buildx", "bake", "--file", "docker/docker-bake.hcl", "--print"]
-    baked = json.loads(run(*bake, FLAVOUR=flavour, **swap))["target"]
+    baked = bake(FLAVOUR=flavour, **swap)
     assert baked.keys() == composed.keys()
     defaults = {"FLAVOUR": "gpu", "CPU_BASE_IMAGE": "debian:bookworm-slim"}
     for name, target in baked.items():

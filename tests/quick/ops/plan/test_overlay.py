@@ -113,6 +113,12 @@ def test_claims_worked_by_hand(tmp_path: Path) -> None:
     assert asked == {"eyrie-workspace": "3910Gi", "eyrie-models": "20Gi"}
 
 
+@pytest.mark.parametrize(("gpu", "is_arm"), [("GB200", True), ("B200", False)])
+def test_hosts_that_are_arm_are_named(gpu: str, is_arm: bool, tmp_path: Path) -> None:
+    run(settings(tmp_path, "llama-3.1-8b-instruct", gpu=gpu))
+    assert ("hosts are Arm" in (tmp_path / "kustomization.yaml").read_text()) == is_arm
+
+
 def test_what_no_node_holds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="that one node of 8 x H100 holds, found 67"):
         run(settings(tmp_path, "deepseek-v3", gpu="H100", nodes="4"))
