@@ -6,7 +6,6 @@ the Jobs inside are checked here; JobSet itself in test_jobset.
 """
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -96,31 +95,6 @@ def test_an_overlay_is_whole(overlay: Path) -> None:
         if each["kind"] == "Pod":
             check_pod(each["spec"])
         assert each["metadata"]["labels"]["app.kubernetes.io/instance"], each["metadata"]["name"]
-
-
-SITE = ("kueue", "network-policy", "placement", "registry")
-
-
-@pytest.mark.parametrize("base", ["h200", "cpu"])
-def test_components_fit_an_overlay(base: str, tmp_path: Path) -> None:
-    """All of them at once, in an overlay of the site's own."""
-    here = Path(os.path.relpath(K8S, tmp_path))
-    overlay = {
-        "resources": [str(here / "overlays" / base)],
-        "components": [str(here / "components" / each) for each in SITE],
-    }
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
-    objects = render(tmp_path)
-    for version in VERSIONS:
-        validate(objects, version)
-    for each in objects:
-        if each["kind"] == "Job":
-            assert each["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "eyrie"
-            assert each["spec"]["suspend"] is True
-            pod = each["spec"]["template"]["spec"]
-            assert pod["imagePullSecrets"] == [{"name": "eyrie-pull"}]
-            assert pod["containers"][0]["image"].startswith("registry.example.com/eyrie/")
-    assert "NetworkPolicy" in {each["kind"] for each in objects}
 
 
 def test_a_train_jobs_runtime_is_a_job_like_the_others() -> None:
