@@ -91,6 +91,7 @@ def test_an_overlay_is_whole(overlay: Path) -> None:
                 assert volume["persistentVolumeClaim"]["claimName"] in claims, name
         check_job(name, spec)
         check_pod(spec["template"]["spec"])
+        assert spec["template"]["metadata"]["labels"]["app.kubernetes.io/instance"], name
     for each in objects:
         if each["kind"] == "Pod":
             check_pod(each["spec"])
