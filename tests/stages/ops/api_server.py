@@ -59,6 +59,7 @@ class ApiServer(ThreadingHTTPServer):
         self.objects: dict[tuple[str, str], dict[str, Any]] = {}
         self.logs: dict[str, str] = {}
         self.refusals: dict[str, int] = {}  # resource -> HTTP status
+        self.refused: list[str] = []  # resources, as they were asked for
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -121,6 +122,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer("")
         resource, name, below, query = self.place()
         if status := self.server.refusals.get(resource):
+            self.server.refused.append(resource)
             reasons = {403: "Forbidden", 503: "ServiceUnavailable"}
             return self.fail(status, reasons[status], f"{resource}: the server says no")
         if below == "log":

@@ -18,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[3]
 OVERLAY = ROOT / "compose" / "k8s" / "overlays" / "cpu"
 RECIPE = ROOT / "compose" / "recipes" / "smoke" / "recipe.yaml"
 
+# `python -m stages.ops`, but the cluster is asked again at once.
+IMPATIENT = """
+import runpy
+from stages.ops.chain import kubernetes
+kubernetes._POLL_S = 0.05
+runpy.run_module("stages.ops", run_name="__main__", alter_sys=True)
+"""
+
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
 
 
@@ -31,8 +39,9 @@ def server() -> Iterator[ApiServer]:
     server.server_close()
 
 
-def start(server: ApiServer, folder: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "stages.ops", "run", "--by", "kubernetes"]
+def start(server: ApiServer, folder: Path, *, is_patient: bool = False) -> "subprocess.Popen[str]":
+    words = ["-m", "stages.ops"] if is_patient else ["-c", IMPATIENT]
+    command = [sys.executable, *words, "run", "--by", "kubernetes"]
     command += ["--overlay", str(OVERLAY), "--recipe", str(RECIPE)]
     settings = {"KUBECONFIG": str(server.kubeconfig(folder)), "HOME": str(folder)}
     return subprocess.Popen(
@@ -56,6 +65,17 @@ def end(server: ApiServer, job: dict[str, Any], **condition: str) -> None:
     server.put("jobs", {**job, "status": {"conditions": [{"status": "True", **condition}]}})
 
 
+def read_until(process: "subprocess.Popen[str]", text: str) -> str:
+    """The log as far as the line with this text."""
+    assert process.stderr
+    log = ""
+    for line in process.stderr:
+        log += line
+        if text in line:
+            return log
+    raise AssertionError(f"no {text!r} in {log}")
+
+
 def a_pod(name: str, job: str, **status: Any) -> dict[str, Any]:
     containers = [{"name": "c"}]
     metadata = {"name": name, "labels": {"job-name": job}}
@@ -65,7 +85,7 @@ def a_pod(name: str, job: str, **status: Any) -> dict[str, Any]:
 def test_a_failed_stage_is_reported_within_30_s_with_its_exit_code(
     server: ApiServer, tmp_path: Path
 ) -> None:
-    process = start(server, tmp_path)
+    process = start(server, tmp_path, is_patient=True)
     end(server, wait_for_job(server, "target-smoke", process), type="Complete")
     job = wait_for_job(server, "synth-smoke", process)
     refused = {"state": {"terminated": {"exitCode": 2, "reason": "Error"}}, "name": "synth"}
@@ -95,12 +115,13 @@ def test_an_evicted_pod_and_warnings_are_told(server: ApiServer, tmp_path: Path)
         "involvedObject": {"kind": "Job", "name": "target-smoke"},
     }
     server.put("events", {"metadata": {"name": "e1"}, **event})
-    time.sleep(6)
+    log = read_until(process, "FailedCreate")
     server.refusals["jobs"] = 503
-    time.sleep(6)
+    while not server.refused:
+        time.sleep(0.05)
     del server.refusals["jobs"]
     end(server, job, type="Failed", reason="BackoffLimitExceeded", message="limit reached")
-    _, log = process.communicate(timeout=60)
+    log += process.communicate(timeout=60)[1]
     assert f"target-smoke-x is taken from its node: Evicted: {low}" in log
     assert log.count("target-smoke: FailedCreate: exceeded quota") == 1
     assert process.returncode == 75, log
@@ -120,8 +141,9 @@ def test_who_may_not_read_events_and_claims_may_run_all_the_same(
     server.refusals |= {"persistentvolumeclaims": 403, "events": 403}
     process = start(server, tmp_path)
     job = wait_for_job(server, "target-smoke", process)
-    time.sleep(6)
+    log = read_until(process, "pods: ")  # said after a look at the events
+    time.sleep(1)  # for another look
     end(server, job, type="Failed", reason="DeadlineExceeded", message="")
-    _, log = process.communicate(timeout=60)
+    log += process.communicate(timeout=60)[1]
     assert process.returncode == 1
     assert log.count("events cannot be read") == 1
