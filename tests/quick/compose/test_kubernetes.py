@@ -6,6 +6,7 @@ the Jobs inside are checked here; JobSet itself in test_jobset.
 """
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -96,6 +97,23 @@ def test_an_overlay_is_whole(overlay: Path) -> None:
         if each["kind"] == "Pod":
             check_pod(each["spec"])
         assert each["metadata"]["labels"]["app.kubernetes.io/instance"], each["metadata"]["name"]
+
+
+def test_the_admins_page_names_what_there_is() -> None:
+    """Its commands are about the h200 overlay."""
+    text = (K8S / "README.md").read_text()
+    objects = render(K8S / "overlays" / "h200")
+    made = {each["metadata"]["name"] for each in objects}
+    named = set(re.findall(r"[a-z]+-llama-3-3-70b", text))
+    assert {"shell-llama-3-3-70b", "train-llama-3-3-70b"} <= named <= made
+    labels = [each["metadata"]["labels"] for each in objects]
+    for key, value in re.findall(r"-l (app[\w./]+)=([\w-]+)", text):
+        assert any(each.get(key) == value for each in labels), value
+    paths = re.findall(r"compose/[\w./-]+[\w]", text.replace("overlays/NAME", "overlays"))
+    paths += [
+        f"compose/k8s/{each}" for each in re.findall(r"`((?:components|overlays)/[\w-]+)`", text)
+    ]
+    assert paths and all((ROOT / each).exists() for each in paths), paths
 
 
 def test_a_train_jobs_runtime_is_a_job_like_the_others() -> None:
