@@ -128,6 +128,30 @@ def test_apptainer_runs_the_same_command(machine: Machine) -> None:
     assert machine.run(STAGE="bench", CODE="0", EYRIE_RUNTIME="podman")[0] == 2
 
 
+# An apptainer that runs the command here, with the job's environment, from the image's working folder.
+APPTAINER = """#!/usr/bin/env bash
+while [[ $1 != bash ]]; do shift; done
+[[ "$1 $2" == "bash -c" ]] || exit 9
+bash -c "${3/cd \\/app/cd \\/}" "${@:4:1}" env >> "$SPY"
+"""
+SRUN_OF_APPTAINER = """#!/usr/bin/env bash
+[[ $1 == --kill-on-bad-exit=1 && $2 == apptainer ]] && SLURM_NODEID=3 exec "${@:2}"
+"""
+
+
+def test_an_apptainer_sees_the_containers_paths_and_not_the_jobs(machine: Machine) -> None:
+    for name, text in {"srun": SRUN_OF_APPTAINER, "apptainer": APPTAINER}.items():
+        (machine.folder / "bin" / name).write_text(text)
+        (machine.folder / "bin" / name).chmod(0o755)
+    job = {"PYTHONPATH": "/opt/modules/python", "HF_HOME": "/home/me/hub"}
+    code, complaint = machine.run(STAGE="bench", EYRIE_RUNTIME="apptainer", **job)
+    assert code == 0, complaint
+    seen = dict(line.split("=", 1) for line in machine.told().splitlines() if "=" in line)
+    assert seen["EYRIE_WORKSPACE"] == "/workspace"
+    assert (seen["HF_HOME"], seen["PYTHONPATH"]) == ("/models", "/app")
+    assert seen["EYRIE_NODE_RANK"] == "3"
+
+
 def test_sigterm_reaches_the_stage_which_is_queued_again(machine: Machine) -> None:
     process = machine.start(STAGE="train", CODE="term")
     while "srun" not in machine.told():
