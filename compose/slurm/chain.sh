@@ -7,6 +7,11 @@ set -euo pipefail
 recipe="${1:?the recipe, a YAML file}"
 shift
 here="$(dirname "$0")"
+# What a job would refuse after hours in the queue is refused here.
+[[ -f $recipe ]] || { echo "$recipe: expected the recipe, a YAML file, found no file." >&2; exit 2; }
+for name in EYRIE_WORKSPACE EYRIE_IMAGE_{SYNTH,DUMP,TRAIN,BENCH}; do
+  [[ -n ${!name:-} ]] || { echo "$name: expected a value (compose/slurm/stage.sbatch), found none." >&2; exit 2; }
+done
 shards="${SHARDS:-1}"
 previous=""
 for stage in synth dump train bench; do

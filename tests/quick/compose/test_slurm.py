@@ -60,7 +60,8 @@ class Machine:
             "EYRIE_WORKSPACE": str(folder / "workspace"),
             "SLURM_JOB_ID": "7",
             **{
-                f"EYRIE_IMAGE_{stage}": f"registry/{stage}" for stage in ("SYNTH", "TRAIN", "BENCH")
+                f"EYRIE_IMAGE_{stage}": f"registry/{stage}"
+                for stage in ("SYNTH", "DUMP", "TRAIN", "BENCH")
             },
         }
 
@@ -170,13 +171,32 @@ def test_what_is_missing_is_named(machine: Machine, missing: str) -> None:
     assert machine.told() == ""
 
 
-def test_a_chain_waits_stage_by_stage(machine: Machine) -> None:
-    done = subprocess.run(
-        [SLURM / "chain.sh", machine.recipe, "--partition=gpu"],
-        env={**machine.environment, "SHARDS": "4"},
+def test_a_recipe_that_is_not_there_is_named(machine: Machine) -> None:
+    code, complaint = machine.run(STAGE="synth", RECIPE="recipes.yaml")
+    assert code == 2 and "found none at" in complaint and "recipes.yaml" in complaint
+    assert machine.told() == ""
+
+
+def chain(machine: Machine, recipe: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [SLURM / "chain.sh", recipe, "--partition=gpu"],
+        env={**machine.environment, **variables},
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.parametrize("missing", ["EYRIE_WORKSPACE", "EYRIE_IMAGE_BENCH", "recipe"])
+def test_a_chain_that_would_fail_later_submits_nothing(machine: Machine, missing: str) -> None:
+    if missing == "recipe":
+        machine.recipe.unlink()
+    done = chain(machine, machine.recipe, **({} if missing == "recipe" else {missing: ""}))
+    assert done.returncode == 2 and missing in done.stderr
+    assert machine.told() == ""
+
+
+def test_a_chain_waits_stage_by_stage(machine: Machine) -> None:
+    done = chain(machine, machine.recipe, SHARDS="4")
     assert done.returncode == 0, done.stderr
     submitted = machine.told().splitlines()
     assert [
