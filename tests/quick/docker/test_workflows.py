@@ -42,4 +42,4 @@ def test_every_tier_of_tests_runs_in_ci() -> None:
     tiers = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
     assert {"quick", "stages", "engine", "containers"} <= tiers
     assert all(f"tests/{tier}" in text for tier in ("stages", "engine", "containers"))
-    assert "make test-quick" in text and "make lint" in text
+    assert "make test-quick" in text and "make lint" in text and "make demo-compose" in text
