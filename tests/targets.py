@@ -163,6 +163,15 @@ def make(name: str, folder: Path, *, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+def load(name: str, folder: Path) -> PreTrainedModel:
+    """The target that `make` saved, in float32."""
+    auto = AutoModelForImageTextToText if FAMILIES[name].is_vision else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
 def make_config(name: str) -> Any:
     """The config of a family's tiny target."""
     family = FAMILIES[name]

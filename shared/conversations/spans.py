@@ -218,8 +218,15 @@ class _Rendering:
         if message["content"].strip() or self.shape.empty_as_none:
             return
         before = self.messages[:index]
-        filled = self._render([*before, {**message, "content": _PROBE}]).replace(_PROBE, "", 1)
-        if "".join(filled.split()) != "".join(self._render([*before, message]).split()):
+        filled = _dense(self._render([*before, {**message, "content": _PROBE}]))
+        shown = _dense(self._render([*before, message]))
+        if filled == shown:  # content beside a call is not shown at all
+            return
+        # What surrounds the content may go with it, as a channel of its own does.
+        first = common_length(filled, shown)
+        last = common_length(filled[first:][::-1], shown[first:][::-1])
+        left_out = filled[first : len(filled) - last]
+        if first + last < len(shown) or _PROBE not in left_out:
             raise TemplateMismatch(f"message {index}: its empty content is shown as something else")
 
     def _start(
@@ -306,3 +313,8 @@ class _Rendering:
             before = end or name.end
             last = max(last, before)
         return last
+
+
+def _dense(text: str) -> str:
+    """The text without white space."""
+    return "".join(text.split())
