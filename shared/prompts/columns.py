@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which columns of a row hold its messages and tools, and which ones nobody reads."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from shared.prompts.messages import (
     Unusable,
     encodable,
     from_json,
+    is_message,
     read_messages,
     text_of,
     texts,
@@ -20,16 +22,18 @@ from shared.prompts.messages import (
 _NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "data"),
     "turns": ("turns",),
-    "prompt": ("prompt", "question", "query", "problem", "instruction", "input"),
+    "prompt": ("prompt", "question", "query", "problem", "instruction", "input", "inputs"),
     "input": ("input", "context"),
-    "answer": ("response", "output", "solution", "answer", "completion", "chosen"),
+    "answer": (
+        "response", "output", "solution", "answer", "completion", "chosen", "target", "targets",
+    ),
     "reasoning": ("reasoning_content", "reasoning", "thinking"),
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history",),
     "id": ("id", "sample_id", "conversation_id", "question_id", "prompt_id", "task_id", "uuid"),
     "category": ("category",),
     "tools": ("tools", "functions"),
-}
+}  # fmt: skip
 COLUMNS = tuple(_NAMES)
 # Text about the row that is no part of the conversation: left out without a word.
 _ABOUT = {
@@ -38,6 +42,9 @@ _ABOUT = {
 }  # fmt: skip
 
 _SWITCHES = "chat_template_kwargs"  # of one row; a run has one setting for all
+# What a column `reasoning` holds where it says whether, or how much, was thought.
+_EFFORTS = {"on", "off", "yes", "no", "true", "false", "none", "low", "medium", "high", "0", "1"}
+_TRANSCRIPT = re.compile(r"\s*#* ?(?:human|user): .*\n#* ?assistant:", re.IGNORECASE | re.DOTALL)
 
 
 def _is_empty(value: Any) -> bool:
@@ -101,7 +108,7 @@ class Columns:
         messages = self._question()
         if messages and messages[-1]["role"] != "assistant":
             messages = self._answered(messages)
-        system = self.get("system", str) or ""
+        system = text_of(self.get("system", str, list))
         if messages and messages[0]["role"] == "system":
             if system.strip() and system != messages[0]["content"]:
                 raise Unusable("two_system_turns", "a system column beside a system message")
@@ -119,11 +126,14 @@ class Columns:
             text = self.get("prompt")
             if text is None:
                 raise self._nothing_asked()
+            if isinstance(text, str) and _TRANSCRIPT.match(text):
+                raise Unusable("transcript", "several speakers in one text")
             turns = text if isinstance(text, list) else [self._with_input(text)]
         if not isinstance(turns, list) or not turns:
             raise Unusable("empty_messages")
         unanswered = {"role": "assistant", "content": ""}
-        return [each for turn in turns for each in (_user(turn), unanswered)][:-1]
+        texts_of_turns = [each.get("content") if isinstance(each, dict) else each for each in turns]
+        return [each for text in texts_of_turns for each in (_user(text), unanswered)][:-1]
 
     def _chat(self) -> Any:
         """The column with messages: by its name, or a prompt, input or turns that holds messages."""
@@ -137,10 +147,15 @@ class Columns:
                 return value
         for name in (*self._names("prompt"), *self._names("turns")):
             value = self.row.get(name)
-            if isinstance(value, list) and value and isinstance(value[0], dict):
+            if isinstance(value, list) and value and self._is_turn(value[0]):
                 self._read.add(name)
                 return value
         return None
+
+    @staticmethod
+    def _is_turn(value: Any) -> bool:
+        """Whether it has a speaker; a question alone (`{"content": ...}`) has none."""
+        return isinstance(value, dict) and (is_message(value) or "content" not in value)
 
     def _nothing_asked(self) -> Unusable:
         if any(name in self.row for name in (*self._names("messages"), *self._names("turns"))):
@@ -178,7 +193,8 @@ class Columns:
         if not answer.strip():
             return asked
         message: Message = {"role": "assistant", "content": encodable(answer)}
-        if reasoning := self.get("reasoning", str):
+        reasoning = self.get("reasoning", str) or ""
+        if reasoning.strip().lower() not in {"", *_EFFORTS}:
             message["reasoning_content"] = encodable(reasoning)
         if self.row.get("label") is False and "completion" in self._read:  # KTO: a bad answer
             message["weight"] = 0

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from shared.errors import UserError
 from shared.io import files
-from shared.prompts.messages import Unusable
+from shared.prompts.messages import Unusable, is_message
 
 _MAX_ROW_BYTES = 64 << 20  # no conversation that a target could take is as long
 _MAX_OBJECT_BYTES = 1 << 28  # of a file that is one JSON object
@@ -182,17 +182,13 @@ def _parsed(text: bytes) -> Any:
 def _is_rows(value: Any) -> bool:
     """Whether it is a list of rows, and not of one conversation's messages."""
     is_list = isinstance(value, list) and bool(value)
-    return is_list and all(isinstance(row, dict) and not _is_message(row) for row in value)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and ("role" in value or "from" in value)
+    return is_list and all(isinstance(row, dict) and not is_message(row) for row in value)
 
 
 def _rows_inside(value: Any) -> list[Any]:
     """The rows of a whole file: a list's items, the list in {"version": ..., "data": [...]}, itself."""
     if isinstance(value, list):
-        return [value] if any(map(_is_message, value)) else value
+        return [value] if any(map(is_message, value)) else value
     lists = list(filter(_is_rows, value.values())) if isinstance(value, dict) else []
     return lists[0] if len(lists) == 1 else [value]
 

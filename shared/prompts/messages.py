@@ -27,12 +27,14 @@ _ROLES = {
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 _CALL_ROLES = ("function_call", "tool_call")
-_CONTENT_KEYS = ("content", "value", "text")
+_CONTENT_KEYS = ("content", "value", "text", "refusal")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss")  # 0 or false: not trained on
+# 0 or false: not trained on; of the second line, 1 or true.
+_WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")
+_MASK_KEYS = ("masked", "ignore")
 _OTHER_KEYS = {
     "role", "from", "name", "channel", "id", "type", "tool_calls", "function_call", "tool_call_id",
-    *_WEIGHT_KEYS,
+    *_WEIGHT_KEYS, *_MASK_KEYS,
 }  # fmt: skip
 _READ_KEYS = {*_CONTENT_KEYS, *_REASONING_KEYS, *_OTHER_KEYS}
 _ARGUMENT_KEYS = ("arguments", "parameters", "input", "args")
@@ -47,6 +49,11 @@ class Unusable(ValueError):
         super().__init__(reason)
         self.reason = reason
         self.detail = (detail if isinstance(detail, str) else reprlib.repr(detail))[:200]
+
+
+def is_message(value: Any) -> bool:
+    """Whether it is one message, and not a row."""
+    return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
 def encodable(text: str) -> str:
@@ -159,8 +166,11 @@ def _reasoning(raw: Mapping[str, Any]) -> str:
 
 def is_untrained(raw: Mapping[str, Any]) -> bool:
     """Whether the row says that an answer is not to be trained on."""
-    values = (raw.get(key) for key in _WEIGHT_KEYS)
-    return any(str(value).strip().lower() in ("0", "0.0", "false") for value in values)
+    weights, masks = (
+        [str(raw.get(key)).strip().lower() for key in keys] for keys in (_WEIGHT_KEYS, _MASK_KEYS)
+    )
+    is_off = any(value in ("0", "0.0", "false") for value in weights)
+    return is_off or any(value in ("1", "1.0", "true") for value in masks)
 
 
 def _message(raw: Any) -> Message:

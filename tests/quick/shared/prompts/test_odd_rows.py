@@ -37,7 +37,16 @@ def test_a_calls_arguments_under_every_name(key: str) -> None:
 
 @pytest.mark.parametrize(
     "mark",
-    [{"weight": 0}, {"weight": "0"}, {"weight": 0.0}, {"train": False}, {"trainable": "false"}],
+    [
+        {"weight": 0},
+        {"weight": "0"},
+        {"weight": 0.0},
+        {"train": False},
+        {"trainable": "false"},
+        {"loss_weight": 0},
+        {"masked": True},
+        {"ignore": 1},
+    ],
 )
 def test_an_answer_that_is_not_to_be_trained_on(mark: dict[str, object]) -> None:
     first, second = parse_row({"messages": [USER, {**CHAT, **mark}, USER, CHAT]}).turns
@@ -106,3 +115,45 @@ def test_what_would_be_lost_is_refused(row: object, reason: str) -> None:
     with pytest.raises(Unusable) as refusal:
         parse_row(row)
     assert refusal.value.reason == reason
+
+
+@pytest.mark.parametrize("flag", ["on", "off", "High", "none"])
+def test_a_column_that_says_how_much_was_thought_is_no_reasoning(flag: str) -> None:
+    assert answers({"input": [USER], "output": "chat", "reasoning": flag}) == [CHAT]
+    thought = {**CHAT, "reasoning_content": "on and off"}
+    assert answers({"input": [USER], "output": "chat", "reasoning": "on and off"}) == [thought]
+
+
+@pytest.mark.parametrize("system", ["Be brief.", [{"type": "text", "text": "Be brief."}]])
+def test_a_system_column_of_text_or_of_parts(system: object) -> None:
+    prompt = parse_row({"system": system, "messages": [USER, CHAT]})
+    assert prompt.turns[0].asked == ({"role": "system", "content": "Be brief."}, USER)
+
+
+def test_a_refusal_is_the_answer() -> None:
+    refused = {"role": "assistant", "content": None, "refusal": "No."}
+    assert answers({"messages": [USER, refused]}) == [{"role": "assistant", "content": "No."}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"inputs": "cat", "targets": "chat"},
+        {"input": "cat", "target": "chat"},
+        {"turns": [{"content": "cat"}], "output": "chat"},
+    ],
+)
+def test_a_question_and_its_answer_under_other_names(row: dict[str, object]) -> None:
+    prompt = parse_row(row)
+    assert prompt.turns[0].asked == (USER,)
+    assert prompt.turns[0].answer == CHAT
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\n\nHuman: cat\n\nAssistant: chat", "### User: cat\n### Assistant:"],
+)
+def test_a_transcript_is_not_one_question(text: str) -> None:
+    with pytest.raises(Unusable, match="transcript"):
+        parse_row({"prompt": text})
+    parse_row({"prompt": "Human: a word for mankind"})
