@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOLS = Path(sys.executable).parent
@@ -22,6 +23,20 @@ def test_workflows_follow_the_schema() -> None:
     assert [path.stem for path in WORKFLOWS] == ["bases", "ci", "release"]
     check(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.github-workflows")
     check(TOOLS / "yamllint", "--strict")
+
+
+def test_scripts_in_workflows_are_clean() -> None:
+    for path in WORKFLOWS:
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            for step in job.get("steps", ()):
+                script = re.sub(r"\$\{\{.*?\}\}", "value", step.get("run", ""))
+                done = subprocess.run(
+                    [TOOLS / "shellcheck", "--shell=bash", "-"],
+                    input=script,
+                    capture_output=True,
+                    text=True,
+                )
+                assert done.returncode == 0, f"{path.name}: {step.get('name')}: {done.stdout}"
 
 
 @pytest.mark.skipif(not (TOOLS / "zizmor").exists(), reason="no zizmor in this environment")
