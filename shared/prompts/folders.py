@@ -8,6 +8,7 @@ the split in its name or its folder's (`data/test-00000-of-00001.parquet`, `test
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ _KEYWORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+_SHOWN = 8  # names in a message
 _SHARD = re.compile(r"[-_.]\d{5}-of-\d{5}.*$")
 # Files that describe data and hold none.
 _ABOUT = {
@@ -69,10 +71,21 @@ def find(
             "a hub data set (owner/name), "
             f"found {', '.join(each.name for each in unread[:5]) or 'none'}.",
             code="prompts-not-found",
-            remedy="Correct the path, or mount the folder that holds it.",
+            remedy=f"Correct the path, or mount the folder that holds it. {_content(workspace)}",
             facts={"path": pattern},
         )
     return _of_split(found, split, f"{label}: {pattern}"), unread
+
+
+def _content(workspace: Path) -> str:
+    """A sentence by which a person sees whether this is the intended folder."""
+    is_readable = workspace.is_dir() and os.access(workspace, os.R_OK)
+    names = sorted(each.name for each in workspace.iterdir()) if is_readable else []
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if names[_SHOWN:] else "")
+    return (
+        f"The workspace {workspace} holds {shown or 'nothing'}; if that is not yours, check "
+        "EYRIE_WORKSPACE or --workspace."
+    )
 
 
 def _split_of(name: Path) -> str:

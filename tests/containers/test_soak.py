@@ -4,8 +4,10 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tests.containers.conftest import ROOT, STAGES, Project, wait_for
 pytestmark = [pytest.mark.container, pytest.mark.engine, pytest.mark.soak]
 
 KILLED = 137
+LIMIT_S = 12 * 60  # of the demo, its images built; seven and a half minutes on two idle cores
 ROWS = 400
 OTHER = "0.31.0"
 # What a stage has left behind when it is in its middle.
@@ -46,18 +49,24 @@ def finish(project: Project, stage: str, *words: str) -> None:
 def test_the_whole_demo_in_containers(images: dict[str, str], tmp_path: Path) -> None:
     """As a user types it, target and all; only the volumes are the test's own."""
     project = Project("eyrie-test-demo", "workspace")
+    started_s = time.monotonic()
     try:
         made = subprocess.run(
             ["make", "demo-compose", f"WORKSPACE={tmp_path}"],
             cwd=ROOT,
             env=project.environment(),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=3600,
         )
     finally:
         project.down()
-    assert made.returncode == 0, (made.stdout + made.stderr)[-3000:]
+    assert made.returncode == 0, made.stdout[-3000:]
+    assert time.monotonic() - started_s < LIMIT_S
+    assert "INFO demo step 50 of" in made.stdout
+    for stage in STAGES:
+        assert re.search(rf"INFO {stage} \w+=\d+/\d+ ", made.stdout), f"no progress of {stage}"
     assert f"report={tmp_path}/demo-report.html" in made.stdout.splitlines()[-1]
     assert (tmp_path / "demo-report.html").stat().st_size > 10_000
 

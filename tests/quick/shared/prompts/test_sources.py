@@ -193,3 +193,14 @@ def test_an_option_that_changes_answers_is_part_of_the_fingerprint(tmp_path: Pat
     quantized = config_of(tmp_path, prompts="a", server_args={"quantization": "fp8"})
     assert plain.identity() == tuned.identity()
     assert quantized.identity()["synth.server_args.quantization"] == "fp8"
+
+
+def test_prompts_that_are_not_there_show_what_the_workspace_holds(tmp_path: Path) -> None:
+    """A mistyped EYRIE_WORKSPACE is a new, empty volume: compose takes any name for one."""
+    (tmp_path / "demo").mkdir()
+    for number in range(9):
+        (tmp_path / f"x{number}").mkdir()
+    with pytest.raises(UserError) as refused:
+        list(read_source(Source(path="none.jsonl"), tmp_path))
+    assert f"{tmp_path} holds demo, x0, x1, x2, x3, x4, x5, x6, ...;" in refused.value.remedy
+    assert "EYRIE_WORKSPACE" in refused.value.remedy
