@@ -16,11 +16,11 @@ import yaml
 
 from tests.conftest import MadeTarget
 from tests.containers.conftest import ROOT, STAGES, Project, wait_for
+from tests.engine.test_demo import LIMIT_S
 
 pytestmark = [pytest.mark.container, pytest.mark.engine, pytest.mark.soak]
 
 KILLED = 137
-LIMIT_S = 12 * 60  # of the demo, its images built; seven and a half minutes on two idle cores
 ROWS = 400
 OTHER = "0.31.0"
 # What a stage has left behind when it is in its middle.
