@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, KEYS = 64, 64  # of a tile
-
 
 @triton.jit
 def _dot(left, right, EXACT: tl.constexpr):
@@ -230,9 +228,10 @@ def forward(
     out = torch.empty_like(query, dtype=torch.float32)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     if num_rows:
-        _forward[(triton.cdiv(num_rows, ROWS), num_heads)](
+        constants = constants_of(query, key)
+        _forward[(triton.cdiv(num_rows, constants["M"]), num_heads)](
             query, key, value, chain_keys, chain_values, slots, starts, out, lse, num_rows,
-            size**-0.5, **_sizes(query, key), K=len(chain_keys), N=KEYS, EXACT=_is_exact(query),
+            size**-0.5, **constants, N=constants["M"], K=len(chain_keys), EXACT=_is_exact(query),
         )  # fmt: skip
     return out, lse
 
@@ -244,32 +243,43 @@ def backward(inputs: Sequence[Tensor], out: Tensor, lse: Tensor, grad: Tensor) -
     num_tokens, num_kv_heads = key.shape[:2]
     grads = [torch.zeros_like(x, dtype=_stored(x)) for x in inputs[:5]]
     if num_rows:
-        delta, scale, sizes = lse.new_empty(lse.shape), size**-0.5, _sizes(query, key)
-        exact, grid = _is_exact(query), (triton.cdiv(num_rows, ROWS), num_heads)
+        delta, scale, constants = lse.new_empty(lse.shape), size**-0.5, constants_of(query, key)
+        side, exact = constants["M"], _is_exact(query)
+        grid = (triton.cdiv(num_rows, side), num_heads)
         _backward_rows[grid](
             *inputs, out, lse, grad, grads[0], delta, num_rows, scale,
-            **sizes, K=len(chain_keys), N=KEYS, EXACT=exact,
+            **constants, N=side, K=len(chain_keys), EXACT=exact,
         )  # fmt: skip
-        tiles = torch.arange(0, num_tokens, KEYS, device=key.device, dtype=slots.dtype)
+        tiles = torch.arange(0, num_tokens, side, device=key.device, dtype=slots.dtype)
         # A row sees a key of a tile if its slot is not before the tile and its start not behind it.
         first_rows = torch.searchsorted(slots, tiles).to(torch.int32)
-        last_rows = torch.searchsorted(starts, tiles + KEYS - 1, right=True).to(torch.int32)
+        last_rows = torch.searchsorted(starts, tiles + side - 1, right=True).to(torch.int32)
         _backward_keys[(len(tiles), num_kv_heads)](
             query, key, value, slots, starts, lse, grad, delta, first_rows, last_rows,
-            grads[1], grads[2], num_rows, num_tokens, scale, **sizes, N=KEYS, EXACT=exact,
+            grads[1], grads[2], num_rows, num_tokens, scale, **constants, N=side, EXACT=exact,
         )  # fmt: skip
         if len(chain_keys):
             _backward_chain[(grid[0], num_kv_heads, len(chain_keys))](
                 query, chain_keys, chain_values, lse, grad, delta, grads[3], grads[4],
-                num_rows, scale, **sizes,
+                num_rows, scale, **constants,
             )  # fmt: skip
     return [x.to(query.dtype) for x in grads]
 
 
-def _sizes(query: Tensor, key: Tensor) -> dict[str, int]:
-    size = query.shape[2]
+def constants_of(query: Tensor, key: Tensor) -> dict[str, int]:
+    """What the kernels are compiled for: heads, their size (padded), rows and keys of a tile, stages.
+
+    A tile must fit the shared memory of a card: 99 KiB at the least where bfloat16 runs (capability
+    8.6), 64 KiB where only float32 does (7.5). A product in float32 does not run on tensor cores, so
+    reading ahead for it would cost memory and gain nothing.
+    """
+    size, num_bytes = query.shape[2], query.element_size()
     padded = max(16, triton.next_power_of_2(size))  # the least that a tile's product takes
-    return {"QH": query.shape[1], "KH": key.shape[1], "D": size, "DP": padded, "M": ROWS}
+    tile_bytes = 8192 if num_bytes > 2 else 16384
+    side = min(64, max(16, tile_bytes // (padded * num_bytes)))
+    stages = 1 if num_bytes > 2 else 3
+    heads = {"QH": query.shape[1], "KH": key.shape[1]}
+    return {**heads, "D": size, "DP": padded, "M": side, "num_stages": stages}
 
 
 def _is_exact(query: Tensor) -> bool:

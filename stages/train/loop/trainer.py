@@ -25,6 +25,7 @@ from stages.train.config import TrainConfig
 from stages.train.data.batch import Batch
 from stages.train.data.dataset import Dataset, Sample, pack, training_steps
 from stages.train.data.loader import micro_batches, on_device, prefetched
+from stages.train.kernels.fused import is_fused
 from stages.train.loop import budget, checkpoint, distributed
 from stages.train.loop.checkpoint import Checkpoints
 from stages.train.loop.history import History, Outcome, progress_figures
@@ -72,22 +73,17 @@ class Trainer:
             in_vocab_flags(dataset, head, tensors, folder / "in_vocab", accelerator)
         )
         rows = head.to_target_ids(torch.arange(head.config.draft_vocab_size, device=self.device))
+        # In mixed precision its products are in bf16, as in the served target.
+        dtype = distributed.product_dtype(accelerator)
         target = TargetOutput(
             norm=tensors.norm.to(self.device),
-            # In mixed precision its products are in bf16, as in the served target.
-            lm_head=tensors.lm_head.to(self.device)[rows].to(
-                distributed.product_dtype(accelerator)
-            ),
+            lm_head=tensors.lm_head.to(self.device)[rows].to(dtype),
             logit_scale=tensors.logit_scale,
             softcap=tensors.softcap,
         )
-        step = TrainingStep(
-            head,
-            target,
-            num_steps=config.ttt_steps,
-            decay=config.loss_decay,
-            loss=config.loss,
-        )
+        self.needs_blocks = not is_fused(target.lm_head)  # the kernels need none
+        steps, decay = config.ttt_steps, config.loss_decay
+        step = TrainingStep(head, target, num_steps=steps, decay=decay, loss=config.loss)
         self.module = distributed.joined(accelerator, step, config.distributed)
         self.optimizer = make_optimizer(
             self.module,
@@ -102,9 +98,8 @@ class Trainer:
         self.history = History(folder / "history.jsonl", accelerator)
         self.step = 0
         self.best: dict[str, float] = {"value": -math.inf, "step": 0, "is_walked": False}
-        self.loss = math.nan
+        self.loss = self.walked = math.nan
         self.accuracy: list[float] = []
-        self.walked = math.nan
         self.saved_step = -1
         # Loss and sample ids of the steps since the last check. A check waits for the device and for
         # the other ranks, so it is made every few steps.
@@ -197,6 +192,7 @@ class Trainer:
             micro_tokens=self.config.micro_batch_tokens or self.batch_tokens,
             num_steps=self.config.ttt_steps,
             pin=on_gpu,
+            blocks=self.needs_blocks,
         )
         threads = LOADER_THREADS if on_gpu else 1
         steps = prefetched(self._remaining_steps(), make, depth=threads + 1, threads=threads)
@@ -275,16 +271,13 @@ class Trainer:
     def _walk(self) -> Walk:
         """The walk over all held-out samples, divided among the ranks."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        batches = pack(self.dataset.held_out[rank::ranks], self.batch_tokens)
+        tokens = self.config.walk_tokens
+        batches = (
+            self.dataset.batch(part).planned(tokens, blocks=self.needs_blocks).to(self.device)
+            for part in pack(self.dataset.held_out[rank::ranks], self.batch_tokens)
+        )
         with distributed.whole(self.module) as head, self.accelerator.autocast():
-            own = walked_acceptance_length(
-                head,
-                (
-                    self.dataset.batch(batch).planned(self.config.walk_tokens).to(self.device)
-                    for batch in batches
-                ),
-                self.config.walk_tokens,
-            )
+            own = walked_acceptance_length(head, batches, tokens)
         if ranks == 1:
             return own
         counts = torch.tensor([own.drafts, *own.accepted_by_position], device=self.device)

@@ -67,7 +67,7 @@ def check_attention(seed: int, dtype: torch.dtype) -> float:
 
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    # Tiles have 64 rows and keys.
+    # Tiles have 16 to 64 rows and keys.
     lengths = [draw.choice([0, 1, 1, 2, 7, 40, 70]) for _ in range(draw.randint(1, 4))]
     share = draw.choice([0.0, 0.3, 1.0]) if seed % 10 else 0.0  # some documents have no slot
     offsets = torch.tensor([0, *lengths]).cumsum(0)
