@@ -16,25 +16,16 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from stages.demo.topics import (
-    CHANGES,
-    COLOURS,
-    COUNTS,
-    DAYS,
-    DISHES,
-    FILTERS,
-    FOLDS,
-    HOBBIES,
-    ITEMS,
-    JOBS,
-    MONTHS,
-    NAMES,
-    SEASONS,
-    TASKS,
-    THINGS,
-    TOWNS,
-)
+import yaml
+
+_TOPICS = yaml.safe_load(Path(__file__).with_name("topics.yaml").read_text(encoding="utf-8"))
+_LISTS = ("counts", "names", "things", "items", "colours", "days", "months")
+COUNTS, NAMES, THINGS, ITEMS, COLOURS, DAYS, MONTHS = (_TOPICS[name].split() for name in _LISTS)
+TOWNS, JOBS, HOBBIES, SEASONS = (_TOPICS[n] for n in ("towns", "jobs", "hobbies", "seasons"))
+TASKS, DISHES = _TOPICS["tasks"], _TOPICS["dishes"]
+FILTERS, CHANGES, FOLDS = (_TOPICS[name] for name in ("filters", "changes", "folds"))
 
 _TRIES_A_PROMPT = 1000
 # How a question is opened, and the answer's opening that goes with it this often.

@@ -12,11 +12,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from shared.errors import UserError
 from shared.io.files import write_text
-from stages.demo.real.problems import HELD_OUT_SHARE, KINDS, WORDS
 
 Domain = Literal["narrow", "broad"]
+_TEMPLATES = yaml.safe_load(Path(__file__).with_name("problems.yaml").read_text(encoding="utf-8"))
+WORDS: dict[str, str] = _TEMPLATES["words"]
+KINDS: dict[str, list[str]] = _TEMPLATES["kinds"]
+HELD_OUT_SHARE = 0.25  # of each kind's templates
 # A small model drafts well on one kind of text; broad is what a night's training is for.
 _DOMAINS: dict[Domain, tuple[str, ...]] = {"narrow": ("problem",), "broad": tuple(KINDS)}
 _MAX_TRIES = 200

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import UserError
-from stages.demo.real.problems import KINDS
-from stages.demo.real.prompts import _part, write_prompts, written
+from stages.demo.real.prompts import KINDS, _part, write_prompts, written
 
 
 @pytest.mark.parametrize("domain", ["narrow", "broad"])
