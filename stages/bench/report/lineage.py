@@ -7,16 +7,12 @@ the training's history. A fact that a stage did not record is left out, and so i
 deleted or replaced since.
 """
 
-import datetime
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from shared.artifacts.history import read_curves
-from shared.artifacts.manifest import read_manifest
-from shared.errors import UserError
+from shared.artifacts.run_state import RunState
 from shared.paths import RunPaths
-from shared.runtime.status import read_status
 
 _STAGES = ("synth", "dump", "train")
 _ENGINES = ("vllm", "vllm-cpu")
@@ -34,8 +30,9 @@ def of_run(paths: RunPaths) -> dict[str, Any]:
     `stages`: one entry for each stage; `seconds`: of all of them, null where one is not known; `loss`
     and `walks`: [step, value] over the training.
     """
-    ancestors = _ancestors(paths)
-    stages = [_entry(paths, stage, ancestors[stage]) for stage in _STAGES if stage in ancestors]
+    run = RunState(paths)
+    ancestors = _ancestors(run)
+    stages = [_entry(run, stage, ancestors[stage]) for stage in _STAGES if stage in ancestors]
     # A training that was continued since made another head.
     path = paths.stage("train") / "history.jsonl"
     curves = read_curves(path) if "train" in ancestors else {"loss": [], "walks": []}
@@ -44,30 +41,30 @@ def of_run(paths: RunPaths) -> dict[str, Any]:
     return {"stages": stages, "seconds": seconds, **curves}
 
 
-def _ancestors(paths: RunPaths) -> dict[str, Mapping[str, Any]]:
+def _ancestors(run: RunState) -> dict[str, Mapping[str, Any]]:
     """Stage -> its manifest, from the export's parent upwards: train, dump, synth."""
     found: dict[str, Mapping[str, Any]] = {}
-    export = read_manifest(paths.export)
+    export = run.manifest("export")
     wanted = dict(export["parents"]) if export else {}
     while wanted:
         stage, fingerprint = wanted.popitem()
-        manifest = read_manifest(paths.stage(stage))
+        manifest = run.manifest(stage)
         if manifest is not None and manifest["fingerprint"] == fingerprint:
             found[stage] = manifest
             wanted |= manifest["parents"]
     return found
 
 
-def _entry(paths: RunPaths, stage: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(run: RunState, stage: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     facts, counts = manifest["facts"], manifest["counts"]
-    provenance = manifest["provenance"]
+    provenance, seconds = manifest["provenance"], run.seconds(stage)
     return {
         "stage": stage,
         "rows": counts["ok"],
         "left_out": counts["in"] - counts["ok"],
         "reasons": {**counts["skipped"], **counts["failed"]},
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
-        "seconds": _seconds(paths.status(stage), provenance["finished"]),
+        "seconds": None if seconds is None else round(seconds, 1),
         "facts": {name: facts[name] for name in _FACTS[stage] if facts.get(name) is not None},
         "settings": {
             key.removeprefix(f"{stage}."): value
@@ -91,13 +88,3 @@ def _made_by(provenance: Mapping[str, Any]) -> str:
     names = [name for name in _ENGINES if name in packages] or ["torch"]
     text = " ".join(f"{name} {packages.get(name, 'unknown')}" for name in names)
     return f"{text} in {provenance['image']}" if provenance["image"] else text
-
-
-def _seconds(status: Path, finished: str) -> float | None:
-    """From the start in a stage's status to its manifest; None where the status is gone."""
-    try:
-        started_s = read_status(status)["started_s"]
-        ended_s = datetime.datetime.fromisoformat(finished).timestamp()
-    except (UserError, ValueError, OverflowError):
-        return None
-    return round(max(0.0, ended_s - started_s), 1)

@@ -7,14 +7,14 @@ nothing here knows how fast a machine is.
 """
 
 import dataclasses
-import datetime
 import itertools
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from shared.artifacts.manifest import read_manifest
+from shared.artifacts.manifest import MANIFEST, read_manifest
+from shared.artifacts.run_state import RunState
 from shared.contracts import layers
 from shared.errors import EyrieError, UserError
 from shared.io import safetensors_files
@@ -22,7 +22,6 @@ from shared.paths import RunPaths, find_input
 from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Source
-from shared.runtime.status import read_status
 from shared.runtime.tables import cell
 from shared.target import model as target
 from shared.target.model import TargetConfig
@@ -222,20 +221,17 @@ def earlier(paths: RunPaths, step: Step) -> tuple[float, int, str] | None:
 
     Counted from what a stage writes first, its status, to what it writes last, its manifest.
     """
-    for folder in sorted(paths.workspace.glob(f"*/{step.stage}/manifest.json")):
-        run = RunPaths(paths.workspace, folder.parents[1].name)
+    for path in sorted(paths.workspace.glob(f"*/{step.stage}/{MANIFEST}")):
+        run = RunState(RunPaths(paths.workspace, path.parents[1].name))
         try:
-            manifest = read_manifest(folder.parent)
-            status = read_status(run.status(step.stage))
+            manifest, seconds = run.manifest(step.stage), run.seconds(step.stage)
         except EyrieError:
             continue
         if manifest is None or manifest["identity"].get("run.target") != step.run["target"]:
             continue
-        finished = datetime.datetime.fromisoformat(manifest["provenance"]["finished"])
-        seconds = finished.timestamp() - float(status["started_s"])
         epochs = manifest["config"].get("epochs", 1) / step.settings.get("epochs", 1)
-        if run.run_name != paths.run_name and seconds > 0 and manifest["counts"]["ok"]:
-            return seconds / epochs, int(manifest["counts"]["ok"]), run.run_name
+        if run.paths.run_name != paths.run_name and seconds and manifest["counts"]["ok"]:
+            return seconds / epochs, int(manifest["counts"]["ok"]), run.paths.run_name
     return None
 
 

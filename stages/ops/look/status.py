@@ -4,13 +4,11 @@
 In: the folder of a run. Costs reading its status files and the times of its manifests.
 """
 
-import dataclasses
 import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.artifacts.history import read_curves
+from shared.artifacts.run_state import ENDED_BADLY, ProcessState, RunState, find_run
 from shared.paths import STAGES, RunPaths
 from shared.runtime.process import stop_requested
 from shared.runtime.tables import cell
 from stages.ops.config import StatusConfig, WatchConfig
-from stages.ops.look.run_state import ENDED_BADLY, ProcessState, RunState, find_run
 
 _COLOURS = {
     "done": "green",
@@ -33,30 +31,6 @@ _COLOURS = {
     "unreadable": "bold red",
 }
 _BARS, _MAX_BARS = "▁▂▃▄▅▆▇█", 40
-_OF_PROGRESS = ("done", "total", "unit", "left_s")
-
-
-@dataclasses.dataclass(frozen=True)
-class StageState:
-    """One process of a stage, as an operator sees it.
-
-    Attributes:
-        name: the stage; `synth-3` is the fourth of several processes.
-        state: to do, running, done, failed, stopped, died, unreadable.
-        facts: what the stage reports beside its progress: rates, loss, failures.
-        spent_s: from its start to its end, or to now while it runs.
-        left_s: as last reported, less the time since.
-    """
-
-    name: str
-    state: str
-    done: int | None = None
-    total: int | None = None
-    unit: str = ""
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    spent_s: float | None = None
-    left_s: float | None = None
-    message: str = ""
 
 
 def run(config: StatusConfig) -> None:
@@ -81,7 +55,7 @@ def watch(config: WatchConfig) -> None:
             live.update(Group(_table(paths, states), *_curves(paths)), refresh=True)
 
 
-def _looks(paths: RunPaths, period_s: float) -> Iterator[list[StageState]]:
+def _looks(paths: RunPaths, period_s: float) -> Iterator[list[ProcessState]]:
     """The states, again and again, for as long as they can change by themselves."""
     while True:
         states = read_states(paths)
@@ -97,39 +71,19 @@ def _looks(paths: RunPaths, period_s: float) -> Iterator[list[StageState]]:
             time.sleep(min(0.1, period_s))
 
 
-def read_states(paths: RunPaths) -> list[StageState]:
+def read_states(paths: RunPaths) -> list[ProcessState]:
     """Every stage's state, in order; a stage of several processes has one for each."""
     run = RunState(paths)
-    return [_stage_state(process) for stage in STAGES for process in run.processes(stage)]
+    return [process for stage in STAGES for process in run.processes(stage)]
 
 
-def _stage_state(process: ProcessState) -> StageState:
-    progress = process.progress
-    done, total, left_s = (progress.get(key) for key in ("done", "total", "left_s"))
-    is_running = process.state == "running"
-    if is_running and left_s is not None:
-        left_s = max(0.0, left_s - (time.time() - float(process.record["updated_s"])))
-    return StageState(
-        name=process.name,
-        state=process.state,
-        # The last rows are not reported one by one.
-        done=total if process.state == "done" else done,
-        total=total,
-        unit=str(progress.get("unit", "")),
-        facts={key: value for key, value in progress.items() if key not in _OF_PROGRESS},
-        spent_s=process.seconds,
-        left_s=left_s if is_running else None,
-        message=process.message,
-    )
-
-
-def _print_json(paths: RunPaths, states: list[StageState]) -> None:
-    record = {"run": paths.run_name, "stages": [dataclasses.asdict(state) for state in states]}
+def _print_json(paths: RunPaths, states: list[ProcessState]) -> None:
+    record = {"run": paths.run_name, "stages": [state.as_dict() for state in states]}
     sys.stdout.write(json.dumps(record) + "\n")
     sys.stdout.flush()
 
 
-def _table(paths: RunPaths, states: list[StageState]) -> Table:
+def _table(paths: RunPaths, states: list[ProcessState]) -> Table:
     table = Table(title=cell(paths.run_name))
     for column in ("stage", "state", "progress", "facts", "spent", "left"):
         table.add_column(column, overflow="fold")
@@ -144,7 +98,7 @@ def _table(paths: RunPaths, states: list[StageState]) -> Table:
             cell(state.state, _COLOURS.get(state.state, "")),
             cell(progress),
             cell(state.message or facts),
-            _clock(state.spent_s),
+            _clock(state.seconds),
             _clock(state.left_s),
         )
     return table

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.artifacts.run_state import ProcessState, RunState
 from shared.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from shared.paths import STAGES, RunPaths
 from stages.ops.chain.processes import run_paths
-from stages.ops.look.run_state import ProcessState, RunState
 
 _LOG_NAMES = ("*.log", "*.out", "*.err")
 _TASK = re.compile(r"(?:^|[^a-z0-9])task_?([0-3])(?:$|[^0-9])", re.IGNORECASE)

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.artifacts.run_state import ProcessState
 from shared.errors import EXIT_BUG, EXIT_RETRY
 from shared.paths import STAGES
-from stages.ops.look.run_state import ProcessState
 from stages.ops.look.triage.case import Case, LogFile
 from stages.ops.look.triage.failure_rules import Rule
 from stages.ops.look.triage.last_attempt import read_last_attempt

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifacts.manifest import MANIFEST, fingerprint
+from shared.artifacts.run_state import RunState
 from shared.artifacts.unfinished import IDENTITY
 from shared.io import files
 from shared.paths import RunPaths, find_input
 from shared.target.model import TargetConfig, read_config
-from stages.ops.look.run_state import RunState
 from stages.ops.look.validate.findings import Wrong
 
 ARTIFACTS = ("synth", "dump", "train", "export", "bench")

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from rich.console import Console
 
 from shared.artifacts.manifest import MANIFEST
+from shared.artifacts.run_state import find_run
 from shared.config import RunConfig
 from shared.errors import EXIT_DONE, EXIT_OUTPUT
 from shared.io import files
 from shared.recipe import read_recipe
 from shared.target.model import weights_hash
 from stages.ops.config import ValidateConfig
-from stages.ops.look.run_state import find_run
 from stages.ops.look.validate import artifacts, check_bench, check_dump, check_synth, check_train
 from stages.ops.look.validate.artifacts import ARTIFACTS, MAKER, RunView
 from stages.ops.look.validate.findings import FAIL, Findings, Skipped, Wrong

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from shared.artifacts.run_state import ProcessState, find_run
 from shared.config import build
 from shared.errors import RetryableError, UserError
 from shared.paths import RunPaths
 from shared.runtime.status import Status
 from stages.ops.config import StatusConfig, WatchConfig
-from stages.ops.look.run_state import find_run
-from stages.ops.look.status import StageState, _looks, read_states, run, sparkline, watch
+from stages.ops.look.status import _looks, read_states, run, sparkline, watch
 
 ROOT = Path(__file__).resolve().parents[4]
 # A stage as far as its status goes: it says how far it is, and then nothing for a long time.
@@ -48,7 +48,7 @@ def worker(tmp_path: Path) -> Any:
     process.wait()
 
 
-def state_of(workspace: Path, stage: str) -> StageState:
+def state_of(workspace: Path, stage: str) -> ProcessState:
     (found,) = [state for state in read_states(RunPaths(workspace, "r")) if state.name == stage]
     return found
 

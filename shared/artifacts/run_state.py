@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the files of a run say about it: recipe, manifests, status files, logs; each is read once.
 
-In: the folder of a run. Out: `RunState`, of which status, watch, triage, review and validate are
-views. Costs reading some small files; no log and no artifact is opened.
+In: the folder of a run. Out: `RunState`, of which status, watch, triage, review, validate, estimates
+and bench's lineage are views. Costs reading some small files; no log and no artifact is opened.
 
 Whether a process lives is decided here and nowhere else. A process that was killed with SIGKILL
 leaves a status that says "running" for ever. On the same host its process id tells. From another
@@ -10,6 +10,7 @@ host its heartbeat tells: a process that lives touches its status file every few
 """
 
 import dataclasses
+import datetime
 import functools
 import re
 import socket
@@ -27,6 +28,7 @@ from shared.runtime.status import SILENT_AFTER_S, read_status
 
 # bench, the quietest stage, writes nothing while an engine is measured, which may take hours.
 _LONGEST_WAIT_S = 86_400.0
+_OF_PROGRESS = ("done", "total", "unit", "left_s")
 ENDED_BADLY = ("failed", "died", "stopped", "unreadable")
 # The worst first: a stage of several processes is what its worst process is.
 _BY_URGENCY = ("failed", "died", "unreadable", "running", "stopped", "to do", "done")
@@ -64,6 +66,46 @@ class ProcessState:
     @property
     def progress(self) -> Mapping[str, Any]:
         return self.record.get("progress") or {}
+
+    @property
+    def total(self) -> int | None:
+        return self.progress.get("total")
+
+    @property
+    def done(self) -> int | None:
+        """How much of `total` is done; the last of it is not reported piece by piece."""
+        return self.total if self.state == "done" else self.progress.get("done")
+
+    @property
+    def left_s(self) -> float | None:
+        """As last reported, less the time since; None where it does not run."""
+        left_s = self.progress.get("left_s")
+        if self.state != "running" or left_s is None:
+            return None
+        return max(0.0, left_s - (time.time() - float(self.record["updated_s"])))
+
+    @property
+    def unit(self) -> str:
+        return str(self.progress.get("unit", ""))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage reports beside its progress: rates, loss, failures."""
+        return {key: each for key, each in self.progress.items() if key not in _OF_PROGRESS}
+
+    def as_dict(self) -> dict[str, Any]:
+        """What an operator sees of it, as JSON values."""
+        return {
+            "name": self.name,
+            "state": self.state,
+            "done": self.done,
+            "total": self.total,
+            "unit": self.unit,
+            "facts": self.facts,
+            "spent_s": self.seconds,
+            "left_s": self.left_s,
+            "message": self.message,
+        }
 
 
 class RunState:
@@ -105,6 +147,22 @@ class RunState:
         if artifact not in self._manifests:
             self._manifests[artifact] = read_manifest(self.paths.root / artifact)
         return self._manifests[artifact]
+
+    def seconds(self, stage: str) -> float | None:
+        """From the start of a finished stage to its manifest; None where its status is gone.
+
+        Raises:
+            UserError: the manifest cannot be understood.
+        """
+        manifest = self.manifest(stage)
+        started_s = [float(p.record["started_s"]) for p in self.processes(stage) if p.record]
+        if manifest is None or not started_s:
+            return None
+        try:
+            ended = datetime.datetime.fromisoformat(manifest["provenance"]["finished"])
+            return max(0.0, ended.timestamp() - min(started_s))
+        except (ValueError, OverflowError):
+            return None
 
     def processes(self, stage: str) -> list[ProcessState]:
         """The stage's processes; one that is "to do" or "done" where no status file is there."""
