@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hub says of a target without its weights: config.json, and the tensors' names and shapes."""
+"""A target on the hub: its files, or its config.json and its tensors' names and shapes without them."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -8,6 +10,39 @@ from huggingface_hub import errors as hub
 
 from shared.errors import RetryableError, UserError
 from shared.io.safetensors_files import TensorInfo
+
+_NOT_THERE = (
+    hub.RepositoryNotFoundError,
+    hub.RevisionNotFoundError,
+    hub.EntryNotFoundError,
+    hub.HFValidationError,
+)
+
+
+def require_id(name: str, workspace: Path, *, label: str = "run.target") -> None:
+    """Refuse what is no folder here and cannot be a hub's either.
+
+    Raises:
+        UserError: it is no organisation/name.
+    """
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(
+            f"{label}: expected a model's folder at {workspace / name} or {Path(name).absolute()}, "
+            "or a hub id (organisation/name); found neither.",
+            code="target-not-found",
+            remedy="Correct the name, or mount the folder.",
+            facts={"target": name},
+        )
+
+
+def fetch(name: str, revision: str | None, *, label: str = "run.target") -> Path:
+    """All files of a model, in the hub's cache.
+
+    Raises:
+        UserError, RetryableError: as `fetch_config`.
+    """
+    with _asking(name, revision, label):
+        return Path(huggingface_hub.snapshot_download(name, revision=revision))
 
 
 def fetch_config(name: str, revision: str | None) -> Path:
@@ -17,24 +52,8 @@ def fetch_config(name: str, revision: str | None) -> Path:
         UserError: the hub has no such target, revision or file, or does not let us see it.
         RetryableError: the hub cannot be reached.
     """
-    try:
+    with _asking(name, revision, "run.target"):
         return Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision))
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        raise _unreachable(name, error) from error
-    except (
-        hub.RepositoryNotFoundError,
-        hub.RevisionNotFoundError,
-        hub.EntryNotFoundError,
-        hub.HFValidationError,
-    ) as error:
-        raise UserError(
-            f"{name} is no folder, and the hub answered: {str(error).splitlines()[0]}",
-            code="target-not-on-hub",
-            remedy="Correct the name or the revision, or set HF_TOKEN if the target is private or gated.",
-            facts={"target": name, "revision": revision},
-        ) from error
-    except (hub.HfHubHTTPError, OSError) as error:
-        raise _unreachable(name, error) from error
 
 
 def fetch_tensors(name: str, revision: str | None) -> dict[str, TensorInfo] | None:
@@ -44,11 +63,10 @@ def fetch_tensors(name: str, revision: str | None) -> dict[str, TensorInfo] | No
         RetryableError: the hub cannot be reached.
     """
     try:
-        metadata = huggingface_hub.get_safetensors_metadata(name, revision=revision)
-    except (hub.NotASafetensorsRepoError, hub.SafetensorsParsingError, hub.EntryNotFoundError):
+        with _asking(name, revision, "run.target"):
+            metadata = huggingface_hub.get_safetensors_metadata(name, revision=revision)
+    except (hub.NotASafetensorsRepoError, hub.SafetensorsParsingError, UserError):
         return None
-    except (hub.HfHubHTTPError, OSError) as error:
-        raise _unreachable(name, error) from error
     return {
         tensor: {"dtype": info.dtype, "shape": list(info.shape)}
         for file in metadata.files_metadata.values()
@@ -56,10 +74,28 @@ def fetch_tensors(name: str, revision: str | None) -> dict[str, TensorInfo] | No
     }
 
 
-def _unreachable(name: str, error: Exception) -> RetryableError:
+@contextlib.contextmanager
+def _asking(name: str, revision: str | None, label: str) -> Iterator[None]:
+    try:
+        yield
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        raise _unreachable(name, label, error) from error
+    except _NOT_THERE as error:
+        raise UserError(
+            f"{label}: {name} is no folder, and the hub answered: {str(error).splitlines()[0]}",
+            code="target-not-on-hub",
+            remedy="Correct the name or the revision, or set HF_TOKEN if the target is private or gated.",
+            facts={"target": name, "revision": revision},
+        ) from error
+    except (hub.HfHubHTTPError, OSError) as error:
+        raise _unreachable(name, label, error) from error
+
+
+def _unreachable(name: str, label: str, error: Exception) -> RetryableError:
     return RetryableError(
-        f"{name} is no folder here, and the hub could not be reached ({type(error).__name__}).",
+        f"{label}: {name} is no folder here, and the hub could not be reached "
+        f"({type(error).__name__}: {str(error)[:300]}).",
         code="hub-unreachable",
-        remedy="Check the network, or set HF_HOME to a filled cache.",
+        remedy="Check the name and the network, or set HF_HOME to a filled cache.",
         facts={"target": name},
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import RunConfig
-from shared.errors import RetryableError, UserError
+from shared.errors import UserError
 from shared.io.files import read_json, require_file
 from shared.paths import find_input
 
@@ -80,33 +80,10 @@ def locate(
                 facts={"path": str(found)},
             )
         return found
-    if target.count("/") != 1 or target.startswith((".", "/")):
-        raise UserError(
-            f"{label}: expected a model's folder at {workspace / target} or "
-            f"{Path(target).absolute()}, or a hub id (organisation/name); found neither.",
-            code="target-not-found",
-            remedy="Correct the name, or mount the folder.",
-            facts={"target": target},
-        )
-    import huggingface_hub
-    from huggingface_hub import errors as hub
+    from shared.target import hub
 
-    try:
-        return Path(huggingface_hub.snapshot_download(target, revision=revision))
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
-        raise UserError(
-            f"{label}: {target} is no folder, and the hub answered: {error}",
-            code="target-not-on-hub",
-            remedy="Correct the name or the revision, or set HF_TOKEN if the target is private or gated.",
-            facts={"target": target, "revision": revision},
-        ) from error
-    except (hub.LocalEntryNotFoundError, OSError) as error:
-        raise RetryableError(
-            f"{label}: {target} is no folder here, and the hub could not be reached ({error}).",
-            code="hub-unreachable",
-            remedy="Check the name and the network, or set HF_HOME to a filled cache.",
-            facts={"target": target},
-        ) from error
+    hub.require_id(target, workspace, label=label)
+    return hub.fetch(target, revision, label=label)
 
 
 def locate_trained(run: RunConfig, workspace: Path) -> Path:

@@ -117,7 +117,6 @@ def run_export(config: ExportConfig) -> None:
     """
     parent, target_config = _inputs(config)
     from stages.train.export.hf import export_head, require_replaceable
-    from stages.train.export.speculators import export_speculators
 
     config = budget.resolved(config, parent, target_config.hidden_size)
     folder = config.paths.stage("train")
@@ -135,11 +134,9 @@ def run_export(config: ExportConfig) -> None:
         "num_draft_tokens": config.walk_tokens,
         "template_kwargs": config.run.template_kwargs,
     }
-    if config.format == "hf":
-        export_head(head, out, **options)
-    else:
-        architectures = target_config.whole.get("architectures") or []
-        export_speculators(head, out, target_architectures=architectures, **options)
+    if config.format == "speculators":
+        options["target_architectures"] = target_config.whole.get("architectures") or []
+    export_head(head, out, **options)
     logger.info("exported step %d to %s", step, out)
     if config.push_to is not None:
         from stages.train.export.hub import push

@@ -143,20 +143,13 @@ def _find(
     folder = find_input(name, paths.workspace)
     if folder is not None:
         return folder, None
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(
-            "run.target: expected a model's folder in the workspace or here, or a hub id "
-            f"(organisation/name), found {name}.",
-            code="target-not-found",
-            remedy="Correct the recipe.",
-            facts={"target": name},
-        )
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub import errors as hub_errors
 
     from shared.target import hub
 
+    hub.require_id(name, paths.workspace)
     try:
         kept = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
         if any(Path(kept).glob("*.safetensors")):

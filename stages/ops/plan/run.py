@@ -67,15 +67,8 @@ def read_model(model: str, workspace: Path) -> tuple[Path, Any, dict[str, Tensor
         if path.name == "config.json" and any(path.parent.glob("*.safetensors")):
             tensors = safetensors_files.list_tensors(path.parent)
         return path, files.read_json(path), tensors
-    if model.count("/") != 1 or model.startswith((".", "/")):
-        raise UserError(
-            f"expected a model's folder, a config.json or a hub id (organisation/name), found "
-            f"{model!r}: nothing of that name in {workspace} or here.",
-            code="plan-model-missing",
-            remedy="Correct the name.",
-            facts={"model": model},
-        )
     from shared.target import hub
 
+    hub.require_id(model, workspace, label="model")
     path = hub.fetch_config(model, None)
     return path, files.read_json(path), hub.fetch_tensors(model, None)

@@ -10,7 +10,7 @@ copied from the target's config, since engines fail on keys and nulls that they 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_variant import CLASSIC
 from shared.errors import UserError
 from shared.io.files import atomic_folder, write_json, write_text
+from stages.train.export.speculators import speculators_config, speculators_name
 from stages.train.model import DraftHead
 
 
@@ -38,8 +39,9 @@ def export_head(
     num_draft_tokens: int = 3,
     name: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    target_architectures: Sequence[str] | None = None,
 ) -> None:
-    """Write the head to the folder `out`; what is there is replaced once the new one is checked.
+    """Write the head to the folder `out`; what is there is replaced once the new one is complete.
 
     Args:
         target: name or path of the target, for the model card's command.
@@ -48,32 +50,45 @@ def export_head(
         num_draft_tokens: K of the model card's command.
         name: the folder in that command, if it will be moved; default `out.name`.
         template_kwargs: the chat template's switches that the head was trained with.
+        target_architectures: of the target's config.json; given, the layout is the speculators library's.
 
     Raises:
         OutputError: the tensors are not exactly those that engines load.
     """
+    config = config_json(head.config, dtype=dtype)
+    rename: Callable[[str], str] = str
+    if target_architectures is not None:
+        rename = speculators_name
+        config = speculators_config(
+            head.config,
+            dtype=dtype,
+            target=target,
+            target_architectures=target_architectures,
+            num_draft_tokens=num_draft_tokens,
+        )
     weights = {
-        name: tensor.detach()
+        rename(name): tensor.detach()
         .to("cpu", DTYPES[dtype] if tensor.is_floating_point() else None)
         .contiguous()
         for name, tensor in head.state_dict().items()
     }
+    card = model_card(
+        head.config,
+        target=target,
+        provenance=provenance,
+        name=name or out.name,
+        num_draft_tokens=num_draft_tokens,
+        template_kwargs=template_kwargs or {},
+    )
     with atomic_folder(out) as folder:
-        write_json(folder / "config.json", config_json(head.config, dtype=dtype))
-        write_weights(weights, folder / "model.safetensors")
-        card = model_card(
-            head.config,
-            target=target,
-            provenance=provenance,
-            name=name or out.name,
-            num_draft_tokens=num_draft_tokens,
-            template_kwargs=template_kwargs or {},
-        )
+        write_json(folder / "config.json", config)
+        _write_weights(weights, folder / "model.safetensors")
         write_text(folder / "README.md", card)
-        check_export(folder)
+        if target_architectures is None:
+            check_export(folder)
 
 
-def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file that other users may read.
 
     Raises:

@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained draft head in the layout of the speculators library, which vLLM serves too.
+"""config.json and tensor names of a draft head in the speculators library's layout, which vLLM serves too.
 
-In: a head. Out: a folder with `config.json`, `model.safetensors` and a model card, complete before it
-gets its final name. The file states `norm_before_residual`, since vLLM assumes true without it. The
-decoder's tensors are named `layers.0.*` here and `midlayer.*` in our own layout.
+The file states `norm_before_residual`, since vLLM assumes true without it. The decoder's tensors are
+named `layers.0.*` here and `midlayer.*` in our own layout.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from shared.contracts.exported_head import DTYPES, config_json, stated_norms, stated_window
+from shared.contracts.exported_head import config_json, stated_norms, stated_window
 from shared.contracts.head_config import HeadConfig
-from shared.io.files import atomic_folder, write_json, write_text
-from stages.train.export.hf import model_card, write_weights
-from stages.train.model import DraftHead
 
 VERSION = "0.9.0"  # of the speculators library whose layout this is
 _LAYER_KEYS = (
@@ -74,49 +69,6 @@ def speculators_config(
     }
 
 
-def export_speculators(
-    head: DraftHead,
-    out: Path,
-    *,
-    target: str,
-    target_architectures: Sequence[str],
-    provenance: Mapping[str, Any],
-    dtype: str = "bfloat16",
-    num_draft_tokens: int = 3,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the head to the folder `out`, replacing what stood there.
-
-    Args:
-        target: name or path of the target.
-        target_architectures: of its config.json.
-        provenance: how the head was made, JSON values for the card.
-        dtype: of the weights, `bfloat16` or `float32`.
-        num_draft_tokens: default K of the engines.
-        template_kwargs: the chat template's switches that the head was trained with.
-    """
-    weights = {
-        name.replace("midlayer.", "layers.0."): tensor.detach()
-        .to("cpu", DTYPES[dtype] if tensor.is_floating_point() else None)
-        .contiguous()
-        for name, tensor in head.state_dict().items()
-    }
-    config = speculators_config(
-        head.config,
-        dtype=dtype,
-        target=target,
-        target_architectures=target_architectures,
-        num_draft_tokens=num_draft_tokens,
-    )
-    card = model_card(
-        head.config,
-        target=target,
-        provenance=provenance,
-        name=out.name,
-        num_draft_tokens=num_draft_tokens,
-        template_kwargs=template_kwargs or {},
-    )
-    with atomic_folder(out) as folder:
-        write_json(folder / "config.json", config)
-        write_weights(weights, folder / "model.safetensors")
-        write_text(folder / "README.md", card)
+def speculators_name(name: str) -> str:
+    """`midlayer.mlp.up_proj.weight` is that layout's `layers.0.mlp.up_proj.weight`."""
+    return name.replace("midlayer.", "layers.0.")

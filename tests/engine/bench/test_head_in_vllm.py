@@ -189,7 +189,6 @@ def test_both_layouts_that_train_writes_fit_for_any_number_of_aux_layers(
 ) -> None:
     from shared.contracts.head_config import HeadConfig
     from stages.train.export.hf import export_head
-    from stages.train.export.speculators import export_speculators
     from stages.train.model import DraftHead
 
     raw = json.loads((place / "tiny" / "config.json").read_text())
@@ -201,7 +200,7 @@ def test_both_layouts_that_train_writes_fit_for_any_number_of_aux_layers(
         export_head(head, out, target="tiny", provenance={})
     else:
         names = ["LlamaForCausalLM"]
-        export_speculators(head, out, target="tiny", target_architectures=names, provenance={})
+        export_head(head, out, target="tiny", target_architectures=names, provenance={})
     check(place, out, tmp_path / "work")
     if len(aux_layers) != 3:  # without the number of them vLLM expects three
         written = json.loads((out / "config.json").read_text())

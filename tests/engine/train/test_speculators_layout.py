@@ -6,12 +6,12 @@ from pathlib import Path
 from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
 
 from shared.io.files import read_json
-from stages.train.export.speculators import export_speculators
+from stages.train.export.hf import export_head
 from tests.quick.train.export.test_export import CONFIG, make_head
 
 
 def test_vllm_reads_the_head_and_its_draft_length(tmp_path: Path) -> None:
-    export_speculators(
+    export_head(
         make_head(),
         tmp_path / "head",
         target="models/small",

@@ -22,7 +22,6 @@ from shared.io.files import read_json
 from shared.target import model as targets
 from shared.target.tensors import read_tensors
 from stages.train.export.hf import export_head
-from stages.train.export.speculators import export_speculators
 from stages.train.model import DraftHead
 from tests.engine.process_group import single_process_group
 from tests.heads import draft_logits
@@ -165,7 +164,7 @@ def as_ours(head: DraftHead, out: Path) -> None:
 
 
 def as_speculators(head: DraftHead, out: Path) -> None:
-    export_speculators(
+    export_head(
         head,
         out,
         target="tiny",

@@ -19,7 +19,6 @@ from shared.io import files
 from shared.runtime.status import Status
 from stages.train import launch as ranks
 from stages.train.export import hf as export
-from stages.train.export import speculators as export_speculators
 from stages.train.loop import checkpoint, distributed, history
 from stages.train.loop.checkpoint import Checkpoints
 from tests.quick.shared.artifacts.test_manifest import dump_config, finished, synth_config
@@ -157,10 +156,8 @@ def test_a_full_disk_in_an_export_is_the_users(
     head, out, made = make_head(), tmp_path / "head", {"target": "t", "provenance": {}}
     monkeypatch.setattr(export, "save_file", refuse)
     with pytest.raises(UserError, match=r"could not write .*No space left"):
-        if layout == "hf":
-            export.export_head(head, out, **made)
-        else:
-            export_speculators.export_speculators(head, out, target_architectures=[], **made)
+        architectures = None if layout == "hf" else []
+        export.export_head(head, out, target_architectures=architectures, **made)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,7 @@ from shared.contracts.layers import to_output_ids
 from shared.errors import UserError
 from stages.train.config import TrainConfig
 from stages.train.export import warm_start
-from stages.train.export.speculators import export_speculators
+from stages.train.export.hf import export_head
 from stages.train.model import DraftHead
 from tests.heads import write_random_head
 from tests.models import tiny_llama
@@ -33,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_random_head(folder / "full", target=target, aux_layers=AUX)
     head = start(folder, "ours")
     names = ["LlamaForCausalLM"]
-    export_speculators(
+    export_head(
         head,
         folder / "theirs",
         target="t",
@@ -158,7 +158,7 @@ def test_a_head_keeps_its_own_norms(place: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"train\.variant") as refused:
             start(place, name, **flags)
         assert refused.value.code == "warm-start-unfit"
-    export_speculators(
+    export_head(
         head,
         tmp_path / "theirs",
         target="t",
