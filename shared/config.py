@@ -61,6 +61,19 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+# The keys of `run` that decide what the target's server answers: synth and bench consume them.
+SERVED_KEYS = (
+    "target",
+    "target_revision",
+    "max_length_tokens",
+    "reasoning",
+    "chat_template",
+    "chat_template_kwargs",
+    "seed",
+    "trust_remote_code",
+)
+
+
 class RunConfig(Section):
     """What all stages of a run must agree on."""
 

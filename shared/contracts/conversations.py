@@ -9,6 +9,7 @@ Worked example: a prompt of 3 tokens and an answer of 2 (its end-of-turn token i
 `[0, 0, 0, 1, 1]`.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -151,12 +152,9 @@ def _require_schema(path: Path, found: Any) -> None:
         )
 
 
-def read_columns(path: Path, names: Sequence[str]) -> Any:
-    """Some columns of a part, as a pyarrow table: what accounting needs without the token ids.
-
-    Raises:
-        UserError: not a Parquet file, or another schema or version.
-    """
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A part as pyarrow's file, its schema checked; what is wrong with it as one refusal."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -164,11 +162,21 @@ def read_columns(path: Path, names: Sequence[str]) -> Any:
     try:
         with pq.ParquetFile(path) as part:
             _require_schema(path, part.schema_arrow)
-            columns = part.read(columns=list(names))
-            columns.validate(full=True)
-            return columns
+            yield part
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         raise _wrong_part(path, error) from error
+
+
+def read_columns(path: Path, names: Sequence[str]) -> Any:
+    """Some columns of a part, as a pyarrow table: what accounting needs without the token ids.
+
+    Raises:
+        UserError: not a Parquet file, or another schema or version.
+    """
+    with _opened(path) as part:
+        columns = part.read(columns=list(names))
+        columns.validate(full=True)
+        return columns
 
 
 def read_part(path: Path) -> Iterator[Conversation]:
@@ -177,18 +185,10 @@ def read_part(path: Path) -> Iterator[Conversation]:
     Raises:
         UserError: not a Parquet file, another schema or version, or spans outside the tokens.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    require_file(path)
-    try:
-        with pq.ParquetFile(path) as part:
-            _require_schema(path, part.schema_arrow)
-            for batch in part.iter_batches(batch_size=256):
-                batch.validate(full=True)
-                yield from map(_conversation, batch.to_pylist())
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        raise _wrong_part(path, error) from error
+    with _opened(path) as part:
+        for batch in part.iter_batches(batch_size=256):
+            batch.validate(full=True)
+            yield from map(_conversation, batch.to_pylist())
 
 
 def read_conversations(folder: Path) -> Iterator[Conversation]:

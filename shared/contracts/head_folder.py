@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from shared.errors import UserError
-from shared.io.files import read_json, require_file
+from shared.io.files import read_json
 from shared.io.records import Shape, require_shape
-from shared.io.safetensors_files import read_header
+from shared.io.safetensors_files import opened, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,23 +161,12 @@ def _read_tensors(path: Path, *, only: str | None = None) -> "dict[str, Tensor]"
     Raises:
         UserError: the file is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     if path.suffix == ".bin":
         found = _unpickled(path)
         return {name: found[name] for name in found if only in (None, name)}
-    require_file(path)
-    try:
-        with safe_open(path, "pt") as weights:
-            names = [name for name in weights.keys() if only in (None, name)]  # noqa: SIM118 - no mapping
-            return {name: weights.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: expected a head's tensors, found: {error}.",
-            code="head-damaged",
-            remedy="Restore the file, or export the head again.",
-            facts={"path": str(path)},
-        ) from error
+    with opened(path, "pt") as weights:
+        names = [name for name in weights.keys() if only in (None, name)]  # noqa: SIM118 - no mapping
+        return {name: weights.get_tensor(name) for name in names}
 
 
 def _unpickled(path: Path) -> "dict[str, Tensor]":

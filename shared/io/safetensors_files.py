@@ -54,7 +54,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         UserError: missing, or no safetensors file.
     """
-    with _opened(path, "np") as handle:
+    with opened(path, "np") as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
         return {
             name: {"dtype": part.get_dtype(), "shape": part.get_shape()}
@@ -112,7 +112,7 @@ def read_tensor(folder: Path, name: str) -> "torch.Tensor":
     else:
         files = list_files(folder)
     for path in files:
-        with _opened(path, "pt") as handle:
+        with opened(path, "pt") as handle:
             if name in handle.keys():  # noqa: SIM118  # it is no mapping
                 tensor: torch.Tensor = handle.get_tensor(name)
                 return tensor
@@ -126,7 +126,12 @@ def read_tensor(folder: Path, name: str) -> "torch.Tensor":
 
 
 @contextmanager
-def _opened(path: Path, framework: str) -> Iterator[Any]:
+def opened(path: Path, framework: str) -> Iterator[Any]:
+    """Safetensors' own handle of a file, whose tensors are numpy's (`np`) or torch's (`pt`).
+
+    Raises:
+        UserError: missing, or no safetensors file.
+    """
     from safetensors import SafetensorError, safe_open
 
     require_file(path)

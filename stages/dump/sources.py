@@ -11,6 +11,7 @@ import abc
 import dataclasses
 import hashlib
 import os
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,29 +43,27 @@ class RowSource(abc.ABC):
         is_greedy: whether each answer token is the target's own argmax.
     """
 
-    parents: Mapping[str, Mapping[str, Any]]
-    inputs: Mapping[str, str]
-    is_greedy: bool
+    parents: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({})
+    inputs: Mapping[str, str] = types.MappingProxyType({})
+    is_greedy: bool = False
 
     @abc.abstractmethod
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
         """Every row, in an order that never changes; those that cannot be read are accounted for."""
 
-    @abc.abstractmethod
-    def require_target(self, target_folder: Path, target_hash: str) -> None:
+    def require_target(self, target_folder: Path, target_hash: str) -> None:  # noqa: B027
         """Refuse a target that these rows are not for.
 
         Raises:
             UserError: another target gave the answers, or this one has no chat template.
         """
 
-    def require_unchanged(self) -> None:
+    def require_unchanged(self) -> None:  # noqa: B027
         """Refuse rows that are not those that their stage wrote; asked before they are read.
 
         Raises:
             UserError: with the file that is damaged.
         """
-        return
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +113,6 @@ class PlainRows(RowSource):
     inputs: Mapping[str, str]
     run: RunConfig
     special_token_text: Policy
-    parents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    is_greedy: bool = False
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
         # Here, not above: an artifact that is done already must not wait for a tokenizer.
@@ -145,8 +142,6 @@ class StateRows(RowSource):
     folder: Path
     aux_layers: tuple[int, ...] | None
     inputs: Mapping[str, str]
-    parents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    is_greedy: bool = False
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
         # Here, not above: an artifact that is done already must not wait for torch.
@@ -180,9 +175,6 @@ class StateRows(RowSource):
                 num_prompt_tokens=len(ids) - answered,
                 num_completion_tokens=answered,
             )
-
-    def require_target(self, target_folder: Path, target_hash: str) -> None:
-        """Nothing in the files names a target; their sizes and `parity` tell."""
 
 
 def state_files(folder: Path) -> list[Path]:

@@ -7,7 +7,14 @@ from typing import Any, ClassVar, Literal
 import pydantic
 
 from shared.artifacts.sharding import ShardedConfig
-from shared.config import SecretValueError, Section, identity, is_plain_url, operational
+from shared.config import (
+    SERVED_KEYS,
+    SecretValueError,
+    Section,
+    identity,
+    is_plain_url,
+    operational,
+)
 from shared.prompts.sources import Source
 from shared.target.special_tokens import POLICY_DOC, Policy
 
@@ -70,16 +77,7 @@ class SynthConfig(ShardedConfig):
     """
 
     section: ClassVar[str] = "synth"
-    consumes: ClassVar[tuple[str, ...]] = (
-        "target",
-        "target_revision",
-        "max_length_tokens",
-        "reasoning",
-        "chat_template",
-        "chat_template_kwargs",
-        "seed",
-        "trust_remote_code",
-    )
+    consumes: ClassVar[tuple[str, ...]] = SERVED_KEYS
 
     groups: ClassVar[Mapping[str, str]] = {
         "Data": "prompts sources mode max_samples shuffle shuffle_buffer_rows deduplicate",

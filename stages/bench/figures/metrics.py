@@ -28,8 +28,16 @@ class Counters:
     num_accepted_tokens_per_pos: tuple[int, ...]  # [K]
 
     @classmethod
-    def zero(cls, num_speculative_tokens: int) -> "Counters":
-        return cls(0, 0, 0, (0,) * num_speculative_tokens)
+    def of(cls, values: Iterable[int]) -> "Counters":
+        """From drafts, draft tokens, accepted tokens and the accepted ones by position, in a row."""
+        drafts, drafted, accepted, *per_pos = values
+        return cls(drafts, drafted, accepted, tuple(per_pos))
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """As `of` takes them."""
+        scalars = (self.num_drafts, self.num_draft_tokens, self.num_accepted_tokens)
+        return (*scalars, *self.num_accepted_tokens_per_pos)
 
     @classmethod
     def from_histogram(cls, accepted_by_draft: Sequence[int], *, draft_tokens: int) -> "Counters":
@@ -70,42 +78,18 @@ def delta(before: Counters, after: Counters) -> Counters:
             f"expected two readings of one engine, found {len(early)} draft positions before and "
             f"{len(late)} after"
         )
-    difference = Counters(
-        after.num_drafts - before.num_drafts,
-        after.num_draft_tokens - before.num_draft_tokens,
-        after.num_accepted_tokens - before.num_accepted_tokens,
-        tuple(b - a for a, b in zip(early, late, strict=True)),
-    )
-    scalars = (
-        difference.num_drafts,
-        difference.num_draft_tokens,
-        difference.num_accepted_tokens,
-    )
-    if min(*scalars, *difference.num_accepted_tokens_per_pos) < 0:
+    difference = [b - a for a, b in zip(before.values, after.values, strict=True)]
+    if min(difference) < 0:
         raise _contradiction(
             f"one ran backwards (before {before}, after {after}): the engine was restarted in between"
         )
-    return difference
+    return Counters.of(difference)
 
 
 def total(parts: Iterable[Counters], *, num_speculative_tokens: int) -> Counters:
     """The sum of `parts`: of one category's requests, say."""
-    result = Counters.zero(num_speculative_tokens)
-    for part in parts:
-        result = Counters(
-            result.num_drafts + part.num_drafts,
-            result.num_draft_tokens + part.num_draft_tokens,
-            result.num_accepted_tokens + part.num_accepted_tokens,
-            tuple(
-                a + b
-                for a, b in zip(
-                    result.num_accepted_tokens_per_pos,
-                    part.num_accepted_tokens_per_pos,
-                    strict=True,
-                )
-            ),
-        )
-    return result
+    nothing = (0,) * (3 + num_speculative_tokens)
+    return Counters.of(map(sum, zip(nothing, *(part.values for part in parts), strict=True)))
 
 
 def check(counters: Counters, *, num_speculative_tokens: int, always_drafts: bool) -> None:

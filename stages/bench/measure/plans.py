@@ -6,7 +6,7 @@ the tokenisation of the prompts. Near max_model_len vLLM drafts zeros and counts
 row is computed and its end gets 3 K more positions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,16 +95,6 @@ def groups(
     return [(None, conversations)] if one_loop else list(by_category(conversations).items())
 
 
-def prompt_ids(
-    tokenizer: Any,
-    messages: Sequence[Any],
-    tools: Sequence[Any],
-    template_kwargs: Mapping[str, Any],
-) -> list[int]:
-    """A chat as the engine gets it, up to where the target speaks."""
-    return ChatTemplate(tokenizer, template_kwargs).prompt_ids(messages, tools)
-
-
 def check_room(name: str, prompt_tokens: int, max_tokens: int, depth: int, limit: int) -> None:
     """Refuse a row near whose end vLLM would draft zeros and count them.
 
@@ -136,11 +126,12 @@ def _longest_row(
         UserError: the target cannot hold a row; it is named.
     """
     tokenizer = load_chat_tokenizer(folder, config.run, config.workspace)
+    template = ChatTemplate(tokenizer, config.run.template_kwargs)
     answer, depth = max(config.max_tokens), max(config.num_speculative_tokens)
     longest = 0
     for conversation in [*conversations, *warmup()]:
         asked = [message for step in conversation.steps for message in step]
-        tokens = len(prompt_ids(tokenizer, asked, conversation.tools, config.run.template_kwargs))
+        tokens = len(template.prompt_ids(asked, conversation.tools))
         history = (len(conversation.steps) - 1) * (answer + _TURN_SLACK_TOKENS)
         if limit is not None:
             check_room(conversation.id, tokens + history, answer, depth, limit)

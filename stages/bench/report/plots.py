@@ -8,9 +8,10 @@ has a title and named axes with units; a value that was not measured leaves a ga
 import functools
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
-import matplotlib
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -23,29 +24,7 @@ Series = Mapping[str, Mapping[str, Any]]  # a name in the legend -> an engine's 
 
 INK, QUIET, GRID = "#24313d", "#7d8893", "#e4e8ec"
 COLOURS = ("#2b6c8f", "#d08a3e", "#6a9a58", "#8d6aa8", "#b5544d", "#5f6f7c")
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "eyrie",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "text.parse_math": False,  # a category may hold a dollar sign
-    "axes.labelcolor": INK,
-    "axes.edgecolor": QUIET,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
+STYLE = Path(__file__).with_name("report.mplstyle")
 SIZE_INCHES = (5.6, 3.6)
 
 
@@ -54,7 +33,7 @@ def _as_svg(draw: Callable[Concatenate[Axes, P], None]) -> Callable[P, str]:
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
-        with matplotlib.rc_context(STYLE):
+        with style.context(STYLE):
             figure = Figure(figsize=SIZE_INCHES, layout="constrained")
             draw(figure.subplots(), *args, **kwargs)
             text = io.StringIO()

@@ -52,18 +52,6 @@ class Architecture:
         return str((self.raw.get("architectures") or ["unknown"])[0])
 
     @property
-    def hidden_size(self) -> int:
-        return self.target.hidden_size
-
-    @property
-    def num_layers(self) -> int:
-        return self.target.num_layers
-
-    @property
-    def vocab_size(self) -> int:
-        return self.target.vocab_size
-
-    @property
     def num_heads(self) -> int:
         return int(self.text["num_attention_heads"])
 

@@ -48,7 +48,7 @@ def make_plan(
     """
     size = weights.weigh(target, tensors)
     width, reason = weights.draft_width(target)
-    aux = layers.resolve_aux_layers(chosen_aux_layers(target), target.num_layers)
+    aux = layers.resolve_aux_layers(chosen_aux_layers(target), target.target.num_layers)
     head = HeadConfig.from_json(
         {**target.text, "intermediate_size": width, "max_position_embeddings": longest(target)},
         aux_layers=aux,
@@ -61,7 +61,7 @@ def make_plan(
         for gpu, facts in read_data("gpus.yaml").items()
         if size.bytes is not None
     }
-    token_bytes = layers.state_bytes(1, len(aux), target.hidden_size)
+    token_bytes = layers.state_bytes(1, len(aux), target.target.hidden_size)
     return Plan(
         model,
         target,
@@ -76,7 +76,7 @@ def make_plan(
 
 def chosen_aux_layers(target: Architecture) -> list[int] | None:
     """None for the default; spread ids for a target that is too shallow for it."""
-    depth = target.num_layers
+    depth = target.target.num_layers
     return None if depth >= layers.MIN_LAYERS_FOR_DEFAULT else sorted({1, depth // 2, depth - 1})
 
 
@@ -86,7 +86,7 @@ def longest(target: Architecture) -> int:
 
 
 def _draft_vocab_size(target: Architecture) -> int:
-    return min(32_000, target.vocab_size)
+    return min(32_000, target.target.vocab_size)
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -107,7 +107,9 @@ def warnings(plan: Plan) -> list[str]:
     if tokenizer := read_data("tokenizers.yaml").get(target.target.whole.get("model_type")):
         found.append(f"tokenizer: {tokenizer}")
     if chosen_aux_layers(target) is not None:
-        found.append(f"only {target.num_layers} layers: the recipe names aux layers that fit")
+        found.append(
+            f"only {target.target.num_layers} layers: the recipe names aux layers that fit"
+        )
     return found
 
 

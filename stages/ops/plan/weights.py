@@ -104,7 +104,7 @@ def draft_width(target: Architecture) -> tuple[int, str]:
         return width, "the target's own"
     if width and target.target.raw.get("moe_intermediate_size"):
         return width, f"the dense width, not an expert's {target.expert_width}"
-    if width >= 2 * target.hidden_size:
+    if width >= 2 * target.target.hidden_size:
         return width, "an expert's, which is as wide as a dense layer's"
     together = target.active_experts * target.expert_width
     return together, (

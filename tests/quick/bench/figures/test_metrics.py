@@ -104,7 +104,7 @@ def test_only_a_drafter_that_may_skip_may_draft_less() -> None:
 
 
 def test_no_draft_at_all() -> None:
-    nothing = Counters.zero(3)
+    nothing = Counters.of((0,) * 6)
     figures = acceptance(nothing, num_speculative_tokens=3, always_drafts=False)
     assert (figures.acceptance_length, figures.acceptance_rate) == (1.0, 0.0)
     with pytest.raises(OutputError, match="none was made"):

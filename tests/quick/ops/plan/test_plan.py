@@ -73,7 +73,7 @@ def test_what_a_target_is(name: str) -> None:
 def test_sizes_that_a_config_leaves_out_are_its_class_s() -> None:
     plan = plan_of("gemma-3-27b-it")
     assert "vocab_size" not in config_of("gemma-3-27b-it")["text_config"]
-    assert plan.target.vocab_size == 262208
+    assert plan.target.target.vocab_size == 262208
     assert plan.head.max_position_embeddings == 131072
 
 
