@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+import jinja2
 import yaml
 
 from shared.errors import UserError
@@ -34,18 +35,6 @@ _PROCESS_GIB = 32
 _SPARE = 1.25
 _ARM_HOSTS = ("GB200",)
 _LONGEST_SUFFIX = 40  # a Job's name has 63 characters, of which pods take some
-
-
-class _Readable(yaml.SafeDumper):
-    """Texts of several lines as they stand, as a person would write them."""
-
-
-_Readable.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
-    ),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,51 +120,14 @@ def write(plan: Plan, config: PlanConfig, folder: Path) -> None:
 
 def _kustomization(plan: Plan, config: PlanConfig, found: dict[str, Pod], base: str) -> str:
     suffix = re.sub(r"[^a-z0-9]+", "-", run_name(plan, config).lower()).strip("-")
-    head = [
-        "# SPDX-License-Identifier: Apache-2.0",
-        printable(f"# {plan.model} on {config.nodes} nodes of {config.gpu}, as planned."),
-        "#   kubectl apply -f storage.yaml     once: namespace and claims",
-        "#   kubectl apply -k . -l 'app.kubernetes.io/component in (recipe, synth)'",
-    ]
-    if config.gpu in _ARM_HOSTS:
-        head.append(
-            "# Its hosts are Arm: build the images of the GPU flavour on one (docker/README.md)."
-        )
-    labels = {"app.kubernetes.io/name": "eyrie", "app.kubernetes.io/component": "recipe"}
-    sections = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "namespace": "eyrie",
-        # A Job's template cannot be changed: another run, another name.
-        "nameSuffix": f"-{suffix[:_LONGEST_SUFFIX].strip('-') or 'run'}",
-        "resources": [base],
-        "configMapGenerator": [
-            {"name": "recipe", "files": ["recipe.yaml"], "options": {"labels": labels}}
-        ],
-        "patches": [
-            {"target": {"kind": "Job", "name": stage}, "patch": _patch(stage, pod)}
-            for stage, pod in found.items()
-        ],
-    }
-    return "\n".join(head) + "\n\n" + yaml.dump(sections, Dumper=_Readable, sort_keys=False)
-
-
-def _patch(stage: str, pod: Pod) -> str:
-    """What this target changes of the base's Job, as JSON patches (RFC 6902)."""
-    container = "/spec/template/spec/containers/0"
-    changes: dict[str, object] = {
-        f"{container}/resources/limits": {
-            "cpu": str(pod.cpus),
-            "memory": f"{pod.memory_gib}Gi",
-            "nvidia.com/gpu": pod.gpus,
-        },
-        "/spec/template/spec/volumes/3/emptyDir/sizeLimit": f"{pod.shm_gib}Gi",
-    }
-    if stage in ("synth", "dump"):  # one number in three places
-        changes |= {"/spec/completions": pod.shards, "/spec/parallelism": pod.shards}
-        changes[f"{container}/args/3"] = str(pod.shards)
-    listed = [{"op": "replace", "path": path, "value": value} for path, value in changes.items()]
-    return yaml.safe_dump(listed, sort_keys=False)
+    template = Path(__file__).with_name("data") / "kustomization.yaml.j2"
+    return jinja2.Template(template.read_text(encoding="utf-8"), trim_blocks=True).render(
+        title=printable(f"{plan.model} on {config.nodes} nodes of {config.gpu}, as planned."),
+        suffix=suffix[:_LONGEST_SUFFIX].strip("-") or "run",
+        base=base,
+        is_arm=config.gpu in _ARM_HOSTS,
+        pods=found,
+    )
 
 
 def _storage(plan: Plan, config: PlanConfig) -> str:

@@ -6,36 +6,50 @@ so. A launcher's logs say no such thing: there a task passes when its log has li
 it, and the page says that this is all that is known.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from shared.errors import UserError
 from shared.io import files
 from shared.paths import STAGES
-from stages.ops.look.triage.diagnosis import Diagnosis, Outcome, rerun_command
+from stages.ops.look.triage.diagnosis import Outcome, rerun_command
 from stages.ops.look.triage.matching import Findings
 from stages.ops.look.triage.text import safe, shown
 
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+# A log's words come from strangers.
+_TEMPLATES.filters |= {
+    "safe": safe,
+    "cell": lambda text: safe(text).replace("|", "\\|"),
+    "shown": shown,
+}
 _VERDICTS = {"done": "PASS", "failed": "FAIL", "died": "FAIL"}
 
 
 def as_markdown(outcome: Outcome) -> str:
     """The whole page."""
-    case = outcome.case
     verdicts = {stage: _verdict(stage, outcome) for stage in STAGES}
     failed = [stage for stage in STAGES if verdicts[stage] == "FAIL"]
-    lines = [f"# Review of {safe(str(case.root or 'logs'))}", ""]
-    lines += [_summary(failed, verdicts, outcome.of(None)), ""]
-    lines += ["| stage | verdict | what its files say | log |", "|---|---|---|---|"]
-    lines += [_row(stage, verdicts[stage], outcome) for stage in STAGES]
-    firsts = {each.stage: each for each in reversed(outcome.diagnoses)}
-    for stage in (*STAGES, None):
-        lines += ["", *_section(firsts[stage])] if stage in firsts else []
-    lines += ["", "## Next", "", *_next(outcome, verdicts)]
-    if case.kind != "run":
-        lines += ["", "From the logs alone: a task whose log shows no failure counts as passed."]
-    return "\n".join(lines) + "\n"
+    left = [stage for stage in STAGES if verdicts[stage] not in ("PASS", "RUNNING")]
+    firsts = {found.stage: found for found in reversed(outcome.diagnoses)}
+    return _TEMPLATES.get_template("review.md.j2").render(
+        root=outcome.case.root or "logs",
+        is_run=outcome.case.kind == "run",
+        verdicts=verdicts,
+        failed=failed or (["a log of no known stage"] if outcome.of(None) else []),
+        unfinished=[stage for stage in STAGES if verdicts[stage] != "PASS"],
+        rows=[(stage, verdicts[stage], *_row(stage, outcome)) for stage in STAGES],
+        sections=[firsts[stage] for stage in (*STAGES, None) if stage in firsts],
+        top=outcome.top,
+        rerun=rerun_command(outcome.case, left[0]) if left else "",
+    )
 
 
 def _verdict(stage: str, outcome: Outcome) -> str:
@@ -57,23 +71,11 @@ def _findings(stage: str, outcome: Outcome) -> list[Findings]:
     return [found for log, found in outcome.findings if log.stage == stage]
 
 
-def _summary(failed: list[str], verdicts: Mapping[str, str], loose: list[Diagnosis]) -> str:
-    if failed or loose:
-        return f"**FAIL**: {', '.join(failed) or 'a log of no known stage'}."
-    if all(verdict == "PASS" for verdict in verdicts.values()):
-        return "**PASS**: all four stages."
-    left = [stage for stage, verdict in verdicts.items() if verdict != "PASS"]
-    return f"**NOT FINISHED**: {', '.join(left)}."
-
-
-def _row(stage: str, verdict: str, outcome: Outcome) -> str:
+def _row(stage: str, outcome: Outcome) -> tuple[str, str]:
+    """(what the stage's files say, its logs)."""
     attempts = [found.attempt for found in _findings(stage, outcome)]
     logs = ", ".join(f"{each.path.name} ({each.num_lines} lines)" for each in attempts) or "none"
-    return f"| {stage} | {verdict} | {_cell(_facts(stage, outcome))} | {_cell(logs)} |"
-
-
-def _cell(text: str) -> str:
-    return safe(text).replace("|", "\\|")
+    return _facts(stage, outcome), logs
 
 
 def _facts(stage: str, outcome: Outcome) -> str:
@@ -115,21 +117,3 @@ def _acceptance_length(path: Path) -> float | None:
     for key in ("head", "acceptance", "acceptance_length"):
         report = report.get(key) if isinstance(report, dict) else None
     return report if isinstance(report, float) else None
-
-
-def _section(found: Diagnosis) -> list[str]:
-    lines = [f"## {found.stage or 'A log of no known stage'}: {safe(found.cause)}", ""]
-    if found.evidence:
-        lines += [f"    {shown(found.evidence)}", ""]
-    return [*lines, f"{safe(found.fix).rstrip('.')}."]
-
-
-def _next(outcome: Outcome, verdicts: Mapping[str, str]) -> list[str]:
-    if top := outcome.top:
-        fix = safe(top.fix).rstrip(".")
-        return [f"1. {fix}.", "2. Then:", "", f"       {safe(top.rerun)}"]
-    left = [stage for stage, verdict in verdicts.items() if verdict not in ("PASS", "RUNNING")]
-    if left:
-        return [f"    {safe(rerun_command(outcome.case, left[0]))}"]
-    running = [stage for stage, verdict in verdicts.items() if verdict == "RUNNING"]
-    return [f"Wait for {', '.join(running)}." if running else "Nothing: the head is in export/."]
