@@ -22,6 +22,7 @@ from shared.prompts import folders, formats, hub
 from shared.prompts.columns import COLUMNS
 from shared.prompts.messages import Unusable
 from shared.prompts.rows import BadRow, Prompt, parse_row, short_hash
+from shared.runtime.status import Accounting
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -213,3 +214,13 @@ class Duplicates:
 def without_duplicates(rows: Iterable[Prompt | BadRow]) -> Iterator[Prompt | BadRow]:
     """The rows, a second one with the same id as a BadRow."""
     return Duplicates().marked(rows)
+
+
+def usable(rows: Iterable[Prompt | BadRow], accounting: Accounting) -> Iterator[Prompt]:
+    """The prompts among the rows; the others are accounted for."""
+    for row in rows:
+        if isinstance(row, Prompt):
+            yield row
+        else:
+            account = accounting.skip if row.is_skipped else accounting.fail
+            account(row.row, row.reason, row.detail)

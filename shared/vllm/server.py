@@ -14,7 +14,6 @@ import http.client
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shared.errors import EyrieError, RetryableError
+from shared.runtime.children import free_port
 from shared.runtime.process import die_with_parent, end_group, stop_if_requested
 from shared.vllm import engine_start
 
@@ -122,7 +122,7 @@ def start_server(
         options: vLLM's own names (`max-model-len`); None and false are left out, true is a flag.
         environment: on top of this process's.
     """
-    port, api_key = _free_port(), secrets.token_urlsafe(32)
+    port, api_key = free_port(), secrets.token_urlsafe(32)
     own: dict[str, Any] = {
         "served-model-name": MODEL_NAME,
         "host": "127.0.0.1",
@@ -146,12 +146,6 @@ def start_server(
         yield ChildServer(process, port, api_key)
     finally:
         end_group(process, grace_s=_GRACE_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from shared.contracts.head_folder import Head, read_head
 from shared.contracts.head_variant import read_variant
 from shared.errors import RetryableError, UserError
 from shared.io import files
+from shared.runtime.children import wait_for_all
 from shared.runtime.process import die_with_parent, end_group, stop_if_requested
 from shared.target.model import TargetConfig
 from stages.bench.measure.plans import Plan
@@ -39,7 +40,7 @@ _HINTS = {
     "mlp.": "intermediate_size must be the rows of mlp.gate_proj.",
     "model.": "vLLM adds `model.` to the names itself: rename the tensors.",
 }
-_POLL_S, _GRACE_S = 0.2, 5.0
+_GRACE_S = 5.0
 
 
 def check(folder: Path, target: TargetConfig) -> list[str]:
@@ -285,12 +286,8 @@ def _ask(question: dict[str, Any], work: Path) -> dict[str, Any]:
         preexec_fn=die_with_parent,
     )
     try:
-        while process.poll() is None:
-            stop_if_requested("nothing was measured yet")
-            try:
-                process.wait(timeout=_POLL_S)
-            except subprocess.TimeoutExpired:
-                continue
+        wait_for_all([process])
+        stop_if_requested("nothing was measured yet")
     finally:
         end_group(process, grace_s=_GRACE_S)
     if process.returncode < 0:

@@ -6,6 +6,7 @@ seen. Out: `report.json` and `report.html`. Cost: one engine start for the basel
 (and for ngram), and one pass over the prompts for each load on each.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -20,7 +21,6 @@ from shared.errors import UserError
 from shared.io import files
 from shared.paths import require_input
 from shared.prompts import sources
-from shared.prompts.rows import BadRow
 from shared.prompts.sources import Source
 from shared.runtime.status import Accounting, Status
 from shared.target import model as target
@@ -163,20 +163,10 @@ def _earlier_report(config: BenchConfig, inputs: dict[str, str]) -> dict[str, An
 def _conversations(
     config: BenchConfig, prompts: Source, accounting: Accounting, folder: Path
 ) -> list[Conversation]:
-    rows = sources.without_duplicates(
-        sources.read_source(prompts, config.workspace, label="bench.prompts")
-    )
-    found: list[Conversation] = []
-    for row in rows:
-        if len(found) == config.max_prompts:
-            break
-        if isinstance(row, BadRow) and row.is_skipped:
-            accounting.skip(row.row, row.reason, row.detail)
-        elif isinstance(row, BadRow):
-            accounting.fail(row.row, row.reason, row.detail)
-        else:
-            found.append(plans.conversation_of(row))
-            accounting.ok += 1
+    read = sources.read_source(prompts, config.workspace, label="bench.prompts")
+    rows = sources.usable(sources.without_duplicates(read), accounting)
+    found = [plans.conversation_of(row) for row in itertools.islice(rows, config.max_prompts)]
+    accounting.ok = len(found)
     rejects = folder / "rejects.jsonl"
     accounting.write_rejects(rejects)
     accounting.check_input(

@@ -7,26 +7,16 @@ process waits, and completes the artifact when all are done.
 
 import logging
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 
-from shared.errors import (
-    EXIT_BUG,
-    EXIT_DONE,
-    EXIT_STOPPED,
-    EyrieError,
-    OutputError,
-    RetryableError,
-    UserError,
-)
-from shared.runtime.process import die_with_parent, stop_if_requested, stop_requested
+from shared.errors import EXIT_BUG, EXIT_STOPPED, EyrieError, OutputError, RetryableError, UserError
+from shared.runtime.children import wait_for_all
+from shared.runtime.process import die_with_parent, stop_if_requested, stopped
 from stages.dump.config import ENGINES_VARIABLE, DumpConfig
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
-_POLL_S = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +91,12 @@ def run_children(config: DumpConfig) -> None:
                 command, env=environment, preexec_fn=die_with_parent, start_new_session=True
             )
         )
-    failure = _wait(children)
+    failed = wait_for_all(children)
     stop_if_requested("every whole shard is saved")
-    if failure is not None:
-        raise _engine_error(*failure, engines=config.data_parallel)
+    for engine, code in failed.items():
+        if code == EXIT_STOPPED:
+            raise stopped("every whole shard is saved")
+        raise _engine_error(engine, code, engines=config.data_parallel)
 
 
 def _engine_error(engine: int, exit_code: int, *, engines: int) -> EyrieError:
@@ -121,24 +113,3 @@ def _engine_error(engine: int, exit_code: int, *, engines: int) -> EyrieError:
         remedy=remedy,
         facts={"engine": engine, "exit_code": exit_code},
     )
-
-
-def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> tuple[int, int] | None:
-    """(engine, exit code) of the first that failed, once all have ended."""
-    failed: tuple[int, int] | None = None
-    are_stopping = False
-    while any(child.poll() is None for child in children):
-        for engine, child in enumerate(children):
-            code = child.poll()
-            if failed is None and code not in (None, EXIT_DONE, EXIT_STOPPED):
-                failed = (engine, int(code or 0))
-        if (failed or stop_requested()) and not are_stopping:
-            are_stopping = True
-            for child in children:
-                if child.poll() is None:
-                    child.send_signal(signal.SIGTERM)
-        time.sleep(_POLL_S)
-    for engine, child in enumerate(children):
-        if failed is None and child.returncode not in (EXIT_DONE, EXIT_STOPPED):
-            failed = (engine, child.returncode)
-    return failed

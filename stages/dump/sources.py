@@ -24,7 +24,7 @@ from shared.contracts.conversations import Conversation, spans_of
 from shared.errors import UserError
 from shared.paths import find_input
 from shared.prompts import sources
-from shared.prompts.rows import BadRow, is_name
+from shared.prompts.rows import is_name
 from shared.runtime.status import Accounting
 from shared.target import model as target
 from shared.target.special_tokens import Policy
@@ -121,11 +121,7 @@ class PlainRows(RowSource):
         tokenizer = load_chat_tokenizer(target_folder, self.run, self.workspace)
         reader = ConversationReader(tokenizer, self.run, self.special_token_text)
         read = sources.read_source(self.source, self.workspace, label=_WHAT)
-        for prompt in sources.without_duplicates(read):
-            if isinstance(prompt, BadRow):
-                account = accounting.skip if prompt.is_skipped else accounting.fail
-                account(prompt.row, prompt.reason, prompt.detail)
-                continue
+        for prompt in sources.usable(sources.without_duplicates(read), accounting):
             try:
                 yield from reader.rows(prompt)
             except Refused as refused:

@@ -14,7 +14,8 @@ from pathlib import Path
 from shared.artifacts.manifest import Artifact
 from shared.errors import RetryableError
 from shared.io import files
-from shared.prompts.rows import BadRow, Prompt
+from shared.prompts.rows import Prompt
+from shared.prompts.sources import usable
 from shared.runtime.process import Share, stop_if_requested
 from shared.runtime.status import Accounting, Status
 from shared.target import model as target
@@ -84,26 +85,16 @@ def _survey(config: SynthConfig, folder: Path, rejects: Path) -> int:
         UserError: no row is usable, or too many are not.
     """
     accounting = Accounting()
-    usable = sum(1 for _ in _usable(mixture.prompts(config), accounting))
-    if usable or accounting.rows_in or config.share.count == 1:
+    count = sum(1 for _ in usable(mixture.prompts(config), accounting))
+    if count or accounting.rows_in or config.share.count == 1:
         accounting.write_rejects(rejects)
         accounting.check_input(
-            usable=usable,
+            usable=count,
             max_failed_fraction=config.max_failed_fraction,
             label=", ".join(source.path for source in config.all_sources),
             rejects=rejects,
         )
-    return usable + accounting.rows_in
-
-
-def _usable(rows: Iterator[Prompt | BadRow], accounting: Accounting) -> Iterator[Prompt]:
-    """The prompts among the rows; the others are accounted for."""
-    for row in rows:
-        if isinstance(row, Prompt):
-            yield row
-        else:
-            account = accounting.skip if row.is_skipped else accounting.fail
-            account(row.row, row.reason, row.detail)
+    return count + accounting.rows_in
 
 
 async def _answer(config: SynthConfig, target_folder: Path, folder: Path, total: int) -> Accounting:
@@ -119,7 +110,7 @@ async def _answer(config: SynthConfig, target_folder: Path, folder: Path, total:
     done = parts.done_ids(folder)
 
     def unanswered() -> Iterator[Prompt]:
-        for prompt in _usable(mixture.prompts(config), accounting):
+        for prompt in usable(mixture.prompts(config), accounting):
             if prompt.sample_id in done:
                 accounting.ok += 1
             else:

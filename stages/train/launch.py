@@ -8,35 +8,21 @@ failed first, while torchrun exits with 1 for every failure. SIGTERM goes to eve
 and exits.
 """
 
-import contextlib
 import itertools
-import math
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from shared.artifacts.sharding import INDEX_VARIABLE
-from shared.errors import (
-    EXIT_BUG,
-    EXIT_DONE,
-    EXIT_OUTPUT,
-    EXIT_RETRY,
-    EXIT_STOPPED,
-    EXIT_USER,
-)
+from shared.errors import EXIT_BUG, EXIT_DONE, EXIT_OUTPUT, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
+from shared.runtime.children import Children, free_port, wait_for_all
 from shared.runtime.process import catch_stop_signals, die_with_parent, stop_requested
 
 _DEVICES = Path("/dev")
-_POLL_S = 0.2
 # A rank that lost another one hangs in a collective; after this time it is killed.
 _GRACE_S = 60.0
-
-Ranks = list["subprocess.Popen[bytes]"]
 
 
 def num_gpus() -> int:
@@ -59,12 +45,6 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
     """The environment of each rank of this node, with torchrun's names.
 
@@ -76,7 +56,7 @@ def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
         sys.stderr.write("$MASTER_ADDR: required if $EYRIE_NODES is more than 1.\n")
         sys.exit(EXIT_USER)
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = os.environ.get("MASTER_PORT") or ("29500" if nodes > 1 else str(_free_port()))
+    port = os.environ.get("MASTER_PORT") or ("29500" if nodes > 1 else str(free_port()))
     common = {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": str(ranks * nodes)}
     common["LOCAL_WORLD_SIZE"] = str(ranks)
     if "OMP_NUM_THREADS" not in os.environ:
@@ -87,20 +67,13 @@ def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
     ]
 
 
-def watch(processes: Ranks) -> int:
+def watch(processes: Children) -> int:
     """Wait for all ranks; the first failure ends the others. Returns the node's exit code."""
-    signalled = False
-    while True:
-        codes = [process.poll() for process in processes]
-        if all(code == EXIT_DONE for code in codes):
-            return EXIT_DONE
-        if failed := [code for code in codes if code not in (None, EXIT_DONE)]:
-            _end(processes)
-            return _exit_code(failed, [process.returncode for process in processes])
-        if stop_requested() and not signalled:
-            signalled = True
-            _signal(processes, signal.SIGTERM)
-        time.sleep(_POLL_S)
+    # After a stop signal the ranks' saves have no limit.
+    failed = wait_for_all(processes, grace_s=_GRACE_S)
+    if not failed:
+        return EXIT_DONE
+    return _exit_code(list(failed.values()), [process.returncode for process in processes])
 
 
 def _exit_code(failed: Sequence[int | None], codes: Sequence[int]) -> int:
@@ -116,23 +89,6 @@ def _exit_code(failed: Sequence[int | None], codes: Sequence[int]) -> int:
     causes = [code for code in failed if code not in (None, EXIT_RETRY)]
     causes += [code for code in codes if code in (EXIT_BUG, EXIT_USER, EXIT_OUTPUT)]
     return (causes or failed)[0] or EXIT_RETRY
-
-
-def _signal(processes: Ranks, label: signal.Signals) -> None:
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(label)
-
-
-def _end(processes: Ranks) -> None:
-    """Wait for the others to exit, then kill them; after a stop signal their saves have no limit."""
-    _signal(processes, signal.SIGTERM)
-    deadline = math.inf if stop_requested() else time.monotonic() + _GRACE_S
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-    _signal(processes, signal.SIGKILL)
-    for process in processes:
-        process.wait()
 
 
 def main(arguments: Sequence[str]) -> int:

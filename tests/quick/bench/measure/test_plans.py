@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shared.config import build
+from shared.conversations.template import ChatTemplate
 from shared.errors import UserError
 from shared.prompts.rows import Prompt, parse_row
 from shared.prompts.sources import Source, read_source
@@ -112,15 +113,15 @@ def plan(workspace: Path, rows: list[dict[str, Any]], **flags: str) -> plans.Pla
 def test_the_longest_row_is_planned(workspace: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(workspace / "tiny")
+    template = ChatTemplate(AutoTokenizer.from_pretrained(workspace / "tiny"))
     text = "Why does the moon have phases, and who first wrote down the right reason?"
-    asked = len(plans.prompt_ids(tokenizer, [user(text)], (), {}))
+    asked = len(template.prompt_ids([user(text)]))
     short = plan(workspace, [{"prompt": text}], max_tokens="[8,32]", num_speculative_tokens="[3,5]")
     assert short.max_model_len == asked + 32 + 3 * 5
     both = plan(workspace, [{"prompt": text}, {"turns": [text, text]}], max_tokens="32")
     assert both.max_model_len > 2 * asked + 2 * 32 + 9  # the first answer is history then
     # A warm-up that is longer than every measured prompt needs its room too.
-    warm = max(len(plans.prompt_ids(tokenizer, c.steps[0], (), {})) for c in plans.warmup())
+    warm = max(len(template.prompt_ids(c.steps[0])) for c in plans.warmup())
     tiny = plan(workspace, [{"prompt": "Hi"}], max_tokens="32", num_speculative_tokens="3")
     assert tiny.max_model_len == warm + 32 + 3 * 3
 

@@ -214,7 +214,7 @@ def test_a_model_is_a_folder_a_file_or_a_hub_id(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").write_text("{}")
     assert read_model("m", tmp_path)[0] == tmp_path / "m" / "config.json"
     assert read_model("m/config.json", tmp_path)[0] == tmp_path / "m" / "config.json"
-    with pytest.raises(UserError, match="nothing of that name"):
+    with pytest.raises(UserError, match="found neither"):
         read_model("n", tmp_path)
 
 

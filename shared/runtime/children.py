@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that a stage starts and waits for: the first failure, or a stop, ends them all."""
+
+import contextlib
+import math
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+
+from shared.errors import EXIT_DONE
+from shared.runtime.process import stop_requested
+
+_POLL_S = 0.2
+
+Children = Sequence["subprocess.Popen[bytes]"]
+
+
+def wait_for_all(children: Children, *, grace_s: float = math.inf) -> dict[int, int]:
+    """Wait for all; returns the ones that failed first: number -> exit code, -n for signal n.
+
+    A failure, or a stop that was asked for, is passed on as SIGTERM; each saves and exits. Exit code
+    143 counts as a failure too: somebody stopped that one alone.
+
+    Args:
+        grace_s: after a failure the others are killed in so many seconds; after a stop never.
+    """
+    failed: dict[int, int] = {}
+    ends_s = math.inf
+    is_told = False
+    while any(child.poll() is None for child in children):
+        failed = failed or _failed(children)
+        if (failed or stop_requested()) and not is_told:
+            is_told = True
+            ends_s = time.monotonic() + (grace_s if failed else math.inf)
+            send(children, signal.SIGTERM)
+        if time.monotonic() > ends_s and not stop_requested():
+            send(children, signal.SIGKILL)
+        time.sleep(_POLL_S)
+    return failed or _failed(children)
+
+
+def _failed(children: Children) -> dict[int, int]:
+    codes = {number: child.poll() for number, child in enumerate(children)}
+    return {n: code for n, code in codes.items() if code not in (None, EXIT_DONE)}
+
+
+def send(children: Children, number: signal.Signals) -> None:
+    """Send a signal to those that live."""
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
