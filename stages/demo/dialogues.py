@@ -25,6 +25,7 @@ _LISTS = ("counts", "names", "things", "items", "colours", "days", "months")
 COUNTS, NAMES, THINGS, ITEMS, COLOURS, DAYS, MONTHS = (_TOPICS[name].split() for name in _LISTS)
 TOWNS, JOBS, HOBBIES, SEASONS = (_TOPICS[n] for n in ("towns", "jobs", "hobbies", "seasons"))
 TASKS, DISHES = _TOPICS["tasks"], _TOPICS["dishes"]
+_SAYINGS = _TOPICS["sayings"]  # one alternative of each [this|that] is taken
 FILTERS, CHANGES, FOLDS = (_TOPICS[name] for name in ("filters", "changes", "folds"))
 
 _TRIES_A_PROMPT = 1000
@@ -53,6 +54,12 @@ def _say(rng: random.Random, template: str, **facts: object) -> str:
     return chosen.format(**facts)
 
 
+def _said(rng: random.Random, kind: str, **facts: object) -> tuple[str, str]:
+    """The kind's question and its answer."""
+    prompt, answer = (_say(rng, _SAYINGS[kind][part], **facts) for part in ("prompt", "answer"))
+    return prompt, answer
+
+
 def _sums(rng: random.Random) -> tuple[str, str]:
     have, change, gain = rng.randint(21, 89), rng.randint(2, 9), rng.random() < 0.5
     total = have + change if gain else have - change
@@ -65,15 +72,12 @@ def _sums(rng: random.Random) -> tuple[str, str]:
         step = f"Down to {have // 10 * 10} it takes {have % 10}, and the rest leads to {total}."
     verb = "[buys|finds|is given] {change} more" if gain else "[sells|loses|gives away] {change}"
     prompt = "{name} has {have} {thing} and " + verb + ". [How many now?|Count them for me.]"
-    answer = (
-        "{step} "
-        "[So {name} owns {total} {thing} at last.|That means {total} {thing} belong to {name}.] "
-        "{undone} gives {have} again[, so it holds.|, which proves it.]"
-    )
     undone = f"Taking {change} away" if gain else f"Putting {change} back"
     facts = {"name": rng.choice(NAMES), "thing": rng.choice(THINGS), "have": have}
     facts |= {"change": change, "total": total}
-    return _say(rng, prompt, **facts), _say(rng, answer, step=step, undone=undone, **facts)
+    return _say(rng, prompt, **facts), _say(
+        rng, _SAYINGS["sums"]["answer"], step=step, undone=undone, **facts
+    )
 
 
 def _people(rng: random.Random) -> tuple[str, str]:
@@ -82,36 +86,17 @@ def _people(rng: random.Random) -> tuple[str, str]:
     place, work = JOBS[job]
     facts = {"name": rng.choice(NAMES), "town": town, "job": job, "hobby": hobby, "place": place}
     facts |= {"work": work, "free": HOBBIES[hobby], "country": country, "river": river}
-    prompt = (
-        "[Introduce {name}, a {job} from {town} who enjoys {hobby}.|"
-        "Write a few lines on {name} of {town}: works as a {job}, hobby {hobby}.|"
-        "Who is {name}? A {job}, lives in {town}, fond of {hobby}.]"
-    )
-    answer = (
-        "[On weekdays {name} is found in {place} and {work}.|"
-        "{name} {work}; the job is done in {place} every day.] "
-        "[On Sunday|When work is over] our friend {free}. "
-        "[Home is near the {river} in {country}, with {dish} on the table.|"
-        "Growing up in {country} beside the {river} also meant plenty of {dish}.]"
-    )
-    return _say(rng, prompt, **facts), _say(rng, answer, dish=dish, **facts)
+    return _said(rng, "people", dish=dish, **facts)
 
 
 def _sorting(rng: random.Random) -> tuple[str, str]:
     things, backwards = rng.sample(THINGS, rng.randint(4, 5)), rng.random() < 0.5
-    prompt = "[Sort these words|Arrange the words|Put this list in order], {way}: {things}."
     asked = {"way": "z to a" if backwards else "a to z", "things": ", ".join(things)}
     ordered = sorted(things, reverse=backwards)
-    answer = (
-        "[Here is the order:|Sorted by first letter:|The list becomes] {things}. "
-        "[It opens with {first} and closes with {last},|The ends are {first} and {last},] "
-        "[since {a} comes {where} {b} in the alphabet.|because {a} stands {where} {b}.] "
-        "[That makes {count} words in all.|All {count} words are there.]"
-    )
     first, last = ordered[0], ordered[-1]
     facts = {"first": first, "last": last, "a": first[0].upper(), "b": last[0].upper()}
     facts |= {"where": "after" if backwards else "before", "count": COUNTS[len(things) - 1]}
-    return _say(rng, prompt, **asked), _say(rng, answer, things=" ".join(ordered), **facts)
+    return _said(rng, "sorting", ordered=" ".join(ordered), **asked, **facts)
 
 
 def _code(rng: random.Random) -> tuple[str, str]:
@@ -119,10 +104,6 @@ def _code(rng: random.Random) -> tuple[str, str]:
     argument, x = rng.choice(("values", "numbers", "data", "items")), rng.choice("xnv")
     n = rng.randint(2, 99)
     variable, start, update = FOLDS[fold]
-    prompt = (
-        "[Write a Python function over {argument} that returns {wanted}.|"
-        "In Python, given {argument}, how do I compute {wanted}?]"
-    )
     wanted = f"the {fold} of the {change} of all entries that are {kept.format(n=n)}"
     lines = [
         f"def {fold}_{change}({argument}):",
@@ -133,7 +114,7 @@ def _code(rng: random.Random) -> tuple[str, str]:
         f"    return {variable}",
         _say(rng, "[An empty input gives|With nothing to loop over you get] ") + f"{start}.",
     ]
-    return _say(rng, prompt, argument=argument, wanted=wanted), "\n".join(lines)
+    return _say(rng, _SAYINGS["code"]["prompt"], argument=argument, wanted=wanted), "\n".join(lines)
 
 
 def _travel(rng: random.Random) -> tuple[str, str]:
@@ -142,23 +123,10 @@ def _travel(rng: random.Random) -> tuple[str, str]:
     hour, ride = rng.randint(6, 12), rng.randint(2, 9)
     country, river, sight, dish, language = TOWNS[town]
     weather, packed = SEASONS[season]
-    prompt = (
-        "[I leave {start} at {hour}:00 for {town}, a ride of {ride} hours. Plan {days} {season} "
-        "days.|Plan my {season} trip to {town}: {days} days, departure from {start} {hour}:00, "
-        "{ride} hours on the way.]"
-    )
-    answer = (
-        "[You reach {country} at {arrival}:00, so spend the evening along the {river}.|"
-        "At {arrival}:00 you get off in {country}; walk to the {river} and rest.] "
-        "[The next morning visit {sight} and order {dish} for lunch.|"
-        "Keep a full day for {sight}, then taste {dish}.] "
-        "[Expect it {weather}: pack {packed}, learn some {language} and sleep {nights} nights.|"
-        "Bring {packed}, since it will be {weather}. Some {language} helps for {nights} nights.]"
-    )
     facts = {"country": country, "river": river, "sight": sight, "dish": dish, "packed": packed}
     facts |= {"language": language, "weather": weather, "nights": COUNTS[days - 2]}
     asked = {"start": start, "town": town, "season": season, "days": days, "hour": hour}
-    return _say(rng, prompt, ride=ride, **asked), _say(rng, answer, arrival=hour + ride, **facts)
+    return _said(rng, "travel", ride=ride, arrival=hour + ride, **asked, **facts)
 
 
 def _notes(rng: random.Random) -> tuple[str, str]:
@@ -170,12 +138,8 @@ def _notes(rng: random.Random) -> tuple[str, str]:
     notes.sort()
     parts = [f"{DAYS[day]} brings {TASKS[task]}, thanks to {who}" for day, who, task in notes]
     plan = _say(rng, "[; then |; after that ]").join(parts)
-    answer = (
-        "[In order of time,|Day by day,] {plan}. "
-        "[The other {idle} working days stay free.|{who} starts the week's work.]"
-    )
     idle = COUNTS[len(DAYS) - count - 1]
-    return prompt, _say(rng, answer, plan=plan, idle=idle, who=notes[0][1])
+    return prompt, _say(rng, _SAYINGS["notes"]["answer"], plan=plan, idle=idle, who=notes[0][1])
 
 
 def _cooking(rng: random.Random) -> tuple[str, str]:
@@ -183,33 +147,26 @@ def _cooking(rng: random.Random) -> tuple[str, str]:
     facts = {"name": rng.choice(NAMES), "day": rng.choice(DAYS), "count": COUNTS[guests - 1]}
     asked = {"dish": dish, "guests": guests, "hour": (hour := rng.randint(5, 9))}
     *parts, method = DISHES[dish]
-    prompt = (
-        "[What do I need to make {dish} for {guests} guests of {name} on {day}, dinner at {hour}?|"
-        "{name} invites {guests} people on {day} at {hour} and wants {dish}. What should I buy?]"
-    )
-    answer = (
-        "[Buy {amounts} the day before|Get {amounts} in time], salt and oil too. "
-        "[Begin|Start cooking] at {begin} on {day}: {method}. "
-        "[{name} should set {count} plates.|That is enough for {count} hungry friends.]"
-    )
     amounts = " and ".join(f"{amount * guests}{unit} {label}" for amount, unit, label in parts)
     found = {"amounts": amounts, "begin": hour - 1, "method": method}
-    return _say(rng, prompt, **asked, **facts), _say(rng, answer, **found, **facts)
+    return _said(rng, "cooking", **asked, **found, **facts)
 
 
 def _records(rng: random.Random) -> tuple[str, str]:
     name, town, item = (rng.choice(list(pool)) for pool in (NAMES, TOWNS, ITEMS))
     colour, count, price = rng.choice(COLOURS), rng.randint(2, 9), rng.randint(2, 9)
     month, day = rng.randrange(len(MONTHS)), rng.randint(10, 28)
-    prompt = (
-        "[Make a JSON record: {name} of {town} orders {count} {colour} {item}s at {price} euros "
-        "each, due {day} {month}.|As JSON: by {month} {day}, {count} {item}s in {colour} for "
-        "{name}, {town}, {price} euros apiece.]"
-    )
     facts = {"name": name, "town": town, "item": item, "colour": colour, "price": price}
     record = {"due": f"{month + 1:02d}-{day}", "item": item, "colour": colour, "quantity": count}
     record |= {"total": count * price, "customer": name, "country": TOWNS[town][0]}
-    asked = _say(rng, prompt, count=COUNTS[count - 1], month=MONTHS[month], day=day, **facts)
+    asked = _say(
+        rng,
+        _SAYINGS["records"]["prompt"],
+        count=COUNTS[count - 1],
+        month=MONTHS[month],
+        day=day,
+        **facts,
+    )
     return asked, json.dumps(record)
 
 

@@ -11,7 +11,6 @@ import abc
 import dataclasses
 import hashlib
 import os
-import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,9 @@ class RowSource(abc.ABC):
         is_greedy: whether each answer token is the target's own argmax.
     """
 
-    parents: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({})
-    inputs: Mapping[str, str] = types.MappingProxyType({})
-    is_greedy: bool = False
+    parents: Mapping[str, Mapping[str, Any]]
+    inputs: Mapping[str, str]
+    is_greedy: bool
 
     @abc.abstractmethod
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
@@ -113,6 +112,8 @@ class PlainRows(RowSource):
     inputs: Mapping[str, str]
     run: RunConfig
     special_token_text: Policy
+    parents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    is_greedy: bool = False
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
         # Here, not above: an artifact that is done already must not wait for a tokenizer.
@@ -138,6 +139,8 @@ class StateRows(RowSource):
     folder: Path
     aux_layers: tuple[int, ...] | None
     inputs: Mapping[str, str]
+    parents: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    is_greedy: bool = False
 
     def rows(self, target_folder: Path, accounting: Accounting) -> Iterator[Conversation]:
         # Here, not above: an artifact that is done already must not wait for torch.
