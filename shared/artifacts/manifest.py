@@ -239,8 +239,7 @@ class Artifact:
             return True
         if self.is_done():
             return False
-        with files.writing(self.folder / MANIFEST):
-            (self.folder / MANIFEST).unlink(missing_ok=True)
+        files.unlink(self.folder, MANIFEST)
         return True
 
     @contextlib.contextmanager

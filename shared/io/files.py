@@ -136,6 +136,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def unlink(folder: Path, *names: str) -> None:
+    """Remove these files of a folder, as far as they are there.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with writing(folder):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+
+
 def require_file(path: Path, *, max_bytes: int | None = None) -> None:
     """Refuse anything but a plain file, such as a folder, a pipe or a device.
 

@@ -89,7 +89,9 @@ def run(config: BenchConfig) -> None:
     with artifact.work() as is_needed:
         if not is_needed:
             return
-        _forget(artifact.folder)
+        files.unlink(
+            artifact.folder, REPORT, PAGE
+        )  # of an earlier attempt, which may stay unreplaced
         accounting = Accounting()
         conversations = _conversations(config, prompts, accounting, artifact.folder)
         started_s = time.monotonic()
@@ -140,13 +142,6 @@ def find_subject(config: BenchConfig) -> Subject:
     subject.inputs["tokenizer"] = tokenizer_hash(folder)
     subject.warnings = head_check.check(subject.head, target.read_config(folder))
     return subject
-
-
-def _forget(folder: Path) -> None:
-    """Delete the report of an earlier attempt, which this one may not replace."""
-    for name in (REPORT, PAGE):
-        with files.writing(folder / name):
-            (folder / name).unlink(missing_ok=True)
 
 
 def _earlier_report(config: BenchConfig, inputs: dict[str, str]) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from shared.errors import OutputError
 from shared.prompts.rows import Message, Prompt
 from shared.runtime.process import stop_requested
 from shared.target.special_tokens import REASON, SpecialTokens
+from shared.vllm.http import Address
 from stages.synth.config import SynthConfig
 from stages.synth.mixture import request_seed, sampling_of
 from stages.synth.play import Played, Reply, play, to_rows
@@ -46,11 +47,10 @@ class ServerDiedError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """A server: its address, its model's name, its key, and how to ask for its state."""
+    """A server: its address and key, its model's name, and how to ask for its state."""
 
-    base_url: str
+    address: Address
     model: str
-    api_key: str  # empty where there is none
     exit_code: Callable[[], int | None]  # of a process that we started; checked before each request
     is_healthy: Callable[[], bool]  # it answers /health; checked after a failure
 
@@ -173,17 +173,15 @@ class Client:
 
     async def _post(self, endpoint: Endpoint, body: dict[str, Any]) -> Reply:
         async with self._session.post(
-            f"{endpoint.base_url}/v1/chat/completions",
+            f"{endpoint.address.base_url}/v1/chat/completions",
             json=body,
-            headers={"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {},
+            headers=endpoint.address.headers,
         ) as response:
             content = await response.read()
             if response.status == 200:
                 return _reply(json.loads(content))
-            text = content.decode(errors="replace")
-            if endpoint.api_key:  # the server's message is logged, and it may repeat the key
-                text = text.replace(endpoint.api_key, "(the key)")
-            text = text[:500]
+            # The server's message is logged, and it may repeat the key.
+            text = endpoint.address.hide_key(content.decode(errors="replace"))[:500]
         if response.status == 429 or response.status >= 500:
             raise BusyError(f"{response.status}: {text}")
         too_long = any(words in text for words in _TOO_LONG)

@@ -42,9 +42,8 @@ def connect(config: SynthConfig, target: Path) -> list[Endpoint]:
         logger.info("%s serves %s", base_url, served["id"])
         found.append(
             Endpoint(
-                base_url=base_url,
+                address=address,
                 model=served["id"],
-                api_key=key,
                 exit_code=lambda: None,
                 is_healthy=functools.partial(is_healthy, base_url),
             )

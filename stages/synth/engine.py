@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.target.templates import template_file
+from shared.vllm.http import Address
 from shared.vllm.server import MODEL_NAME, start_server
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
@@ -47,9 +48,8 @@ def serve(config: SynthConfig, target: Path) -> Iterator[Endpoint]:
         server.wait_until_ready(stage="synth", timeout_s=config.startup_timeout_s)
         logger.info("the server is ready after %.0f s", time.monotonic() - started_s)
         yield Endpoint(
-            base_url=server.base_url,
+            address=Address(server.base_url, server.api_key),
             model=MODEL_NAME,
-            api_key=server.api_key,
             exit_code=server.exit_code,
             is_healthy=server.is_healthy,
         )

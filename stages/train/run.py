@@ -17,11 +17,12 @@ from shared.artifacts.checksums import require_unchanged
 from shared.artifacts.manifest import MANIFEST, Artifact, require_parent
 from shared.contracts import hidden_states, layers
 from shared.errors import RetryableError, UserError
+from shared.io import files
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
 from stages.train.export import warm_start
-from stages.train.export.again import forget_other_dtype, unlink
+from stages.train.export.again import forget_other_dtype
 from stages.train.loop import budget
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _train_and_record(
 ) -> None:
     is_main = rank() == 0
     if is_main:
-        unlink(config.paths.export, MANIFEST)  # its weights are not those to come
+        files.unlink(config.paths.export, MANIFEST)  # its weights are not those to come
     outcome = _train(config, parent, target_config, training.folder)
     if is_main:
         counts = {"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}}

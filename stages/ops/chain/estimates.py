@@ -156,8 +156,7 @@ class Estimates:
         return tokens * int(step.settings.get("epochs", 1))
 
     def _target(self, step: Step) -> TargetConfig | None:
-        original = step.run["target_train"] if step.stage in ("dump", "train") else None
-        found = find_input(original or step.run["target"], self.paths.workspace)
+        found = find_input(step.target, self.paths.workspace)
         try:
             return target.read_config(found) if found is not None and found.is_dir() else None
         except EyrieError:  # preflight says what is wrong with it

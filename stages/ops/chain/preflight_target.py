@@ -34,12 +34,10 @@ def existing_folder(paths: RunPaths) -> Path:
     return next(folder for folder in folders if folder.exists())
 
 
-def targets(step: Step) -> Iterator[str]:
+def targets(step: Step) -> list[str]:
     """The targets that a stage loads."""
-    if step.settings.get("endpoints") or step.settings.get("endpoint"):
-        return
-    original = step.run["target_train"] if step.stage in ("dump", "train") else None
-    yield original or step.run["target"]
+    is_served = step.settings.get("endpoints") or step.settings.get("endpoint")
+    return [] if is_served else [step.target]
 
 
 def target_problems(

@@ -47,6 +47,12 @@ class Step:
         section: Mapping[str, Any] = self.settings["run"]
         return section
 
+    @property
+    def target(self) -> str:
+        """The target that the stage loads: of a quantised one, dump and train load the original."""
+        original = self.run["target_train"] if self.stage in ("dump", "train") else None
+        return str(original or self.run["target"])
+
 
 def run_paths(recipe: Path, workspace: Path) -> RunPaths:
     """Where the recipe's run lies.

@@ -2,7 +2,6 @@
 """When a finished export is made again: only its dtype differs, so the training stays."""
 
 import logging
-from pathlib import Path
 
 from shared.artifacts.manifest import MANIFEST, Artifact, read_manifest
 from shared.artifacts.unfinished import IDENTITY
@@ -19,15 +18,4 @@ def forget_other_dtype(export: Artifact) -> None:
     is_other = found.get(key) not in (None, export.identity[key])
     if is_other and {**found, key: export.identity[key]} == export.identity:
         logger.info("exporting again in %s", export.identity[key])
-        unlink(export.folder, MANIFEST, IDENTITY)
-
-
-def unlink(folder: Path, *names: str) -> None:
-    """Remove files of an artifact.
-
-    Raises:
-        UserError: the folder is not writable.
-    """
-    with files.writing(folder):
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
+        files.unlink(export.folder, MANIFEST, IDENTITY)
