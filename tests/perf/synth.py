@@ -107,7 +107,7 @@ def vllm_client(
     with tempfile.TemporaryDirectory() as folder:
         flags = {
             "backend": "openai-chat",
-            "base-url": endpoint.base_url,
+            "base-url": endpoint.address.base_url,
             "endpoint": "/v1/chat/completions",
             "model": endpoint.model,
             "tokenizer": target,
@@ -126,7 +126,7 @@ def vllm_client(
         subprocess.run(
             [sys.executable, "-c", script, *words],
             cwd=ROOT,
-            env={**os.environ, "OPENAI_API_KEY": endpoint.api_key, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "OPENAI_API_KEY": endpoint.address.api_key, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
             check=True,
         )
@@ -149,8 +149,8 @@ def against_vllm(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             run = synth(
                 folder,
                 target,
-                endpoint.base_url,
-                endpoint.api_key,
+                endpoint.address.base_url,
+                endpoint.address.api_key,
                 prompts="prompts.jsonl",
                 concurrency=options.concurrency,
             )

@@ -249,10 +249,10 @@ def test_the_same_prompt_asked_plainly_gives_the_same_ids(demo: Demo, endpoint: 
         "return_token_ids": True,
     }
     request = urllib.request.Request(
-        f"{endpoint.base_url}/v1/chat/completions",
+        f"{endpoint.address.base_url}/v1/chat/completions",
         data=json.dumps(body).encode(),
         headers={
-            "Authorization": f"Bearer {endpoint.api_key}",
+            "Authorization": f"Bearer {endpoint.address.api_key}",
             "Content-Type": "application/json",
         },
     )
