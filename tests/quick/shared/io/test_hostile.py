@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,7 @@ from shared.conversations.spans import tokenize
 from shared.conversations.template import ChatTemplate
 from shared.errors import UserError
 from shared.io import files, tensor_files
-from shared.prompts.formats import parse_json
-from shared.prompts.messages import Unusable
-from shared.prompts.rows import Prompt, parse_row
-from shared.prompts.sources import Source, read_source
+from shared.prompts.rows import parse_row
 from shared.runtime import log, process
 from shared.runtime.status import Accounting
 from shared.target import model as target
@@ -35,8 +31,6 @@ from shared.target.special_tokens import SpecialTokens
 from shared.target.tensors import read_tensors
 from shared.target.tokenizer import load_tokenizer
 from stages.dump.config import DumpConfig
-from stages.dump.plan import ShardPlan, ShardRows
-from stages.dump.shards.layouts import write_samples
 from stages.dump.sources import open_source
 from stages.synth.answers import kept
 from stages.synth.config import SynthConfig
@@ -45,63 +39,9 @@ from tests.models import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[4]
 FORGED = "x\n2026-01-01T00:00:00Z ERROR train all is lost\x1b[2J\x9b31m\u202e"
-HOSTILE_IDS = ["a\0b", "a\nb", "\x1b[2J", "a\u202eb", "x" * 10_000, "\ud800", 10**5000]
 
 
 # Names
-
-
-@pytest.mark.parametrize("name", HOSTILE_IDS, ids=range(len(HOSTILE_IDS)))
-@pytest.mark.parametrize("key", ["id", "category"])
-def test_a_name_that_cannot_be_shown_is_refused(key: str, name: object) -> None:
-    if key == "category" and isinstance(name, int):
-        assert parse_row({"prompt": "x", key: name}).category == ""
-        return
-    with pytest.raises(Unusable) as refused:
-        parse_row({"prompt": "x", key: name})
-    assert refused.value.reason in (f"bad_{key}", "not_utf8")
-
-
-def test_no_sample_id_becomes_a_file_name(tmp_path: Path) -> None:
-    ids = ["../../outside", "/tmp/outside", "a/b", "..", "x" * 500]
-    tokens = [[1, 2]] * len(ids)
-    rows = ShardRows(ids, tokens, tokens)
-    for layout in ("shards", "samples"):
-        plan = ShardPlan(0, 0, len(ids), 2 * len(ids), "", tmp_path / "plan.parquet")
-        states = torch.zeros(2 * len(ids), 2, 4, dtype=torch.bfloat16)
-        write_samples(tmp_path / "dump", layout, plan, rows, states, list(range(0, 12, 2)))
-    found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert found == [*(f"dump/samples/data_{i}.pt" for i in range(5)), "dump/shard_00000.pt"]
-
-
-def test_states_under_strange_names_are_accounted_for(tmp_path: Path) -> None:
-    folder = tmp_path / "states"
-    folder.mkdir()
-    tiny_llama(tmp_path / "tiny")
-    for name in ("a\nb.pt", "\x1b[2J.pt"):
-        (folder / name).write_bytes(b"")
-    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.pt")).write_bytes(b"")
-    (folder / "nowhere.pt").symlink_to(tmp_path / "none")
-    os.mkfifo(folder / "pipe.pt")
-    (folder / "folder.pt").mkdir()
-    flags = {"workspace": str(tmp_path), "target": "tiny", "states": "states"}
-    source = open_source(build(DumpConfig, flags))
-    accounting = Accounting()
-    assert list(source.rows(tmp_path / "tiny", accounting)) == []
-    assert accounting.failed == {"bad_id": 3, "unreadable": 3}
-    accounting.write_rejects(tmp_path / "rejects.jsonl")
-    assert (tmp_path / "rejects.jsonl").read_text().replace("\n", "").isprintable()
-
-
-@pytest.mark.parametrize("name", ["..", "../x", "a/b", "", "a\\b", "a\0b", "a\nb", "x" * 256])
-def test_a_runs_name_is_one_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="a run's name"):
-        build(SynthConfig, {"target": "t", "prompts": "p", "name": name})
-
-
-def test_a_path_longer_than_any_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError):
-        list(read_source(Source(path="x" * 10_000), tmp_path))
 
 
 # Special tokens as text
@@ -151,91 +91,6 @@ def test_kept_conversations_with_such_text_are_skipped_unless_allowed(
 
 
 # Bombs
-
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
-)
-MERGES = "a0: &a0 {k: 1}\n" + "".join(
-    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12)
-)
-RECIPES = {
-    "alias bomb": BOMB,
-    "merge bomb": MERGES,
-    "itself": "run: &r {a: *r}",
-    "deep": "[" * 100_000,
-    "date": "run: {target: 2026-99-99}",
-    "tag": "run: !!timestamp no",
-    "flag": "run: !!bool perhaps",
-    "number": "run: !!int " + "9" * 5000,
-    "python": "run: !!python/object/apply:os.system [true]",
-    "twice": "run: {target: a, target: b}",
-    "bytes": b"\xff\xfe\xff",
-    "nul": b"run: \0",
-}
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_that_unfolds_or_breaks_is_refused_at_once(tmp_path: Path, name: str) -> None:
-    path, content = tmp_path / "recipe.yaml", RECIPES[name]
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    began = time.monotonic()
-    with pytest.raises(UserError, match=r"recipe\.yaml.*(not valid YAML|UTF-8)"):
-        build(SynthConfig, {"recipe": str(path)})
-    assert time.monotonic() - began < 5
-
-
-def test_a_recipe_may_use_an_alias(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text("run: &r {target: t}\nsynth: {prompts: p, server_env: {A: &x b, B: *x}}\n")
-    config = build(SynthConfig, {"recipe": str(path)})
-    assert config.server_env == {"A": "b", "B": "b"}
-
-
-DEEP = "[" * 900 + "]" * 900
-LINES = {
-    b'{"prompt": ' + b"[" * 10**6: "broken_json",
-    b'{"prompt": "x", "tools": [{"a": %s}]}' % DEEP.encode(): None,
-    b'{"prompt": "x", "n": ' + b"1" * 5000 + b"}": "broken_json",
-    b'{"messages": [{"role": %s, "content": ""}]}' % DEEP.encode(): "unknown_role",
-    b'{"prompt": "x", "response": "\\ud800"}': "not_utf8",
-    b'{"prompt": "x", "tools": [{"name": "\\ud800"}]}': "not_utf8",
-    b'{"prompt": "x", "category": "\\ud800"}': "not_utf8",
-}
-
-
-@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
-def test_a_hostile_line_costs_only_itself(line: bytes) -> None:
-    try:
-        prompt = parse_row(parse_json(line))
-    except Unusable as refused:
-        assert refused.reason == (LINES[line] or "broken_tools")
-    else:
-        assert LINES[line] is None
-        assert json.dumps(prompt.content_hash())
-
-
-def test_a_line_without_end_fills_no_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shared.prompts.formats._MAX_ROW_BYTES", 1000)
-    path = tmp_path / "p.jsonl"
-    path.write_bytes(b'{"prompt": "%s"}\n{"id": "b", "prompt": "x"}\n' % (b"x" * 5000))
-    long, whole = read_source(Source(path="p.jsonl"), tmp_path)
-    assert not isinstance(long, Prompt)
-    assert long.reason == "line_too_long"
-    assert isinstance(whole, Prompt)
-
-
-def test_json_that_claims_gigabytes_or_is_no_file_is_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "manifest.json"
-    with path.open("wb") as sparse:
-        sparse.truncate(1 << 40)
-    with pytest.raises(UserError, match="expected at most"):
-        read_manifest(tmp_path)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(UserError, match="found a pipe"):
-        read_manifest(tmp_path)
 
 
 # Links
