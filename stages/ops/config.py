@@ -2,7 +2,7 @@
 """What the operator's commands take."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 
@@ -21,6 +21,9 @@ def _in_order(stages: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if stage in stages)
 
 
+Stages = Annotated[tuple[str, ...], pydantic.AfterValidator(_in_order)]
+
+
 class RunChainConfig(CommandConfig):
     """Runs the stages of a recipe one after another, each a process or a container of its own.
 
@@ -30,11 +33,11 @@ class RunChainConfig(CommandConfig):
     """
 
     recipe: Path = pydantic.Field(description="The recipe, a YAML file.")
-    only: tuple[str, ...] = pydantic.Field(STAGES, description="Run these stages alone.")
-    from_stage: str | None = pydantic.Field(
+    only: Stages = pydantic.Field(STAGES, description="Run these stages alone.")
+    from_stage: Literal["synth", "dump", "train", "bench"] | None = pydantic.Field(
         None, alias="from", description="Run this stage and those after it."
     )
-    skip: tuple[str, ...] = pydantic.Field((), description="Leave these stages out.")
+    skip: Stages = pydantic.Field((), description="Leave these stages out.")
     by: Literal["processes", "compose", "kubernetes"] = pydantic.Field(
         "processes",
         description="Run each stage as a process, in its image by docker compose, or as a Job of "
@@ -60,18 +63,6 @@ class RunChainConfig(CommandConfig):
         alias="open",
         description="Open the report's page in this desktop's browser at the end.",
     )
-
-    @pydantic.field_validator("only")
-    @classmethod
-    def _known_stages(cls, only: tuple[str, ...]) -> tuple[str, ...]:
-        return _in_order(only)
-
-    @pydantic.field_validator("from_stage", "skip")
-    @classmethod
-    def _also_known(cls, named: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        if named:
-            _in_order((named,) if isinstance(named, str) else named)
-        return named
 
     @pydantic.model_validator(mode="after")
     def _something_is_left(self) -> "RunChainConfig":
@@ -106,7 +97,7 @@ class ValidateConfig(CommandConfig):
     positional: ClassVar[tuple[str, ...]] = ("name",)
 
     name: str = pydantic.Field(description="The run: its name in the workspace, or its folder.")
-    only: tuple[str, ...] = pydantic.Field(STAGES, description="The artifacts of these stages.")
+    only: Stages = pydantic.Field(STAGES, description="The artifacts of these stages.")
     out: Path | None = pydantic.Field(None, description="Write the findings here, as Markdown.")
     as_json: bool = pydantic.Field(False, alias="json", description="Print JSON, no table.")
     min_acceptance_length: float = pydantic.Field(
@@ -115,11 +106,6 @@ class ValidateConfig(CommandConfig):
     checksums: bool = pydantic.Field(
         True, description="Hash every file; false compares sizes alone."
     )
-
-    @pydantic.field_validator("only")
-    @classmethod
-    def _known_stages(cls, only: tuple[str, ...]) -> tuple[str, ...]:
-        return _in_order(only)
 
 
 class StatusConfig(CommandConfig):
