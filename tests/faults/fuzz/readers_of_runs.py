@@ -98,7 +98,6 @@ def _make_status(folder: Path) -> Path:
 
 def _read_status(path: Path) -> None:
     Status(path)._earlier()
-    lineage._seconds(path, "2026-01-01T00:00:00+00:00")
     paths = RunPaths(path.parents[2], "run")
     ops_status._table(paths, ops_status.read_states(paths))
 
