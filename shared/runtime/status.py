@@ -27,6 +27,7 @@ from shared.io.records import Shape, read_record
 from shared.runtime.log import Every
 from shared.runtime.process import is_alive
 
+_FIRST_WAVE = 10
 BEAT_S = 10.0
 SILENT_AFTER_S = 45.0
 
@@ -218,14 +219,20 @@ class Status:
             threading.Thread(target=self._beat, daemon=True, name="eyrie-beat").start()
 
     def progress(self, done: int, total: int, unit: str, **facts: Any) -> None:
-        """Tell how far the work is; at most once a period it is logged and written."""
+        """Tell how far the work is; at most once a period it is logged and written.
+
+        The time left is told once ten, and as many as are `in_flight` at once, or a tenth of all are
+        done: while the first requests of a server all run, hardly any has ended.
+        """
         now = time.monotonic()
         self._first = self._first or (now, done)
         if not self._due():
             return
         began_s, began_with = self._first
         made = done - began_with
-        left_s = round((now - began_s) * (total - done) / made) if made else None
+        wave = max(_FIRST_WAVE, facts.get("in_flight", 0))
+        is_known = made >= wave or 0 < total <= 10 * made
+        left_s = round((now - began_s) * (total - done) / made) if is_known else None
         shown = " ".join(f"{name}={value}" for name, value in facts.items())
         left = "?" if left_s is None else left_s
         logger.info("%s=%d/%d %s left_s=%s", unit, done, total, shown, left)
