@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.train import layer as layer_module
 from stages.train import model as model_module
 from stages.train.data import batch as batch_module
 from stages.train.data.batch import Batch, Plan
@@ -102,7 +103,7 @@ def _project_each_step() -> None:
         def index_select(self, dim: int, rows: Tensor) -> Tensor:
             return F.linear(self.embeddings.index_select(dim, rows), self.weight)
 
-    linear, halves = F.linear, model_module.Attention.halves
+    linear, halves = F.linear, layer_module.Attention.halves
     weights: list[Tensor] = []
 
     def remembering(self: Any) -> tuple[Tensor, Tensor]:
@@ -115,7 +116,7 @@ def _project_each_step() -> None:
         return linear(inputs, weight, *bias)
 
     functional = type("functional", (), dict(vars(F)) | {"linear": staticmethod(lazy)})
-    model_module.Attention.halves = remembering
+    layer_module.Attention.halves = remembering
     model_module.F = functional  # only the head's own calls
 
 

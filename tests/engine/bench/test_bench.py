@@ -21,7 +21,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from shared.config import build
 from shared.io import files
@@ -30,6 +29,7 @@ from stages.bench.config import BenchConfig
 from stages.bench.measure import measurement, plans
 from tests import recompute
 from tests.conftest import ROOT
+from tests.engine.bench.commands import bench, change, command, refused, report_of
 from tests.heads import write_random_head
 from tests.models import tiny_llama
 
@@ -37,14 +37,6 @@ pytestmark = pytest.mark.engine
 
 SYNTHETIC = ROOT / "tests" / "engine" / "synthetic"
 KEY = "a key for the test"
-
-
-def change(folder: Path, **tensors: torch.Tensor) -> None:
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    save_file(
-        {**weights, **{k.replace("__", "."): v for k, v in tensors.items()}}, path, {"format": "pt"}
-    )
 
 
 @pytest.fixture(scope="module")
@@ -70,39 +62,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (workspace / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return workspace
-
-
-def command(workspace: Path, name: str, *flags: str) -> list[str]:
-    words = [sys.executable, "-m", "stages.bench", "--workspace", str(workspace), "--name", name]
-    return [*words, "--prompts", "prompts.jsonl", *flags]
-
-
-def bench(
-    workspace: Path, name: str, *flags: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(workspace, name, *flags),
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-
-
-def report_of(workspace: Path, name: str) -> dict[str, Any]:
-    return dict(files.read_json(workspace / name / "bench" / "report.json"))
-
-
-def refused(done: subprocess.CompletedProcess[str], code: int, told: str, folder: Path) -> None:
-    """The exit code of the contract, one message, no report."""
-    assert done.returncode == code, done.stderr[-3000:]
-    errors = [line for line in done.stderr.splitlines() if " ERROR bench " in line]
-    assert len(errors) == 1
-    assert told in errors[0]
-    assert not (folder / "report.json").exists()
-    assert not (folder / "report.html").exists()
-    assert not (folder / "manifest.json").exists()
 
 
 def test_acceptance_at_set_rates_is_what_is_reported(place: Path) -> None:
