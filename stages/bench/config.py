@@ -69,7 +69,11 @@ class BenchConfig(StageConfig):
         (0.0,), "Sampling temperature; one or a list; 0 is greedy.", min_length=1
     )
     max_tokens: Counts = identity((256,), "Longest answer in tokens; one or a list.", min_length=1)
-    dtype: str = identity("auto", "dtype of the engine: auto, bfloat16, float16 or float32.")
+    dtype: str = identity(
+        "auto",
+        "dtype of the engine: bfloat16, float16, float32, or auto: the weights', or float32 on a CPU "
+        "that is faster in it.",
+    )
     compare_ngram: bool = identity(False, "Also measure vLLM's ngram proposer at the same K.")
     speculative_args: dict[str, Any] = identity(
         {}, "Further keys of vLLM's speculative_config, for the head's engine only."

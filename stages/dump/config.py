@@ -98,7 +98,10 @@ class DumpConfig(ShardedConfig):
         "How states are stored. fp8: the aux layers as e4m3 with one scale per token and layer, the "
         "final state as bfloat16; 62 % of the bytes with three aux layers.",
     )
-    dtype: str = identity("auto", "What the target computes in; auto: what its weights are in.")
+    dtype: str = identity(
+        "auto",
+        "What the target computes in; auto: its weights' dtype, or float32 on a CPU that is faster in it.",
+    )
     over_long: Literal["truncate", "skip"] = identity(
         "truncate", "What to do with a row longer than run.max_length_tokens."
     )

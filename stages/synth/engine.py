@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.target.model import read_config
+from shared.target.precision import compute_dtype
 from shared.target.templates import template_file
 from shared.vllm.http import Address
 from shared.vllm.server import MODEL_NAME, start_server
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 def _options(config: SynthConfig, target: Path) -> dict[str, Any]:
     return {
         "model": target,
-        "dtype": config.dtype,
+        "dtype": compute_dtype(config.dtype, read_config(target)),
         "max-model-len": config.run.max_length_tokens,
         "max-num-seqs": config.concurrency,
         "tensor-parallel-size": config.tensor_parallel_size,

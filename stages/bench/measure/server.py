@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from shared.errors import RetryableError
+from shared.target.model import read_config
+from shared.target.precision import compute_dtype
 from shared.target.templates import template_file
 from shared.vllm.http import Address
 from shared.vllm.server import start_server
@@ -24,7 +26,7 @@ def options(plan: Plan, speculative: Speculative) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model": target,
         "trust-remote-code": config.run.trust_remote_code,
-        "dtype": config.dtype,
+        "dtype": compute_dtype(config.dtype, read_config(target)),
         "tensor-parallel-size": config.tensor_parallel_size,
         "max-model-len": plan.max_model_len,
         "max-num-seqs": plan.max_num_seqs,

@@ -10,6 +10,7 @@ from typing import Any
 
 from shared.errors import UserError
 from shared.target.model import TargetConfig
+from shared.target.precision import compute_dtype
 from stages.dump.backends.base import Backend
 from stages.dump.config import DumpConfig
 
@@ -91,7 +92,7 @@ def _settings(
         "aux_layers": aux_layers,
         "num_layers": target.num_layers,
         "max_length_tokens": config.run.max_length_tokens,
-        "dtype": config.dtype,
+        "dtype": compute_dtype(config.dtype, target),
         "trust_remote_code": config.run.trust_remote_code,
         "max_num_batched_tokens": config.batch_tokens,
     }

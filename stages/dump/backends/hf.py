@@ -21,7 +21,7 @@ from torch import nn
 
 from shared.contracts.layers import resolve_aux_layers
 from shared.errors import UserError
-from shared.runtime.processor import faster_dtype, keep_freed_memory
+from shared.runtime.processor import keep_freed_memory
 from shared.target.classes import class_facts, loadable_class
 from shared.target.model import TargetConfig, read_config
 from shared.target.probe import parent_of
@@ -65,7 +65,7 @@ class HfCapture(CaptureSettings):
             facts = class_facts(target)
             model = loadable_class(target).from_pretrained(
                 self.target,
-                dtype=compute_dtype(self.dtype, device),
+                dtype=self.dtype,
                 trust_remote_code=self.trust_remote_code,
                 # Over all GPUs that are there; a target larger than one still loads.
                 device_map="auto" if device == "cuda" else device,
@@ -157,17 +157,6 @@ class HfCapture(CaptureSettings):
             self._taken[slot] = args[0] if args else kwargs["hidden_states"]
 
         return keep
-
-
-def compute_dtype(dtype: str, device: str) -> str | torch.dtype:
-    """What to load the weights in: `dtype`, but "auto" takes float32 on a CPU that is faster in it.
-
-    Float32 is no less exact, at twice the memory.
-    """
-    if dtype == "auto" and device == "cpu" and faster_dtype() == torch.float32:
-        logger.info("computing in float32, the faster precision here; set dtype for another")
-        return torch.float32
-    return dtype
 
 
 def require_known(target: TargetConfig, *, why: str) -> None:

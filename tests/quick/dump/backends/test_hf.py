@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hf backend on a processor: what it computes in, and that padding reaches no real token."""
+"""The hf backend on a processor: the states of other families, and that padding reaches no real token."""
 
 from pathlib import Path
 
@@ -9,9 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from shared.target.model import read_config
 from shared.target.tensors import read_tensors
-from stages.dump.backends import hf as backend_hf
 from stages.dump.backends.base import Row
-from stages.dump.backends.hf import HfCapture, compute_dtype
+from stages.dump.backends.hf import HfCapture
 from tests import targets
 from tests.models import tiny_llama, tiny_moe, tiny_sliding
 
@@ -19,27 +18,14 @@ AUX_LAYERS = (2, 4, 5)
 LENGTHS = (1, 40, 7, 64, 33, 2)
 
 
-def test_auto_is_the_precision_that_the_processor_is_faster_in(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for faster, found in ((torch.bfloat16, "auto"), (torch.float32, torch.float32)):
-        monkeypatch.setattr(backend_hf, "faster_dtype", lambda faster=faster: faster)
-        assert compute_dtype("auto", "cpu") == found
-        assert compute_dtype("bfloat16", "cpu") == "bfloat16", "the recipe's own word stands"
-        assert compute_dtype("auto", "cuda") == "auto"
-
-
 @pytest.mark.parametrize("make", [tiny_llama, tiny_sliding, tiny_moe])
 @torch.inference_mode()
-def test_a_padded_batch_gives_each_row_s_own_states(
-    make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_padded_batch_gives_each_row_s_own_states(make, tmp_path: Path) -> None:
     """In float32, against transformers one row at a time: rounding to bfloat16 is all that differs."""
-    monkeypatch.setattr(backend_hf, "faster_dtype", lambda: torch.float32)
     target = make(tmp_path, max_length_tokens=64)
     torch.manual_seed(0)
     rows = [torch.randint(3, 500, (length,)) for length in LENGTHS]
-    settings = {"target": target, "aux_layers": AUX_LAYERS, "num_layers": 8}
+    settings = {"target": target, "aux_layers": AUX_LAYERS, "num_layers": 8, "dtype": "float32"}
     with HfCapture(**settings, max_length_tokens=64, max_num_batched_tokens=200) as capture:
         found = {one.row: one.states for one in capture.run([Row(ids.tolist()) for ids in rows])}
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
@@ -54,14 +40,12 @@ def test_a_padded_batch_gives_each_row_s_own_states(
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "cohere", "mpt", "gpt_neox", "nanochat"])
 @torch.inference_mode()
-def test_other_families_give_their_final_state(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_families_give_their_final_state(name: str, tmp_path: Path) -> None:
     """Vision targets, other names of layers and norms: the logits from the state are the model's."""
-    monkeypatch.setattr(backend_hf, "faster_dtype", lambda: torch.float32)
     model = targets.make(name, tmp_path)
     ids = [5, 17, 101, 7, 300, 42]
-    settings = {"target": tmp_path, "aux_layers": AUX_LAYERS, "num_layers": targets.NUM_LAYERS}
+    layers = {"aux_layers": AUX_LAYERS, "num_layers": targets.NUM_LAYERS}
+    settings = {"target": tmp_path, "dtype": "float32", **layers}
     with HfCapture(**settings, max_length_tokens=64, max_num_batched_tokens=64) as capture:
         (one,) = capture.run([Row(ids)])
     rebuilt = read_tensors(read_config(tmp_path)).logits(one.states[:, -1])
