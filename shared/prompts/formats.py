@@ -46,7 +46,7 @@ class _Arrow(io.RawIOBase):
         import pyarrow as pa
 
         self._stream = pa.input_stream(
-            path, compression={".zst": "zstd", ".lz4": "lz4"}[path.suffix]
+            path, compression={".zst": "zstd", ".lz4": "lz4"}[path.suffix.lower()]
         )
 
     def readable(self) -> bool:
@@ -79,12 +79,13 @@ def unreadable(path: Path, expected: str, error: object) -> UserError:
 
 def suffix_of(path: Path) -> str:
     """The suffix that names the format, without that of a compression: `.jsonl` of a.jsonl.gz."""
-    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+    name = Path(path.name.lower())
+    return Path(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
 
 
 def is_data(path: Path) -> bool:
     """Whether the file's name is one of a format that is read."""
-    is_plain = path.suffix not in _COMPRESSED
+    is_plain = path.suffix.lower() not in _COMPRESSED
     return suffix_of(path) in (FORMATS if is_plain else _TEXT_FORMATS)
 
 
@@ -107,7 +108,7 @@ def rows(path: Path) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    opener = _COMPRESSED.get(path.suffix)
+    opener = _COMPRESSED.get(path.suffix.lower())
     with opener(path) if opener else path.open("rb") as stream:
         yield stream
 
@@ -186,11 +187,20 @@ def _is_rows(value: Any) -> bool:
 
 
 def _rows_inside(value: Any) -> list[Any]:
-    """The rows of a whole file: a list's items, the list in {"version": ..., "data": [...]}, itself."""
+    """The rows of a whole file: a list's items, the list in {"version": ..., "data": [...]}, itself.
+
+    Or those of a table by its columns, {"prompt": [...], "response": [...]}.
+    """
     if isinstance(value, list):
         return [value] if any(map(is_message, value)) else value
-    lists = list(filter(_is_rows, value.values())) if isinstance(value, dict) else []
-    return lists[0] if len(lists) == 1 else [value]
+    columns = list(value.values()) if isinstance(value, dict) else []
+    lists = list(filter(_is_rows, columns))
+    if len(lists) == 1:
+        return lists[0]
+    is_table = not lists and len(columns) > 1 and all(isinstance(each, list) for each in columns)
+    if is_table and len({len(each) for each in columns}) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [value]
 
 
 def _json_list(path: Path) -> Iterator[Row]:
@@ -240,7 +250,7 @@ def _table_of_text(path: Path) -> Iterator[Row]:
     with _open(path) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         csv.field_size_limit(_MAX_ROW_BYTES)
-        table = csv.DictReader(text, dialect="excel-tab" if ".tsv" in path.suffixes else "excel")
+        table = csv.DictReader(text, dialect="excel-tab" if suffix_of(path) == ".tsv" else "excel")
         for number, row in enumerate(table, start=1):
             yield f"row {number}", row
 

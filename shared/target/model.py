@@ -122,6 +122,7 @@ def parse_config(whole: object, path: Path, *, trust_remote_code: bool = False) 
             remedy="Restore the file as it was published.",
             facts={"path": str(path)},
         )
+    whole = {key: _plain(value) for key, value in whole.items()}
     *_, raw = _text_parts(whole)
     config = TargetConfig(
         path.parent, raw, str(raw.get("model_type", "")), 0, 0, 0, whole, trust_remote_code
@@ -149,6 +150,19 @@ def parse_config(whole: object, path: Path, *, trust_remote_code: bool = False) 
     return dataclasses.replace(
         config, num_layers=num_layers, hidden_size=hidden_size, vocab_size=vocab_size
     )
+
+
+def _plain(value: Any) -> Any:
+    """`value` with the floats that JSON has no words for, as transformers writes them.
+
+    Worked example: {"__float__": "Infinity"} is inf.
+    """
+    if isinstance(value, dict):
+        tagged = value.get("__float__") if len(value) == 1 else None
+        if tagged in ("Infinity", "-Infinity", "NaN"):
+            return float(tagged)
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _text_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -50,6 +50,9 @@ FILES: dict[str, bytes] = {
     "a.jsonl.bz2": bz2.compress(LINES),
     "a.ndjson.xz": lzma.compress(LINES),
     "a.jsonl.zst": pa.compress(LINES, codec="zstd", asbytes=True),
+    "A.JSONL": LINES,
+    "B.Json.GZ": gzip.compress(LINES),
+    "columns.json": json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}).encode(),
     "list.json.gz": gzip.compress(json.dumps(ROWS).encode()),
 }
 

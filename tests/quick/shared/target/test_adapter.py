@@ -11,6 +11,7 @@ import torch
 from shared.errors import UserError
 from shared.io.safetensors_files import TensorInfo, list_tensors
 from shared.target.adapter import output_layer
+from shared.target.classes import class_config
 from shared.target.model import read_config
 from shared.target.probe import UnknownRuleError, norm_rule
 from shared.target.tensors import read_tensors
@@ -88,6 +89,15 @@ def test_lm_head_is_the_embedding_where_the_class_ties_them(
     with pytest.raises(UserError) as refused:
         read_tensors(read_config(tmp_path))
     assert refused.value.code == "target-head-missing"
+
+
+@pytest.mark.parametrize("name", ["bamba", "falcon_h1"])  # their time_step_limit ends at infinity
+def test_a_config_with_floats_that_json_has_no_words_for(name: str, tmp_path: Path) -> None:
+    saved = targets.CONFIG_MAPPING[name](num_hidden_layers=2, hidden_size=128, vocab_size=64)
+    saved.save_pretrained(tmp_path)
+    assert "__float__" in (tmp_path / "config.json").read_text()
+    config = class_config(read_config(tmp_path))
+    assert config.time_step_limit[1] == float("inf")  # type: ignore[attr-defined]
 
 
 class OddNorm(torch.nn.Module):
