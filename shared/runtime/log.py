@@ -26,6 +26,7 @@ SHOW_ENGINE = "EYRIE_SHOW_ENGINE"
 # How a record of ours begins; each further line of it begins with four spaces.
 _OURS = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ [A-Z]+ [a-z]+ ")
 _CONTINUED = b"    "
+_OUR_LOGGERS = {"shared", "stages", "__main__", "root"}
 _REPLAY = b"\0replay\n"  # in the pipe: now show what was kept from the terminal
 _KEPT_LINES = 60  # an engine's two tracebacks
 
@@ -60,10 +61,15 @@ def format_error(error: EyrieError) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Messages hold ids, file names and foreign words: only a record itself may begin a line."""
+    """Messages hold ids, file names and foreign words: only a record itself may begin a line.
+
+    A library's record begins with its logger's name, so that it does not pass for one of ours.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n    ".join(map(printable, super().format(record).split("\n")))
+        text = "\n    ".join(map(printable, super().format(record).split("\n")))
+        is_ours = record.name.partition(".")[0] in _OUR_LOGGERS
+        return text if is_ours else f"[{record.name}] {text}"
 
 
 def start_logging(stage: str) -> None:

@@ -13,6 +13,7 @@ from shared.runtime.log import logged_to, start_logging
 start_logging("dump")
 with logged_to(Path(sys.argv[1])) as replay:
     logging.getLogger("stages").info("begin\\na second line")
+    logging.getLogger("vllm.platforms").warning("a library's record")
     # As vLLM's processes do: past Python's logging, with bars and half lines.
     words = "WARNING 11-28 15:00:00 [model.py:7] noise\\\\n    indented noise\\\\r 10%\\\\r 20%\\\\n"
     subprocess.run(["printf", "%b", words], check=True)
@@ -23,7 +24,16 @@ with logged_to(Path(sys.argv[1])) as replay:
     logging.getLogger("stages").error("the end")
     os.write(2, b"no newline")
 """
-NOISE = ("noise", "indented noise", " 10%", " 20%", "half a line", "no newline")
+NOISE = (
+    "[vllm.platforms] ",
+    "a library's record",
+    "noise",
+    "indented noise",
+    " 10%",
+    " 20%",
+    "half a line",
+    "no newline",
+)
 
 
 def say(log: Path, how: str, **environment: str) -> str:
