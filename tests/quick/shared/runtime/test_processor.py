@@ -33,9 +33,9 @@ def test_the_dtype_of_the_shorter_product_is_chosen(
 
 
 def test_the_measurement_is_short_and_made_once() -> None:
-    started_s = time.monotonic()
+    started_s = time.process_time()
     first = processor.faster_dtype()
-    assert time.monotonic() - started_s < 5
-    started_s = time.monotonic()
+    assert time.process_time() - started_s < 5
+    started_s = time.process_time()
     assert processor.faster_dtype() is first
-    assert time.monotonic() - started_s < 0.01
+    assert time.process_time() - started_s < 0.01
