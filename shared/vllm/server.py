@@ -35,7 +35,8 @@ _GRACE_S = 20.0
 _POLL_S = 0.2
 _DEATH_S = 10.0  # from the engine's end to the server's own
 _KEPT_LINES = 400
-_ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+# CUDA, ROCm, CUDA below WSL2.
+_ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
 _CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",  # its own progress would drown the stage's

@@ -4,7 +4,7 @@
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-# 0.33 was read in its sources and not run: it has no build for a CPU.
+# Of 0.33, which has no build for a CPU, only the classes around the connector were run.
 SUPPORTED_VLLM = ">=0.28,<0.34"
 # Both read in their sources, neither ever run.
 SUPPORTED_TENSORRT_LLM = ">=1.2,<1.4"

@@ -53,7 +53,7 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
     left = [step for step in steps if not step.done]
     found = list(_workspace(paths))
     for step in left:
-        found += _versions(step)
+        found += _versions(step, machine)
         found += _inputs(step, paths.workspace)
         found += _endpoints(step)
     found += _shared_memory(left, machine)
@@ -134,7 +134,7 @@ def _installed(python: str) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def _versions(step: Step) -> Iterator[str]:
+def _versions(step: Step, machine: Machine) -> Iterator[str]:
     python = python_of(step.stage)
     try:
         installed = _installed(python)
@@ -159,6 +159,15 @@ def _versions(step: Step) -> Iterator[str]:
                 f"Install it for {python}, or name another interpreter in "
                 f"EYRIE_{step.stage.upper()}_PYTHON.",
             )
+    computes = step.stage in ("dump", "train") or uses_vllm(step)
+    torch = installed.get("torch", "")
+    if machine.gpus and computes and torch.endswith("+cpu"):
+        yield problem(
+            f"{step.stage}'s packages",
+            f"torch for CUDA beside {len(machine.gpus)} GPUs",
+            torch,
+            "Run `make clean setup FLAVOUR=gpu`, or set CUDA_VISIBLE_DEVICES= to use the processor.",
+        )
 
 
 def _inputs(step: Step, workspace: Path) -> Iterator[str]:

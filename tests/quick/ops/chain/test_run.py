@@ -150,6 +150,30 @@ def test_a_chain_of_nothing_is_refused(
         config(workspace, **flags)
 
 
+@pytest.fixture
+def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages' packages, but torch for CUDA."""
+    found = preflight._installed
+
+    def installed(python: str) -> dict[str, str]:
+        return {**found(python), "torch": "2.13.0+cu130"}
+
+    monkeypatch.setattr(preflight, "_installed", installed)
+
+
+def test_torch_for_a_processor_beside_a_gpu_is_refused(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy = Machine((("Toy", GIB),), 64 * GIB, GIB)
+    found = problems(steps(workspace), workspace, roomy)
+    assert [line.split("'")[0] for line in found] == ["synth", "dump", "train", "bench"]
+    assert "expected torch for CUDA beside 1 GPUs, found 2.13.0+cpu. Run `make clean" in found[0]
+    served = {"synth": {"mode": "keep"}, "dump": {"backend": "hf"}}
+    found = problems(steps(workspace, served), workspace, roomy)
+    assert [line.split("'")[0] for line in found] == ["dump", "train", "bench"]
+
+
+@pytest.mark.usefixtures("cuda_torch")
 def test_what_can_be_seen_is_named(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = steps(workspace)
     assert problems(whole, workspace) == []
@@ -172,6 +196,7 @@ def test_what_can_be_seen_is_named(workspace: Path, monkeypatch: pytest.MonkeyPa
     assert "for hidden states and checkpoints, found 0.0 GB" in disk
 
 
+@pytest.mark.usefixtures("cuda_torch")
 def test_a_target_that_hf_spreads_over_the_gpus_is_shared_by_them_all(workspace: Path) -> None:
     pair = Machine((("Toy", 100_000),) * 2, 64 * GIB, GIB)  # a half fits one, the whole none
     assert [line.split("'")[0] for line in problems(steps(workspace), workspace, pair)] == [
@@ -186,6 +211,7 @@ def test_a_target_that_hf_spreads_over_the_gpus_is_shared_by_them_all(workspace:
     assert problems(two, workspace, roomy) == []
 
 
+@pytest.mark.usefixtures("cuda_torch")
 @pytest.mark.parametrize("machine", [Machine((), 9, GIB), Machine((("Toy", 9),), 64 * GIB, GIB)])
 def test_answers_that_are_kept_need_no_memory_for_the_target(
     workspace: Path, machine: Machine

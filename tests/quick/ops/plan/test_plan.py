@@ -193,7 +193,10 @@ def test_a_shallow_target_gets_aux_layers_that_fit() -> None:
     raw = {**config_of("llama-3.2-1b-instruct"), "num_hidden_layers": 5}
     plan = make_plan("toy", understand(raw, "toy"))
     assert plan.head.aux_layers == (1, 2, 4)
-    assert yaml.safe_load(recipe(plan, settings()))["run"]["aux_layers"] == [1, 2, 4]
+    made = yaml.safe_load(recipe(plan, settings()))
+    assert made["run"]["aux_layers"] == [1, 2, 4]
+    assert made["synth"]["concurrency"] == 256
+    assert yaml.safe_load(recipe(plan, settings(gpu="L4")))["synth"]["concurrency"] == 64
 
 
 @pytest.mark.parametrize(
