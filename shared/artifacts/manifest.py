@@ -80,6 +80,26 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     )
 
 
+def require_own_words(folder: Path, manifest: Mapping[str, Any], stage: str) -> None:
+    """Refuse a manifest that is another stage's, or was changed by hand.
+
+    Raises:
+        UserError: with what it says.
+    """
+    if manifest["stage"] != stage:
+        raise UserError(
+            f"{folder}: expected an artifact of {stage}, found {manifest['stage']}.",
+            code="parent-stage",
+            remedy="Give each stage its own folder: another run.name, or move this one away.",
+        )
+    if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
+        raise UserError(
+            f"{folder / MANIFEST}: its fingerprint is not that of its identity.",
+            code="manifest-edited",
+            remedy=_AGAIN,
+        )
+
+
 def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str, Any]:
     """The manifest of a complete parent artifact that agrees with `config`.
 
@@ -96,18 +116,7 @@ def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str
             remedy=f"Run it first: python -m stages.{stage}{recipe} --workspace {workspace}",
             facts={"stage": stage, "folder": str(folder)},
         )
-    if manifest["stage"] != stage:
-        raise UserError(
-            f"{folder}: expected an artifact of {stage}, found {manifest['stage']}.",
-            code="parent-stage",
-            remedy="Give each stage its own folder: another run.name, or move this one away.",
-        )
-    if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
-        raise UserError(
-            f"{folder / MANIFEST}: its fingerprint is not that of its identity.",
-            code="manifest-edited",
-            remedy=_AGAIN,
-        )
+    require_own_words(folder, manifest, stage)
     require_sizes(folder, manifest)
     facts = f"{folder / MANIFEST}: facts"
     require_shape(manifest["facts"], FACTS.get(stage, Shape), where=facts, remedy=_AGAIN)

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
@@ -99,7 +100,7 @@ class Estimates:
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         tokens = manifest["facts"].get("tokens")
         work = f"{rows:,} rows" + (f", {tokens:,} tokens" if tokens else "")
-        return Estimate(step.stage, "done", work, sizes.shown_bytes(size))
+        return Estimate(step.stage, "done", work, filesize.decimal(size))
 
     def _ahead(self, step: Step) -> Estimate:
         rows = self._rows[step.stage] = self._count(step)
@@ -165,15 +166,15 @@ class Estimates:
     def _disk(self, step: Step, config: TargetConfig | None, tokens: int | None) -> str:
         try:
             if step.stage == "synth" and tokens is not None:
-                return f"at most {sizes.shown_bytes(8 * tokens)}"  # ids, text and spans, before compression
+                return f"at most {filesize.decimal(8 * tokens)}"  # ids, text and spans, before compression
             if step.stage == "dump" and config and tokens is not None:
                 aux = layers.resolve_aux_layers(step.run["aux_layers"], config.num_layers)
                 dtype = step.settings["state_dtype"]
                 size = layers.state_bytes(tokens, len(aux), config.hidden_size, dtype)
-                return f"at most {sizes.shown_bytes(size)}"
+                return f"at most {filesize.decimal(size)}"
             if step.stage == "train" and config:
                 head = sizes.head_config(step.run, config, step.settings)
-                return sizes.shown_bytes(
+                return filesize.decimal(
                     sizes.checkpoint_bytes(head, step.settings) + 4 * head.num_parameters
                 )
         except EyrieError:  # preflight says what is wrong with it
@@ -188,7 +189,7 @@ class Estimates:
                 size = sizes.train_bytes(sizes.head_config(step.run, config, step.settings))
             except EyrieError:  # preflight says what is wrong with it
                 return ""
-            return f"{sizes.shown_bytes(size)} and activations"
+            return f"{filesize.decimal(size)} and activations"
         if step.settings.get("endpoints") or step.settings.get("endpoint"):
             return "the endpoint's"
         if step.settings.get("states"):
@@ -199,7 +200,7 @@ class Estimates:
         except EyrieError:  # preflight says what is wrong with it
             return ""
         where = "a GPU" if self.machine.gpus else "of memory"
-        return f"{sizes.shown_bytes(size)} {where} for weights, and the KV cache"
+        return f"{filesize.decimal(size)} {where} for weights, and the KV cache"
 
     def _time(self, step: Step, rows: int | None) -> str:
         found = earlier(self.paths, step)

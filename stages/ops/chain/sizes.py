@@ -77,12 +77,3 @@ def certain_disk_bytes(left: Sequence[Step], config: TargetConfig, paths: RunPat
             head = head_config(step.run, config, step.settings)
             needed += checkpoint_bytes(head, step.settings)
     return needed
-
-
-def shown_bytes(num_bytes: float) -> str:
-    """Bytes as a person reads them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"

@@ -4,6 +4,7 @@
 In: the folder of a run. Costs reading its status files and the times of its manifests.
 """
 
+import datetime
 import itertools
 import json
 import sys
@@ -128,7 +129,4 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _clock(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    return "" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import yaml
+from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
@@ -132,7 +133,7 @@ def _facts(plan: Plan, config: PlanConfig) -> Table:
     table.add_row("architecture", cell(f"{target.name}: {', '.join(target.kinds)}"))
     size, how = plan.weights, target.quantization.get("quant_method") or "not quantised"
     count = "unknown" if size.parameters is None else f"{size.parameters:,}"
-    shown = "unknown" if size.bytes is None else sizes.shown_bytes(size.bytes)
+    shown = "unknown" if size.bytes is None else filesize.decimal(size.bytes)
     table.add_row("parameters", count)
     table.add_row("weights", cell(f"{shown} ({how}; {size.source})"))
     table.add_row("dump backend", cell(f"{plan.backend[0]}: {plan.backend[1]}"))
@@ -141,10 +142,10 @@ def _facts(plan: Plan, config: PlanConfig) -> Table:
     table.add_row("its MLP width", f"{head.intermediate_size} ({plan.width_reason})")
     table.add_row(
         "its training state",
-        f"{sizes.shown_bytes(sizes.train_bytes(head))} a rank, and activations",
+        f"{filesize.decimal(sizes.train_bytes(head))} a rank, and activations",
     )
     for samples in dict.fromkeys((config.samples, *_DISK_SAMPLES)):
-        taken = sizes.shown_bytes(plan.disk_bytes(samples, config.length))
+        taken = filesize.decimal(plan.disk_bytes(samples, config.length))
         table.add_row(f"states of {samples:,} samples", f"{taken} at {config.length} tokens each")
     return table
 

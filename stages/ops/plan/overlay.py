@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jinja2
 import yaml
+from rich import filesize
 
 from shared.errors import UserError
 from shared.io import files
@@ -71,7 +72,7 @@ def pods(plan: Plan, gpu: str, nodes: int) -> dict[str, Pod]:
     if not placement.copies or dump_gpus > a_node:
         raise UserError(
             f"--overlay: expected a target that one node of {a_node} x {gpu} holds, found "
-            f"{sizes.shown_bytes(plan.weights.bytes)} of weights.",
+            f"{filesize.decimal(plan.weights.bytes)} of weights.",
             code="plan-target-too-large",
             remedy="Choose a larger --gpu type.",
             facts={"weight_bytes": plan.weights.bytes, "gpu": gpu},

@@ -165,7 +165,7 @@ PLANTED: dict[str, tuple[Plant, tuple[str, str], str]] = {
     "a bit flipped in a shard": (
         lambda run: flip(run / "dump/shard_00001.pt"),
         ("dump", "files"),
-        r"shard_00001\.pt: its checksum",
+        r"shard_00001\.pt: expected the SHA-256",
     ),
     "a missing shard": (
         lambda run: drop_file(run / "dump/shard_00002.pt"),

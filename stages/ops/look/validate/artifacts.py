@@ -5,12 +5,12 @@ In: the folder of a run. Out: answers to the questions that are the same for eac
 look at a run that all questions share. Cost: reading every file once, for its checksum.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts.manifest import MANIFEST, fingerprint
+from shared.artifacts.checksums import require_sizes, require_unchanged
+from shared.artifacts.manifest import MANIFEST, require_own_words
 from shared.artifacts.run_state import RunState
 from shared.artifacts.unfinished import IDENTITY
 from shared.io import files
@@ -36,16 +36,16 @@ _READ_UNASKED = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class RunView:
-    """A run as its validation looks at it; everything is read once."""
+class RunView(RunState):
+    """A run as its validation looks at it; everything is read once.
 
-    paths: RunPaths
-    checksums: bool = True
+    Args:
+        checksums: whether files are hashed; else their sizes are compared alone.
+    """
 
-    @functools.cached_property
-    def state(self) -> RunState:
-        return RunState(self.paths)
+    def __init__(self, paths: RunPaths, *, checksums: bool = True) -> None:
+        super().__init__(paths)
+        self.checksums = checksums
 
     def folder(self, artifact: str) -> Path:
         return self.paths.root / artifact
@@ -56,7 +56,7 @@ class RunView:
         Raises:
             Wrong: there is none.
         """
-        found = self.state.manifest(artifact)
+        found = super().manifest(artifact)
         if found is None:
             raise Wrong(
                 f"expected {self.folder(artifact) / MANIFEST}, found none: the artifact is not "
@@ -78,18 +78,11 @@ class RunView:
 
 def ask_manifest(run: RunView, artifact: str) -> str:
     """There is one, of this version and stage, and it says who it is."""
-    manifest, maker = run.manifest(artifact), MAKER.get(artifact, artifact)
-    path = run.folder(artifact) / MANIFEST
-    if manifest["stage"] != maker:
-        raise Wrong(f"{path}: expected an artifact of {maker}, found {manifest['stage']}.")
-    if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
-        raise Wrong(
-            f"{path}: its fingerprint is not that of its identity: one of them was changed by hand. "
-            f"Run {maker} again with --overwrite."
-        )
-    started = files.read_json(run.folder(artifact) / IDENTITY)
+    manifest, folder = run.manifest(artifact), run.folder(artifact)
+    require_own_words(folder, manifest, MAKER.get(artifact, artifact))
+    started = files.read_json(folder / IDENTITY)
     if started != manifest["identity"]:
-        raise Wrong(f"{path}: {IDENTITY} beside it is of another configuration.")
+        raise Wrong(f"{folder / MANIFEST}: {IDENTITY} beside it is of another configuration.")
     return f"made {manifest['provenance']['finished']}, fingerprint {manifest['fingerprint'][:12]}"
 
 
@@ -113,16 +106,9 @@ def ask_settings(run: RunView, artifact: str) -> str:
 def ask_files(run: RunView, artifact: str) -> str:
     """Every file is there, whole and unchanged, and no other is in the way."""
     folder, entries = run.folder(artifact), run.manifest(artifact)["files"]
-    for name, entry in entries.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != entry["bytes"]:
-            raise Wrong(
-                f"{path}: expected {entry['bytes']} bytes as the manifest says, found "
-                f"{'no file' if size is None else size}."
-            )
-        if run.checksums and files.sha256(path) != entry["sha256"]:
-            raise Wrong(f"{path}: its checksum is not the manifest's: its bytes changed.")
+    require_sizes(folder, run.manifest(artifact))
+    if run.checksums:
+        require_unchanged(folder, run.manifest(artifact), entries)
     for pattern in _READ_UNASKED.get(artifact, ()):
         for path in sorted(folder.glob(pattern)):
             if str(path.relative_to(folder)) not in entries:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.errors import EyrieError
+from shared.runtime.log import printable
 from shared.runtime.tables import cell
 
 PASS, FAIL, SKIP, UNKNOWN = "PASS", "FAIL", "SKIP", "UNKNOWN"
@@ -67,7 +68,7 @@ class Findings:
             verdict, detail = FAIL, str(error)
         except _DAMAGE as error:
             verdict, detail = FAIL, f"could not be read: {type(error).__name__}: {error}"
-        self.rows.append(Finding(artifact, question, verdict, _one_line(detail)))
+        self.rows.append(Finding(artifact, question, verdict, printable(" ".join(detail.split()))))
         return verdict != FAIL
 
     def count(self, verdict: str) -> int:
@@ -113,12 +114,6 @@ class Findings:
             table.add_row(row.artifact, row.question, verdict, cell(row.detail))
         console.print(table)
         console.print(Text(self.summary()))
-
-
-def _one_line(text: str) -> str:
-    """Without line ends and control characters: a detail may quote a file that a stranger wrote."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    return " ".join(printable.split())
 
 
 @contextlib.contextmanager
