@@ -253,7 +253,10 @@ def test_an_endpoint_is_asked_for_its_health_as_its_stage_takes_it(
         ({"run": {"draft_vocab_size": 600}}, "at most the target's 512 tokens, found 600"),
         ({"run": {"max_length_tokens": 999}}, "at most the target's 256 positions, found 999"),
         ({"run": {"aux_layers": [2, 4, 8]}}, r"each 0 <= id < 8 .*found \[2, 4, 8\]"),
-        ({"run": {"target": "modle"}}, "run.target: expected a model's folder .*found modle"),
+        (
+            {"run": {"target": "modle"}},
+            "run.target: expected a model's folder at .*modle, or a hub id",
+        ),
         ({"synth": {"prompts": "none.jsonl"}}, "synth.prompts: expected a file"),
         ({"bench": {"prompts": "none.jsonl"}}, "bench.prompts: expected a file"),
         ({"dump": {"states": "nowhere"}}, "dump.states: expected a folder at .*/nowhere"),
