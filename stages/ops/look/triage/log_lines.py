@@ -36,6 +36,7 @@ _RECORDS = tuple(
         rf"\[(?:{_TIME}|\d\d/\d\d/\d{{4}}-[\d:]+)\] \[(?:TRT-LLM\] \[)?(?:{_LEVEL}|(?P<letter>[DIWEF]))\] ?",
         rf"(?:\[?{_TIME}\]?)[ \-|:]*(?:[\w.]+[ \-|:]+)?\[?{_LEVEL}\]?[ \-|:\]]+",  # Python's usual ones
         r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)(?::[\w.]+:|: +)",  # uvicorn, logging.basicConfig
+        rf"\[{_LEVEL}\]:? ",
         rf"wandb: {_LEVEL} ",
         rf"(?:time=\S+ )?level={_LEVEL} ",
         rf"(?=\{{.*\"(?:level|severity)\": ?\"{_LEVEL}\")",
@@ -84,7 +85,8 @@ _GOOD_END = re.compile(
     r"(?!.*\b(?:error|fail|abort|kill|crash)\w*)"
 )
 _NO_BAD_END = re.compile(
-    r"(?i)\b(?:0|no|zero) (?:errors?|failures?|failed)\b|error rate"
+    r"(?i)\b(?:0|no|zero) (?:errors?|fail\w*|invalid|rejected|missing|corrupt\w*)\b|error rate"
+    r"|^\s*(?:Last )?State:\s"  # of a pod: its Reason follows
     r"|\b(?:errors?|fail\w*|rejected|aborted|timeouts?)[\w ]*[=:] *0\b"
     r"|\b(?:skip(?:s|ped|ping)|filter(?:ed|ing)|drop(?:ped|ping)|ignor(?:ed|ing)|falling back)\b"
 )

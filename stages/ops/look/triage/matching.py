@@ -12,11 +12,11 @@ from stages.ops.look.triage.own_errors import OwnError, find_own_error
 
 # Of a log that is full of errors only so many are looked at, from both ends.
 _MAX_EVIDENCE = 1500
-_END_LINES = 5
+_END_LINES = 3
 # After so many later lines, of which so many report ordinary work, an error was got over.
 _LATER_LINES, _LATER_RECORDS = 20, 10
 _DONE = re.compile(r"(?:already )?done: .*manifest\.json$")
-_PROGRESS = re.compile(r"\bloss\b|\bsteps?\b|\d(?:it|s)/(?:s|it)\b|\d+%\|", re.IGNORECASE)
+_PROGRESS = re.compile(r"\bloss\b|\bsteps?\b|\bepoch\b|\d(?:it|s)/(?:s|it)\b|\d+%\|", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,8 @@ def _end(lines: Sequence[Line]) -> list[Line]:
 
 
 def _bad_end(end: Sequence[Line]) -> list[Line]:
-    """The last line that sounds like a failure, unless the very last one reports success."""
-    if end and end[0].ends_well:
+    """The last line that sounds like a failure, unless the very last one reports success or work."""
+    if end and (end[0].ends_well or _PROGRESS.search(end[0].body)):
         return []
     return [line for line in end if line.is_evidence and line.ends_badly][:1]
 
