@@ -195,6 +195,26 @@ class VocabConfig(TrainConfig):
     """
 
 
+class CurveConfig(TrainConfig):
+    """Trains on growing shares of the dump, and forecasts the walked acceptance length of more data.
+
+    In:  <workspace>/<run>/dump/, of greedy answers.
+    Out: a run <run>-curve-<samples> for each share, trained for as many steps as the recipe makes on all
+         rows; <run>/curve.json and a table: twice and ten times the largest share are forecast.
+    """
+
+    groups: ClassVar[Mapping[str, str]] = {"Curve": "shares", **TrainConfig.groups}
+
+    shares: tuple[Annotated[float, pydantic.Field(gt=0, le=1)], ...] = operational(
+        (0.125, 0.25, 0.5, 1.0), "Shares of the training samples; at least three.", min_length=3
+    )
+
+    @property
+    def process_name(self) -> str:
+        """Its log is not train's."""
+        return super().process_name.replace("train", "curve", 1)
+
+
 class ExportConfig(TrainConfig):
     """Exports a checkpoint of a finished or unfinished training in either layout.
 

@@ -41,7 +41,7 @@ def run(config: TrainConfig) -> None:
         OutputError: the loss is not finite, or the export fails its checks.
         RetryableError: another process finished this training while the ranks started.
     """
-    parent, target_config = _inputs(config)
+    parent, target_config = inputs(config)
     config = budget.resolved(config, parent, target_config.hidden_size)
     training = Artifact(
         config.paths.stage("train"),
@@ -100,7 +100,7 @@ def run_vocab(config: VocabConfig) -> None:
     Raises:
         UserError: no finished dump, or a different vocabulary exists.
     """
-    _, target_config = _inputs(config)
+    _, target_config = inputs(config)
     from stages.train.objective import vocabulary
 
     counts = hidden_states.read_token_freq(config.paths.stage("dump"), target_config.vocab_size)
@@ -116,7 +116,7 @@ def run_export(config: ExportConfig) -> None:
         UserError: no such checkpoint, or the hub refuses.
         OutputError: the tensors are not those that engines load.
     """
-    parent, target_config = _inputs(config)
+    parent, target_config = inputs(config)
     from stages.train.export.hf import export_head, require_replaceable
 
     config = budget.resolved(config, parent, target_config.hidden_size)
@@ -173,7 +173,7 @@ def _head_of(
     return head, int(state["step"])
 
 
-def _inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
+def inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
     """The dump's manifest and the config of the target that it was made from."""
     if config.dump_of is not None:
         borrow_dump(config.paths, config.dump_of)

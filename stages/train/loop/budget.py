@@ -36,15 +36,21 @@ def resolved(config: C, dump: Mapping[str, Any], hidden_size: int) -> C:
         hidden_size: of the target.
     """
     rows = max(1, int(dump["counts"]["ok"]))
-    held = min(round(rows * config.holdout_fraction), config.max_holdout_samples)
-    trained = min(rows - held, config.max_samples or rows)
-    tokens = config.epochs * int(dump["facts"].get("tokens", 0)) * trained // rows
+    tokens = config.epochs * int(dump["facts"].get("tokens", 0))
+    tokens = tokens * training_rows(config, dump) // rows
     chosen: dict[str, int | float] = {}
     if config.batch_tokens == "auto":
         chosen["batch_tokens"] = batch_tokens(tokens)
     if config.learning_rate == "auto":
         chosen["learning_rate"] = rate(hidden_size, is_warm=config.init_from is not None)
     return config.model_copy(update=chosen)
+
+
+def training_rows(config: TrainConfig, dump: Mapping[str, Any]) -> int:
+    """Rows of the dump that are trained on: all but the held-out ones, max_samples at most."""
+    rows = max(1, int(dump["counts"]["ok"]))
+    held = min(round(rows * config.holdout_fraction), config.max_holdout_samples)
+    return min(rows - held, config.max_samples or rows)
 
 
 def batch_tokens(num_tokens: int) -> int:
