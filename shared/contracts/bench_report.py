@@ -42,6 +42,7 @@ class _Engine(_Measured):
     tokens_per_s: float
     tokens_per_step: float | None = None
     categories: dict[str, _Measured]
+    contexts: dict[str, _Measured] = Field(default_factory=dict)
 
 
 class _Head(_Engine):

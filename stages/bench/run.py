@@ -134,6 +134,7 @@ def find_subject(config: BenchConfig) -> Subject:
             config.head, config.workspace, revision=config.head_revision, label="bench.head"
         )
         subject.inputs["head"] = target.weights_hash(subject.head)
+    lineage.require_same_template(subject.head, config)
     folder = target.locate(config.run.target, config.workspace, revision=config.run.target_revision)
     require_chat_template(folder, config.run.chat_template, config.workspace)
     subject.inputs |= template_inputs(folder, config.run, config.workspace)

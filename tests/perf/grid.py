@@ -9,20 +9,52 @@ share of the grid's best. A cell trains in a process of one thread, two at a tim
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
+import os
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.perf.learning import trained, walks
+from shared.artifacts.history import read_curves
 
+ROOT = Path(__file__).resolve().parents[2]
 BATCHES = (512, 2048, 8192)
 RATES = (7e-4, 2e-3, 6e-3)
 AUTO = ("auto", "auto")
 
 Cell = tuple[Any, Any]  # batch_tokens, learning_rate
+
+
+def walks(run: Path) -> dict[int, float]:
+    """Step -> walked acceptance length, from a training's history."""
+    curves = read_curves(run / "train" / "history.jsonl")
+    return {int(step): length for step, length in curves["walks"]}
+
+
+@contextlib.contextmanager
+def trained(workspace: Path, recipe: dict[str, Any], **environment: str) -> Iterator[Path]:
+    """The run of a training by `recipe` on the demo's dump, for the length of the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "targets").symlink_to((workspace / "targets").resolve())
+        (place / "demo").mkdir()
+        for stage in ("synth", "dump"):
+            (place / "demo" / stage).symlink_to((workspace / "demo" / stage).resolve())
+        (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        command = [sys.executable, "-m", "stages.train", "--recipe", str(place / "recipe.yaml")]
+        subprocess.run(
+            [*command, "--workspace", folder],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            check=True,
+        )
+        yield place / "demo"
 
 
 def train(workspace: Path, samples: int, epochs: int, cell: Cell) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of one engine under one load, overall and by category.
+"""The figures of one engine under one load, overall, by category and by the length of the prompt.
 
 In: one load of a raw measurement. Out: JSON values for the report. Formulas: acceptance as in
 `metrics`, statistics as in `summary`, and
@@ -12,6 +12,8 @@ In: one load of a raw measurement. Out: JSON values for the report. Formulas: ac
                       which a head and the ngram proposer compare
 """
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,6 +24,10 @@ from stages.bench.figures.metrics import Counters, acceptance, decode_steps, del
 
 Entry = dict[str, Any]
 Requests = Sequence[Mapping[str, Any]]
+
+
+# Where one group of prompt lengths ends and the next begins, in tokens.
+CONTEXT_EDGES = (256, 1024, 4096, 16384, 65536)
 
 
 def counters_of(raw: Mapping[str, Any]) -> Counters:
@@ -69,6 +75,22 @@ def _by_category(requests: Requests) -> dict[str, list[Mapping[str, Any]]]:
     return groups
 
 
+def _by_context(requests: Requests) -> dict[str, list[Mapping[str, Any]]]:
+    """The requests by the length of their prompts, from the shortest.
+
+    Worked example: prompts of 100, 255, 256 and 5,000 tokens are in `below 256` (two), `256 to 1,023` and
+    `4,096 to 16,383`.
+    """
+    edges = (0, *CONTEXT_EDGES)
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for request in sorted(requests, key=lambda row: len(row["prompt_token_ids"])):
+        group = bisect.bisect_right(CONTEXT_EDGES, len(request["prompt_token_ids"]))
+        groups.setdefault(group, []).append(request)
+    names = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(edges)]
+    names = [f"below {CONTEXT_EDGES[0]}", *names[1:], f"{CONTEXT_EDGES[-1]:,} and more"]
+    return {names[group]: rows for group, rows in groups.items()}
+
+
 def drafted(measured: Mapping[str, Any], *, depth: int, always_drafts: bool, seed: int) -> Entry:
     """The same and the acceptance, from the counters' differences.
 
@@ -98,6 +120,14 @@ def drafted(measured: Mapping[str, Any], *, depth: int, always_drafts: bool, see
             found["categories"][name]["acceptance"] = figures(per_category[name], rows)
             found["categories"][name]["counters"] = asdict(per_category[name])
     found["tokens_per_step"] = _tokens_per_step(requests)
+    found["contexts"] = {}
+    if all(request["counters"] is not None for request in requests):
+        for name, rows in _by_context(requests).items():
+            parts_of = (counters_of(row["counters"]) for row in rows)
+            counters = total(parts_of, num_speculative_tokens=depth)
+            if counters.num_drafts:
+                entry = {"requests": len(rows), **summary.latencies(rows)}
+                found["contexts"][name] = {**entry, "acceptance": figures(counters, rows)}
     return found
 
 
@@ -151,13 +181,13 @@ def add_speedup(
     )
     if measured["load"]["concurrency"] > 1:
         return
-    theirs = _by_category(plain)
-    for name, rows in _by_category(requests).items():
-        of_category = entry["categories"][name]
-        before = baseline["categories"].get(name, {}).get("request_tokens_per_s")
-        after = of_category["request_tokens_per_s"]
-        if before and after:
-            of_category["speedup"] = after / before
-            of_category["speedup_interval"] = summary.speedup_interval(
-                rows, theirs[name], speedup=after / before, seed=seed
-            )
+    for groups, grouped in (("categories", _by_category), ("contexts", _by_context)):
+        theirs = grouped(plain)
+        for name, rows in grouped(requests).items():
+            before = summary.request_rate(theirs.get(name, ()))
+            after = summary.request_rate(rows)
+            if before and after and name in entry[groups]:
+                entry[groups][name]["speedup"] = after / before
+                entry[groups][name]["speedup_interval"] = summary.speedup_interval(
+                    rows, theirs[name], speedup=after / before, seed=seed
+                )

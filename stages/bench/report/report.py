@@ -3,7 +3,7 @@
 
     baseline, head, ngram   the figures at the first load and the first K, which the gates judge
     sweep                   one row for each load, drafter and K: lengths, rates, latencies, speed-up
-    best                    the K to serve with at each load
+    best                    the K to serve with at each load, and the command that does
     lossless                greedy answers against the baseline's, every divergence with its verdict
     gates                   name, value, bound and whether it is met
     warnings                what is unusual about the head or the measurement
@@ -15,6 +15,8 @@
 Figures as in `figures`; an interval is [low, high] at 95 %, or null where it cannot be computed.
 """
 
+import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +29,8 @@ from stages.bench.measure.plans import engine_name
 
 Raw = Mapping[str, Any]
 
+# vLLM's methods that keep the target's distribution. Of others (`synthetic` in vLLM 0.32) the report warns.
+EXACT_VERIFIERS = ("standard", "block")
 _MAX_QUEUED_SHARE = 0.1  # of the requests' time
 Report = dict[str, Any]
 
@@ -65,9 +69,9 @@ def build(
         "vllm_version": results["head"]["vllm_version"],
         **first,
         "sweep": sweep,
-        "best": _best(sweep),
+        "best": [{**best, "serve": serve_line(config, best)} for best in _best(sweep)],
         "lossless": plain.get("lossless"),
-        "warnings": [*warnings, *_cautions(first, sweep)],
+        "warnings": [*warnings, *_lossy(config), *_cautions(first, sweep)],
         "measured": dict(measured),
         "provenance": provenance.collect(argv=sys.argv),
     }
@@ -130,6 +134,42 @@ def _best(sweep: Sequence[Report]) -> list[Report]:
             loads[load] = row
     kept = (*axes, "num_speculative_tokens", "tokens_per_s", "speedup", "speedup_interval")
     return [{key: row[key] for key in kept} for row in loads.values()]
+
+
+def serve_line(config: BenchConfig, best: Report) -> str | None:
+    """The command that serves the target at a load: with the head and this K, or alone where that is faster.
+
+    None for an endpoint, which is served already.
+    """
+    if config.endpoint:
+        return None
+    words = ["vllm", "serve", config.run.target]
+    if best["speedup"] is None or best["speedup"] >= 1:
+        drafting = {"method": "eagle3", "model": config.head or str(config.paths.export)}
+        drafting["num_speculative_tokens"] = best["num_speculative_tokens"]
+        words += ["--speculative-config", json.dumps(drafting | config.speculative_args)]
+    if switches := config.run.template_kwargs:
+        words += ["--default-chat-template-kwargs", json.dumps(switches)]
+    if config.run.chat_template:
+        words += ["--chat-template", config.run.chat_template]
+    if config.tensor_parallel_size > 1:
+        words += ["--tensor-parallel-size", str(config.tensor_parallel_size)]
+    for name, value in config.engine_args.items():
+        flag = name.replace("_", "-")
+        shown = value if isinstance(value, str) else json.dumps(value)
+        words += [f"--no-{flag}"] if value is False else [f"--{flag}", shown]
+    return shlex.join(words)
+
+
+def _lossy(config: BenchConfig) -> list[str]:
+    """What a verifier that is not exact means for the figures."""
+    method = config.speculative_args.get("rejection_sample_method", EXACT_VERIFIERS[0])
+    if method in EXACT_VERIFIERS:
+        return []
+    return [
+        f"The verifier is lossy: rejection_sample_method {method!r} accepts tokens that the target alone "
+        "would not give. The acceptance length and the speed-up are not those of equal answers."
+    ]
 
 
 def _cautions(first: Mapping[str, Report], sweep: Sequence[Report]) -> list[str]:

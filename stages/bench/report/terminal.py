@@ -40,7 +40,9 @@ def describe_load(entry: Report) -> str:
 
 def show(found: Report) -> None:
     """Log the report."""
-    shown = [_engines(found), _categories(found)]
+    shown = [_engines(found), _groups(found, "category", "categories")]
+    if len(found["head"].get("contexts", {})) > 1:
+        shown.append(_groups(found, "prompt tokens", "contexts"))
     if len(found["sweep"]) > sum(name in found for name in ("baseline", "head", "ngram")):
         shown.append(_sweep(found))
     for table in shown:
@@ -59,9 +61,17 @@ def sentences(found: Report) -> Iterator[str]:
     if len(found["best"]) > 1 or len({row["num_speculative_tokens"] for row in found["sweep"]}) > 2:
         for best in found["best"]:
             yield f"best K at {describe_load(best)}: {best['num_speculative_tokens']}"
+    for best in found["best"]:
+        if best.get("serve"):
+            alone = ", without the head, which costs more than it saves" if _is_slower(best) else ""
+            yield f"to serve at {describe_load(best)}{alone}: {best['serve']}"
     yield from found["warnings"]
     if limit := found.get("limit"):
         yield f"{limit['says']} Next: {limit['next']}"
+
+
+def _is_slower(best: Report) -> bool:
+    return best.get("speedup") is not None and best["speedup"] < 1
 
 
 def _table(title: str, columns: str) -> Table:
@@ -98,10 +108,10 @@ def _speedup(entry: Report) -> str:
     return f"{entry['speedup']:.2f}{interval(entry.get('speedup_interval'))}"
 
 
-def _categories(found: Report) -> Table:
-    columns = "category, requests, acceptance length, speed-up, TTFT ms, TPOT ms"
-    table = _table("the head by category", columns)
-    for name, entry in found["head"]["categories"].items():
+def _groups(found: Report, title: str, groups: str) -> Table:
+    columns = f"{title}, requests, acceptance length, speed-up, TTFT ms, TPOT ms"
+    table = _table(f"the head by {title}", columns)
+    for name, entry in found["head"][groups].items():
         known = entry.get("acceptance")
         bounds = interval(known["acceptance_length_interval"]) if known else ""
         length = f"{known['acceptance_length']:.2f}{bounds}" if known else ""

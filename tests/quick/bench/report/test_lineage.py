@@ -6,8 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from shared.config import build
+from shared.errors import UserError
 from shared.paths import RunPaths
-from stages.bench.report.lineage import of_run
+from stages.bench.config import BenchConfig
+from stages.bench.report.lineage import of_run, require_same_template
 
 STARTED_S = 1_790_000_000.0
 
@@ -93,3 +98,21 @@ def test_rows_size_time_and_curves_are_read_from_the_run(tmp_path: Path) -> None
     assert dump["seconds"] is None  # its status is gone
     assert found["seconds"] is None
     assert (found["loss"], found["walks"]) == ([[10, 2.5]], [[15, 1.5]])
+
+
+def test_a_head_is_not_prompted_otherwise_than_in_its_training(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path, "run")
+    whole(paths)
+    path = paths.stage("dump") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["identity"]["run.chat_template_kwargs"] = {"enable_thinking": False}
+    path.write_text(json.dumps(manifest))
+
+    def check(head: Path, **flags: str) -> None:
+        require_same_template(head, build(BenchConfig, {"target": "t", "name": "other", **flags}))
+
+    check(paths.export, chat_template_kwargs="{enable_thinking: false}")
+    check(tmp_path / "from" / "elsewhere")
+    with pytest.raises(UserError, match="'enable_thinking': False") as refused:
+        check(paths.export)
+    assert refused.value.code == "template-of-another-training"

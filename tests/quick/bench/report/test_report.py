@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From raw measurements made up by hand to the report and its gates."""
 
+import json
+import shlex
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from shared.config import build
 from shared.errors import OutputError, UserError
 from stages.bench.config import BenchConfig
-from stages.bench.report import gates, report
+from stages.bench.report import gates, report, terminal
 from tests.measurements import (
     baseline_requests,
     engine,
@@ -91,6 +93,68 @@ def test_an_engine_without_counts_by_request_is_read_by_category() -> None:
         length = head["categories"][name]["acceptance"]["acceptance_length"]
         assert length == whole["categories"][name]["acceptance"]["acceptance_length"]
     assert head["acceptance"]["acceptance_length_interval"] is None
+
+
+def test_each_load_has_a_command_that_serves_it() -> None:
+    flags = {
+        "head": "org/head",
+        "speculative_args": "{draft_tensor_parallel_size: 1}",
+        "engine_args": "{model_impl: transformers, enable_prefix_caching: false, max_num_seqs: 8}",
+        "reasoning": "disable",
+    }
+    words = shlex.split(made(config(**flags))["best"][0]["serve"])
+    assert words[:4] == ["vllm", "serve", "tiny", "--speculative-config"]
+    assert json.loads(words[4]) == {
+        "method": "eagle3",
+        "model": "org/head",
+        "num_speculative_tokens": 3,
+        "draft_tensor_parallel_size": 1,
+    }
+    assert words[5] == "--default-chat-template-kwargs"
+    assert json.loads(words[6]) == {"enable_thinking": False, "thinking": False}
+    assert words[7:] == [
+        *("--model-impl", "transformers"),
+        "--no-enable-prefix-caching",
+        *("--max-num-seqs", "8"),
+    ]
+
+
+def test_where_drafting_costs_more_than_it_saves_the_command_serves_the_target_alone() -> None:
+    slow = {"head": engine(under_load(head_requests(), wall_s=24.0))}
+    found = made(**slow)
+    assert found["best"][0]["serve"] == "vllm serve tiny"
+    lines = [line for line in terminal.sentences(found) if "to serve" in line]
+    assert lines == [
+        "to serve at concurrency 1, temperature 0, max_tokens 256, without the head, which costs more "
+        "than it saves: vllm serve tiny"
+    ]
+
+
+@pytest.mark.parametrize(("method", "warned"), [("synthetic", 1), ("fly", 1), ("block", 0)])
+def test_a_lossy_verifier_is_named(method: str, warned: int) -> None:
+    settings = config(speculative_args=f"{{rejection_sample_method: {method}}}")
+    found = [line for line in made(settings)["warnings"] if "lossy" in line and method in line]
+    assert len(found) == warned
+
+
+def test_figures_by_the_length_of_the_prompt() -> None:
+    def long_ones(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The prompts of `writing` get 5,000 tokens, the others have 3."""
+        tokens = {"coding": [1, 2, 3], "writing": [7] * 5000}
+        return [{**row, "prompt_token_ids": tokens[row["category"]]} for row in rows]
+
+    head = made(
+        head=engine(under_load(long_ones(head_requests()), wall_s=6.0)),
+        baseline=engine(
+            under_load(long_ones(baseline_requests()), wall_s=12.0), lossless=lossless()
+        ),
+    )["head"]
+    assert list(head["contexts"]) == ["below 256", "4,096 to 16,383"]
+    for context, category in zip(head["contexts"].values(), ("coding", "writing"), strict=True):
+        same = head["categories"][category]
+        assert context["acceptance"] == same["acceptance"]
+        assert context["speedup"] == same["speedup"] == pytest.approx(2.0)
+        assert context["ttft_s"] == same["ttft_s"]
 
 
 def test_a_sweep_names_the_best_k_of_each_load() -> None:
