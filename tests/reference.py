@@ -159,13 +159,16 @@ def logits(weights: dict[str, Tensor], shape: Shape, hidden: Tensor) -> Tensor:
     return weights["lm_head.weight"] @ rms_norm(hidden, weights["norm.weight"], shape.eps)
 
 
-def slot_loss(p: Tensor, z: Tensor, loss: str) -> Tensor:
-    """One slot's loss, of the target's probabilities p [D] and the head's logits z [D].
+def slot_loss(given: Tensor, z: Tensor, loss: str) -> Tensor:
+    """One slot's loss, of the target's probabilities of the draft vocabulary [D] and the head's logits z [D].
 
-    Acceptance at temperature 1 is sum_v min(p_v, q_v), and LK's hybrid blends with exp(-3 of it).
+    `given` adds up to less than 1 where the target may say something else, which is never accepted;
+    cross-entropy renormalises it. Acceptance at temperature 1 is sum_v min(given_v, q_v), and LK's hybrid
+    blends with exp(-3 of it).
     """
+    p = given / given.sum()
     entropy = -(p * torch.log_softmax(z, 0)).sum()
-    accepted = torch.minimum(p, torch.softmax(z, 0)).sum()
+    accepted = torch.minimum(given, torch.softmax(z, 0)).sum()
     mix = math.exp(-3 * accepted.item())
     return {
         "cross_entropy": entropy,
@@ -216,10 +219,9 @@ def ttt_loss(
                     full = softcap * torch.tanh(full / softcap)
                 if int(full.argmax()) not in token_ids.tolist():
                     continue
-                p = torch.softmax(full, 0)[token_ids]
-                p = p / p.sum()
+                given = torch.softmax(full, 0)[token_ids]
                 z = logits(weights, shape, hidden)
-                losses[step].append(slot_loss(p, z, loss))
+                losses[step].append(slot_loss(given, z, loss))
                 hits[step] += int(token_ids[int(z.argmax())]) == int(full.argmax())
     means = [torch.stack(step).mean() if step else None for step in losses]
     step_weight = [decay**k if mean is not None else 0.0 for k, mean in enumerate(means)]

@@ -44,7 +44,7 @@ class _StoredLoss:
         weights: Tensor,
         finals: Tensor,
         target: TargetOutput,
-        _: str,
+        *_: object,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             logits = target.logits(finals)

@@ -53,7 +53,8 @@ class Batch:
     aux_states: Tensor  # [T, A*H] bfloat16
     final_states: Tensor  # [T, H] bfloat16, before the target's final norm
     offsets: Tensor  # [N+1] int64
-    in_vocab: Tensor  # [T] bool: the target's argmax at t is in the draft vocabulary
+    # [T] float32: the target's probability of the draft vocabulary at t; 0 where its argmax is outside.
+    in_vocab: Tensor
     sample_ids: tuple[str, ...]
     plan: Plan | None = None
 
@@ -117,7 +118,7 @@ def counted_slots(loss_mask: Tensor, offsets: Tensor, num_steps: int) -> Tensor:
 def make_plan(batch: Batch, num_steps: int, *, blocks: bool = True) -> Plan:
     """The plan of a batch; `make_plan(...).in_vocab_slots.sum(1)` is what `ttt_loss` divides by.
 
-    Worked example: slot 4 at step 1 is scored against p_6, so `in_vocab[6]` decides.
+    Worked example: slot 4 at step 1 is scored against p_6, so `in_vocab[6] > 0` decides.
     """
     counted = counted_slots(batch.loss_mask, batch.offsets, num_steps)
     slots = counted[0].nonzero().flatten()
@@ -125,4 +126,4 @@ def make_plan(batch: Batch, num_steps: int, *, blocks: bool = True) -> Plan:
     scored_at = (slots + 1 + steps).clamp(max=len(batch.input_ids) - 1)
     counted = counted[:, slots]
     documents = attention_blocks(slots, batch.offsets) if blocks else []
-    return Plan(slots, counted, counted & batch.in_vocab[scored_at], documents)
+    return Plan(slots, counted, counted & (batch.in_vocab[scored_at] > 0), documents)

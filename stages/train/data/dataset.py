@@ -66,7 +66,7 @@ class Dataset:
             else RowFile(folder / name, num_states, hidden_size)
             for name in self._names
         ]
-        self.in_vocab: list[torch.Tensor] = []  # per shard [T] bool, set by `set_in_vocab`
+        self.in_vocab: list[torch.Tensor] = []  # per shard [T] float16, set by `set_in_vocab`
         samples = [
             Sample(sample_id, index, shard.rows(row))
             for index, shard in enumerate(self.shards)
@@ -90,9 +90,9 @@ class Dataset:
         if self._manifest is not None:
             require_unchanged(self._folder, self._manifest, [self._names[shard]])
 
-    def set_in_vocab(self, flags: Sequence[torch.Tensor]) -> None:
-        """Set, for each shard, [T] bool: the target's argmax is in the draft vocabulary."""
-        self.in_vocab = list(flags)
+    def set_in_vocab(self, shares: Sequence[torch.Tensor]) -> None:
+        """Set, for each shard, `Batch.in_vocab` of its tokens, float16."""
+        self.in_vocab = list(shares)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """The samples as one packed batch.
@@ -115,7 +115,7 @@ class Dataset:
             aux_states=aux.flatten(1),
             final_states=final,
             offsets=torch.tensor(offsets),
-            in_vocab=torch.cat([self.in_vocab[s.shard][s.rows] for s in samples]),
+            in_vocab=torch.cat([self.in_vocab[s.shard][s.rows].float() for s in samples]),
             sample_ids=tuple(sample.sample_id for sample in samples),
         )
 

@@ -58,18 +58,18 @@ def _(inputs: Sequence[Tensor], *_: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("eyrie::loss_rows", mutates_args=("scores",))
 def loss_rows(
-    targets: Tensor, scores: Tensor, logit_scale: float, softcap: float, loss: str
+    targets: Tensor, scores: Tensor, shares: Tensor, logit_scale: float, softcap: float, loss: str
 ) -> tuple[Tensor, Tensor]:
     """Losses and hits [K, C]; `scores` [K, C, D] becomes the gradient of the logits."""
     from stages.train.kernels import triton_loss
 
     return triton_loss.loss_rows(
-        targets, scores, logit_scale, softcap, LOSSES.index(loss), HYBRID_FACTOR
+        targets, scores, shares, logit_scale, softcap, LOSSES.index(loss), HYBRID_FACTOR
     )
 
 
 @loss_rows.register_fake
-def _(targets: Tensor, scores: Tensor, logit_scale: float, softcap: float, loss: str) -> Any:
+def _(targets: Tensor, scores: Tensor, *_: Any) -> Any:
     shape = scores.shape[:2]
     return scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.bool)
 

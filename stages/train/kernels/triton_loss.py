@@ -28,12 +28,13 @@ def _target(raw, logit_scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _rows(
-    targets, scores, losses, hits, num_targets, num_columns, logit_scale, softcap, factor, tiny,
+    targets, scores, shares, losses, hits, num_targets, num_columns, logit_scale, softcap, factor, tiny,
     K: tl.constexpr, B: tl.constexpr, CAPPED: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
     """Logits targets [C, D] and scores [K, C, D], which becomes their gradient; losses, hits [K, C]."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, B)
+    share = tl.load(shares + row)
     top, total, highest, best = float("-inf"), 0.0, float("-inf"), 0
     for first in range(0, num_columns, B):
         inside = first + column < num_columns
@@ -70,10 +71,10 @@ def _rows(
                 raw = tl.load(targets + row * num_columns + first + column, mask=inside, other=0.0)
                 logits = _target(raw, logit_scale, softcap, CAPPED)
                 score = tl.load(base + first + column, mask=inside, other=0.0).to(tl.float32)
-                given = tl.where(inside, tl.exp(logits - top) / total, 0.0)
+                most = tl.where(inside, share * tl.exp(logits - top) / total, 0.0)
                 own = tl.where(inside, tl.exp(score - own_top) / own_total, 0.0)
-                below += tl.sum(tl.where(own < given, own, 0.0), 0)
-                accepted += tl.sum(tl.minimum(own, given), 0)
+                below += tl.sum(tl.where(own < most, own, 0.0), 0)
+                accepted += tl.sum(tl.minimum(own, most), 0)
             if LOSS == 1:
                 floored = tl.maximum(accepted, tiny)
                 straight, bent, loss = 0.0, 1.0 / floored, -tl.log(floored)
@@ -94,18 +95,25 @@ def _rows(
             given = tl.exp(logits - top) / total
             gradient = own - given
             if LOSS > 0:
-                is_below = tl.where(own < given, 1.0, 0.0)
+                is_below = tl.where(own < share * tl.exp(logits - top) / total, 1.0, 0.0)
                 gradient = straight * gradient + bent * own * (below - is_below)
             tl.store(base + first + column, gradient.to(scores.dtype.element_ty), mask=inside)
 
 
 def loss_rows(
-    targets: Tensor, scores: Tensor, logit_scale: float, softcap: float, loss: int, factor: float
+    targets: Tensor,
+    scores: Tensor,
+    shares: Tensor,
+    logit_scale: float,
+    softcap: float,
+    loss: int,
+    factor: float,
 ) -> tuple[Tensor, Tensor]:
     """Losses [K, C] float32 and hits [K, C] bool; `scores` [K, C, D] becomes the gradient.
 
     Args:
         targets: [C, D] the target's products with lm_head, without scale and softcap.
+        shares: [C] float32, the target's probability of the draft vocabulary.
         softcap: 0 for none.
         loss: index in `fused.LOSSES`.
         factor: of lk_hybrid.
@@ -117,7 +125,7 @@ def loss_rows(
     own = scores.float() if triton.knobs.runtime.interpret else scores
     if num_targets:
         _rows[(num_targets,)](
-            targets, own, losses, hits, num_targets, num_columns, logit_scale, softcap,
+            targets, own, shares, losses, hits, num_targets, num_columns, logit_scale, softcap,
             factor, TINY,
             K=num_steps, B=min(COLUMNS, triton.next_power_of_2(num_columns)), CAPPED=softcap > 0,
             LOSS=loss,

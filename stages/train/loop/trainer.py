@@ -32,7 +32,7 @@ from stages.train.loop.history import History, Outcome, progress_figures
 from stages.train.loop.optimizer import lr_factor, make_optimizer
 from stages.train.loop.step import TrainingStep, not_finite, train_step
 from stages.train.model import DraftHead
-from stages.train.objective.in_vocab import in_vocab_flags
+from stages.train.objective.in_vocab import in_vocab_shares
 from stages.train.objective.loss import StepSums, combine
 from stages.train.objective.target_output import TargetOutput
 from stages.train.objective.walk import Walk, walked_acceptance_length
@@ -70,7 +70,7 @@ class Trainer:
         head.recompute_activations = config.recompute_activations
         head.lm_head.requires_grad_(config.train_lm_head)
         dataset.set_in_vocab(
-            in_vocab_flags(dataset, head, tensors, folder / "in_vocab", accelerator)
+            in_vocab_shares(dataset, head, tensors, folder / "in_vocab", accelerator)
         )
         rows = head.to_target_ids(torch.arange(head.config.draft_vocab_size, device=self.device))
         # In mixed precision its products are in bf16, as in the served target.

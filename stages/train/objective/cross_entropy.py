@@ -6,8 +6,9 @@ slot's loss and hit. Cost: one target and K draft products with lm_head for each
 slot, but no [T, D] tensor: logits live for one chunk of rows. Gradients are taken with them, in the
 forward pass.
 
-With p the target's and q the head's probabilities over the draft vocabulary, both renormalised to it,
-a = sum_v min(p_v, q_v) is the chance that a token sampled at temperature 1 is accepted. The losses:
+With p the target's and q the head's probabilities over the draft vocabulary, both renormalised to it, and s
+the target's probability of all its tokens, a = sum_v min(s p_v, q_v) is the chance that a token sampled
+at temperature 1 is accepted: what the target has outside is never accepted. The losses:
 
     cross_entropy  H = -sum_v p_v log q_v
     lk             -log a
@@ -15,9 +16,9 @@ a = sum_v min(p_v, q_v) is the chance that a token sampled at temperature 1 is a
     lk_hybrid      m H + (1 - m) (1 - a), m = exp(-3 a) a constant: H while little is accepted
 
 lk and lk_hybrid are those of "LK Losses" (arXiv 2602.23881), 3 is their factor. The gradient of 1 - a
-for logit j is q_j (A - b_j), where b_j says whether q_j < p_j, and A sums q over those.
+for logit j is q_j (A - b_j), where b_j says whether q_j < s p_j, and A sums q over those.
 
-Worked example, p = [0.5, 0.3, 0.2], q = [0.2, 0.2, 0.6]: a = 0.2 + 0.2 + 0.2 = 0.6, lk 0.511, tv 0.4;
+Worked example, s = 1, p = [0.5, 0.3, 0.2], q = [0.2, 0.2, 0.6]: a = 0.2 + 0.2 + 0.2 = 0.6, lk 0.511, tv 0.4;
 A = 0.4, so the gradient of tv is [0.2 (0.4 - 1), 0.2 (0.4 - 1), 0.6 * 0.4] = [-0.12, -0.12, 0.24].
 
 Shapes: R slots that count at step 0, K TTT steps, H hidden size, D draft vocabulary, C targets of a
@@ -52,9 +53,9 @@ class SlotLosses(torch.autograd.Function):
     Worked example: slots [2, 3, 4] have targets p_3, p_4, p_5 (finals rows 0, 1, 2); slot 3 (row 1)
     at step 1 is scored against p_5, row 1 + 1 = 2.
 
-    `apply(hidden [K, R, H], lm_head [D, H], weights [K, R], finals [R, H], target, loss)` gives the
-    sum, the unweighted losses [K, R] and hits [K, R] bool; a tie for the top counts as a hit. `loss`
-    is one of `LOSSES`, by default the first.
+    `apply(hidden [K, R, H], lm_head [D, H], weights [K, R], finals [R, H], target, loss, shares [R])` gives
+    the sum, the unweighted losses [K, R] and hits [K, R] bool; a tie for the top counts as a hit. `loss`
+    is one of `LOSSES`, by default the first, `shares` the s of each target, by default 1.
     """
 
     @staticmethod
@@ -66,6 +67,7 @@ class SlotLosses(torch.autograd.Function):
         finals: Tensor,
         target: TargetOutput,
         loss: str = LOSSES[0],
+        shares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         by_hidden, by_head = ctx.needs_input_grad[:2]
         with without_autocast(hidden):
@@ -74,6 +76,7 @@ class SlotLosses(torch.autograd.Function):
             grad_states = torch.zeros_like(states) if by_hidden else None
             # In float32 even where products are not, since hundreds of chunks add up in it.
             grad_head = torch.zeros_like(work, dtype=weights.dtype) if by_head else None
+            inside = weights.new_ones(len(finals)) if shares is None else shares.to(weights.dtype)
             losses, hits = torch.zeros_like(scales), torch.zeros_like(scales, dtype=torch.bool)
             for rows in _chunks(weights):
                 # One matrix; for a batch of K, lm_head would be copied K times.
@@ -81,7 +84,7 @@ class SlotLosses(torch.autograd.Function):
                 scores = (chunk @ work.t()).unflatten(0, (len(states), -1))
                 row_loss = _fused_rows if is_fused(scores) else _rows
                 losses[:, rows], hits[:, rows], by_score = row_loss(
-                    scores, finals[rows], target, loss
+                    scores, finals[rows], target, loss, inside[rows]
                 )
                 grad = by_score.flatten(0, 1).to(hidden.dtype)
                 scale = scales[:, rows].flatten()[:, None]
@@ -105,18 +108,19 @@ class SlotLosses(torch.autograd.Function):
             None
             if grad_head is None
             else (grad_head * grad.to(grad_head.dtype)).to(ctx.head_dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
 def _rows(
-    products: Tensor, finals: Tensor, target: TargetOutput, loss: str
+    products: Tensor, finals: Tensor, target: TargetOutput, loss: str, shares: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and hits [K, C], and the logits' gradients [K, C, D], of one chunk.
 
     Args:
         products: [K, C, D] the head's logits.
         finals: [C, H] the target's states.
+        shares: [C] the target's probability of the draft vocabulary.
     """
     logits = target.logits(finals)
     best = logits.argmax(-1, keepdim=True)
@@ -131,22 +135,24 @@ def _rows(
     entropies = top - scores.amax(-1).log() - expected
     if loss == "cross_entropy":
         return entropies, hits, scores.sub_(probabilities)
-    losses, by_score = _toward_acceptance(scores, probabilities, entropies, loss)
+    most = probabilities * shares.to(scores.dtype)[:, None]
+    losses, by_score = _toward_acceptance(scores, probabilities, most, entropies, loss)
     return losses, hits, by_score
 
 
 def _toward_acceptance(
-    own: Tensor, given: Tensor, entropies: Tensor, loss: str
+    own: Tensor, given: Tensor, most: Tensor, entropies: Tensor, loss: str
 ) -> tuple[Tensor, Tensor]:
     """(losses [K, C], gradients [K, C, D]) of lk, tv or lk_hybrid.
 
     Args:
         own: [K, C, D] the head's probabilities q.
         given: [C, D] the target's p.
+        most: [C, D] the target's s p.
         entropies: [K, C] cross-entropies.
     """
-    is_below = own < given
-    accepted = torch.where(is_below, own, given).sum(-1)
+    is_below = own < most
+    accepted = torch.where(is_below, own, most).sum(-1)
     by_score = own * ((own * is_below).sum(-1, keepdim=True) - is_below.to(own.dtype))  # of 1 - a
     if loss == "tv":
         return 1 - accepted, by_score
@@ -159,11 +165,12 @@ def _toward_acceptance(
 
 
 def _fused_rows(
-    products: Tensor, finals: Tensor, target: TargetOutput, loss: str
+    products: Tensor, finals: Tensor, target: TargetOutput, loss: str, shares: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_rows` by one kernel, in place of `products`."""
     cap = target.softcap or 0.0
-    losses, hits = loss_rows(target.products(finals), products, target.logit_scale, cap, loss)
+    given = target.products(finals)
+    losses, hits = loss_rows(given, products, shares.float(), target.logit_scale, cap, loss)
     return losses, hits, products
 
 

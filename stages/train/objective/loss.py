@@ -105,6 +105,7 @@ def ttt_loss(
         finals,
         target,
         loss,
+        batch.in_vocab[plan.slots + 1],
     )
     sums = (
         (losses.double() * plan.in_vocab_slots).sum(1),

@@ -42,16 +42,24 @@ class TargetOutput:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def target_argmax(
-    finals: Tensor, *, norm: FinalNorm, lm_head: Tensor, chunk_rows: int = 256
+def shares_in_vocab(
+    finals: Tensor, whole: TargetOutput, inside: Tensor, *, chunk_rows: int = 256
 ) -> Tensor:
-    """[T] int64: the target's most likely next token over its full vocabulary, at each token.
+    """[T] float32: the target's probability of all tokens inside, at each token; 0 where its argmax is not.
 
-    A positive scale and a softcap keep the order, so neither is needed. It gives
-    `in_vocab = t2d[target_argmax(...)]`, which is made once for the data.
+    It is made once for the data: `Batch.in_vocab`.
+
+    Args:
+        whole: the target's output over its full vocabulary.
+        inside: [V] bool, the tokens of the draft vocabulary.
+
+    Worked example: p = [0.5, 0.3, 0.2]; with the first and the last token inside 0.7, with the last two 0.
     """
-    parts = [
-        F.linear(norm(chunk).to(lm_head.dtype), lm_head).argmax(-1)
-        for chunk in finals.split(chunk_rows)
-    ]
-    return torch.cat(parts) if parts else finals.new_zeros(0, dtype=torch.int64)
+    parts = []
+    for chunk in finals.split(chunk_rows):
+        best = whole.products(chunk).argmax(
+            -1
+        )  # scale and softcap keep the order, but could make ties
+        share = whole.logits(chunk).softmax(-1)[:, inside].sum(-1)
+        parts.append(share * inside[best])
+    return torch.cat(parts) if parts else finals.new_zeros(0, dtype=torch.float32)

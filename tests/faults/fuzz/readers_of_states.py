@@ -87,7 +87,7 @@ def _read_freq(path: Path) -> None:
 
 
 def _make_flags(folder: Path) -> Path:
-    torch.save({"vocabulary": "k", "flags": torch.ones(3, dtype=torch.bool)}, folder / "00000.pt")
+    torch.save({"vocabulary": "k", "shares": torch.ones(3).half()}, folder / "00000.pt")
     _make_row(folder)
     return folder / "00000.pt"
 

@@ -111,11 +111,14 @@ def check_loss(seed: int, dtype: torch.dtype) -> float:
     head = torch.randn(columns, hidden, dtype=torch.float64)
     products = (finals @ head.t()).to(dtype)
     scores = torch.randn(steps, targets, columns).to(dtype) * 3
-    exact = _rows(scores.double(), finals, _Given(products.double(), scale, cap), loss)
-    plain = _rows(
-        scores.to(torch.float32, copy=True), finals, _Given(products.float(), scale, cap), loss
-    )
-    losses, hits = loss_rows(products, scores, scale, cap or 0.0, loss)
+    shares = torch.rand(targets)
+
+    def plainly(dtype: torch.dtype) -> Any:
+        given = _Given(products.to(dtype), scale, cap)
+        return _rows(scores.to(dtype, copy=True), finals, given, loss, shares)
+
+    exact, plain = plainly(torch.float64), plainly(torch.float32)
+    losses, hits = loss_rows(products, scores, shares, scale, cap or 0.0, loss)
     assert torch.equal(hits, exact[1])
     gradient = plain[2].to(dtype)
     return excess((losses, scores), (plain[0], gradient), (exact[0], exact[2]))

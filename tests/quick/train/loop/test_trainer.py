@@ -27,7 +27,7 @@ from stages.train.config import TrainConfig
 from stages.train.data.dataset import Dataset
 from stages.train.loop import checkpoint
 from stages.train.loop.trainer import Trainer
-from stages.train.objective.in_vocab import in_vocab_flags
+from stages.train.objective.in_vocab import in_vocab_shares
 from tests.quick.train.export.test_export import CONFIG, make_head
 
 WHOLE = dataclasses.replace(CONFIG, draft_vocab_size=CONFIG.vocab_size)
@@ -196,7 +196,7 @@ def test_every_shard_is_held_to_its_checksum(
     tmp_path: Path, damaged: int, config: HeadConfig
 ) -> None:
     found, head, tensors = dataset(tmp_path), make_head(config), random_tensors()
-    flags = in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(1))
+    flags = in_vocab_shares(found, head, tensors, tmp_path / "flags", rank_of(1))
     assert [len(part) for part in flags] == [len(shard.input_ids) for shard in found.shards]
     shutil.rmtree(tmp_path / "flags", ignore_errors=True)
     path = tmp_path / hidden_states.shard_name(damaged)
@@ -204,13 +204,13 @@ def test_every_shard_is_held_to_its_checksum(
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{path.name}: expected the SHA-256"):
-        in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(1))
+        in_vocab_shares(found, head, tensors, tmp_path / "flags", rank_of(1))
 
 
 def test_flags_that_another_rank_wrote_elsewhere_may_be_there_later(tmp_path: Path) -> None:
     found, head, tensors = dataset(tmp_path), make_head(), random_tensors()
-    with pytest.raises(RetryableError, match=r"00001\.pt: expected the flags .* another rank"):
-        in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(2))
-    in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(1))
-    flags = in_vocab_flags(found, head, tensors, tmp_path / "flags", rank_of(2))
+    with pytest.raises(RetryableError, match=r"00001\.pt: expected the numbers .* another rank"):
+        in_vocab_shares(found, head, tensors, tmp_path / "flags", rank_of(2))
+    in_vocab_shares(found, head, tensors, tmp_path / "flags", rank_of(1))
+    flags = in_vocab_shares(found, head, tensors, tmp_path / "flags", rank_of(2))
     assert len(flags) == len(found.shards)

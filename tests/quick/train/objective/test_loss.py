@@ -13,7 +13,7 @@ from stages.train.objective.loss import (
     step_weights,
     ttt_loss,
 )
-from stages.train.objective.target_output import TargetOutput, target_argmax
+from stages.train.objective.target_output import TargetOutput, shares_in_vocab
 from tests import reference
 from tests.quick.train.objective.test_maths import gradients, make_case, reference_loss
 
@@ -51,6 +51,20 @@ def test_the_worked_example_of_losses(name: str, value: float, gradient: list[fl
     torch.testing.assert_close(
         hidden.grad.flatten(), torch.tensor(gradient).double(), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tv", 0.44), ("lk", 0.5798), ("cross_entropy", 1.3897)]
+)
+def test_what_the_target_has_outside_the_vocabulary_is_never_accepted(
+    name: str, value: float
+) -> None:
+    """The example with s = 0.8: a = min(0.4, 0.2) + min(0.24, 0.2) + min(0.16, 0.6) = 0.56."""
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]).double(), torch.tensor([[0.2, 0.2, 0.6]]).double()
+    target = TargetOutput(lambda states: states, torch.eye(3).double())  # type: ignore[arg-type]
+    ones, share = torch.ones(1, 1).double(), torch.tensor([0.8]).double()
+    given = (q.log()[None], torch.eye(3).double(), ones, p.log(), target, name, share)
+    assert SlotLosses.apply(*given)[0].item() == pytest.approx(value, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -106,13 +120,25 @@ def test_loss_gradients_are_those_of_finite_differences(monkeypatch: pytest.Monk
     assert torch.autograd.gradcheck(loss, (hidden, lm_head), fast_mode=True)
 
 
-def test_target_argmax_does_not_depend_on_chunks() -> None:
+def test_the_target_s_share_of_the_draft_vocabulary() -> None:
+    """By hand, the worked example, and the same in chunks of any size."""
     torch.manual_seed(0)
     finals, norm, lm_head = torch.randn(11, 8), torch.rand(8) + 0.5, torch.randn(30, 8)
-    expected = [int((lm_head @ reference.rms_norm(y, norm, 1e-6)).argmax()) for y in finals]
+    inside = torch.rand(30) < 0.6
+    expected = []
+    for y in finals:
+        p = torch.softmax(2 * torch.tanh(lm_head @ reference.rms_norm(y, norm, 1e-6) / 2), 0)
+        expected.append(float(p[inside].sum()) if inside[p.argmax()] else 0.0)
+    assert 0 < expected.count(0.0) < 11
     for rows in (1, 4, 100):
-        best = target_argmax(finals, norm=FinalNorm(norm, 1e-6), lm_head=lm_head, chunk_rows=rows)
-        assert best.tolist() == expected
+        whole = TargetOutput(FinalNorm(norm, 1e-6), lm_head, softcap=2.0)
+        shares = shares_in_vocab(finals, whole, inside, chunk_rows=rows)
+        assert shares.tolist() == pytest.approx(expected, abs=1e-3)
+    plain = TargetOutput(lambda states: states, torch.eye(3))  # type: ignore[arg-type]
+    p = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    for last, share in ((True, 0.7), (False, 0.0)):
+        inside = torch.tensor([last, not last, True])
+        assert shares_in_vocab(p, plain, inside).tolist() == pytest.approx([share], abs=1e-3)
 
 
 def test_the_gradient_of_lm_head_adds_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

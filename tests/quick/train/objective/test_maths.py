@@ -23,7 +23,7 @@ from stages.train.objective.loss import (
     combine,
     ttt_loss,
 )
-from stages.train.objective.target_output import TargetOutput, target_argmax
+from stages.train.objective.target_output import TargetOutput, shares_in_vocab
 from tests import reference
 
 CONFIG = HeadConfig(
@@ -106,13 +106,11 @@ def make_case(
     target = {"norm": torch.rand(size) + 0.5, "lm_head": torch.randn(config.vocab_size, size) / 2}
     token_ids = head.to_target_ids(torch.arange(config.draft_vocab_size))
     norm = FinalNorm(target["norm"], config.rms_norm_eps)
-    best = target_argmax(
-        torch.cat([d.finals for d in documents]),
-        norm=norm,
-        lm_head=target["lm_head"],
-    )
+    whole = TargetOutput(norm, target["lm_head"], **output)
+    finals = torch.cat([d.finals for d in documents])
+    shares = shares_in_vocab(finals, whole, torch.isin(torch.arange(config.vocab_size), token_ids))
     rows = TargetOutput(norm, target["lm_head"][token_ids], **output)
-    batch = pack(documents, torch.isin(best, token_ids))
+    batch = pack(documents, shares)
     return Case(head, batch, rows, documents, target, token_ids)
 
 
