@@ -20,7 +20,7 @@ from stages.train.kernels.fused import LOSSES
 
 SHARED_KIB = {75: 64, 80: 99, 90: 227, 100: 227}
 NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-IN_FLOAT32 = {"out", "lse", "delta", "losses"}
+IN_FLOAT32 = {"out", "lse", "delta", "losses", "shares"}
 NUM_QUERY_HEADS, NUM_KEY_HEADS = 8, 2
 
 
