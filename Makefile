@@ -105,6 +105,12 @@ soak: setup ## The tests that take longer.
 test-quick: setup ## The tests that start no engine: under two minutes.
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m "not engine and not gpu and not container" tests/quick
 
+# No setup: it needs no network, and takes the Python that there is.
+.PHONY: gpu-check
+gpu-check: ## Tests, benchmark and profile of a machine with a card; PEERS= an environment with speculators.
+	$(or $(wildcard $(PY)),$(PYTHON)) -m tests.gpu --out tests/perf/gpu-check \
+	  $(if $(PEERS),--peer-python $(PEERS)/bin/python)
+
 .PHONY: lint
 lint: setup ## Style, types, import rules.
 	$(PY) -m ruff format --check

@@ -5,6 +5,7 @@ Writes for each case the step's loss, counts, unclipped gradients and new weight
 """
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -97,12 +98,15 @@ def run_case(accelerator: Accelerator, how: str, case: str, folder: Path) -> Non
         documents.batch(part) if part else documents.batch(documents.samples[:1]).silent()
         for part in parts
     ]
+    device = accelerator.device
+    micros = [micro.planned(NUM_STEPS).to(device) for micro in micros]
     torch.manual_seed(0)
     head = DraftHead(CONFIG, embed_tokens=torch.randn(30, 16), d2t=torch.full((21,), 4))
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
-    target = TargetOutput(FinalNorm(torch.rand(16) + 0.5, 1e-5), torch.randn(21, 16))
+    norm = FinalNorm((torch.rand(16) + 0.5).to(device), 1e-5)
+    target = TargetOutput(norm, torch.randn(21, 16).to(device))
     step = TrainingStep(head, target, num_steps=NUM_STEPS, decay=0.8)
     module = distributed.joined(accelerator, step, how)
     optimizer = make_optimizer(module, learning_rate=1e-2)
@@ -129,7 +133,8 @@ def run_case(accelerator: Accelerator, how: str, case: str, folder: Path) -> Non
 def main() -> None:
     folder, how = Path(sys.argv[1]), sys.argv[2]
     accelerator = Accelerator(
-        cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+        cpu=os.environ["ACCELERATE_USE_CPU"] == "true",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     for case in CASES:
         run_case(accelerator, how, case, folder)

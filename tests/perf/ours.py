@@ -17,21 +17,25 @@ from tests.perf.problem import Shape
 
 
 class Ours:
-    def __init__(self, shape: Shape, dtype: torch.dtype, without: str) -> None:
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, without: str
+    ) -> None:
         self.shape = shape
         precision = {torch.float32: "no", torch.bfloat16: "bf16"}[dtype]
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=True)
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
         tensors = problem.weights(shape)
         target = {name: tensors.pop(name) for name in list(tensors) if name.startswith("target.")}
         head = DraftHead(
             head_config(shape), embed_tokens=target["target.embed_tokens"], d2t=tensors.pop("d2t")
         )
         head.load_state_dict(tensors, strict=False)
-        rows = target["target.lm_head"].to(product_dtype(self.accelerator))
-        output = TargetOutput(FinalNorm(target["target.norm"], problem.EPS), rows)
+        rows = target["target.lm_head"].to(device, product_dtype(self.accelerator))
+        norm = FinalNorm(target["target.norm"].to(device), problem.EPS)
+        output = TargetOutput(norm, rows)
         if without:
             switches.switch_off(without)
-        self.module = TrainingStep(head, output, num_steps=shape.ttt_steps, decay=problem.DECAY)
+        step = TrainingStep(head, output, num_steps=shape.ttt_steps, decay=problem.DECAY)
+        self.module = step.to(device)
         fused = without != "optimizer"
         self.optimizer = make_optimizer(head, learning_rate=1e-4, fused=fused)
         self.batches: dict[float, Batch] = {}
@@ -39,15 +43,19 @@ class Ours:
     def batch(self, share: float) -> Batch:
         if share not in self.batches:
             row = problem.row(self.shape, share)
-            self.batches[share] = Batch(
+            size = self.shape.document_tokens
+            batch = Batch(
                 input_ids=row.input_ids,
                 loss_mask=row.loss_mask,
                 aux_states=row.aux_states,
                 final_states=row.final_states,
-                offsets=torch.tensor([0, len(row.input_ids)]),
+                offsets=torch.arange(0, len(row.input_ids) + 1, size),
                 in_vocab=torch.ones_like(row.loss_mask),
                 sample_ids=("row",),
             )
+            if self.accelerator.device.type != "cpu":  # as the loader hands it to the step
+                batch = batch.planned(self.shape.ttt_steps, blocks=False)
+            self.batches[share] = batch.to(self.accelerator.device)
         return self.batches[share]
 
     def step(self, share: float) -> None:

@@ -3,8 +3,9 @@
 
 Its own model, loss and AdamW, driven as its Trainer drives them: fp32 weights under autocast,
 gradients clipped to 1. Two things are set so that both sides do like work: lm_head is trained, and
-each TTT step's mask is ours (the whole chain inside the answer). Attention is sdpa: its default,
-flex, has no backward on a CPU; its fused loss needs Triton.
+each TTT step's mask is ours (the whole chain inside the answer). On a CPU attention is sdpa, since its
+default, flex, has no backward there, and the loss eager, since the fused one needs Triton. On a card
+both are its defaults.
 """
 
 import torch
@@ -21,9 +22,9 @@ from tests.perf.problem import Shape
 
 
 class Speculators:
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
-        self.model = Eagle3DraftModel(config=_config(shape))
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.model = Eagle3DraftModel(config=_config(shape, on_cpu=device.type == "cpu"))
         tensors = problem.weights(shape)
         state = {_their_name(name): tensor for name, tensor in tensors.items()}
         state["embed_tokens.weight"] = state.pop("target.embed_tokens")
@@ -32,10 +33,13 @@ class Speculators:
         state["t2d"] = torch.zeros(shape.vocab, dtype=torch.bool)
         state["t2d"][state["d2t"] + torch.arange(shape.draft_vocab)] = True
         self.model.load_state_dict(state)
+        self.model.to(device)
         self.model.train()
         self.model.lm_head.weight.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(self.model.named_parameters(), lr=1e-4, weight_decay=0.0)
-        self.loss_config = resolve_loss_config("kl_div", "eager")
+        self.loss_config = resolve_loss_config(
+            "kl_div", "eager" if device.type == "cpu" else "fused"
+        )
         self.batches: dict[float, tuple[dict[str, torch.Tensor], torch.Tensor]] = {}
         self.gate = torch.empty(0)  # [K, T-1] bool, of the batch in work
         self._compute_metrics = core.compute_metrics
@@ -57,22 +61,25 @@ class Speculators:
                     "verifier_last_hidden_states": row.final_states,
                     "loss_mask": row.loss_mask,
                     "lengths": torch.tensor([len(row.input_ids)]),
-                    "position_ids": torch.arange(len(row.input_ids)),
+                    "position_ids": torch.arange(len(row.input_ids)) % self.shape.document_tokens,
                 }
             )
             shifted.pop("lengths")
-            batch = {name: tensor[None] for name, tensor in shifted.items()}
-            batch["document_ids"] = torch.zeros_like(batch["input_ids"])
+            batch = {name: tensor[None].to(self.device) for name, tensor in shifted.items()}
+            place = torch.arange(batch["input_ids"].shape[1], device=self.device)
+            batch["document_ids"] = (place // self.shape.document_tokens)[None]
             if self.dtype == torch.float32:  # their loader gives the states in the run's dtype
                 states = ("hidden_states", "verifier_last_hidden_states")
                 batch |= {name: batch[name].float() for name in states}
-            gate = problem.counted(row.loss_mask, self.shape.ttt_steps)[:, :-1]
+            gate = problem.counted(row.loss_mask, self.shape.ttt_steps)[:, :-1].to(self.device)
             self.batches[share] = (batch, gate)
         return self.batches[share]
 
     def _loss(self, share: float) -> torch.Tensor:
         batch, self.gate = self.batch(share)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        ):
             _, loss, _ = self.model(
                 **batch,
                 ttt_steps=self.shape.ttt_steps,
@@ -111,7 +118,7 @@ def _our_name(name: str) -> str:
     return name.replace("layers.0.", "midlayer.")
 
 
-def _config(shape: Shape) -> Eagle3SpeculatorConfig:
+def _config(shape: Shape, *, on_cpu: bool) -> Eagle3SpeculatorConfig:
     layer = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
@@ -125,7 +132,8 @@ def _config(shape: Shape) -> Eagle3SpeculatorConfig:
         max_position_embeddings=4096,
         pad_token_id=None,
     )
-    layer._attn_implementation = "sdpa"
+    if on_cpu:
+        layer._attn_implementation = "sdpa"
     return Eagle3SpeculatorConfig(
         transformer_layer_config=layer,
         draft_vocab_size=shape.draft_vocab,

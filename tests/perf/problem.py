@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training problem for every side of the benchmark: shapes, weights, one packed row, its floor.
+"""One training problem for every side of the benchmark: shapes, weights, packed documents, its floor.
 
 It imports torch alone, so that it loads in an environment that holds another trainer.
 Shapes: T tokens, A aux layers, H hidden size, V target and D draft vocabulary, K TTT steps.
@@ -19,7 +19,7 @@ ROPE_THETA = 10000.0
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A draft head and the row it is trained on."""
+    """A draft head and the documents it is trained on, all of one length."""
 
     hidden: int
     inner: int
@@ -30,6 +30,7 @@ class Shape:
     tokens: int
     ttt_steps: int
     head_dim: int = 64
+    documents: int = 1
 
     @property
     def queries(self) -> int:
@@ -39,12 +40,20 @@ class Shape:
     def keys(self) -> int:
         return self.kv_heads * self.head_dim
 
+    @property
+    def document_tokens(self) -> int:
+        return self.tokens // self.documents
+
 
 SHAPES = {
     "S0": Shape(64, 96, 2, 1, 300, 120, 128, 3, head_dim=32),  # a smoke test of the benchmark
+    "S0-chat": Shape(64, 96, 2, 1, 300, 120, 128, 4, head_dim=32, documents=4),
     "S1": Shape(512, 1408, 8, 4, 32000, 8000, 1024, 3),
     "S2": Shape(512, 1408, 8, 4, 32000, 8000, 2048, 7),
     "S3": Shape(1024, 2816, 16, 4, 128256, 32000, 1024, 3),
+    # For a card: the head of Llama-3.2-1B over long documents, and over a chat's.
+    "1B": Shape(2048, 8192, 32, 8, 128256, 32000, 16 * 2048, 3, documents=16),
+    "1B-chat": Shape(2048, 8192, 32, 8, 128256, 32000, 54 * 300, 4, documents=54),
 }
 
 
@@ -81,7 +90,10 @@ def weights(shape: Shape) -> dict[str, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One document of several turns; the target's argmax is always in the draft vocabulary."""
+    """Documents of several turns; the target's argmax is always in the draft vocabulary.
+
+    The first token of each is a prompt's where there are several, so no answer goes on into the next.
+    """
 
     input_ids: Tensor  # [T] int64
     loss_mask: Tensor  # [T] bool
@@ -92,11 +104,12 @@ class Row:
 def row(shape: Shape, share: float) -> Row:
     """A row in which about `share` of the slots count: turns of prompt, then answer."""
     generator = torch.Generator().manual_seed(1)
-    turn = shape.tokens // NUM_TURNS
-    in_turn = torch.arange(shape.tokens) % turn
+    turn = shape.document_tokens // NUM_TURNS
+    place = torch.arange(shape.tokens) % shape.document_tokens
+    is_answer = place % turn >= round((1 - share) * turn)
     return Row(
         input_ids=torch.randint(0, shape.vocab, (shape.tokens,), generator=generator),
-        loss_mask=in_turn >= round((1 - share) * turn),
+        loss_mask=is_answer & ((place > 0) | (shape.documents == 1)),
         aux_states=torch.randn(
             shape.tokens, NUM_AUX * shape.hidden, generator=generator, dtype=torch.bfloat16
         ),
@@ -107,7 +120,7 @@ def row(shape: Shape, share: float) -> Row:
 
 
 def counted(loss_mask: Tensor, ttt_steps: int) -> Tensor:
-    """[K, T] bool: tokens t+1 .. t+2+k of the one document are all answer."""
+    """[K, T] bool: tokens t+1 .. t+2+k are all answer, hence of one document."""
     answer = torch.cat((loss_mask, loss_mask.new_zeros(ttt_steps + 1)))
     rows = len(loss_mask)
     steps = [
@@ -145,8 +158,9 @@ def necessary_flops(shape: Shape, loss_mask: Tensor) -> int:
 def attention_flops(shape: Shape, loss_mask: Tensor) -> int:
     """Attention's products, forward and backward, in FLOP: scores and sums over what a slot sees.
 
-    Both cost 2d a pair of query and key, and each has two gradients of as much: 12d. Slot t sees
-    t + 1 keys of step 0, and at step k its own chain's k.
+    Both cost 2d a pair of query and key, and each has two gradients of as much: 12d. Slot t of a
+    document sees t + 1 keys of step 0, and at step k its own chain's k.
     """
     steps, slots = counted(loss_mask, shape.ttt_steps).nonzero().unbind(1)
-    return 12 * shape.head_dim * shape.heads * int((slots + 1 + steps).sum())
+    seen = slots % shape.document_tokens + 1 + steps
+    return 12 * shape.head_dim * shape.heads * int(seen.sum())

@@ -129,7 +129,7 @@ def disagreement(workers: Sequence[Worker], share: float) -> float:
 
 def measure(options: argparse.Namespace, shape_name: str, dtype: str) -> list[dict[str, Any]]:
     """One cell: both sides at 60 % and at 100 % counted slots."""
-    words = (shape_name, dtype, str(options.threads))
+    words = (shape_name, dtype, str(options.threads), "cpu")
     sides = ("ours", "speculators")
     workers = [Worker(options, side, s, *words) for side in sides for s in SETTINGS]
     # Before any step: AdamW's first steps make equal gradients' last bits into other weights.
@@ -178,7 +178,7 @@ def measure_parts(options: argparse.Namespace, shape_name: str, dtype: str) -> l
     """Our step whole, and with each idea taken out, in turns; under the tuned allocator."""
     from tests.perf.switches import PARTS
 
-    words = (shape_name, dtype, str(options.threads))
+    words = (shape_name, dtype, str(options.threads), "cpu")
     workers = {"": Worker(options, "ours", "tuned", *words)}
     workers["allocator"] = Worker(options, "ours", "default", *words)
     times: dict[str, list[float]] = {}

@@ -16,7 +16,7 @@ from tests.runs import ROOT
 TOLERANCE = 1e-5
 
 
-def run_ranks(folder: Path, num_ranks: int, how: str, *arguments: str) -> None:
+def run_ranks(folder: Path, num_ranks: int, how: str, *arguments: str, on_cpu: bool = True) -> None:
     """Start `tests.ranks` as torchrun would start it on each of several nodes."""
     environment = {
         **os.environ,
@@ -25,7 +25,7 @@ def run_ranks(folder: Path, num_ranks: int, how: str, *arguments: str) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(num_ranks),
-        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_USE_CPU": "true" if on_cpu else "false",
     }
     processes = [
         subprocess.Popen(
