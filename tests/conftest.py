@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's target, made once for all tests that start an engine, in containers or not.
+"""The demo's target, made once for all tests that start an engine, in containers or not; and the
+installer of images.
 
 EYRIE_TEST_WORKSPACE names a workspace that outlives a run of pytest: what `make demo` or an earlier
 run made there is used, and what is missing is made there.
 """
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -54,3 +57,14 @@ def demo_target(tmp_path_factory: pytest.TempPathFactory) -> MadeTarget:
     started_s = time.monotonic()
     assert make_target(workspace, target).returncode == 0
     return MadeTarget(workspace, time.monotonic() - started_s)
+
+
+@pytest.fixture(scope="session")
+def installer() -> ModuleType:
+    """What images install with, as a module."""
+    spec = importlib.util.spec_from_file_location("install", ROOT / "docker" / "install.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["install"] = module
+    spec.loader.exec_module(module)
+    return module

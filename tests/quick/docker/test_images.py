@@ -2,7 +2,7 @@
 """Dockerfiles and what they install, without building them."""
 
 import ast
-import importlib.util
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCKER = ROOT / "docker"
@@ -21,16 +22,6 @@ FROM_BASE = {"torch", "triton", "vllm", "tensorrt-llm"}
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 # Imported by another package, where a recipe asks for it: a tracker, and transformers' device_map.
 BY_NAME = {"dump": {"accelerate"}, "train": {"tensorboard"}}
-
-
-@pytest.fixture(scope="module")
-def installer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("install", DOCKER / "install.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["install"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 LOCK = """\
@@ -197,3 +188,24 @@ def test_nothing_floats() -> None:
     for path in [*DOCKER.glob("*"), ROOT / "compose.yaml", *(ROOT / "compose").rglob("*.yaml")]:
         if path.is_file():
             assert not re.search(r":(latest|nightly|main)\b", path.read_text()), path
+
+
+@pytest.mark.parametrize("python", ["3.11.2", "3.12.3"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_installs_is_whole_on_the_bases_pythons(
+    installer: ModuleType, stage: str, python: str
+) -> None:
+    """Debian's for the CPU flavour, Ubuntu's for the GPU's; the lock is resolved on the first alone."""
+    listed = (DOCKER / "requirements" / f"{stage}.txt").read_text(encoding="utf-8").splitlines()
+    names = filter(None, (line.partition("#")[0].strip() for line in listed))
+    pins = installer.closure(installer.read_lock(ROOT / "requirements.lock"), names)
+    place = {
+        "extra": "",
+        "python_full_version": python,
+        "python_version": python.rpartition(".")[0],
+    }
+    for name in pins:
+        for line in importlib.metadata.requires(name) or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate(place):
+                assert installer.normal(needed.name) in pins.keys() | FROM_BASE, (name, line)
