@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe, and the chain as the stages read it, for tests of the chain before it starts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from shared.config import build
+from shared.paths import RunPaths
+from stages.bench.config import BenchConfig
+from stages.dump.config import DumpConfig
+from stages.ops.chain import preflight, processes
+from stages.ops.chain.machine import Machine
+from stages.ops.config import RunChainConfig
+from stages.synth.config import SynthConfig
+from stages.train.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[4]
+GIB = 1 << 30
+CPU = Machine((), 64 * GIB, GIB)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+TENSORS = {
+    "model.embed_tokens.weight": torch.zeros(512, 64).bfloat16(),
+    "model.norm.weight": torch.ones(64).bfloat16(),
+    "lm_head.weight": torch.zeros(512, 64).bfloat16(),
+}  # 131,200 bytes
+RECIPE: dict[str, dict[str, Any]] = {
+    "run": {"target": "model", "max_length_tokens": 64, "draft_vocab_size": 128},
+    "synth": {"prompts": "prompts.jsonl"},
+    "dump": {"backend": "hf"},
+    "train": {},
+    "bench": {"prompts": "prompts.jsonl", "max_prompts": 2},
+}
+CONFIGS = {"synth": SynthConfig, "dump": DumpConfig, "train": TrainConfig, "bench": BenchConfig}
+
+
+def write(workspace: Path, changes: Mapping[str, dict[str, Any]]) -> Path:
+    """The recipe with these settings on top."""
+    path = workspace / "recipe.yaml"
+    sections = {name: section | changes.get(name, {}) for name, section in RECIPE.items()}
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def config(workspace: Path, **flags: str) -> RunChainConfig:
+    needed = {"recipe": str(workspace / "recipe.yaml"), "workspace": str(workspace)}
+    return build(RunChainConfig, {**needed, **flags})
+
+
+def steps(
+    workspace: Path, changes: Mapping[str, dict[str, Any]] | None = None
+) -> list[processes.Step]:
+    """The chain as the stages read the recipe, asked here instead of in processes of their own."""
+    path, paths = write(workspace, changes or {}), RunPaths(workspace, "run")
+    flags = {"recipe": str(path), "workspace": str(workspace)}
+    return [
+        processes.Step(
+            stage, build(model, flags).model_dump(mode="json"), processes.is_done(stage, paths)
+        )
+        for stage, model in CONFIGS.items()
+    ]
+
+
+def problems(found: list[processes.Step], workspace: Path, machine: Machine = CPU) -> list[str]:
+    return preflight.problems(found, RunPaths(workspace, "run"), machine)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the stages will take, as the plan of a chain tells it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.paths import RunPaths
+from stages.ops import expected
+from stages.ops.chain import estimates
+from tests.quick.ops.chain.recipes import CPU, steps
+
+
+def test_estimates_worked_by_hand(workspace: Path) -> None:
+    found = estimates.Estimates(steps(workspace), RunPaths(workspace, "run"), CPU).rows()
+    by_stage = {row.stage: row for row in found}
+    assert by_stage["synth"].work == "5 rows, at most 320 tokens"
+    assert by_stage["dump"].disk == "at most 163.8 kB"  # 5 x 64 tokens x 4 states x 64 x 2 bytes
+    assert by_stage["train"].work == "5 rows, at most 640 tokens"  # two epochs
+    assert by_stage["bench"].work == "2 rows, at most 512 tokens"
+    # fc 64 x 192; q 64 x 128, k and v 32 x 128 each, o 64 x 64; MLP 3 x 64 x 128; 4 norms; lm_head
+    weights = 64 * 192 + 128 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128 + 4 * 64 + 128 * 64
+    size = 16 * weights + 4 * (512 + 128) * 64
+    assert by_stage["train"].memory == f"{size / 1e6:.1f} MB and activations"
+    assert {row.time for row in found} == {"unknown"}
+
+
+def test_the_plan_quotes_what_others_reached_with_as_many_rows(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm start learnt from other rows before; nothing compares with a tiny target."""
+    row = {"target": "t", "hidden_size": 64, "samples": 10, "acceptance_length": 2.0, "source": "s"}
+
+    def line(train: dict[str, Any] | None = None) -> str:
+        chain = steps(workspace, {"train": train or {}})
+        ahead = estimates.Estimates(chain, RunPaths(workspace, "run"), CPU)
+        ahead.rows()
+        return ahead.expectation()
+
+    assert line() == ""
+    monkeypatch.setattr(expected, "published", lambda: [row])
+    assert line() == "5 rows x 2 epochs; others reached AL 2.00 from 10 rows (t, s)"
+    assert line({"max_samples": 2}).startswith("2 rows x 2 epochs")
+    assert line({"init_from": "head"}) == ""
+
+
+def test_estimates_heed_a_source_s_limit_and_bench_s_turns(workspace: Path) -> None:
+    (workspace / "turns.jsonl").write_text(json.dumps({"turns": ["first", "second"]}))
+    (workspace / "more.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}')
+    changes = {
+        "synth": {
+            "prompts": None,
+            "sources": [{"path": "prompts.jsonl", "max_samples": 2}, {"path": "more.jsonl"}],
+        },
+        "bench": {"prompts": "turns.jsonl"},
+    }
+    chain = steps(workspace, changes)
+    found = estimates.Estimates(chain, RunPaths(workspace, "run"), CPU).rows()
+    by_stage = {row.stage: row for row in found}
+    assert by_stage["synth"].work == "4 rows, at most 256 tokens"
+    assert by_stage["bench"].work == "1 rows, at most 512 tokens"  # two answers of 256
