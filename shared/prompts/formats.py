@@ -14,7 +14,6 @@ missing keys with null, so a null in a table is a key that the row does not have
 import bz2
 import contextlib
 import csv
-import decimal
 import gzip
 import io
 import json
@@ -26,12 +25,12 @@ from typing import Any, BinaryIO
 
 from shared.errors import UserError
 from shared.io import files
+from shared.prompts import tables
 from shared.prompts.messages import Unusable, is_message
 
 _MAX_ROW_BYTES = 64 << 20  # no conversation that a target could take is as long
 _MAX_OBJECT_BYTES = 1 << 28  # of a file that is one JSON object
 _CHUNK_CHARS = 1 << 20
-_BATCH_ROWS = 256
 _BLANK = " \t\r\n"
 _BLANK_BYTES = b"\xef\xbb\xbf \t\r\n"  # a byte order mark among them
 _DECODER = json.JSONDecoder()
@@ -169,7 +168,11 @@ def _json(path: Path) -> Iterator[Row]:
     if value is None or second or suffix_of(path) != ".json":
         yield from _json_lines(path)
         return
-    for number, row in enumerate(_rows_inside(value), start=1):
+    yield from _numbered(_rows_inside(value))
+
+
+def _numbered(found: Iterable[Any]) -> Iterator[Row]:
+    for number, row in enumerate(found, start=1):
         yield f"row {number}", row
 
 
@@ -251,69 +254,21 @@ def _table_of_text(path: Path) -> Iterator[Row]:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         csv.field_size_limit(_MAX_ROW_BYTES)
         table = csv.DictReader(text, dialect="excel-tab" if suffix_of(path) == ".tsv" else "excel")
-        for number, row in enumerate(table, start=1):
-            yield f"row {number}", row
+        yield from _numbered(table)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as table:
-        yield from _of_batches(table.iter_batches(batch_size=_BATCH_ROWS))
-
-
-def _arrow(path: Path) -> Iterator[Row]:
-    """The stream that `datasets` writes, or Arrow's file format."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as memory:
-        is_file = memory.read(6) == b"ARROW1"
-        memory.seek(0)
-        if is_file:
-            table = pa.ipc.open_file(memory)
-            yield from _of_batches(map(table.get_batch, range(table.num_record_batches)))
-        else:
-            yield from _of_batches(pa.ipc.open_stream(memory))
-
-
-def _table(read: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Row]]:
+def _table(read: Callable[[Path], Iterator[Any]]) -> Callable[[Path], Iterator[Row]]:
     """`read` with Arrow's errors as ValueErrors; not all of them are."""
 
     def rows_of_table(path: Path) -> Iterator[Row]:
         import pyarrow as pa
 
         try:
-            yield from read(path)
+            yield from _numbered(read(path))
         except pa.ArrowException as error:
             raise ValueError(str(error)) from error
 
     return rows_of_table
-
-
-def _of_batches(batches: Iterable[Any]) -> Iterator[Row]:
-    number = 0
-    for batch in batches:
-        batch.validate(full=True)
-        for start in range(0, batch.num_rows, _BATCH_ROWS):
-            for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                number += 1
-                yield f"row {number}", without_nulls(row)
-
-
-def without_nulls(value: Any) -> Any:
-    """A table's value as JSON has it: no padded nulls, maps as objects, bytes as text."""
-    if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list) and value and all(isinstance(each, tuple) for each in value):
-        return {key: without_nulls(inner) for key, inner in value}  # Arrow's map
-    if isinstance(value, list):
-        return [without_nulls(inner) for inner in value]
-    if isinstance(value, bytes):
-        with contextlib.suppress(UnicodeDecodeError):
-            return value if b"\0" in value else value.decode()
-    if isinstance(value, decimal.Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    return value
 
 
 _TEXT_FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -323,4 +278,4 @@ _TEXT_FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _table_of_text,
     ".tsv": _table_of_text,
 }
-FORMATS = {**_TEXT_FORMATS, ".parquet": _table(_parquet), ".arrow": _table(_arrow)}
+FORMATS = {**_TEXT_FORMATS, ".parquet": _table(tables.parquet), ".arrow": _table(tables.arrow)}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shared.errors import EyrieError, RetryableError, UserError
-from shared.prompts.formats import without_nulls
+from shared.prompts.tables import without_nulls
 
 _BATCH_ROWS = 256
 _REMEDY = "Correct the source, or download its files and give their path."
