@@ -6,7 +6,9 @@ launchers put before them, each with its kind. Only exceptions, errors and text 
 INFO record may quote a prompt, and a frame of a traceback quotes source code.
 """
 
+import collections
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,6 +44,13 @@ _RECORDS = tuple(
         rf"(?=\{{.*\"(?:level|severity)\": ?\"{_LEVEL}\")",
     )
 )
+# Where a program's own line begins, whatever a collector put before it.
+_ANCHOR = re.compile(
+    r"Traceback \(most recent call last\)|(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d"
+    r"|\d{4}-\d\d-\d\dT[\d:]+Z (?:INFO|WARNING|ERROR) (?:synth|dump|train|bench|ops|demo) "
+)
+_MAX_PREFIX, _PREFIX_SHARE = 120, 0.3
+_WRAPPED = ("log", "textPayload", "MESSAGE", "message")  # of a collector's JSON
 _STAMP = re.compile(rf"^\[?{_TIME}\]? +")
 _QUIET = {"DEBUG", "INFO", "NOTICE", "WARNING", "WARN", "D", "I", "W"}
 _LOUD = {"ERROR", "CRITICAL", "FATAL", "SEVERE", "E", "F"}
@@ -139,10 +148,15 @@ class _Source:
 
 def classify(path: Path, lines: Iterable[tuple[int, str]]) -> list[Line]:
     """The lines, each with its kind."""
+    numbered = [(number, text, _unwrapped(text)) for number, text in lines]
+    prefix = _prefix([text for _, _, text in numbered])
+    before = [prefix.match(text)[0] for _, _, text in numbered]  # type: ignore[index]  # or nothing
+    counts = len(set(before)) > len(before) // 2  # lines or milliseconds, and not processes
     sources: dict[str, _Source] = {}
     found: list[Line] = []
-    for number, text in lines:
-        origin, level, stage, body = _split(text)
+    for (number, text, own), collected in zip(numbered, before, strict=True):
+        origin, level, stage, body = _split(own[len(collected) :])
+        origin += "" if counts else re.sub(r"\d+[:.][\d:.]*", "", collected)
         source = sources.setdefault(origin, _Source())
         kind, first = _kind(body, level, source, len(found))
         if stage is not None:
@@ -153,6 +167,43 @@ def classify(path: Path, lines: Iterable[tuple[int, str]]) -> list[Line]:
             body = f"{body} <- {source.code}"
         found.append(Line(path, number, text, body, kind, level, stage, first))
     return found
+
+
+def _unwrapped(text: str) -> str:
+    """A program's line without the JSON that a collector (Docker's log files, a cloud's) put around it."""
+    if not text.startswith("{"):
+        return text
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return text
+    collected = isinstance(record, dict) and {"stream", "textPayload", "MESSAGE"} & record.keys()
+    inner = next((record[key] for key in _WRAPPED if key in record), None) if collected else None
+    return inner.rstrip() if isinstance(inner, str) else text
+
+
+def _prefix(texts: Sequence[str]) -> "re.Pattern[str]":
+    """What a collector put before the lines, numbers aside; matches nothing where none did.
+
+    Learnt from the log: what stands before tracebacks and records, if enough lines begin so. Worked
+    example: `Aug 17 18:42:18 node1 vllm[8052]: `.
+    """
+    shapes: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        anchor = _ANCHOR.search(text, 0, _MAX_PREFIX)
+        if anchor is None:
+            continue
+        before = re.sub(r"(?:\([^()]*\b(?:pid|ip)=[^()]*\) *)+$", "", text[: anchor.start()])
+        own, gap = before.rstrip(), before[len(before.rstrip()) :]
+        if own and not re.search(rf"\b{_LEVEL}\b", own):
+            shape = re.sub(r"(?:\\\s)+", r"\\s*", re.escape(own))
+            # A line of white space alone may have lost it; what a frame is indented by stays.
+            shapes[re.sub(r"\d+", r"\\d+", shape) + f"(?:{gap})?"] += 1
+    for shape, _ in shapes.most_common(1):
+        prefix = re.compile(shape)
+        if sum(bool(prefix.match(text)) for text in texts) >= _PREFIX_SHARE * len(texts):
+            return re.compile(f"(?:{shape})?")
+    return re.compile("")
 
 
 def _split(text: str) -> tuple[str, str, str | None, str]:
