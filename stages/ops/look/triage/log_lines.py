@@ -196,9 +196,9 @@ def _prefix(texts: Sequence[str]) -> "re.Pattern[str]":
         before = re.sub(r"(?:\([^()]*\b(?:pid|ip)=[^()]*\) *)+$", "", text[: anchor.start()])
         own, gap = before.rstrip(), before[len(before.rstrip()) :]
         if own and not re.search(rf"\b{_LEVEL}\b", own):
-            shape = re.sub(r"(?:\\\s)+", r"\\s*", re.escape(own))
+            shape = re.sub(r"(?:\\\s)+", r"\\s*+", re.escape(own))
             # A line of white space alone may have lost it; what a frame is indented by stays.
-            shapes[re.sub(r"\d+", r"\\d+", shape) + f"(?:{gap})?"] += 1
+            shapes[re.sub(r"\d+", r"\\d++", shape) + f"(?:{gap})?"] += 1
     for shape, _ in shapes.most_common(1):
         prefix = re.compile(shape)
         if sum(bool(prefix.match(text)) for text in texts) >= _PREFIX_SHARE * len(texts):

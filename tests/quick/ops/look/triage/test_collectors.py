@@ -81,3 +81,9 @@ def test_lines_in_a_collectors_json(record: dict[str, str], tmp_path: Path) -> N
     for expected, log in LOGS.items():
         lines = [json.dumps({**record, key: f"{line}\n"}) for line in log.splitlines()]
         assert first(tmp_path / "captured.log", lines) == expected
+
+
+def test_a_prefix_of_many_numbers_costs_no_time(tmp_path: Path) -> None:
+    numbers = " ".join("1" * 12) + " node:"
+    lines = [f"{numbers} {line}" for line in UNKNOWN.splitlines()] + ["1" * 4000] * 3
+    assert first(tmp_path / "captured.log", lines) == "unknown"
