@@ -91,10 +91,10 @@ class Head:
             found |= _read_tensors(path)
         return {our_name(name): tensor for name, tensor in found.items()}
 
-    def d2t(self) -> "Tensor | None":
-        """[D] offsets; None where the draft vocabulary is the target's."""
+    def tensor(self, name: str) -> "Tensor | None":
+        """One tensor by its name in the file, such as d2t [D]; None where there is none."""
         for path in weight_files(self.folder):
-            if (found := _read_tensors(path, only="d2t").get("d2t")) is not None:
+            if (found := _read_tensors(path, only=name).get(name)) is not None:
                 return found
         return None
 

@@ -107,13 +107,18 @@ def _check_vocabulary(head: Head, target: TargetConfig) -> list[str]:
         if "d2t" in head.shapes:
             raise _misread(head, "it has a d2t, though its vocabulary is the target's")
         return warnings
-    if (d2t := head.d2t()) is None:
+    if (d2t := head.tensor("d2t")) is None:
         raise _misread(
             head, "it has no d2t, and vLLM would map its tokens to the target's first ids"
         )
     if d2t.is_floating_point() or d2t.is_complex():
         raise _misread(head, f"d2t must hold whole numbers, found {d2t.dtype}", _OFFSETS)
-    ids = [index + int(offset) for index, offset in enumerate(d2t.flatten().tolist())]
+    if list(d2t.shape) != [head.draft_vocab_size]:
+        raise _misread(
+            head,
+            f"d2t must be [{head.draft_vocab_size}], one a draft token, found {list(d2t.shape)}",
+        )
+    ids = [index + int(offset) for index, offset in enumerate(d2t.tolist())]
     if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= target.vocab_size:
         raise _misread(
             head,
@@ -121,6 +126,9 @@ def _check_vocabulary(head: Head, target: TargetConfig) -> list[str]:
             f"{target.vocab_size}, found ids {min(ids)} to {max(ids)}, {len(ids) - len(set(ids))} twice",
             _OFFSETS,
         )
+    t2d = head.tensor("t2d")  # [V], true for the draft vocabulary; engines do not read it
+    if t2d is not None and t2d.any() and t2d.flatten().nonzero().flatten().tolist() != sorted(ids):
+        raise _misread(head, "d2t gives other target ids than t2d marks", _OFFSETS)
     return warnings
 
 

@@ -84,6 +84,17 @@ def twice(config: Config, weights: Weights) -> None:
     weights["d2t"][1] = weights["d2t"][0] - 1
 
 
+def halved(config: Config, weights: Weights) -> None:
+    weights["d2t"] = weights["d2t"][: DRAFT // 2]
+
+
+def ids_that_could_be_offsets(config: Config, weights: Weights) -> None:
+    """Each second token, by absolute ids: as offsets they are distinct ids of the target too."""
+    marked = 2 * torch.arange(DRAFT)
+    weights["d2t"] = marked
+    weights["t2d"] = torch.zeros_like(weights["t2d"]).index_fill(0, marked, 1)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -95,6 +106,8 @@ def twice(config: Config, weights: Weights) -> None:
         (set_config(draft_vocab_size=None), "Set draft_vocab_size"),
         (absolute_ids, "Absolute ids are not offsets"),
         (twice, "1 twice"),
+        (halved, "one a draft token"),
+        (ids_that_could_be_offsets, "other target ids than t2d marks"),
         (nested_only([1, 3, 4]), r"whose output it is, \[2, 4, 5\], else \[1, 3, 4\]"),
         (set_config(eagle_aux_hidden_state_layer_ids=[2, 5, 4]), "not ascending"),
         (set_config(eagle_aux_hidden_state_layer_ids=[2, 4, 9]), "within the target's 8 layers"),
