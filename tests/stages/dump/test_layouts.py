@@ -7,65 +7,24 @@ interpreter that has it: `pip install speculators==0.3.0` into an environment of
 
 import json
 import os
-import random
-import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from shared.artifacts.manifest import MANIFEST
-from shared.config import build
 from shared.contracts import fp8, hidden_states
 from shared.contracts.conversations import Conversation
 from shared.contracts.row_files import RowFile
-from shared.errors import OutputError, RetryableError, UserError
+from shared.errors import OutputError, UserError
 from shared.runtime.status import Accounting
 from stages.dump import parallel
-from stages.dump.config import DumpConfig
 from stages.dump.plan import REJECTS, ShardPlan, ShardRows, read_plan, settle
 from stages.dump.run import run as dump
 from stages.dump.shards.filling import FillingShard
-from stages.dump.shards.writer import ShardWriter
-from tests.runs import ROOT, command, make_synth, run
-
-NUM_ROWS = 40
-
-
-@pytest.fixture(scope="module")
-def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workspace = tmp_path_factory.mktemp("answered")
-    make_synth(workspace, num_rows=NUM_ROWS)
-    return workspace
-
-
-@pytest.fixture(scope="module")
-def whole(answered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dump folder of one process, undisturbed."""
-    workspace = tmp_path_factory.mktemp("whole") / "workspace"
-    shutil.copytree(answered, workspace)
-    dump(config(workspace))
-    return workspace / "run" / "dump"
-
-
-@pytest.fixture
-def workspace(answered: Path, tmp_path: Path) -> Path:
-    shutil.copytree(answered, tmp_path / "workspace")
-    return tmp_path / "workspace"
-
-
-def config(workspace: Path, **flags: Any) -> DumpConfig:
-    texts = {name: str(value) for name, value in flags.items()}
-    recipe = str(workspace / "recipe.yaml")
-    return build(DumpConfig, {"recipe": recipe, "workspace": str(workspace), **texts})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard_*.pt"))}
+from tests.runs import run
+from tests.stages.dump.dumps import NUM_ROWS, config, contents, samples_dump
 
 
 def test_several_processes_make_the_bytes_that_one_makes(workspace: Path, whole: Path) -> None:
@@ -145,11 +104,6 @@ def test_data_config_has_every_key_of_speculators(whole: Path) -> None:
     assert found["reproducibility"]["command"]
     assert "torch" in found["reproducibility"]["package_versions"]
     assert found["data"]["num_samples"] == NUM_ROWS
-
-
-def samples_dump(workspace: Path) -> Path:
-    dump(config(workspace, layout="samples"))
-    return workspace / "run" / "dump"
 
 
 def test_samples_hold_what_the_shards_hold(workspace: Path, whole: Path) -> None:
@@ -246,122 +200,6 @@ def test_samples_are_read_by_speculators(workspace: Path) -> None:
     words = [python, "-c", program, str(folder / hidden_states.SAMPLES)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("layout", ["shards", "samples"])
-def test_killed_at_three_random_moments_every_sample_is_there_once(
-    workspace: Path, whole: Path, layout: str, tmp_path: Path
-) -> None:
-    """kill -9 while shards are written, three times; then the run ends with the same bytes."""
-    rng = random.Random(layout)
-    folder = workspace / "run" / "dump"
-    words = command(workspace, "dump", "--layout", layout)
-    for _ in range(3):
-        before = len(list(folder.glob("shard_*.json")))
-        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 100
-        # From the first shard on, which takes the longest: the model is loaded by then.
-        while len(list(folder.glob("shard_*.json"))) == before and time.monotonic() < deadline:
-            if process.poll() is not None:
-                break
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.03))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert not list(folder.rglob(".*.tmp-*"))
-    if layout == "shards":
-        assert contents(folder) == contents(whole)
-        return
-    shutil.copytree(folder.parents[1], tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "run" / "dump")
-    undisturbed = samples_dump(tmp_path / "again")
-    names = [hidden_states.sample_name(index) for index in range(NUM_ROWS)]
-    assert sorted(folder.rglob("data_*.pt")) == sorted(folder / name for name in names)
-    for name in names:
-        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
-
-
-@pytest.mark.parametrize("gone", ["shard_00002.pt", "shard_00003.json", "data_config.json"])
-def test_what_is_gone_from_a_finished_dump_is_made_again(
-    workspace: Path, whole: Path, gone: str
-) -> None:
-    folder = workspace / "run" / "dump"
-    shutil.copytree(whole, folder)
-    (folder / gone).unlink()
-    dump(config(workspace))
-    assert contents(folder) == contents(whole)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
-
-
-def test_answers_that_changed_since_are_refused(workspace: Path) -> None:
-    (part,) = (workspace / "run" / "synth").glob("part-*.parquet")
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 1
-    part.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{part.name}: expected the SHA-256"):
-        dump(config(workspace))
-
-
-@pytest.mark.parametrize("gone", ["shard_00002.pt", "plan/shard_00004.parquet"])
-def test_what_is_removed_while_a_dump_runs_is_made_by_the_next(
-    workspace: Path, whole: Path, gone: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = workspace / "run" / "dump"
-
-    def removing(self: ShardWriter, shard: FillingShard) -> None:
-        write(self, shard)
-        if shard.plan.index == 2:
-            (folder / gone).unlink()
-
-    write = ShardWriter._write
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "_write", removing)
-        with pytest.raises(RetryableError, match=f"{Path(gone).stem}.*removed"):
-            dump(config(workspace))
-    assert not (folder / MANIFEST).exists()
-    dump(config(workspace))
-    assert contents(folder) == contents(whole)
-
-
-def test_a_plan_that_a_kill_left_behind_is_forgotten(workspace: Path, whole: Path) -> None:
-    folder = workspace / "run" / "dump"
-    shutil.copytree(whole, folder)
-    (folder / "plan").mkdir()
-    dump(config(workspace))
-    assert not (folder / "plan").exists()
-
-
-def test_states_that_fail_leave_nothing_of_their_shard(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put = FillingShard.put
-
-    def stale(self: FillingShard, row: int, captured: Any) -> None:
-        """The states of the row before: what a mix-up of requests gives."""
-        put(self, (row + 1) % self.plan.samples, captured)
-
-    monkeypatch.setattr(FillingShard, "put", stale)
-    with pytest.raises(OutputError, match="looks like mixed-up requests"):
-        dump(config(workspace))
-    assert not list((workspace / "run" / "dump").glob("shard_*"))
-
-
-def test_before_anything_is_captured_the_recipe_may_change(
-    workspace: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when the engine refuses the target, and its message names another setting to try."""
-
-    def refuse(*_: Any) -> None:
-        raise UserError("no hooks")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("stages.dump.backends.choose.open_backend", refuse)
-        with pytest.raises(UserError, match="no hooks"):
-            dump(config(workspace, shard_bytes=300_000))
-    dump(config(workspace))
-    assert contents(workspace / "run" / "dump") == contents(whole)
 
 
 def row(name: str, length: int, start: int, *, token: int = 5) -> Conversation:
