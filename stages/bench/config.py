@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 import pydantic
 
-from shared.config import CommandConfig, StageConfig, identity, operational
+from shared.config import SERVED_KEYS, CommandConfig, StageConfig, identity, operational
 from shared.prompts.sources import Source
 
 Counts = tuple[Annotated[int, pydantic.Field(ge=1)], ...]
@@ -24,16 +24,7 @@ class BenchConfig(StageConfig):
     """
 
     section: ClassVar[str] = "bench"
-    consumes: ClassVar[tuple[str, ...]] = (
-        "target",
-        "target_revision",
-        "max_length_tokens",
-        "reasoning",
-        "chat_template",
-        "chat_template_kwargs",
-        "seed",
-        "trust_remote_code",
-    )
+    consumes: ClassVar[tuple[str, ...]] = SERVED_KEYS
     groups: ClassVar[Mapping[str, str]] = {
         "Data": "prompts max_prompts max_tokens temperature",
         "Model": "head head_revision dtype num_speculative_tokens speculative_args compare_ngram",
