@@ -123,6 +123,7 @@ def write_link(path: Path, name: str) -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(name)
         temporary.replace(path)
+        _fsync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

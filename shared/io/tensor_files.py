@@ -15,7 +15,7 @@ import torch
 from shared.errors import UserError
 from shared.io.files import atomic_path, require_file
 
-_WRITER = "inline_container"
+_WRITER = ("inline_container", "iostream error")
 _ZIP = b"PK\x03\x04"
 
 
@@ -50,9 +50,9 @@ def save_tensors(path: Path, value: Any) -> None:
         try:
             torch.save(value, temporary)
         except RuntimeError as error:
-            if _WRITER not in str(error):
+            if not any(words in str(error) for words in _WRITER):
                 raise
-            # torch's writer reports a full disk in this way.
+            # torch's writer reports a full disk in these ways.
             raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
 
 
