@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from shared.errors import FOREIGN_ERRORS
@@ -222,10 +222,17 @@ class ChatTemplate:
         further = further[
             : common_length(further, whole[whole.index(middle, after) + len(middle) :])
         ]
-        return frozenset({middle, final}), "".join(self._tokens_of(further, opening))
+        stops = {opening, self._first_mark(whole)}
+        return frozenset({middle, final}), "".join(self._tokens_of(further, stops))
 
-    def _tokens_of(self, text: str, stop: str) -> Iterator[str]:
-        """The added tokens that `text` begins with, one after the other, up to `stop`."""
-        while (match := self._added.match(text)) and match[0] == match[1] != stop:
+    def _first_mark(self, whole: str) -> str:
+        """The token that begins the first message, and perhaps every other; '' if text begins it."""
+        first = self.token_at(whole, 0)
+        bos = self.tokenizer.bos_token
+        return self.token_at(whole, whole.index(first) + len(first)) if first == bos else first
+
+    def _tokens_of(self, text: str, stops: Set[str]) -> Iterator[str]:
+        """The added tokens that `text` begins with, one after the other, up to one of `stops`."""
+        while (match := self._added.match(text)) and match[0] == match[1] not in stops:
             yield match[1]
             text = text[match.end() :]
