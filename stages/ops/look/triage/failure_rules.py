@@ -45,7 +45,6 @@ class Rule(_Strict):
         stages: the stages that can fail so; a log of an unknown stage does not match.
         belongs_to: the stage whose log this is, where nothing else says so.
         redo: the stage to begin again with, where it is not the one that failed.
-        source: the program that writes the line.
     """
 
     id: str = pydantic.Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
@@ -59,7 +58,6 @@ class Rule(_Strict):
     cause: str
     fix: str = ""
     redo: str = ""
-    source: str = ""
 
     @pydantic.model_validator(mode="after")
     def _is_whole(self) -> "Rule":
