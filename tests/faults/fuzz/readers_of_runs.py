@@ -115,8 +115,8 @@ def _make_report(folder: Path) -> Path:
 
 def _read_report(path: Path) -> None:
     found = read_report(path)
-    _ = terminal._engines(found), terminal._categories(found), terminal._sweep(found)
-    _ = list(terminal.sentences(found)), list(terminal.side_by_side(found, found))
+    terminal.show(found)
+    _ = terminal._sweep(found), list(terminal.side_by_side(found, found))
     gates.judge(build(BenchConfig, {"target": "tiny", "max_regression": "0.1"}), found, found)
     html._TEMPLATES.get_template("compare.html.j2")
 
