@@ -68,6 +68,8 @@ class _Row(_Load):
 
 class _Best(_Load):
     num_speculative_tokens: int
+    speedup: float | None = None
+    serve: str | None = None
 
 
 class _Lossless(Shape):
