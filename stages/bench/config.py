@@ -27,7 +27,8 @@ class BenchConfig(StageConfig):
     consumes: ClassVar[tuple[str, ...]] = SERVED_KEYS
     groups: ClassVar[Mapping[str, str]] = {
         "Data": "prompts max_prompts max_tokens temperature",
-        "Model": "head head_revision dtype num_speculative_tokens speculative_args compare_ngram",
+        "Model": "head head_revision dtype num_speculative_tokens speculative_args compare_baseline "
+        "compare_ngram",
         "Engine": "endpoint baseline_endpoint concurrency tensor_parallel_size engine_args "
         "startup_timeout_s request_timeout_s",
         "Gates": "min_acceptance_length min_gain_over_ngram min_speedup earlier_report "
@@ -64,6 +65,10 @@ class BenchConfig(StageConfig):
         "auto",
         "dtype of the engine: bfloat16, float16, float32, or auto: the weights', or float32 on a CPU "
         "that is faster in it.",
+    )
+    compare_baseline: bool = identity(
+        True,
+        "Also measure the target without the head; false: no speed-up, and no answers compared.",
     )
     compare_ngram: bool = identity(False, "Also measure vLLM's ngram proposer at the same K.")
     speculative_args: dict[str, Any] = identity(
@@ -123,6 +128,10 @@ class BenchConfig(StageConfig):
             raise ValueError("an endpoint has one draft length; give num_speculative_tokens once")
         if self.min_speedup is not None and self.endpoint and not self.baseline_endpoint:
             raise ValueError("min_speedup needs a baseline; give baseline_endpoint")
+        if self.min_speedup is not None and not self.compare_baseline:
+            raise ValueError("min_speedup needs compare_baseline")
+        if self.baseline_endpoint and not self.compare_baseline:
+            raise ValueError("leave baseline_endpoint out, or compare_baseline true")
         if self.min_gain_over_ngram is not None and not self.compare_ngram:
             raise ValueError("min_gain_over_ngram needs compare_ngram")
         return self

@@ -3,6 +3,7 @@
 
 from shared.cli import launch
 from stages.ops.config import (
+    AdaptConfig,
     PlanConfig,
     ReviewConfig,
     RunChainConfig,
@@ -17,6 +18,7 @@ if __name__ == "__main__":
         "ops",
         {
             "run": (RunChainConfig, "stages.ops.chain.run:run"),
+            "adapt": (AdaptConfig, "stages.ops.adapt.run:run"),
             "plan": (PlanConfig, "stages.ops.plan.run:run"),
             "validate": (ValidateConfig, "stages.ops.look.validate.run:run"),
             "status": (StatusConfig, "stages.ops.look.status:run"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operator's commands take."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -84,6 +85,42 @@ class RunChainConfig(CommandConfig):
         return tuple(
             stage for stage in STAGES[first:] if stage in self.only and stage not in self.skip
         )
+
+
+class AdaptConfig(CommandConfig):
+    """Trains the head that you serve further on your own traffic, and says whether vLLM accepts more of it.
+
+    In:  a recipe, a head, and prompts or traffic, of which a tenth is held out to measure on.
+    Out: a run whose export/ is the new head, the old head's report in <run>-before/bench, and
+         <run>/adapt.json. Exit 3: no gain, keep the old head, which is never changed.
+    """
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Data": "recipe traffic max_rows",
+        "Model": "head head_revision",
+        "Gates": "min_gain",
+    }
+
+    recipe: Path = pydantic.Field(
+        description="The recipe, a YAML file; compose/recipes/adapt/recipe.yaml is one."
+    )
+    head: str = pydantic.Field(description="The head to start from: a folder or a hub id.")
+    head_revision: str | None = pydantic.Field(None, description="Hub revision of --head.")
+    traffic: str = pydantic.Field(
+        description="Prompts or chats: JSON lines, Parquet, a folder or a hub data set; or the log (*.log) "
+        "of a vLLM server with --enable-log-requests at log level DEBUG."
+    )
+    max_rows: int = pydantic.Field(2000, description="Rows to learn from, at most.", ge=1)
+    min_gain: float = pydantic.Field(
+        0.02, description="Gate: required gain in acceptance length (0.02 is 2 %).", ge=0
+    )
+    dry_run: bool = pydantic.Field(
+        False,
+        description="Split the traffic and show the plan of the run; measure and train nothing.",
+    )
+    overwrite: bool = pydantic.Field(
+        False, description="Replace every artifact, as for new traffic under the same run.name."
+    )
 
 
 class ValidateConfig(CommandConfig):

@@ -2,7 +2,7 @@
 """`python -m stages.train`: train a draft head on dump's hidden states."""
 
 from shared.cli import launch
-from stages.train.config import CurveConfig, ExportConfig, TrainConfig, VocabConfig
+from stages.train.config import CheckHeadConfig, CurveConfig, ExportConfig, TrainConfig, VocabConfig
 
 if __name__ == "__main__":
     launch(
@@ -10,6 +10,7 @@ if __name__ == "__main__":
         {
             "run": (TrainConfig, "stages.train.run:run"),
             "export": (ExportConfig, "stages.train.run:run_export"),
+            "check-head": (CheckHeadConfig, "stages.train.export.check:run"),
             "curve": (CurveConfig, "stages.train.curve:run"),
             "vocab": (VocabConfig, "stages.train.run:run_vocab"),
         },

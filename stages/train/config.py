@@ -195,6 +195,14 @@ class VocabConfig(TrainConfig):
     """
 
 
+class CheckHeadConfig(TrainConfig):
+    """Checks that a training can start from --init_from; needs no dump.
+
+    In:  the head's folder and the target's.
+    Out: exit 0, or exit 2 with what does not fit.
+    """
+
+
 class CurveConfig(TrainConfig):
     """Trains on growing shares of the dump, and forecasts the walked acceptance length of more data.
 

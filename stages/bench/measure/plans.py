@@ -232,7 +232,7 @@ def drafters_of(config: BenchConfig, head: Path | None) -> dict[str, Speculative
                 "prompt_lookup_max": 3,
                 "prompt_lookup_min": 1,
             }
-    return {**drafters, "baseline": None}
+    return {**drafters, "baseline": None} if config.compare_baseline else drafters
 
 
 def engine_name(config: BenchConfig, drafter: str, depth: int) -> str:

@@ -162,6 +162,21 @@ def steps(config: RunChainConfig, stages: Sequence[str], paths: RunPaths) -> lis
     return answered
 
 
+def refused_heads(config: RunChainConfig, steps: Sequence[Step]) -> list[str]:
+    """What train says against the head that it is to start from, before the stages ahead of it work.
+
+    It loads the head, as only train can: a few seconds, and only where `init_from` is set.
+    """
+    step = next((step for step in steps if step.stage == "train" and not step.done), None)
+    if step is None or step.settings["init_from"] is None:
+        return []
+    command = command_of("train", config)
+    command.insert(command.index("stages.train") + 1, "check-head")
+    asked = start(command, "train", stderr=subprocess.PIPE, text=True)
+    _, complaint = asked.communicate()
+    return [] if asked.returncode == EXIT_DONE else [_message(complaint, "train")]
+
+
 def _message(complaint: str, stage: str) -> str:
     """A stage's error in one line, without time, level, code and facts."""
     text = re.sub(r"^\[[\w-]*\] ", "", complaint.strip().split(f" {stage} ", 1)[-1])

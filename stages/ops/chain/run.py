@@ -19,6 +19,7 @@ from rich.console import Console
 from shared.errors import EXIT_DONE, UserError
 from shared.io import files
 from shared.paths import RunPaths
+from shared.recipe import read_recipe
 from shared.runtime.process import stop_if_requested, stop_requested
 from stages.ops.chain import containers, kubernetes, processes
 from stages.ops.config import RunChainConfig
@@ -39,7 +40,7 @@ def run(config: RunChainConfig) -> int:
         return kubernetes.run(config.recipe, config.overlay, config.stages)
     paths = processes.run_paths(config.recipe, config.workspace)
     if config.dry_run or config.preflight:
-        _look_ahead(config, paths)
+        look_ahead(config, paths)
     if config.dry_run:
         return EXIT_DONE
     if config.by == "compose":
@@ -70,7 +71,7 @@ def run(config: RunChainConfig) -> int:
     return EXIT_DONE
 
 
-def _look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
+def look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
     """Ask the stages and the machine whether this can work; a dry run shows the plan too.
 
     Raises:
@@ -87,6 +88,8 @@ def _look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
     machine = look()
     look_for = preflight.problems if config.by == "processes" else preflight.problems_of_containers
     found = list(look_for(steps, paths, machine)) if config.preflight else []
+    if config.preflight and not found and config.by == "processes":
+        found = processes.refused_heads(config, steps)
     if config.dry_run or not found:
         ahead = estimates.Estimates(steps, paths, machine)
         rows = ahead.rows()
@@ -171,4 +174,5 @@ def closing_line(paths: RunPaths) -> str:
             code="report-incomplete",
             remedy="Run bench again with --overwrite.",
         ) from error
-    return f"{paths.run_name}: acceptance_length={length:.2f} head={paths.export} report={paths.report}"
+    head = read_recipe(paths.recipe).get("bench", {}).get("head") or paths.export
+    return f"{paths.run_name}: acceptance_length={length:.2f} head={head} report={paths.report}"

@@ -15,6 +15,8 @@ from shared.contracts.vocab import DraftVocab
 from shared.errors import UserError
 from shared.io import files
 
+LOW_SHARE = 0.9  # of the answers' tokens
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +41,11 @@ def load_or_make(folder: Path, counts: torch.Tensor, draft_vocab_size: int) -> D
         vocab.write(folder, draft)
     share = vocab.coverage(draft, counts)
     logger.info("draft vocabulary: %d tokens hold %.2f %% of the answers", draft.size, 100 * share)
+    if share < LOW_SHARE:
+        logger.warning(
+            "every token outside the draft vocabulary ends a draft: raise run.draft_vocab_size, or, where a "
+            "warm start brought this vocabulary, train a new head instead"
+        )
     return draft
 
 

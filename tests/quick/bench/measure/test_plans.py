@@ -95,6 +95,10 @@ def test_the_engines_of_a_sweep() -> None:
         "a": 1,
     }
     assert "a" not in (drafters["ngram"] or {})
+    alone = build(BenchConfig, {"target": "x", "compare_baseline": "false"})
+    assert list(plans.drafters_of(alone, Path("/head"))) == ["head"]
+    with pytest.raises(UserError, match="min_speedup needs compare_baseline"):
+        build(BenchConfig, {"target": "x", "compare_baseline": "false", "min_speedup": "1"})
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""adapt refuses what a later stage could not take before its first engine starts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.heads import write_random_head
+from tests.models import tiny_llama
+from tests.runs import ROOT
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapt")
+    target = tiny_llama(folder / "tiny")
+    write_random_head(folder / "head", target=target, draft_vocab_size=128)
+    rows = [json.dumps({"prompt": f"question {n}"}) for n in range(60)]
+    (folder / "traffic.jsonl").write_text("\n".join(rows))
+    recipe = {
+        "run": {"name": "new", "target": "tiny", "max_length_tokens": 64},
+        "dump": {"backend": "hf"},
+        "bench": {"max_tokens": 16},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def adapt(workspace: Path, head: str, *more: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "stages.ops", "adapt", "--workspace", str(workspace)]
+    command += ["--recipe", str(workspace / "recipe.yaml"), "--traffic", "traffic.jsonl"]
+    return subprocess.run(
+        [*command, "--head", head, *more], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_dry_run_splits_the_traffic_and_shows_the_plan(workspace: Path) -> None:
+    done = adapt(workspace, "head", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "52 rows" in done.stdout  # eight are held out
+    recipe = yaml.safe_load((workspace / "new" / "recipe.yaml").read_text())
+    assert recipe["run"]["draft_vocab_size"] == 128
+    assert recipe["train"]["init_from"] == "head"
+    assert recipe["synth"]["prompts"] == "new/traffic/train.jsonl"
+    before = yaml.safe_load((workspace / "new-before" / "recipe.yaml").read_text())
+    assert before["bench"]["head"] == "head"
+    assert before["bench"]["prompts"] == recipe["bench"]["prompts"]
+
+
+def test_a_head_that_train_cannot_start_from_is_refused(workspace: Path) -> None:
+    write_random_head(workspace / "odd", target=workspace / "tiny", draft_vocab_size=128)
+    path = workspace / "odd" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "parallel_drafting": True}))
+    done = adapt(workspace, "odd")
+    assert done.returncode == 2
+    assert "a kind of head that train does not make: {'parallel_drafting': True}" in done.stderr
+    assert not (workspace / "new" / "synth").exists()
+    assert not (workspace / "new-before" / "bench").exists()
+
+
+def test_the_runs_own_head_is_refused(workspace: Path) -> None:
+    write_random_head(workspace / "new" / "export", target=workspace / "tiny")
+    done = adapt(workspace, "new/export")
+    assert done.returncode == 2
+    assert "adapt-own-head" in done.stderr
