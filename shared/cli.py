@@ -133,7 +133,8 @@ def _outcome(error: BaseException) -> errors.EyrieError:
         return errors.UserError(
             f"out of memory ({error}).",
             code="out-of-memory",
-            remedy="Lower the batch or the length.",
+            remedy="Lower the batch (train: --micro_batch_tokens, or --recompute_activations true; "
+            "dump: --batch_tokens) or run.max_length_tokens.",
         )
     return errors.EyrieError(
         f"a bug in eyrie: {type(error).__name__}: {error}",
