@@ -173,7 +173,7 @@ def test_rebuilt_log_probabilities_are_the_engines_own(captured: Captured) -> No
 
 @torch.inference_mode()
 def test_both_backends_say_the_same_log_probabilities(captured: Captured) -> None:
-    with HfCapture(**settings(captured.target)) as capture:
+    with HfCapture(**settings(captured.target), dtype="float32") as capture:
         _, hf = answers(capture)
     for index, told in captured.logprobs.items():
         gaps = (told - hf[index]).abs()
