@@ -78,8 +78,8 @@ demo-compose: export EYRIE_WORKSPACE := workspace
 demo-compose: ## The demo in containers, on the CPU; the workspace is a docker volume.
 	@echo "demo-compose: building five images; five minutes the first time"
 	$(COMPOSE_CPU) --profile stages --profile tools build
-	@for stage in target synth dump train bench; do \
-	  echo "demo-compose: $$stage"; \
+	@step=0; for stage in target synth dump train bench; do \
+	  step=$$((step + 1)); echo "demo-compose: $$step of 5: $$stage"; \
 	  $(DEMO) $$stage || { code=$$?; echo "demo-compose: $$stage ended with exit code $$code;" \
 	    "make demo-compose continues from there"; exit $$code; }; \
 	done

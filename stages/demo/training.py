@@ -20,7 +20,8 @@ from stages.demo.muon import Muon
 
 _BATCHES_A_BUCKET = 2
 _IGNORED = -100
-_LOG_EVERY_STEPS = 50
+_LOG_EVERY_S = 10.0
+_RECENT_STEPS = 50  # whose mean loss a line shows
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and labels, both int64 [B, T]
 
@@ -87,7 +88,8 @@ def train(model: LlamaForCausalLM, data: Iterator[Batch], *, steps: int) -> floa
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
     model.train()
     losses: list[float] = []
-    started_s, seen_tokens = time.monotonic(), 0
+    started_s = logged_s = time.monotonic()
+    seen_tokens = 0
     for step in range(1, steps + 1):
         stop_if_requested("nothing was kept, the target is made whole or not at all")
         ids, labels = next(data)
@@ -104,8 +106,9 @@ def train(model: LlamaForCausalLM, data: Iterator[Batch], *, steps: int) -> floa
             schedule.step()
         losses.append(loss.item())
         seen_tokens += ids.numel()
-        if step % _LOG_EVERY_STEPS == 0 or step in (1, steps):
-            passed_s, recent = time.monotonic() - started_s, losses[-_LOG_EVERY_STEPS:]
+        if time.monotonic() - logged_s > _LOG_EVERY_S or step in (1, steps):
+            logged_s = time.monotonic()
+            passed_s, recent = logged_s - started_s, losses[-_RECENT_STEPS:]
             facts = (step, steps, statistics.fmean(recent), seen_tokens / passed_s)
             left_s = passed_s / step * (steps - step)
             logger.info("step %d of %d: loss %.3f, %.0f tokens/s, %.0f s left", *facts, left_s)

@@ -64,7 +64,7 @@ def test_the_whole_demo_in_containers(images: dict[str, str], tmp_path: Path) ->
         project.down()
     assert made.returncode == 0, made.stdout[-3000:]
     assert time.monotonic() - started_s < LIMIT_S
-    assert "INFO demo step 50 of" in made.stdout
+    assert len(re.findall(r"INFO demo step \d+ of", made.stdout)) > 5
     for stage in STAGES:
         assert re.search(rf"INFO {stage} \w+=\d+/\d+ ", made.stdout), f"no progress of {stage}"
     assert f"report={tmp_path}/demo-report.html" in made.stdout.splitlines()[-1]
