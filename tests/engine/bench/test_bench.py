@@ -51,7 +51,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, offset in (("always", 0), ("never", 5)):
         head = write_random_head(workspace / name, target=constant, draft_vocab_size=128)
         offsets = torch.full((128,), offset, dtype=torch.int64)
-        change(head, lm_head__weight=torch.zeros(128, 128), d2t=offsets)
+        is_drafted = torch.isin(torch.arange(512), torch.arange(128) + offset)
+        change(head, lm_head__weight=torch.zeros(128, 128), d2t=offsets, t2d=is_drafted)
     rows: list[dict[str, Any]] = [
         {"id": f"one-{n}", "category": "singles", "prompt": f"Tell me about {n} things."}
         for n in range(6)
