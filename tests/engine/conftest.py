@@ -2,7 +2,9 @@
 """The demo, run once for all engine tests: its states, its head."""
 
 import dataclasses
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,14 @@ import pytest
 from tests.conftest import ROOT, MadeTarget, ops
 
 RECIPE = ROOT / "compose" / "recipes" / "demo" / "recipe.yaml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_groups_left() -> Iterator[None]:
+    """What a file built of vLLM's layers in this process is gone before the next file's."""
+    yield
+    if state := sys.modules.get("vllm.distributed.parallel_state"):
+        state.cleanup_dist_env_and_memory()
 
 
 @dataclasses.dataclass(frozen=True)

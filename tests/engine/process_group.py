@@ -9,16 +9,11 @@ from typing import Any
 
 @contextmanager
 def single_process_group(config: Any) -> Iterator[None]:
-    """One rank's groups under `config`, whatever an earlier test file left behind; none afterwards."""
+    """One rank's groups under `config`; the end of the test's file takes them down."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    cleanup_dist_env_and_memory()
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
-        try:
-            yield
-        finally:
-            cleanup_dist_env_and_memory()
+        yield
