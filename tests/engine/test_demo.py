@@ -207,7 +207,7 @@ def test_its_run_validates_and_a_damaged_copy_does_not(demo: Demo, tmp_path: Pat
     assert damaged.returncode == 3
     (failed,) = [f for f in json.loads(damaged.stdout)["findings"] if f["verdict"] == "FAIL"]
     assert (failed["artifact"], failed["question"]) == ("dump", "files")
-    assert f"{shard}: its checksum" in failed["detail"]
+    assert f"{shard}: expected the SHA-256" in failed["detail"]
 
 
 def test_a_plan_of_its_target_tells_its_size(demo: Demo) -> None:
