@@ -22,6 +22,7 @@ from stages.ops.chain import preflight
 from stages.ops.chain.processes import Step
 from tests.engine.dump.capturing import AUX_LAYERS, MAX_LENGTH_TOKENS, make_rows, settings
 from tests.models import tiny_llama, tiny_qwen3
+from tests.quick.ops.chain.recipes import CPU
 
 STAND_INS = Path(__file__).resolve().parents[3] / "stand_ins"
 SHORT = make_rows((17, 64, 3))
@@ -270,7 +271,7 @@ def test_a_look_ahead_asks_for_this_engine_and_not_for_the_other(
     installed = {"pyarrow": "25.0", "torch": "2.9.1"}
     monkeypatch.setattr(preflight, "_installed", lambda python: installed)
     step = Step("dump", {"backend": "trtllm"}, False)
-    (told,) = preflight._versions(step)
+    (told,) = preflight._versions(step, CPU)
     assert "expected tensorrt-llm >=1.2,<1.4" in told
     installed["tensorrt_llm"] = "1.3.0rc14"
-    assert not list(preflight._versions(step))
+    assert not list(preflight._versions(step, CPU))

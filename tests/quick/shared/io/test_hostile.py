@@ -250,7 +250,7 @@ def test_tables_and_plots_take_foreign_words_as_words() -> None:
     found = report.build(config, results, measured={})
     found["gates"] = []
     console = Console(file=io.StringIO(), width=200)
-    console.print(terminal._categories(found))
+    console.print(terminal._groups(found, "category", "categories"))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[/b][link=x]\\x1b[2J" in shown
     assert "\x1b" not in shown
