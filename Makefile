@@ -90,7 +90,7 @@ demo-compose: ## The demo in containers, on the CPU; the workspace is a docker v
 
 # The demo runs alone, since its time is a promise; the other test files take one core each.
 .PHONY: test
-test: setup test-quick ## Every test but the soak, on real engines and images; half an hour on two cores.
+test: setup test-quick ## Every test but the soak, on real engines and images; three quarters of an hour on two slow cores.
 	export EYRIE_TEST_WORKSPACE="$$(mktemp --directory)"; set -e; \
 	trap 'rm -rf "$$EYRIE_TEST_WORKSPACE"' EXIT; \
 	$(PY) -m pytest tests/engine/test_demo.py; \
