@@ -3,6 +3,7 @@
 
 import collections
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,13 @@ def test_one_code_is_one_kind_of_failure() -> None:
 
 def test_the_table_is_of_this_code() -> None:
     assert TABLE.read_text() == table(), "run python -m tests.error_table"
+
+
+def test_the_table_has_no_empty_cell() -> None:
+    rows = [line for line in table().splitlines() if line.startswith("| ")]
+    cells = [re.split(r" (?<!\\)\| ", row.strip("| ")) for row in rows]
+    assert {len(each) for each in cells} == {5}
+    assert not [each[0] for each in cells if "..." in each[2:4] or not all(each)]
 
 
 def test_what_triage_knows_of_our_codes_is_there() -> None:
