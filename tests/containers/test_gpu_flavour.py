@@ -4,7 +4,8 @@
 The stand-in has what the real ones have: a distribution's own Python, marked EXTERNALLY-MANAGED, with
 torch, vLLM's metadata and the packages that vLLM for CUDA shares with the stages in dist-packages, pip,
 a C compiler, and no venv. torch is the CPU build and vllm is an empty package, so nothing here says that
-a kernel runs. Its Python is Debian's 3.11, where the real ones have Ubuntu's 3.12.
+a kernel runs. triton, which torch for CUDA brings along and torch for CPU does not, is named. Its Python
+is Debian's 3.11, where the real ones have Ubuntu's 3.12.
 """
 
 import importlib.metadata
@@ -30,7 +31,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends \\
     ca-certificates gcc libnuma1 python3 python3-dev python3-pip
 COPY METADATA requirements.txt /
 RUN test -e /usr/lib/python3.11/EXTERNALLY-MANAGED \\
-    && pip install --break-system-packages --no-cache-dir torch==2.13.0 \\
+    && pip install --break-system-packages --no-cache-dir torch==2.13.0 triton==TRITON \\
     && pip install --break-system-packages --no-cache-dir --no-deps --requirement requirements.txt
 RUN cd /usr/local/lib/python3.11/dist-packages && mkdir vllm vllm-0.32.0+cu130.dist-info \\
     && touch vllm/__init__.py && cp /METADATA vllm-0.32.0+cu130.dist-info
@@ -87,7 +88,8 @@ def base(
     lines = ["Metadata-Version: 2.1", "Name: vllm", "Version: 0.32.0+cu130", "Requires-Dist: torch"]
     (folder / "METADATA").write_text("\n".join([*lines, *required, ""]))
     (folder / "requirements.txt").write_text("\n".join(shared))
-    (folder / "Dockerfile").write_text(BASE)
+    triton = installer.read_lock(ROOT / "requirements-gpu.lock")["triton"].version
+    (folder / "Dockerfile").write_text(BASE.replace("TRITON", triton))
     command = ["docker", "build", "--network", network(), "--tag", TAG, str(folder)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert built.returncode == 0, built.stderr[-3000:]
