@@ -100,6 +100,12 @@ _NO_BAD_END = re.compile(
     r"|\b(?:skip(?:s|ped|ping)|filter(?:ed|ing)|drop(?:ped|ping)|ignor(?:ed|ing)|falling back)\b"
 )
 
+# A program that was told to end says what it ends and what it no longer takes.
+_SHUTDOWN = re.compile(
+    r"(?i)^(?!.*\b(?:error|exception|fail|abort|kill|crash|unexpected|signal|timed? ?out|died))"
+    r".*(?:\bserver\b.{0,20}\bterminated\W*$|\bis shutting down\W*$)"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:
@@ -133,7 +139,8 @@ class Line:
 
     @property
     def ends_badly(self) -> bool:
-        return bool(BAD_END.search(self.body)) and not _NO_BAD_END.search(self.body)
+        harmless = _NO_BAD_END.search(self.body) or _SHUTDOWN.search(self.body)
+        return bool(BAD_END.search(self.body)) and not harmless
 
 
 @dataclasses.dataclass

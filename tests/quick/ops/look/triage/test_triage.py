@@ -101,6 +101,23 @@ def test_a_clean_log_is_clean_even_where_nothing_says_done(
     assert [diagnosis.rule for diagnosis in triage(path).diagnoses] == []
 
 
+@pytest.mark.parametrize(
+    ("last_line", "is_clean"),
+    [
+        ("server pid 12 terminated", True),
+        ("late request 7 denied execution, scheduler is shutting down", True),
+        ("server pid 12 terminated unexpectedly", False),
+        ("engine failed, server is shutting down", False),
+    ],
+)
+def test_a_program_that_was_told_to_end_raises_no_alarm(
+    last_line: str, is_clean: bool, tmp_path: Path
+) -> None:
+    log = tmp_path / "server.log"
+    log.write_text(f"INFO 11-21 13:12:01 [launcher.py:1] last answer written\n{last_line}\n")
+    assert (triage(log).diagnoses == []) == is_clean
+
+
 def test_enough_failures_were_real() -> None:
     real = [case for case in CASES if case.kind in ("recorded", "reported") and case.expect]
     assert len({case.expect for case in real}) >= 40
