@@ -89,9 +89,8 @@ def run(config: BenchConfig) -> None:
     with artifact.work() as is_needed:
         if not is_needed:
             return
-        files.unlink(
-            artifact.folder, REPORT, PAGE
-        )  # of an earlier attempt, which may stay unreplaced
+        # Those of an earlier attempt, which may stay unreplaced.
+        files.unlink(artifact.folder, REPORT, PAGE)
         accounting = Accounting()
         conversations = _conversations(config, prompts, accounting, artifact.folder)
         started_s = time.monotonic()

@@ -25,16 +25,8 @@ from stages.bench.figures.metrics import Counters, acceptance, decode_steps, del
 Entry = dict[str, Any]
 Requests = Sequence[Mapping[str, Any]]
 
-
 # Where one group of prompt lengths ends and the next begins, in tokens.
 CONTEXT_EDGES = (256, 1024, 4096, 16384, 65536)
-
-
-def counters_of(raw: Mapping[str, Any]) -> Counters:
-    """Counters from their JSON form."""
-    return Counters(
-        **{**raw, "num_accepted_tokens_per_pos": tuple(raw["num_accepted_tokens_per_pos"])}
-    )
 
 
 def requests_of(measured: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -48,7 +40,7 @@ def throughput(measured: Mapping[str, Any]) -> Entry:
     tokens = sum(len(request["token_ids"]) for request in requests)
     wall_s = sum(segment["wall_s"] for segment in measured["segments"])
     queue_s = sum(segment["queue_s"] for segment in measured["segments"])
-    spent_s = sum(request["latency_s"] or 0.0 for request in requests)
+    spent_s = sum(request["latency_s"] for request in requests)
     return {
         "requests": len(requests),
         "output_tokens": tokens,
@@ -101,7 +93,7 @@ def drafted(measured: Mapping[str, Any], *, depth: int, always_drafts: bool, see
     requests = requests_of(measured)
     parts = {
         segment["category"]: delta(
-            counters_of(segment["counters_before"]), counters_of(segment["counters_after"])
+            Counters(**segment["counters_before"]), Counters(**segment["counters_after"])
         )
         for segment in measured["segments"]
     }
@@ -121,14 +113,20 @@ def drafted(measured: Mapping[str, Any], *, depth: int, always_drafts: bool, see
             found["categories"][name]["counters"] = asdict(per_category[name])
     found["tokens_per_step"] = _tokens_per_step(requests)
     found["contexts"] = {}
-    if all(request["counters"] is not None for request in requests):
-        for name, rows in _by_context(requests).items():
-            parts_of = (counters_of(row["counters"]) for row in rows)
-            counters = total(parts_of, num_speculative_tokens=depth)
-            if counters.num_drafts:
-                entry = {"requests": len(rows), **summary.latencies(rows)}
-                found["contexts"][name] = {**entry, "acceptance": figures(counters, rows)}
+    for name, rows in _by_context(requests).items() if _are_counted(requests) else ():
+        if (counters := _sum(rows, depth)).num_drafts:
+            entry = {"requests": len(rows), **summary.latencies(rows)}
+            found["contexts"][name] = {**entry, "acceptance": figures(counters, rows)}
     return found
+
+
+def _are_counted(requests: Requests) -> bool:
+    return all(request["counters"] is not None for request in requests)
+
+
+def _sum(requests: Requests, depth: int) -> Counters:
+    parts = (Counters(**request["counters"]) for request in requests)
+    return total(parts, num_speculative_tokens=depth)
 
 
 def _category_counters(
@@ -137,29 +135,24 @@ def _category_counters(
     """Counters of each category: the sums of its requests', or those read around it."""
     if None not in parts:
         return {str(name): counters for name, counters in parts.items()}
-    if any(request["counters"] is None for request in requests):
+    if not _are_counted(requests):
         return {}
-    by_category = {
-        name: total((counters_of(row["counters"]) for row in rows), num_speculative_tokens=depth)
-        for name, rows in _by_category(requests).items()
-    }
-    together = total(by_category.values(), num_speculative_tokens=depth)
-    if together != counted:
+    if (together := _sum(requests, depth)) != counted:
         raise OutputError(
             f"vLLM's speculative-decoding counters: the requests add up to {together}, the engine "
             f"counted {counted}; something else ran on it.",
             code="counters-of-others",
             remedy="Measure again on an idle server.",
         )
-    return by_category
+    return {name: _sum(rows, depth) for name, rows in _by_category(requests).items()}
 
 
 def _tokens_per_step(requests: Requests) -> float | None:
     """Decoded tokens per target step, undrafted ones included; None without counts by request."""
-    if any(request["counters"] is None for request in requests):
+    if not _are_counted(requests):
         return None
     steps = sum(
-        decode_steps(counters_of(request["counters"]), output_tokens=len(request["token_ids"]))
+        decode_steps(Counters(**request["counters"]), output_tokens=len(request["token_ids"]))
         for request in requests
     )
     return sum(len(request["token_ids"]) - 1 for request in requests) / max(steps, 1)
@@ -174,11 +167,12 @@ def add_speedup(
 ) -> None:
     """Speed-up over the baseline at the same load, with its interval, overall and by category."""
     requests, plain = requests_of(measured), requests_of(baseline_measured)
-    speedup = entry["tokens_per_s"] / baseline["tokens_per_s"]
-    entry["speedup"] = speedup
-    entry["speedup_interval"] = summary.speedup_interval(
-        requests, plain, speedup=speedup, seed=seed
-    )
+
+    def add(group: Entry, ours: Requests, theirs: Requests, speedup: float) -> None:
+        interval = summary.speedup_interval(ours, theirs, speedup=speedup, seed=seed)
+        group.update(speedup=speedup, speedup_interval=interval)
+
+    add(entry, requests, plain, entry["tokens_per_s"] / baseline["tokens_per_s"])
     if measured["load"]["concurrency"] > 1:
         return
     for groups, grouped in (("categories", _by_category), ("contexts", _by_context)):
@@ -187,7 +181,4 @@ def add_speedup(
             before = summary.request_rate(theirs.get(name, ()))
             after = summary.request_rate(rows)
             if before and after and name in entry[groups]:
-                entry[groups][name]["speedup"] = after / before
-                entry[groups][name]["speedup_interval"] = summary.speedup_interval(
-                    rows, theirs[name], speedup=after / before, seed=seed
-                )
+                add(entry[groups][name], rows, theirs[name], after / before)

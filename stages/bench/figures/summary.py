@@ -11,7 +11,7 @@ Worked example, two conversations with (accepted, drafts) = (1, 2) and (6, 3): a
 1 + 7/5 = 2.4; the draws (a, a), (a, b), (b, a), (b, b) give 1.5, 2.4, 2.4 and 3.0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,34 +36,34 @@ def latencies(requests: Sequence[Request]) -> dict[str, Any]:
 
     tpot = (last token's time - first token's time) / (tokens - 1)
     """
-    timed = [r for r in requests if r["ttft_s"] is not None]
     return {
-        "ttft_s": quantiles([r["ttft_s"] for r in timed]),
+        "ttft_s": quantiles([r["ttft_s"] for r in requests]),
         "tpot_s": quantiles(
             [
                 (r["latency_s"] - r["ttft_s"]) / (len(r["token_ids"]) - 1)
-                for r in timed
+                for r in requests
                 if len(r["token_ids"]) > 1
             ]
         ),
     }
 
 
-def _per_conversation(requests: Sequence[Request], columns: Sequence[str]) -> dict[str, Any]:
-    """Sums a conversation of `columns`, [C, len(columns)], under the conversation's id."""
+def _per_conversation(
+    requests: Sequence[Request], terms: Callable[[Request], tuple[float, float]]
+) -> dict[str, Any]:
+    """The sums of each conversation's two `terms`, [2], under its id."""
     sums: dict[str, np.ndarray] = {}
     for request in requests:
-        values = np.array([_column(request, name) for name in columns], dtype=float)
-        sums[request["id"]] = sums.get(request["id"], 0.0) + values
+        sums[request["id"]] = sums.get(request["id"], 0.0) + np.array(terms(request), dtype=float)
     return sums
 
 
-def _column(request: Request, name: str) -> float:
-    if name == "tokens":
-        return len(request["token_ids"])
-    if name == "latency_s":
-        return float(request["latency_s"])
-    return float(request["counters"][name])
+def _accepted_and_drafts(request: Request) -> tuple[float, float]:
+    return request["counters"]["num_accepted_tokens"], request["counters"]["num_drafts"]
+
+
+def _tokens_and_time(request: Request) -> tuple[float, float]:
+    return len(request["token_ids"]), request["latency_s"]
 
 
 def _resample(sums: np.ndarray, seed: int) -> np.ndarray:
@@ -82,7 +82,7 @@ def acceptance_length_interval(requests: Sequence[Request], *, seed: int) -> Int
     """95 % interval of 1 + accepted / drafts; None without per-request counters."""
     if any(request["counters"] is None for request in requests):
         return None
-    sums = _per_conversation(requests, ("num_accepted_tokens", "num_drafts"))
+    sums = _per_conversation(requests, _accepted_and_drafts)
     if len(sums) < 2:
         return None
     draws = _resample(np.array(list(sums.values())), seed)
@@ -91,7 +91,7 @@ def acceptance_length_interval(requests: Sequence[Request], *, seed: int) -> Int
 
 def request_rate(requests: Sequence[Request]) -> float | None:
     """Tokens a second of one request's own time: sum of tokens / sum of latencies."""
-    if not requests or any(request["latency_s"] is None for request in requests):
+    if not requests:
         return None
     spent_s = sum(request["latency_s"] for request in requests)
     return float(sum(len(request["token_ids"]) for request in requests) / max(spent_s, 1e-9))
@@ -105,10 +105,8 @@ def speedup_interval(
     Wall time cannot be drawn anew, request time can; a closed loop keeps its slots busy, so that the
     two are proportional. The draws of the ratio of request rates are scaled to the measured speed-up.
     """
-    if request_rate(requests) is None or request_rate(baseline) is None:
-        return None
-    ours = _per_conversation(requests, ("tokens", "latency_s"))
-    theirs = _per_conversation(baseline, ("tokens", "latency_s"))
+    ours = _per_conversation(requests, _tokens_and_time)
+    theirs = _per_conversation(baseline, _tokens_and_time)
     names = [name for name in ours if name in theirs]
     if len(names) < 2:
         return None

@@ -21,16 +21,14 @@ top two: wrong.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.errors import UserError
 from stages.bench.figures.metrics import first_divergence
 
 LEAD_TOKENS = 8  # decoded before a context's end, in two of the four shapes
-MAX_IN_FLIGHT = (
-    256  # requests together, at most: the noise is measured on every context all the same
-)
+MAX_IN_FLIGHT = 256  # requests together, at most; the noise is measured on every context
 MORE_CONTEXTS = 16  # undisturbed answers scored too, so that few divergences give a fair noise
 MIN_TOGETHER = 8  # few contexts are repeated, so that together is another batch than alone
 TOP = 5  # logprobs requested
@@ -214,6 +212,4 @@ def _verdict(divergence: Divergence, best: Logprobs, noise: float) -> Divergence
     among = pair[0] in best and pair[1] in best
     gap = abs(best[pair[0]] - best[pair[1]]) if among else None  # type: ignore[index]
     tie = gap is not None and gap <= noise and set(pair) == set(_top_two(best))
-    return Divergence(
-        **{**asdict(divergence), "gap": gap, "verdict": "tie" if tie else "wrong"},
-    )
+    return replace(divergence, gap=gap, verdict="tie" if tie else "wrong")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from stages.bench.figures.figures import requests_of
 from stages.bench.lossless.divergence import Ask, Divergence, compare, judge
 
 Raw = Mapping[str, Any]
@@ -15,8 +16,7 @@ def _greedy_loads(raw: Raw) -> Iterable[tuple[tuple[int, int], list[Any]]]:
     for entry in raw["loads"]:
         load = entry["load"]
         if load["temperature"] == 0:
-            rows = [row for segment in entry["segments"] for row in segment["requests"]]
-            yield (load["concurrency"], load["max_tokens"]), rows
+            yield (load["concurrency"], load["max_tokens"]), requests_of(entry)
 
 
 def judged(baseline: Raw, others: Mapping[str, Raw], ask: Ask) -> dict[str, Any] | None:

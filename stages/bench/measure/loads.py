@@ -45,10 +45,6 @@ class Conversation:
     steps: tuple[tuple[Message, ...], ...]
     tools: tuple[dict[str, Any], ...] = ()
 
-    def key(self) -> str:
-        """The text of the first question, to tell whether two conversations begin alike."""
-        return repr(self.steps[0])
-
 
 def by_category(conversations: Iterable[Conversation]) -> dict[str, list[Conversation]]:
     """The conversations of each category, in order of its first appearance."""

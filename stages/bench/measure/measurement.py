@@ -13,7 +13,7 @@ measured category by category; then every server of the measurement is.
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from shared.errors import UserError
 from shared.io import files
 from shared.runtime.process import stop_if_requested
 from shared.vllm.http import Address
-from stages.bench.config import BenchConfig
 from stages.bench.lossless import judge as lossless
 from stages.bench.measure import plans
 from stages.bench.measure.client import Server
@@ -33,20 +32,16 @@ from stages.bench.measure.server import serve
 Raw = dict[str, Any]
 
 
-def endpoint_of(config: BenchConfig, name: str) -> Address:
-    """The existing server for an engine's name; its key is never a flag: process lists show those."""
+def _address(
+    plan: Plan, name: str, speculative: Speculative
+) -> contextlib.AbstractContextManager[Address]:
+    """The server for an engine's name: started here, or the existing one."""
+    if not plan.config.endpoint:
+        return serve(plan, speculative)
     field = "baseline_endpoint" if name == "baseline" else "endpoint"
-    variable = f"EYRIE_{field.upper()}_KEY"
-    return Address(getattr(config, field), os.environ.get(variable, ""), variable)
-
-
-@contextlib.contextmanager
-def _address(plan: Plan, name: str, speculative: Speculative) -> Iterator[Address]:
-    if plan.config.endpoint:
-        yield endpoint_of(plan.config, name)
-        return
-    with serve(plan, speculative) as address:
-        yield address
+    variable = f"EYRIE_{field.upper()}_KEY"  # its key is never a flag: process lists show those
+    address = Address(getattr(plan.config, field), os.environ.get(variable, ""), variable)
+    return contextlib.nullcontext(address)
 
 
 @dataclass
@@ -129,7 +124,7 @@ def measure(
         server = Server(
             address,
             request_timeout_s=plan.config.request_timeout_s,
-            template_kwargs=plan.template_kwargs,
+            template_kwargs=plan.config.run.template_kwargs,
             depth=depth,
         )
         version = server.connect()

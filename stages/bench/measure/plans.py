@@ -7,7 +7,7 @@ row is computed and its end gets 3 K more positions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ class Plan:
     target: Path | None = None  # None for an existing endpoint, as the sizes below
     max_model_len: int = 0
     max_num_seqs: int = 0
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def conversation_of(prompt: Prompt) -> Conversation:
@@ -77,8 +76,8 @@ def check_warmup(conversations: Sequence[Conversation]) -> None:
     Raises:
         UserError: a measured conversation begins as a warm-up does.
     """
-    warm = {conversation.key() for conversation in warmup()}
-    if found := [c.id for c in conversations if c.key() in warm]:
+    warm = [conversation.steps[0] for conversation in warmup()]
+    if found := [c.id for c in conversations if c.steps[0] in warm]:
         raise UserError(
             f"bench.prompts: expected none of the warm-up's texts {list(WARMUP_TEXTS)}, found them "
             f"in {found[:5]}.",
@@ -185,9 +184,9 @@ def plan_of(config: BenchConfig, folder: Path | None, conversations: list[Conver
     Raises:
         UserError: the target cannot hold the longest row, or the engine not the load.
     """
-    loads, template_kwargs = loads_of(config), config.run.template_kwargs
+    loads = loads_of(config)
     if folder is None:
-        return Plan(config, conversations, loads, template_kwargs=template_kwargs)
+        return Plan(config, conversations, loads)
     _check_batch(config)
     limit = target.read_config(folder).raw.get("max_position_embeddings")
     longest = _longest_row(config, folder, conversations, int(limit) if limit else None)
@@ -198,7 +197,6 @@ def plan_of(config: BenchConfig, folder: Path | None, conversations: list[Conver
         target=folder,
         max_model_len=longest,
         max_num_seqs=max(*config.concurrency, _MIN_BATCH),
-        template_kwargs=template_kwargs,
     )
 
 

@@ -2,6 +2,7 @@
 """The gates: what a head must reach before it ships."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,11 @@ def judge(
             "value": value,
             "bound": bound,
             "limit": limit,
-            "met": _met(value, bound, limit),
+            "met": value is not None and (value >= limit if bound == "min" else value <= limit),
         }
         for name, value, bound, limit in _requested(config, report, earlier)
         if limit is not None
     ]
-
-
-def _met(value: float | None, bound: str, limit: float) -> bool:
-    return value is not None and (value >= limit if bound == "min" else value <= limit)
 
 
 def _requested(
@@ -104,10 +101,7 @@ def require_met(report: Mapping[str, Any], path: Path) -> None:
             remedy=f"{_REMEDIES.get(missed[0]['name'], _REGRESSION)} The whole report: {path}.",
             facts={
                 "report": str(path),
-                "missed": [
-                    {key: gate[key] for key in ("name", "value", "bound", "limit")}
-                    for gate in missed
-                ],
+                "missed": [{k: v for k, v in gate.items() if k != "met"} for gate in missed],
             },
         )
 
@@ -120,20 +114,16 @@ def check_comparable(
     Raises:
         UserError: with the settings that differ.
     """
-    load = loads_of(config)[0]
     ours = {
         "num_speculative_tokens": config.num_speculative_tokens[0],
-        "concurrency": load.concurrency,
-        "temperature": load.temperature,
-        "max_tokens": load.max_tokens,
+        **asdict(loads_of(config)[0]),
         "target": config.run.target,
         "mode": config.measured_through,
         "max_prompts": config.max_prompts,
         "prompts": prompts,
     }
-    theirs = {
-        **{name: earlier.get(name) for name in ours},
-        "prompts": earlier["measured"]["prompts"],
+    theirs = {name: earlier.get(name) for name in ours} | {
+        "prompts": earlier["measured"]["prompts"]
     }
     found = [
         f"{name}: {theirs[name]} then, {ours[name]} now"

@@ -73,7 +73,11 @@ def render(report: Report) -> str:
     """The page of one report."""
     head = {"head": report["head"]}
     drafters = head | ({"ngram": report["ngram"]} if "ngram" in report else {})
-    load = [row for row in report["sweep"] if _at_first_load(row, report)]
+    load = [
+        row
+        for row in report["sweep"]
+        if all(row[axis] == report[axis] for axis in ("temperature", "max_tokens"))
+    ]
     figures = [
         (plots.by_position(drafters), "How often a draft is still right at each position."),
         (plots.by_category(head), "On which prompts drafting pays; whiskers: 95 % interval."),
@@ -113,11 +117,6 @@ def _of_training(lineage: Report) -> list[tuple[str, str]]:
         svg = plots.over_steps(lineage["walks"], title, unit)
         drawn.append((svg, "On held-out answers while training; this head is the best checkpoint."))
     return drawn
-
-
-def _at_first_load(row: Report, report: Report) -> bool:
-    axes = ("temperature", "max_tokens")
-    return all(row[axis] == report[axis] for axis in axes)
 
 
 def _line(row: Report) -> str:

@@ -7,6 +7,7 @@ has a title and named axes with units; a value that was not measured leaves a ga
 
 import functools
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -44,35 +45,21 @@ def _as_svg(draw: Callable[Concatenate[Axes, P], None]) -> Callable[P, str]:
     return drawn
 
 
-def _name(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-
-
 @_as_svg
 def by_position(axes: Axes, series: Series) -> None:
     """Share of drafts accepted up to each position; points: given that the one before was."""
     width = 0.8 / len(series)
     depth = 0
     for index, (name, entry) in enumerate(series.items()):
-        known = entry["acceptance"]
-        depth = max(depth, len(known["per_position"]))
-        at = [
-            i + 1 + (index - (len(series) - 1) / 2) * width
-            for i in range(len(known["per_position"]))
-        ]
+        shares, conditional = (entry["acceptance"][key] for key in ("per_position", "conditional"))
+        depth = max(depth, len(shares))
+        at = [i + 1 + (index - (len(series) - 1) / 2) * width for i in range(len(shares))]
         colour = COLOURS[index % len(COLOURS)]
-        bars = axes.bar(at, known["per_position"], 0.92 * width, color=colour, label=name)
+        bars = axes.bar(at, shares, 0.92 * width, color=colour, label=name)
         axes.bar_label(bars, fmt="%.2f", fontsize=8, color=INK, padding=2)
-        points = [
-            (x, share)
-            for x, share in zip(at[1:], known["conditional"][1:], strict=True)
-            if share is not None
-        ]
         axes.plot(
-            [x for x, _ in points],
-            [share for _, share in points],
+            at[1:],
+            [math.nan if share is None else share for share in conditional[1:]],
             linestyle="none",
             marker="o",
             markersize=5,
@@ -84,8 +71,10 @@ def by_position(axes: Axes, series: Series) -> None:
     axes.grid(visible=False, axis="x")
     axes.set_ylim(0, 1.12)
     axes.legend(loc="upper right", ncols=len(series) + 1, bbox_to_anchor=(1, 1.02))
-    _name(
-        axes, "Acceptance by position", "position in the draft (token)", "share of drafts (0 to 1)"
+    axes.set(
+        title="Acceptance by position",
+        xlabel="position in the draft (token)",
+        ylabel="share of drafts (0 to 1)",
     )
 
 
@@ -127,11 +116,10 @@ def by_category(axes: Axes, series: Series) -> None:
     axes.set_xlim(0, 1.05 * longest)
     if len(series) > 1:
         axes.legend(loc="lower right")
-    _name(
-        axes,
-        "Acceptance length by category",
-        "acceptance length (tokens per target step)",
-        "category",
+    axes.set(
+        title="Acceptance length by category",
+        xlabel="acceptance length (tokens per target step)",
+        ylabel="category",
     )
 
 
@@ -179,11 +167,10 @@ def over_concurrency(axes: Axes, rows: Iterable[Row]) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    _name(
-        axes,
-        "Throughput over concurrency",
-        "concurrency (requests in flight)",
-        "output (tokens per second)",
+    axes.set(
+        title="Throughput over concurrency",
+        xlabel="concurrency (requests in flight)",
+        ylabel="output (tokens per second)",
     )
 
 
@@ -195,11 +182,10 @@ def over_depth(axes: Axes, rows: Iterable[Row]) -> None:
     _lines(axes, lines)
     axes.axhline(1.0, color=QUIET, linestyle="--", linewidth=1)
     axes.set_xticks(sorted({point[0] for points in lines.values() for point in points}))
-    _name(
-        axes,
-        "Speed-up over draft length",
-        "draft length K (tokens)",
-        "speed-up (times the baseline)",
+    axes.set(
+        title="Speed-up over draft length",
+        xlabel="draft length K (tokens)",
+        ylabel="speed-up (times the baseline)",
     )
 
 
@@ -218,4 +204,4 @@ def over_steps(axes: Axes, points: Sequence[Sequence[float]], title: str, y: str
     )
     axes.margins(x=0.08, y=0.15)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _name(axes, title, "step of the training", y)
+    axes.set(title=title, xlabel="step of the training", ylabel=y)

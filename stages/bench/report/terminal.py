@@ -2,7 +2,7 @@
 """A report's tables in the terminal, and two reports side by side."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -74,10 +74,10 @@ def _is_slower(best: Report) -> bool:
     return best.get("speedup") is not None and best["speedup"] < 1
 
 
-def _table(title: str, columns: str) -> Table:
-    """An empty table; the first of the comma-separated columns holds names."""
+def _table(title: str, columns: Sequence[str]) -> Table:
+    """An empty table; the first of the columns holds names."""
     table = Table(title=cell(title))
-    for index, column in enumerate(columns.split(", ")):
+    for index, column in enumerate(columns):
         table.add_column(cell(column), justify="right" if index else "left")
     return table
 
@@ -85,7 +85,7 @@ def _table(title: str, columns: str) -> Table:
 def _engines(found: Report) -> Table:
     title = f"{found['run']}: K = {found['num_speculative_tokens']}, {describe_load(found)}"
     columns = "engine, tokens/step, acceptance length, rate, by position, tokens/s, speed-up"
-    table = _table(title, columns)
+    table = _table(title, columns.split(", "))
     for name in ("baseline", "ngram", "head"):
         if name not in found:
             continue
@@ -110,7 +110,7 @@ def _speedup(entry: Report) -> str:
 
 def _groups(found: Report, title: str, groups: str) -> Table:
     columns = f"{title}, requests, acceptance length, speed-up, TTFT ms, TPOT ms"
-    table = _table(f"the head by {title}", columns)
+    table = _table(f"the head by {title}", columns.split(", "))
     for name, entry in found["head"][groups].items():
         known = entry.get("acceptance")
         bounds = interval(known["acceptance_length_interval"]) if known else ""
@@ -122,7 +122,7 @@ def _groups(found: Report, title: str, groups: str) -> Table:
 
 def _sweep(found: Report) -> Table:
     columns = "drafter, K, concurrency, temp., max_tokens, tokens/step, tokens/s, speed-up, TPOT ms"
-    table = _table("every load", columns)
+    table = _table("every load", columns.split(", "))
     for row in found["sweep"]:
         table.add_row(
             cell(row["drafter"]),
@@ -164,9 +164,8 @@ def side_by_side(first: Report, second: Report) -> Iterator[tuple[str, float | N
 
 def compare(first: Report, second: Report) -> None:
     """Print two reports side by side."""
-    table = Table(title=cell(f"{first['run']} and {second['run']}"))
-    for column in ("figure", first["run"], second["run"], "change"):
-        table.add_column(cell(column), justify="left" if column == "figure" else "right")
+    runs = (first["run"], second["run"])
+    table = _table(" and ".join(runs), ("figure", *runs, "change"))
     for name, left, right in side_by_side(first, second):
         table.add_row(cell(name), _number(left), _number(right), change(left, right))
     Console(width=WIDTH).print(table)
