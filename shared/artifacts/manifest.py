@@ -52,13 +52,13 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any] | None:
     """The manifest of `folder`, or None where the artifact is not complete.
 
     Raises:
         UserError: it is there and cannot be understood.
     """
-    path = folder / MANIFEST
+    path = folder / name
     if not path.exists():
         return None
     manifest = read_record(path, Shape, remedy=_AGAIN)
@@ -100,25 +100,30 @@ def require_own_words(folder: Path, manifest: Mapping[str, Any], stage: str) -> 
         )
 
 
-def require_parent(folder: Path, *, stage: str, config: StageConfig) -> dict[str, Any]:
+def require_parent(
+    folder: Path, *, stage: str, config: StageConfig, name: str = MANIFEST
+) -> dict[str, Any]:
     """The manifest of a complete parent artifact that agrees with `config`.
+
+    Args:
+        name: of the file: the manifest's, or `shared.artifacts.window.OFFER`.
 
     Raises:
         UserError: not complete, a file is missing or of another size, or a `run` key differs.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, name)
     if manifest is None:
         recipe = f" --recipe {shlex.quote(str(config.recipe))}" if config.recipe else ""
         workspace = shlex.quote(str(config.workspace))
         raise UserError(
-            f"expected the finished artifact of stage {stage} in {folder}, found no {MANIFEST}.",
+            f"expected the finished artifact of stage {stage} in {folder}, found no {name}.",
             code="parent-missing",
             remedy=f"Run it first: python -m stages.{stage}{recipe} --workspace {workspace}",
             facts={"stage": stage, "folder": str(folder)},
         )
     require_own_words(folder, manifest, stage)
     require_sizes(folder, manifest)
-    facts = f"{folder / MANIFEST}: facts"
+    facts = f"{folder / name}: facts"
     require_shape(manifest["facts"], FACTS.get(stage, Shape), where=facts, remedy=_AGAIN)
     own = config.identity()
     theirs = {key: value for key, value in manifest["identity"].items() if key in own}
@@ -289,19 +294,21 @@ class Artifact:
         facts: Mapping[str, Any] | None = None,
         checksums: Mapping[str, str] | None = None,
         engine: str = "",
+        name: str = MANIFEST,
     ) -> None:
         """Write the manifest: from here on the artifact is complete.
 
         Args:
             names: every file that belongs to the artifact, relative to the folder.
             checksums: SHA-256 of files that were hashed when written; the rest is hashed here.
+            name: of the file to write; another than the manifest's completes nothing.
         """
         known = checksums or {}
         entries = {}
-        for name in sorted(names):
-            path = self.folder / name
-            digest = known.get(name) or files.sha256(path)
-            entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
+        for each in sorted(names):
+            path = self.folder / each
+            digest = known.get(each) or files.sha256(path)
+            entries[each] = {"bytes": path.stat().st_size, "sha256": digest}
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "stage": self.config.section,
@@ -316,5 +323,5 @@ class Artifact:
         }
         if not (self.folder / IDENTITY).exists():  # somebody removed it meanwhile
             files.write_json(self.folder / IDENTITY, self.identity)
-        files.write_json(self.folder / MANIFEST, manifest)
-        logger.info("done: %s", self.folder / MANIFEST)
+        files.write_json(self.folder / name, manifest)
+        logger.info("done: %s", self.folder / name)

@@ -36,6 +36,20 @@ def read_record(path: Path, shape: type[Shape], *, remedy: str) -> dict[str, Any
     return require_shape(files.read_json(path), shape, where=str(path), remedy=remedy)
 
 
+def read_record_if_there(path: Path, shape: type[Shape], *, remedy: str) -> dict[str, Any] | None:
+    """As `read_record`; None where there is no such file, also if another process removed it just now.
+
+    Raises:
+        UserError: not JSON, or a key that holds something else; it is named.
+    """
+    try:
+        return read_record(path, shape, remedy=remedy)
+    except UserError as error:
+        if error.code == "file-missing":
+            return None
+        raise
+
+
 def require_shape(raw: Any, shape: type[Shape], *, where: str, remedy: str) -> dict[str, Any]:
     """`raw` itself, if it is such an object.
 

@@ -69,7 +69,7 @@ class DumpConfig(ShardedConfig):
         "Model": "backend dtype",
         "Speed": "batch_tokens tensor_parallel_size expert_parallel_size data_parallel num_shards "
         "shard_index engine_args writers drain",
-        "Output": "layout state_dtype shard_bytes min_agreement max_logprob_gap "
+        "Output": "layout state_dtype shard_bytes window_shards patience_s min_agreement max_logprob_gap "
         "max_failed_fraction",
     }
 
@@ -107,6 +107,17 @@ class DumpConfig(ShardedConfig):
     )
     shard_bytes: int = identity(1 << 30, "Size at which a shard is closed, in bytes.", ge=1)
 
+    window_shards: int | None = operational(
+        None,
+        "Most shards that lie on the disk at a time, those with held-out samples included, while "
+        "train reads beside dump (train.follow). Default: all stay.",
+        ge=2,
+    )
+    patience_s: float = operational(
+        300.0,
+        "With window_shards: seconds to wait for a train that is not at work; then exit 75.",
+        gt=0,
+    )
     min_agreement: float = operational(
         0.9,
         "Minimum share of greedy answer tokens that the stored states must predict, 0 to 1; below "
@@ -142,8 +153,13 @@ class DumpConfig(ShardedConfig):
     )
 
     def identity(self) -> dict[str, Any]:
-        """As every stage's, with the engine options that change the states."""
+        """As every stage's, with the engine options that change the states.
+
+        A window changes which samples share a shard; its size changes nothing.
+        """
         keys = super().identity()
+        if self.window_shards is not None:
+            keys[f"{self.section}.window"] = True
         changing = {
             name: value
             for name, value in self.engine_args.items()
@@ -171,6 +187,14 @@ class DumpConfig(ShardedConfig):
             )
         if self.engine_args and (self.backend not in ("vllm", "auto") or self.states is not None):
             raise ValueError("engine_args needs backend: vllm or auto, and no states")
+        if self.window_shards is not None:
+            if self.layout != "shards":
+                raise ValueError(f"window_shards needs layout: shards, found {self.layout}")
+            if self.max_failed_fraction > 0:
+                raise ValueError(
+                    "window_shards needs max_failed_fraction: 0, since train plans its steps before "
+                    f"any row can fail, found {self.max_failed_fraction}"
+                )
         for name in sorted(self.engine_args.keys() & _OWN_ENGINE_ARGS.keys()):
             instead = _OWN_ENGINE_ARGS[name]
             raise ValueError(

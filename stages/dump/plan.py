@@ -7,6 +7,7 @@ So no process keeps more than a shard's ids in memory, a resumed run reads nothi
 several processes take their shards from one plan.
 """
 
+import array
 import dataclasses
 import hashlib
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 from shared.artifacts.manifest_shape import Count, Counts
 from shared.artifacts.unfinished import LOCK
+from shared.artifacts.window import sample_hash
 from shared.contracts.conversations import Conversation
 from shared.errors import RetryableError, UserError
 from shared.io import files
@@ -218,10 +220,11 @@ def _write_shards(
     token_bytes: int,
     vocab_size: int,
 ) -> Iterator[ShardPlan]:
-    """Rows in the order they come, cut into shards of about `shard_bytes`."""
+    """Rows in the order they come (for a window, in that of a hash), cut to about `shard_bytes`."""
     index = first = tokens = 0
     shard = ShardRows([], [], [])
-    for sample_id, ids, mask in _usable(rows, config, accounting, vocab_size):
+    usable = _usable(rows, config, accounting, vocab_size)
+    for sample_id, ids, mask in _by_hash(usable) if config.window_shards else usable:
         shard.sample_ids.append(sample_id)
         shard.input_ids.append(ids)
         shard.loss_masks.append(mask)
@@ -233,6 +236,20 @@ def _write_shards(
             shard = ShardRows([], [], [])
     if shard.sample_ids:
         yield _write_shard(folder / FOLDER, index, first, tokens, shard)
+
+
+def _by_hash(
+    rows: Iterable[tuple[str, list[int], list[int]]],
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """The same rows, ordered as train holds samples out, so that few shards hold what it keeps.
+
+    Costs 5 bytes of memory per token: 2 GB for 400 million tokens.
+    """
+    held = [
+        (sample_hash(name), name, array.array("i", ids), bytes(mask)) for name, ids, mask in rows
+    ]
+    for _, name, ids, mask in sorted(held, key=lambda row: row[:2]):
+        yield name, ids.tolist(), list(mask)
 
 
 def _usable(

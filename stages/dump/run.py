@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.artifacts.manifest import Artifact
 from shared.contracts import layers
@@ -27,6 +27,9 @@ from stages.dump import plan as plans
 from stages.dump import sources
 from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan
+
+if TYPE_CHECKING:
+    from stages.dump.shards.window import Window
 
 BAD = "states_"  # begins every reason for which a row's states are refused
 
@@ -74,8 +77,22 @@ def run(config: DumpConfig) -> None:
         plan = _settle(config, artifact, source, target_config, aux_layers)
         # Sampled answers are not the target's argmax: their agreement is reported, not required.
         min_agreement = config.min_agreement if source.is_greedy else 0.0
-        _capture(config, target_config, aux_layers, artifact.folder, plan, min_agreement)
-        _complete(config, artifact, source, target_config, aux_layers, plan)
+        facts = {
+            "aux_layers": list(aux_layers),
+            "target_hash": artifact.identity["input.target"],
+            "greedy": source.is_greedy,
+            "backend": plan.backend,
+            "layout": config.layout,
+        }
+        window = None
+        if config.window_shards is not None:
+            from stages.dump.shards import window as windows
+
+            windows.offer(artifact, config, target_config, aux_layers, plan, source, facts)
+            status = Status(config.paths.status(config.process_name))
+            window = windows.Window(artifact.folder, config, plan, artifact.fingerprint, status)
+        _capture(config, target_config, aux_layers, artifact.folder, plan, min_agreement, window)
+        _complete(config, artifact, source, target_config, aux_layers, plan, facts, window)
 
 
 def _settle(
@@ -85,7 +102,7 @@ def _settle(
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
 ) -> Plan:
-    """The plan, and room for it on the disk."""
+    """The plan, and room on the disk for all of it, or for the window."""
     folder, fingerprint = artifact.folder, artifact.fingerprint
     earlier = plans.read_plan(folder / plans.FOLDER, fingerprint)
     backend = earlier.backend if earlier else config.backend
@@ -107,12 +124,15 @@ def _settle(
         vocab_size=target_config.vocab_size,
         backend=backend,
     )
-    _require_disk(folder, plan, token_bytes)
+    tokens = plan.tokens
+    if config.window_shards is not None:
+        largest = max(shard.tokens for shard in plan.shards)
+        tokens = min(tokens, config.window_shards * largest)
+    _require_disk(folder, plan, tokens * token_bytes)
     return plan
 
 
-def _require_disk(folder: Path, plan: Plan, token_bytes: int) -> None:
-    total = plan.tokens * token_bytes
+def _require_disk(folder: Path, plan: Plan, total: int) -> None:
     needed = total - sum(path.stat().st_size for path in folder.rglob("*.pt"))
     free = shutil.disk_usage(folder).free
     logger.info("%d tokens in %d shards: %.3f GB", plan.tokens, len(plan.shards), total / 1e9)
@@ -120,7 +140,8 @@ def _require_disk(folder: Path, plan: Plan, token_bytes: int) -> None:
         raise UserError(
             f"{folder}: the hidden states need {needed} bytes more, found {free} free.",
             code="disk-too-small",
-            remedy="Free some space, lower run.max_length_tokens, or use fewer prompts.",
+            remedy="Free some space, lower run.max_length_tokens, use fewer prompts, or let train read "
+            "beside dump (dump.window_shards).",
             facts={"needed_bytes": needed, "free_bytes": free},
         )
 
@@ -132,8 +153,9 @@ def _capture(
     folder: Path,
     plan: Plan,
     min_agreement: float,
+    window: "Window | None",
 ) -> None:
-    """Capture what is missing of this process's share."""
+    """Capture what is missing of this process's share; with a window, as train asks for it."""
     from stages.dump.backends.choose import open_backend
     from stages.dump.shards.writer import ShardWriter, read_sidecar
 
@@ -143,7 +165,7 @@ def _capture(
         logger.info("%d of %d shards are there already", len(own) - len(missing), len(own))
     status = Status(config.paths.status(config.process_name))
     status.started()
-    if not missing:
+    if not (missing or window):
         return
     total = sum(shard.tokens for shard in own)
     done = total - sum(shard.tokens for shard in missing)
@@ -152,11 +174,15 @@ def _capture(
     def report(tokens: int, failure: dict[str, str] | None) -> None:
         nonlocal done
         done += tokens
-        status.progress(done, total, "tokens")
+        if window:
+            window.tell()
+        else:
+            status.progress(done, total, "tokens")
         if failure is not None:
             failures.append(failure)
-            # An engine's time is dear. Files are read to the end, so that all bad ones are named.
-            if plan.backend != "files":
+            # An engine's time is dear. Files are read to the end, so that all bad ones are named;
+            # but train must not wait for a row that will not come.
+            if plan.backend != "files" or window:
                 _account(config, folder, plan, failures)
 
     writer = ShardWriter(
@@ -167,7 +193,8 @@ def _capture(
             backend = stack.enter_context(
                 open_backend(plan.backend, config, target_config, aux_layers)
             )
-        writer.capture(missing, backend, report)
+        groups = window.groups(writer.check) if window else [missing]
+        writer.capture(groups, backend, report)
 
 
 def _account(
@@ -207,15 +234,17 @@ def _complete(
     target_config: TargetConfig,
     aux_layers: tuple[int, ...],
     plan: Plan,
+    facts: dict[str, Any],
+    window: "Window | None",
 ) -> None:
     """Write the manifest, if this process is the one that sees every shard whole."""
     from stages.dump.shards.metadata import write_metadata
     from stages.dump.shards.writer import read_sidecar, sidecar
 
     result = [read_sidecar(artifact.folder, shard) for shard in plan.shards]
-    sidecars = [facts for facts in result if facts is not None]
+    sidecars = [found for found in result if found is not None]
     pairs = zip(plan.shards, result, strict=True)
-    missing = [shard.index for shard, facts in pairs if facts is None]
+    missing = window.missing() if window else [s.index for s, found in pairs if found is None]
     if lost := [index for index in missing if config.share.owns(index)]:
         raise RetryableError(
             f"{sidecar(artifact.folder, lost[0])}: expected a whole shard, as it was written; "
@@ -230,33 +259,29 @@ def _complete(
     with artifact.finishing() as is_last:
         if not is_last:
             return
-        failures = [failure for facts in sidecars for failure in facts["failed"]]
+        failures = [failure for found in sidecars for failure in found["failed"]]
         try:
             accounting = _account(config, artifact.folder, plan, failures)
         except OutputError:
             # Their rows may be mended: another run captures these shards again.
-            for shard, facts in zip(plan.shards, sidecars, strict=True):
-                if facts["failed"]:
+            for shard, found in zip(plan.shards, result, strict=True):
+                if found is not None and found["failed"]:
                     sidecar(artifact.folder, shard.index).unlink()
             raise
-        names = write_metadata(
-            artifact.folder, config, target_config, aux_layers, plan, source, sidecars
-        )
         checksums = {
-            name: entry["sha256"] for facts in sidecars for name, entry in facts["files"].items()
+            name: entry["sha256"] for found in sidecars for name, entry in found["files"].items()
         }
-        names += [sidecar(artifact.folder, shard.index).name for shard in plan.shards]
+        if window:
+            names, sidecars = window.names(), window.sidecars()
+        else:
+            names = write_metadata(
+                artifact.folder, config, target_config, aux_layers, plan, source, sidecars
+            )
+            names += [sidecar(artifact.folder, shard.index).name for shard in plan.shards]
         artifact.finish(
             [*checksums, *names, plans.REJECTS],
             counts=accounting.as_dict(),
-            facts={
-                **_check_results(sidecars),
-                "aux_layers": list(aux_layers),
-                "target_hash": artifact.identity["input.target"],
-                "greedy": source.is_greedy,
-                "backend": plan.backend,
-                "layout": config.layout,
-            },
+            facts={**_check_results(sidecars), **facts},
             checksums=checksums,
             engine=plan.backend,
         )

@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 
@@ -36,7 +36,7 @@ class TrainConfig(StageConfig):
         "seed",
     )
     groups: ClassVar[Mapping[str, str]] = {
-        "Data": "dump_of max_samples holdout_fraction max_holdout_samples",
+        "Data": "dump_of follow patience_s max_samples holdout_fraction max_holdout_samples",
         "Model": "variant layer draft_window ttt_steps loss loss_decay intermediate_size num_layers "
         "init_from train_lm_head",
         "Optimization": "epochs batch_tokens learning_rate warmup_steps plateau_fraction schedule "
@@ -48,7 +48,9 @@ class TrainConfig(StageConfig):
     }
 
     epochs: int = identity(
-        2, "Passes over the training samples, at most; see plateau_fraction.", ge=1
+        2,
+        "Passes over the training samples, at most; see plateau_fraction. With follow: 1 by default.",
+        ge=1,
     )
     batch_tokens: Annotated[int, pydantic.Field(ge=8)] | Literal["auto"] = identity(
         "auto",
@@ -137,6 +139,14 @@ class TrainConfig(StageConfig):
         100, "Steps between two walks; the head with the best walk is exported.", ge=1
     )
 
+    follow: bool = identity(
+        False,
+        "Train beside a dump with dump.window_shards: shards are read as they are made, each whole "
+        "before the next. epochs is 1 by default, since each further one is another prefill.",
+    )
+    patience_s: float = operational(
+        300.0, "With follow: seconds to wait for a dump that is not at work; then exit 75.", gt=0
+    )
     dump_of: str | None = operational(
         None,
         "Another run of this workspace whose finished dump to train on. Links to its dump and synth "
@@ -164,6 +174,21 @@ class TrainConfig(StageConfig):
     export_dtype: Literal["bfloat16", "float32"] = operational(
         "bfloat16", "dtype of the exported weights; changing it exports again without training."
     )
+
+    def identity(self) -> dict[str, Any]:
+        """As every stage's; `follow` is part of it only where it changes the order of the samples."""
+        keys = super().identity()
+        if not self.follow:
+            del keys[f"{self.section}.follow"]
+        return keys
+
+    @pydantic.model_validator(mode="after")
+    def _follows_its_own_dump(self) -> Self:
+        if self.follow and self.dump_of is not None:
+            raise ValueError("follow and dump_of exclude each other: a window is one run's own")
+        if self.follow and "epochs" not in self.model_fields_set:
+            object.__setattr__(self, "epochs", 1)
+        return self
 
     @pydantic.field_validator("num_layers")
     @classmethod

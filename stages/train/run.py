@@ -24,6 +24,7 @@ from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
 from stages.train.export import warm_start
 from stages.train.export.again import forget_other_dtype
 from stages.train.loop import budget
+from stages.train.offer import require_dump
 
 if TYPE_CHECKING:
     from shared.target.tensors import TargetTensors
@@ -178,7 +179,7 @@ def inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
     if config.dump_of is not None:
         borrow_dump(config.paths, config.dump_of)
     folder = config.paths.stage("dump")
-    parent = require_parent(folder, stage="dump", config=config)
+    parent = require_dump(config)
     located = target.locate_trained(config.run, config.workspace)
     target_config = target.read_config(located, trust_remote_code=config.run.trust_remote_code)
     if target.weights_hash(located) != parent["facts"]["target_hash"]:
@@ -253,6 +254,7 @@ def _train(
 
     from shared.target.tensors import read_tensors
     from stages.train.data.dataset import Dataset
+    from stages.train.data.followed import FollowedShards
     from stages.train.loop.distributed import make_accelerator, together
     from stages.train.loop.trainer import Trainer
     from stages.train.objective import vocabulary
@@ -268,14 +270,16 @@ def _train(
         if accelerator.is_main_process:
             vocabulary.forget_unbound(folder)
         head = _build(config, target_config, tensors, folder)
+    data_config = hidden_states.read_data_config(dump)
     dataset = Dataset(
         dump,
-        hidden_states.read_data_config(dump),
+        data_config,
         states,
         holdout_fraction=config.holdout_fraction if parent["facts"]["greedy"] else 0.0,
         max_holdout_samples=config.max_holdout_samples,
         max_samples=config.max_samples,
         manifest=parent,
+        followed=FollowedShards.of(config, parent, data_config),
     )
     if not dataset.held_out:
         logger.warning(

@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CPU = ("compose.yaml", "compose/cpu.yaml")
 CHAIN = (*CPU, "compose/pipeline.yaml")
+STREAM = (*CHAIN, "compose/stream.yaml")
 STAGES = ("synth", "dump", "train", "bench")
 IMAGES = (*STAGES, "ops")
 # Whoever builds has secrets; none of them may end in a layer.

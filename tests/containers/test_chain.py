@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import yaml
 
 from shared.contracts import conversations
 from tests.conftest import MadeTarget
-from tests.containers.conftest import CHAIN, STAGES, Project, docker, wait_for
+from tests.containers.conftest import CHAIN, STAGES, STREAM, Project, docker, wait_for
 
 pytestmark = [pytest.mark.container, pytest.mark.engine]
 
@@ -174,3 +175,48 @@ def test_codes_reach_the_caller(story: Story, project: Project) -> None:
     refused = project.compose("run", "--rm", "bench", *missed)
     assert refused.returncode == 2
     assert "--overwrite" in refused.stderr
+
+
+WINDOW = 4
+
+
+@pytest.fixture(scope="module")
+def streamed(story: Story, project: Project) -> Iterator[tuple[Path, int, int, int]]:
+    """dump with a window and train beside it, on the chain's answers.
+
+    Yields:
+        the run, the exit codes of dump and of train, and the most shards that lay there at a time.
+    """
+    recipe = yaml.safe_load(project.recipe.read_text())
+    recipe["run"]["name"] = "stream"
+    recipe["dump"] |= {"window_shards": WINDOW, "shard_bytes": 8_000_000}
+    recipe["train"] |= {"follow": True, "epochs": 1}
+    run = story.run.with_name("stream")
+    shutil.copytree(story.run / "synth", run / "synth")
+    path = run / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    for each in (run, *run.rglob("*")):
+        os.chown(each, int(project.variables["EYRIE_UID"]), -1)
+    own = dataclasses.replace(project, name=f"{project.name}-stream", recipe=path)
+    both = own.start("run", "--rm", "train", files=STREAM)
+    most, deadline = 0, time.monotonic() + 300
+    try:
+        while both.poll() is None and time.monotonic() < deadline:
+            most = max(most, len(list((run / "dump").glob("shard_*.pt"))))
+            time.sleep(0.02)
+        of_dump = int(docker("wait", own.container("dump"), timeout=60).stdout)
+        yield run, of_dump, both.wait(timeout=1), most
+    finally:
+        both.kill()
+        own.down()
+
+
+def test_train_beside_dump_needs_a_few_shards_of_disk(
+    streamed: tuple[Path, int, int, int],
+) -> None:
+    run, of_dump, of_train, most = streamed
+    assert (of_dump, of_train) == (0, 0)
+    assert 2 <= most <= WINDOW
+    made, left = (len(list((run / "dump").glob(f"shard_*.{end}"))) for end in ("json", "pt"))
+    assert made > left <= WINDOW
+    assert (run / "export" / "model.safetensors").exists()

@@ -106,7 +106,7 @@ class Bench:
                     # Random rows are nobody's greedy answers: asked all the same, not required.
                     writer = ShardWriter(Path(place), config, self.target, 4, min_agreement=0.0)
                     started_s = time.perf_counter()
-                    writer.capture(plan.shards, backend, lambda *_: None)
+                    writer.capture([plan.shards], backend, lambda *_: None)
                     spent_s = time.perf_counter() - started_s
                     written = sum(p.stat().st_size for p in Path(place).glob("shard_*.pt"))
                     return written, spent_s

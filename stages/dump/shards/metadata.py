@@ -25,6 +25,7 @@ from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan
 from stages.dump.sources import RowSource
 
+METADATA = (hidden_states.DATA_CONFIG, hidden_states.TOKEN_FREQ)
 _TEMPLATE_NOTE = "Token ids and answer spans are the server's own, or the target's chat template's"
 
 
@@ -156,4 +157,4 @@ def write_metadata(
     files.write_json(folder / hidden_states.DATA_CONFIG, data_config)
     counts = answer_counts(plan, target_config.vocab_size, sidecars)
     save_tensors(folder / hidden_states.TOKEN_FREQ, counts)
-    return [hidden_states.DATA_CONFIG, hidden_states.TOKEN_FREQ]
+    return list(METADATA)

@@ -13,7 +13,7 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 
 from shared.artifacts.manifest_shape import Count, Entry, FileName
 from shared.io import files
-from shared.io.records import Shape, read_record
+from shared.io.records import Shape, read_record_if_there
 from shared.runtime.process import stop_if_requested
 from shared.target.model import TargetConfig
 from shared.target.tensors import read_tensors
@@ -64,17 +64,23 @@ def sidecar(folder: Path, index: int) -> Path:
     return folder / f"shard_{index:05d}.json"
 
 
+def read_sidecar_file(path: Path) -> dict[str, Any] | None:
+    """What a sidecar says, whether or not its shard is there; None where there is no sidecar."""
+    remedy = "Delete it: its shard is then captured anew."
+    return read_record_if_there(path, _Sidecar, remedy=remedy)
+
+
 def read_sidecar(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
     """The sidecar of this very shard, or None where the shard is not whole."""
-    path = sidecar(folder, plan.index)
-    if not path.exists():
-        return None
-    facts = read_record(path, _Sidecar, remedy="Delete it: its shard is then captured anew.")
-    if facts.get("rows") != plan.digest:
+    facts = read_sidecar_file(sidecar(folder, plan.index))
+    if facts is None or facts.get("rows") != plan.digest:
         return None
     for name, entry in facts["files"].items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        try:
+            size = (folder / name).stat().st_size
+        except FileNotFoundError:
+            return None
+        if size != entry["bytes"]:
             return None
     return facts
 
@@ -96,34 +102,45 @@ class ShardWriter:
         self.min_agreement = min_agreement
         self._shape = (num_states, target.hidden_size)
         self._tensors = read_tensors(target)
+        self._written: collections.deque[Future[None]] = collections.deque()
 
     def capture(
         self,
-        shards: Sequence[ShardPlan],
+        groups: Iterable[Iterable[ShardPlan]],
         backend: Backend,
         report: Report,
     ) -> None:
-        """Capture `shards`; `report` hears of each row as it arrives.
+        """Capture the shards of each group; `report` hears of each row as it arrives.
 
         Raises:
             OutputError: states that fail a check of their shard; nothing of the shard is kept.
             Stopped: a signal asked for it; every whole shard is on disk.
         """
         together = backend.streams and not self.config.drain
-        groups = [shards] if together else [[shard] for shard in shards]
+        if not together:
+            groups = ([shard] for group in groups for shard in group)
         with ThreadPoolExecutor(self.config.writers, thread_name_prefix="eyrie-shard") as pool:
-            written: collections.deque[Future[None]] = collections.deque()
             for group in groups:
                 for shard in self._full_shards(group, backend, report):
-                    while written and (len(written) == self.config.writers or written[0].done()):
-                        written.popleft().result()
-                    written.append(pool.submit(self._write, shard))
-            for future in written:
-                future.result()
+                    self.check(wait_above=self.config.writers - 1)
+                    self._written.append(pool.submit(self._write, shard))
+            self.check(wait_above=0)
+
+    def check(self, *, wait_above: int | None = None) -> None:
+        """Raise what went wrong with a shard that is being written.
+
+        Args:
+            wait_above: also wait until no more than so many are being written.
+        """
+        written = self._written
+        while written and (
+            written[0].done() or (wait_above is not None and len(written) > wait_above)
+        ):
+            written.popleft().result()
 
     def _full_shards(
         self,
-        group: Sequence[ShardPlan],
+        group: Iterable[ShardPlan],
         backend: Backend,
         report: Report,
     ) -> Iterator[FillingShard]:
@@ -138,7 +155,7 @@ class ShardWriter:
                 stop_if_requested("every whole shard is saved")
 
     def _rows(
-        self, group: Sequence[ShardPlan], positions: dict[int, tuple[FillingShard, int]]
+        self, group: Iterable[ShardPlan], positions: dict[int, tuple[FillingShard, int]]
     ) -> Iterator[Row]:
         """The rows of the shards, one after the other; `positions` learns where each belongs."""
         index = 0

@@ -110,6 +110,8 @@ class Estimates:
         else:
             tokens = self._tokens(step, rows)
             work = f"{rows:,} rows, at most {tokens:,} tokens"
+            if (prefills := self._prefills(step)) > 1:
+                work += f", {prefills} prefills of each"
         return Estimate(
             step.stage,
             "to do",
@@ -156,6 +158,12 @@ class Estimates:
             tokens = rows * longest
         return tokens * int(step.settings.get("epochs", 1))
 
+    def _prefills(self, step: Step) -> int:
+        """How often dump computes a row: with a window, once in each of train's epochs."""
+        train = next((each for each in self.steps if each.stage == "train"), None)
+        is_again = step.stage == "dump" and step.settings["window_shards"] and train
+        return int(train.settings["epochs"]) if is_again and train else 1
+
     def _target(self, step: Step) -> TargetConfig | None:
         found = find_input(step.target, self.paths.workspace)
         try:
@@ -171,6 +179,9 @@ class Estimates:
                 aux = layers.resolve_aux_layers(step.run["aux_layers"], config.num_layers)
                 dtype = step.settings["state_dtype"]
                 size = layers.state_bytes(tokens, len(aux), config.hidden_size, dtype)
+                if (held := sizes.held_states(step.settings, size)) < size:
+                    whole = filesize.decimal(size)
+                    return f"at most {filesize.decimal(held)} (without a window {whole})"
                 return f"at most {filesize.decimal(size)}"
             if step.stage == "train" and config:
                 head = sizes.head_config(step.run, config, step.settings)

@@ -20,7 +20,7 @@ from shared.prompts import sources
 from shared.vllm.http import Address
 from shared.vllm.server import is_healthy
 from shared.vllm.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_within
-from stages.ops.chain import containers
+from stages.ops.chain import containers, pair
 from stages.ops.chain.estimates import prompt_sources
 from stages.ops.chain.machine import SHARED_MEMORY, Machine
 from stages.ops.chain.preflight_target import existing_folder, problem, target_problems, targets
@@ -57,6 +57,7 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
         found += _inputs(step, paths.workspace)
         found += _endpoints(step)
     found += _shared_memory(left, machine)
+    found += pair.problems(steps, machine, is_local=True)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         found += target_problems(name, left, paths, machine, _bench_vllm(left))
     return found
@@ -68,6 +69,7 @@ def problems_of_containers(
     """As `problems`, but for what only an image can tell: packages, its network, its cache."""
     yield from containers.problems(paths)
     yield from _workspace(paths)  # the recipe is kept there, from here
+    yield from pair.problems(steps, machine, is_local=False)
     left = [step for step in steps if not step.done]
     for step in left:
         yield from _inputs(step, paths.workspace)

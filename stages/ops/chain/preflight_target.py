@@ -265,5 +265,5 @@ def _disk(left: Sequence[Step], config: TargetConfig, paths: RunPaths) -> Iterat
             "disk",
             f"{needed / 1e9:.1f} GB free in {paths.workspace} for hidden states and checkpoints",
             f"{free / 1e9:.1f} GB",
-            "Free some space, or take fewer prompts.",
+            "Free some space, take fewer prompts, or let train read beside dump (dump.window_shards).",
         )

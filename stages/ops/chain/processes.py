@@ -6,12 +6,13 @@ is asked as a process: `python -m stages.<s> --recipe R --print_config`, all of 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from shared.config import RunConfig
 from shared.errors import EXIT_DONE, UserError
 from shared.paths import RunPaths
 from shared.recipe import read_recipe
-from stages.ops.chain.machine import look
+from stages.ops.chain.machine import DEVICES, look
 from stages.ops.config import RunChainConfig
 
 SOURCE_ROOT = Path(__file__).resolve().parents[3]
@@ -84,17 +85,27 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": search_path}
 
 
-def run_stage(stage: str, config: RunChainConfig) -> "subprocess.Popen[bytes]":
-    """Start a stage's work; train's with one rank for each GPU that is visible here.
+def run_stage(
+    stage: str, config: RunChainConfig, *, gpus: str | None = None, cores: Collection[int] = ()
+) -> "subprocess.Popen[bytes]":
+    """Start a stage's work; train's with one rank for each GPU that it may use.
+
+    Args:
+        gpus: CUDA_VISIBLE_DEVICES of this stage alone.
+        cores: the only cores that it may use.
 
     Raises:
         UserError: as `start`.
     """
+    more: dict[str, Any] = {}
+    if cores:
+        more["preexec_fn"] = functools.partial(os.sched_setaffinity, 0, cores)
+    own = environment() if gpus is None else {**environment(), DEVICES: gpus}
     if stage != "train":
-        return start(command_of(stage, config), stage)
-    ranks = {"EYRIE_RANKS": str(max(1, len(look().gpus)))}
+        return start(command_of(stage, config), stage, env=own, **more)
+    count = len(look().gpus) if gpus is None else len(gpus.split(","))
     command = command_of(stage, config, module="stages.train.launch")
-    return start(command, stage, env={**ranks, **environment()})
+    return start(command, stage, env={"EYRIE_RANKS": str(max(1, count)), **own}, **more)
 
 
 def start(command: Sequence[str], stage: str, **more: Any) -> "subprocess.Popen[Any]":

@@ -12,20 +12,23 @@ import subprocess
 import sys
 import time
 import webbrowser
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from shared.errors import EXIT_DONE, UserError
+from shared.artifacts.window import OFFER
+from shared.errors import EXIT_DONE, EXIT_RETRY, EXIT_STOPPED, UserError
 from shared.io import files
 from shared.paths import RunPaths
 from shared.recipe import read_recipe
 from shared.runtime.process import stop_if_requested, stop_requested
-from stages.ops.chain import containers, kubernetes, processes
+from stages.ops.chain import containers, kubernetes, pair, processes
 from stages.ops.config import RunChainConfig
 
 # What a stage that was asked to stop gets to save; as compose.yaml's stop_grace_period.
 _GRACE_S = 300.0
+_POLL_S = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def run(config: RunChainConfig) -> int:
         UserError: a stage refuses the recipe, or something that can be seen now stands in the way.
     """
     if config.overlay:
+        pair.refuse_on_kubernetes(config)
         return kubernetes.run(config.recipe, config.overlay, config.stages)
     paths = processes.run_paths(config.recipe, config.workspace)
     if config.dry_run or config.preflight:
@@ -47,21 +51,21 @@ def run(config: RunChainConfig) -> int:
         containers.prepare(paths)
     _keep_recipe(config.recipe, paths)
     seconds: dict[str, float] = {}
-    for stage in config.stages:
-        stop_if_requested(f"{stage} was not begun")
+    for stages in pair.groups(config.stages, config.recipe):
+        stop_if_requested(f"{stages[0]} was not begun")
         started_s = time.monotonic()
-        code = _run_stage(stage, config, paths)
-        seconds[stage] = time.monotonic() - started_s
+        stage, code = _run_together(stages, config, paths)
+        seconds["+".join(stages)] = spent_s = time.monotonic() - started_s
         if code != EXIT_DONE:
             logger.error(
                 "%s ended with exit code %d after %.0f s; its log: %s",
                 stage,
                 code,
-                seconds[stage],
+                spent_s,
                 paths.log(stage),
             )
             if stage == "bench":  # it writes its page also where a gate is missed
-                _show_page(paths, since_s=time.time() - seconds[stage], opens=config.open_page)
+                _show_page(paths, since_s=time.time() - spent_s, opens=config.open_page)
             return code
     times = " ".join(f"{stage}_s={spent:.0f}" for stage, spent in seconds.items())
     logger.info("%s: all stages done: %s", paths.run_name, times)
@@ -111,24 +115,48 @@ def _keep_recipe(recipe: Path, paths: RunPaths) -> None:
         files.write_text(paths.recipe, recipe.read_text(encoding="utf-8"))
 
 
-def _run_stage(stage: str, config: RunChainConfig, paths: RunPaths) -> int:
-    """Run one stage to its end, passing on a signal that reaches this process."""
-    logger.info("stage %s", stage)
+def _run_together(
+    stages: Sequence[str], config: RunChainConfig, paths: RunPaths
+) -> tuple[str, int]:
+    """Run stages to their end, passing on a signal that reaches this process.
+
+    The first that fails ends the others.
+
+    Returns:
+        the stage that failed first, or the last one, and its exit code.
+    """
+    logger.info("stage %s", " and ".join(stages))
     started_s = time.time()
+    if len(stages) > 1 and config.overwrite:
+        # Train must not take what an earlier dump told for what this one will tell.
+        with files.writing(paths.stage("dump")):
+            (paths.stage("dump") / OFFER).unlink(missing_ok=True)
+    running = {stage: _start(stage, config, paths, len(stages) > 1) for stage in stages}
+    failed: list[str] = []
+    while not failed and not stop_requested() and any(p.poll() is None for p in running.values()):
+        time.sleep(_POLL_S)
+        failed = [stage for stage, process in running.items() if process.poll()]
+    if failed or stop_requested():
+        for stage, process in running.items():
+            if failed and process.poll() is None:
+                logger.info("%s is asked to stop: %s has ended", stage, " and ".join(failed))
+        _stop(running.values())
+    codes = {stage: process.returncode for stage, process in running.items()}
     if config.by == "compose":
-        process = containers.start(stage, config, paths)
-    else:
-        process = processes.run_stage(stage, config)
-    while True:
-        try:
-            code = process.wait(timeout=0.5)
-            break
-        except subprocess.TimeoutExpired:
-            if stop_requested():
-                return _as_shell_code(_stop(process))
+        for stage in failed:
+            containers.check_begun(stage, codes[stage], paths, started_s)
+    # Of two that end at once, the one that only lost the other is not the cause.
+    causes = sorted(failed, key=lambda stage: codes[stage] in (EXIT_RETRY, EXIT_STOPPED))
+    stage = (causes or [stage for stage in stages if codes[stage]] or [stages[-1]])[0]
+    return stage, _as_shell_code(codes[stage])
+
+
+def _start(
+    stage: str, config: RunChainConfig, paths: RunPaths, has_company: bool
+) -> "subprocess.Popen[bytes]":
     if config.by == "compose":
-        containers.check_begun(stage, code, paths, started_s)
-    return _as_shell_code(code)
+        return containers.start(stage, config, paths)
+    return processes.run_stage(stage, config, **pair.share(stage, config) if has_company else {})
 
 
 def _as_shell_code(code: int) -> int:
@@ -136,13 +164,17 @@ def _as_shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> int:
-    process.send_signal(signal.SIGTERM)
-    try:
-        return process.wait(timeout=_GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+def _stop(running: Iterable["subprocess.Popen[bytes]"]) -> None:
+    """Ask all to stop, give them the time to save, and wait for their ends."""
+    until_s = time.monotonic() + _GRACE_S
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    for process in running:
+        try:
+            process.wait(timeout=max(0.0, until_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _show_page(paths: RunPaths, *, since_s: float = 0.0, opens: bool) -> None:

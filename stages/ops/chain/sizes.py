@@ -72,8 +72,14 @@ def certain_disk_bytes(left: Sequence[Step], config: TargetConfig, paths: RunPat
             held = sum(path.stat().st_size for path in paths.stage("dump").rglob("*.pt"))
             dtype = step.settings["state_dtype"]
             states = layers.state_bytes(tokens, len(aux), config.hidden_size, dtype)
-            needed += max(0, states - held)
+            needed += max(0, held_states(step.settings, states) - held)
         if step.stage == "train":
             head = head_config(step.run, config, step.settings)
             needed += checkpoint_bytes(head, step.settings)
     return needed
+
+
+def held_states(dump: Mapping[str, Any], states: int) -> int:
+    """The most bytes of states that lie on the disk at a time: all, or what fills the window."""
+    shards = dump["window_shards"]
+    return min(states, shards * int(dump["shard_bytes"])) if shards else states

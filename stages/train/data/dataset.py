@@ -7,21 +7,24 @@ The order depends on seed and epoch alone, so a step number is enough to continu
 """
 
 import dataclasses
-import hashlib
 import itertools
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shared.artifacts.checksums import require_unchanged
+from shared.artifacts.window import sample_hash
 from shared.contracts import hidden_states
 from shared.contracts.hidden_states import Shard
 from shared.contracts.row_files import RowFile
 from stages.train.data.batch import Batch
+
+if TYPE_CHECKING:
+    from stages.train.data.followed import FollowedShards
 
 BUFFER_SHARDS = 8  # mixed with each other; the page cache should hold them, about 1 GiB each
 
@@ -56,23 +59,29 @@ class Dataset:
         max_holdout_samples: int,
         max_samples: int | None = None,
         manifest: Mapping[str, Any] | None = None,
+        followed: "FollowedShards | None" = None,
     ) -> None:
+        self.followed = followed
         self._folder, self._manifest, self._names = folder, manifest, sorted(names)
         num_states = len(data_config["hidden_states"]["layer_ids"])
         hidden_size = data_config["model"]["hidden_size"]
-        self.shards: list[Shard | RowFile] = [
+        self.shards: Sequence[Shard | RowFile] = followed or [
             hidden_states.read_shard(folder / name, num_states=num_states, hidden_size=hidden_size)
             if Path(name).name.startswith("shard_")
             else RowFile(folder / name, num_states, hidden_size)
             for name in self._names
         ]
-        self.in_vocab: list[torch.Tensor] = []  # per shard [T] float16, set by `set_in_vocab`
-        samples = [
-            Sample(sample_id, index, shard.rows(row))
-            for index, shard in enumerate(self.shards)
-            for row, sample_id in enumerate(shard.sample_ids)
-        ]
-        by_hash = sorted(samples, key=lambda sample: _hash(sample.sample_id))
+        self.in_vocab: Sequence[torch.Tensor] = []  # per shard [T] float16, set by `set_in_vocab`
+        samples = (
+            followed.samples()
+            if followed
+            else [
+                Sample(sample_id, index, shard.rows(row))
+                for index, shard in enumerate(self.shards)
+                for row, sample_id in enumerate(shard.sample_ids)
+            ]
+        )
+        by_hash = sorted(samples, key=lambda sample: sample_hash(sample.sample_id))
         held = min(round(len(samples) * holdout_fraction), max_holdout_samples, len(samples) - 1)
         if holdout_fraction > 0 and len(samples) > 1:
             held = max(held, 1)
@@ -80,6 +89,8 @@ class Dataset:
         end = len(samples) if max_samples is None else held + max_samples
         self.held_out = [sample for sample in samples if rank[sample.sample_id] < held]
         self.training = [sample for sample in samples if held <= rank[sample.sample_id] < end]
+        if followed:
+            followed.stay_open(sample.shard for sample in self.held_out)
 
     def require_unchanged(self, shard: int) -> None:
         """Compare a shard with its checksum in dump's manifest, if that was given.
@@ -92,7 +103,7 @@ class Dataset:
 
     def set_in_vocab(self, shares: Sequence[torch.Tensor]) -> None:
         """Set, for each shard, `Batch.in_vocab` of its tokens, float16."""
-        self.in_vocab = list(shares)
+        self.in_vocab = shares
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """The samples as one packed batch.
@@ -120,10 +131,6 @@ class Dataset:
         )
 
 
-def _hash(sample_id: str) -> str:
-    return hashlib.sha256(sample_id.encode()).hexdigest()
-
-
 def pack(samples: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
     """Fill batches in order; a batch holds at most `batch_tokens`, or one longer sample alone.
 
@@ -140,12 +147,18 @@ def pack(samples: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
     return batches
 
 
-def shuffled(samples: Sequence[Sample], *, seed: int, epoch: int) -> list[Sample]:
+def shuffled(
+    samples: Sequence[Sample], *, seed: int, epoch: int, is_mixed: bool = True
+) -> list[Sample]:
     """The order of one epoch, which depends on seed and epoch alone.
 
     Shards come in random order, and samples of at most `BUFFER_SHARDS` of them are mixed at a time,
     so that a network volume reads whole shards in sequence. With fewer shards than that, it is a
     plain shuffle.
+
+    Args:
+        is_mixed: false: one shard after the other, so that none is needed for long. A window's
+            shards need no mixing: their samples are drawn by a hash.
     """
     source = random.Random(f"{seed}/{epoch}")
     by_shard: dict[int, list[Sample]] = {}
@@ -153,6 +166,10 @@ def shuffled(samples: Sequence[Sample], *, seed: int, epoch: int) -> list[Sample
         by_shard.setdefault(sample.shard, []).append(sample)
     shards = [by_shard[shard] for shard in sorted(by_shard)]
     source.shuffle(shards)
+    if not is_mixed:
+        for shard in shards:
+            source.shuffle(shard)
+        return list(itertools.chain.from_iterable(shards))
     size = sum(len(shard) for shard in shards[:BUFFER_SHARDS])
     waiting = deque(shards)
     buffer: list[Sample] = []
@@ -167,11 +184,11 @@ def shuffled(samples: Sequence[Sample], *, seed: int, epoch: int) -> list[Sample
 
 
 def training_steps(
-    samples: Sequence[Sample], *, batch_tokens: int, seed: int, epochs: int
+    samples: Sequence[Sample], *, batch_tokens: int, seed: int, epochs: int, is_mixed: bool = True
 ) -> Iterator[list[Sample]]:
     """The samples of every optimizer step, epoch after epoch."""
     for epoch in range(epochs):
-        yield from pack(shuffled(samples, seed=seed, epoch=epoch), batch_tokens)
+        yield from pack(shuffled(samples, seed=seed, epoch=epoch, is_mixed=is_mixed), batch_tokens)
 
 
 def split_step(

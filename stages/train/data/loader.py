@@ -5,6 +5,7 @@ States are mapped from files, so making a batch reads the disk. For a GPU severa
 page-locked buffers, and a stream of its own copies them while the step before still runs.
 """
 
+import concurrent.futures
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,21 +21,35 @@ T = TypeVar("T")
 
 
 def prefetched(
-    jobs: Iterator[J], make: Callable[[J], T], *, depth: int = 2, threads: int = 1
+    jobs: Iterator[J],
+    make: Callable[[J], T],
+    *,
+    depth: int = 2,
+    threads: int = 1,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[T]:
     """`make(job)` of each job, in order, made in threads: `depth` ready ahead, one in hand.
 
     An exception in `make` is raised when its item is taken.
+
+    Args:
+        while_waiting: called every second in which an item is waited for.
     """
+
+    def taken(item: Future[T]) -> T:
+        while concurrent.futures.wait([item], timeout=1.0).not_done:
+            while_waiting()
+        return item.result()
+
     with ThreadPoolExecutor(max_workers=threads) as pool:
         ahead: deque[Future[T]] = deque()
         try:
             for job in jobs:
                 ahead.append(pool.submit(make, job))
                 if len(ahead) > depth:
-                    yield ahead.popleft().result()
+                    yield taken(ahead.popleft())
             while ahead:
-                yield ahead.popleft().result()
+                yield taken(ahead.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -55,6 +70,8 @@ def micro_batches(
     A rank without a sample gets one of another rank, in which no token counts, because ranks that
     share weights meet in every micro-batch.
     """
+    if dataset.followed:  # ranks that wait for a shard wait for it together
+        dataset.followed.keep(samples)
     parts = split_step(samples, num_ranks=num_ranks, micro_tokens=micro_tokens)[rank]
     batches = [
         dataset.batch(part) if part else dataset.batch(samples[:1]).silent() for part in parts

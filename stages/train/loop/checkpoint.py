@@ -9,6 +9,7 @@ The state is copied at once and a thread writes it while training goes on.
 """
 
 import concurrent.futures
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ _KEYS = {"step", "weights", "optimizer", "scheduler", "rng", "best", "sums"}
 class Checkpoints:
     """The checkpoints in `folder`: the newest `keep`, and the best."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, on_saved: Callable[[int], None] = lambda _: None
+    ) -> None:
         self.folder = folder
+        self._on_saved = on_saved  # called with the step of a checkpoint that is on the disk
         self.keep = keep
         self._written_step = -1
         self._writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)
@@ -59,6 +63,7 @@ class Checkpoints:
             files.write_link(self.folder / name, path.name)
         with files.writing(self.folder):
             self._prune()
+        self._on_saved(state["step"])
 
     def _prune(self) -> None:
         linked = {(self.folder / name).resolve().name for name in (LATEST, BEST)}

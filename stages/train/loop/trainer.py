@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,11 +23,13 @@ from shared.runtime.status import Status
 from shared.target.tensors import TargetTensors
 from stages.train.config import TrainConfig
 from stages.train.data.batch import Batch
-from stages.train.data.dataset import Dataset, Sample, pack, training_steps
+from stages.train.data.dataset import Dataset, Sample, training_steps
 from stages.train.data.loader import micro_batches, on_device, prefetched
 from stages.train.kernels.fused import is_fused
 from stages.train.loop import budget, checkpoint, distributed
 from stages.train.loop.checkpoint import Checkpoints
+from stages.train.loop.evaluation import walk_held_out
+from stages.train.loop.following import Following
 from stages.train.loop.history import History, Outcome, progress_figures
 from stages.train.loop.optimizer import lr_factor, make_optimizer
 from stages.train.loop.step import TrainingStep, not_finite, train_step
@@ -35,7 +37,6 @@ from stages.train.model import DraftHead
 from stages.train.objective.in_vocab import in_vocab_shares
 from stages.train.objective.loss import StepSums, combine
 from stages.train.objective.target_output import TargetOutput
-from stages.train.objective.walk import Walk, walked_acceptance_length
 
 LOG_EVERY_STEPS = 10
 LOADER_THREADS = 4  # for an accelerator; a CPU computes with its other threads
@@ -94,7 +95,10 @@ class Trainer:
         self.total_steps = sum(1 for _ in self._steps())
         self.warmup_steps = budget.warmup_steps(config, self.total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
+        self.following = Following(dataset, self._steps(), folder, accelerator)
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", keep=config.keep_checkpoints, on_saved=self.following.saved
+        )
         self.history = History(folder / "history.jsonl", accelerator)
         self.step = 0
         self.best: dict[str, float] = {"value": -math.inf, "step": 0, "is_walked": False}
@@ -121,6 +125,7 @@ class Trainer:
             batch_tokens=self.batch_tokens,
             seed=self.config.run.seed,
             epochs=self.config.epochs,
+            is_mixed=not self.config.follow,
         )
         return itertools.islice(steps, end)
 
@@ -130,6 +135,7 @@ class Trainer:
         Raises:
             Stopped: after SIGTERM and a save.
             OutputError: a loss is NaN or infinite.
+            RetryableError: a followed dump is gone; the last step is saved.
         """
         self._resume()
         if self.accelerator.is_main_process:
@@ -137,30 +143,36 @@ class Trainer:
         status = Status(self.config.paths.status(self.config.process_name))
         status.started()
         started_s, started_step, tokens = time.monotonic(), self.step, 0
-        for samples, micros in zip(self._remaining_steps(), self._batches(), strict=True):
-            loss, sums = train_step(
-                self.accelerator,
-                self.module,
-                self.optimizer,
-                micros,
-                num_steps=self.config.ttt_steps,
-                max_grad_norm=self.config.max_grad_norm,
-                profile=self.config.profile_ranges,
-            )
-            self.scheduler.step()
-            self.step += 1
-            self.unchecked.append((loss, [sample.sample_id for sample in samples]))
-            self.sums.append(sums)
-            tokens += sum(sample.num_tokens for sample in samples)
-            self._after_step()
-            speed = tokens / (time.monotonic() - started_s)
-            figures = progress_figures(self.loss, self.accuracy, self.walked, speed, self.device)
-            status.progress(self.step, self.total_steps, "steps", **figures)
-            if self._is_on_plateau():
-                logger.info("step %d: no better walk since step %d", self.step, self.best["step"])
-                break
-        self._save()
-        self.checkpoints.wait()
+        batches = self._batches(lambda: self.following.tell(status, self.step, self.total_steps))
+        with self.following.waiting(self._save_and_wait):
+            for samples, micros in zip(self._remaining_steps(), batches, strict=True):
+                loss, sums = train_step(
+                    self.accelerator,
+                    self.module,
+                    self.optimizer,
+                    micros,
+                    num_steps=self.config.ttt_steps,
+                    max_grad_norm=self.config.max_grad_norm,
+                    profile=self.config.profile_ranges,
+                )
+                self.scheduler.step()
+                self.step += 1
+                self.unchecked.append((loss, [sample.sample_id for sample in samples]))
+                self.sums.append(sums)
+                tokens += sum(sample.num_tokens for sample in samples)
+                self._after_step()
+                speed = tokens / (time.monotonic() - started_s)
+                figures = progress_figures(
+                    self.loss, self.accuracy, self.walked, speed, self.device
+                )
+                status.progress(self.step, self.total_steps, "steps", **figures)
+                if self._is_on_plateau():
+                    logger.info(
+                        "step %d: no better walk since step %d", self.step, self.best["step"]
+                    )
+                    break
+        self._save_and_wait()
+        self.following.finished()
         self.accelerator.end_training()
         return Outcome(
             samples=len(self.dataset.training) + len(self.dataset.held_out),
@@ -181,7 +193,7 @@ class Trainer:
     def _is_on_plateau(self) -> bool:
         return budget.is_on_plateau(self.config, self.step, self.best["step"], self.total_steps)
 
-    def _batches(self) -> Iterator[list[Batch]]:
+    def _batches(self, while_waiting: Callable[[], None]) -> Iterator[list[Batch]]:
         """This rank's micro-batches of the remaining steps, on its device."""
         on_gpu = self.device.type == "cuda"
         make = functools.partial(
@@ -195,7 +207,13 @@ class Trainer:
             blocks=self.needs_blocks,
         )
         threads = LOADER_THREADS if on_gpu else 1
-        steps = prefetched(self._remaining_steps(), make, depth=threads + 1, threads=threads)
+        steps = prefetched(
+            self._remaining_steps(),
+            make,
+            depth=threads + 1,
+            threads=threads,
+            while_waiting=while_waiting,
+        )
         return on_device(steps, self.device)
 
     def _after_step(self) -> None:
@@ -209,7 +227,8 @@ class Trainer:
             if self.sums and self._is_on_plateau():  # nothing comes after it
                 self._record()
         stops = self._all_agree_to_stop()
-        if is_best or stops or self.step % self.config.checkpoint_every_steps == 0:
+        is_due = self.step % self.config.checkpoint_every_steps == 0
+        if is_best or stops or is_due or self.following.is_due(self.step):
             self._check_losses()
             self._save(best=is_best)
         if stops:
@@ -253,7 +272,16 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Walk the held-out answers; whether this walk is the best so far."""
         value = float(self.step)
-        walked = self._walk() if self.dataset.held_out else None
+        walked = None
+        if self.dataset.held_out:
+            walked = walk_held_out(
+                self.config,
+                self.module,
+                self.dataset,
+                self.accelerator,
+                self.batch_tokens,
+                blocks=self.needs_blocks,
+            )
         if walked and not walked.drafts:
             logger.warning("the held-out answers are too short for a draft: the last head is kept")
             walked = None
@@ -268,24 +296,14 @@ class Trainer:
             self.best = {"value": value, "step": self.step, "is_walked": walked is not None}
         return is_best
 
-    def _walk(self) -> Walk:
-        """The walk over all held-out samples, divided among the ranks."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        tokens = self.config.walk_tokens
-        batches = (
-            self.dataset.batch(part).planned(tokens, blocks=self.needs_blocks).to(self.device)
-            for part in pack(self.dataset.held_out[rank::ranks], self.batch_tokens)
-        )
-        with distributed.whole(self.module) as head, self.accelerator.autocast():
-            own = walked_acceptance_length(head, batches, tokens)
-        if ranks == 1:
-            return own
-        counts = torch.tensor([own.drafts, *own.accepted_by_position], device=self.device)
-        drafts, *by_position = self.accelerator.reduce(counts).tolist()
-        return Walk(sum(by_position), drafts, tuple(by_position))
+    def _save_and_wait(self) -> None:
+        self._check_losses()
+        self._save()
+        self.checkpoints.wait()
 
     def _save(self, *, best: bool = False) -> None:
-        if self.saved_step == self.step:
+        # Before the first step there is nothing to save, and torch would count one into the moments.
+        if self.step in (0, self.saved_step):
             return
         unrecorded = torch.stack(list(combine(self.sums))) if self.sums else None
         state = {
@@ -300,11 +318,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.checkpoints.save(state, best=best)
         self.saved_step = self.step
+        self.following.saving(self.step)
 
     def _resume(self) -> None:
         self.accelerator.wait_for_everyone()
         state = checkpoint.load(self.checkpoints.folder / checkpoint.LATEST)
         self.history.keep(state["step"] if state else 0)
+        self.following.resumed(state["step"] if state else 0)
         if state is None:
             return
         if self.accelerator.is_main_process:

@@ -10,7 +10,9 @@ it is computed shard by shard before training, divided among the ranks, and kept
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,26 +38,23 @@ def in_vocab_shares(
     tensors: TargetTensors,
     folder: Path,
     accelerator: Accelerator,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """For each shard [T] float16, 0 at tokens that no answer holds. Every rank calls it.
+
+    Of shards that dump has yet to make, they are computed when they are asked for.
 
     Raises:
         UserError: a shard is damaged.
         RetryableError: another rank's are not there.
     """
+    if dataset.followed:
+        return _SharesOnArrival(dataset, head, tensors, folder, accelerator)
     own = range(accelerator.process_index, len(dataset.shards), accelerator.num_processes)
     if head.config.draft_vocab_size == head.config.vocab_size:
         for index in own:
             dataset.require_unchanged(index)
         return [torch.ones(len(shard.input_ids)).half() for shard in dataset.shards]
-    key = hashlib.sha256(head.d2t.cpu().numpy().tobytes()).hexdigest()
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    whole = TargetOutput(
-        norm=tensors.norm.to(accelerator.device),
-        lm_head=tensors.lm_head.to(accelerator.device, dtype),
-        logit_scale=tensors.logit_scale,
-        softcap=tensors.softcap,
-    )
+    key, whole = _key(head), _whole_output(tensors, accelerator)
     logged_s = time.monotonic()
     for done, index in enumerate(own):
         path = _path(folder, index)
@@ -68,6 +67,58 @@ def in_vocab_shares(
             save_tensors(path, {"vocabulary": key, "shares": shares})
     accelerator.wait_for_everyone()
     return [_require(_path(folder, i), key, shard) for i, shard in enumerate(dataset.shards)]
+
+
+class _SharesOnArrival(Sequence[Tensor]):
+    """Those of shards that dump has yet to make. Each rank computes them; rank 0 keeps them."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        head: DraftHead,
+        tensors: TargetTensors,
+        folder: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        self._shards, self._folder = dataset.shards, folder
+        self._head, self._accelerator = head, accelerator
+        self._is_full = head.config.draft_vocab_size == head.config.vocab_size
+        self._key = "" if self._is_full else _key(head)
+        self._whole = _whole_output(tensors, accelerator)
+        self._made: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in self._made:
+            self._made[index] = self._make(index)
+        return self._made[index]
+
+    def _make(self, index: int) -> Tensor:
+        shard, path = self._shards[index], _path(self._folder, index)
+        if self._is_full:
+            return torch.ones(len(shard.input_ids)).half()
+        if (cached := _read(path, self._key, shard)) is not None:
+            return cached
+        shares = _shares(shard, self._head, self._whole, self._accelerator.device)
+        if self._accelerator.is_main_process:
+            save_tensors(path, {"vocabulary": self._key, "shares": shares})
+        return shares
+
+
+def _key(head: DraftHead) -> str:
+    return hashlib.sha256(head.d2t.cpu().numpy().tobytes()).hexdigest()
+
+
+def _whole_output(tensors: TargetTensors, accelerator: Accelerator) -> TargetOutput:
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    return TargetOutput(
+        norm=tensors.norm.to(accelerator.device),
+        lm_head=tensors.lm_head.to(accelerator.device, dtype),
+        logit_scale=tensors.logit_scale,
+        softcap=tensors.softcap,
+    )
 
 
 def _require(path: Path, key: str, shard: Shard | RowFile) -> Tensor:

@@ -93,6 +93,8 @@ def ask_settings(run: RunView, artifact: str) -> str:
     for key in keys:
         section, *names = key.split(".", 2)
         value = manifest["config"]["run"] if section == "run" else manifest["config"]
+        if names[0] not in value:  # it follows from settings, as dump.window does
+            continue
         for name in names:
             value = value[name]
         if value != manifest["identity"][key]:

@@ -91,3 +91,11 @@ def test_few_steps_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         budget.tell(found, 100, 2)
     assert len(caplog.messages) == 1
+
+
+def test_a_training_that_follows_no_dump_is_what_it_is_without_the_key() -> None:
+    plain = config()
+    assert "train.follow" not in plain.identity() and config(follow="false") == plain
+    following = config(follow="true")
+    assert following.identity() == plain.identity() | {"train.follow": True, "train.epochs": 1}
+    assert config(follow="true", epochs="3").epochs == 3
