@@ -134,6 +134,13 @@ def test_one_token_more_is_walked(tmp_path: Path) -> None:
     assert training.history.path.read_text().count("walked_acceptance_length") == 6
 
 
+def test_a_training_that_ends_before_its_first_step_begins_anew(tmp_path: Path) -> None:
+    """A dump that it follows may be gone by then."""
+    training = trainer(tmp_path)
+    training._save_and_wait()
+    assert checkpoint.load(training.checkpoints.folder / checkpoint.LATEST) is None
+
+
 def test_a_training_ends_on_a_plateau_and_so_does_a_resumed_one(tmp_path: Path) -> None:
     """At a rate of nearly nothing the first walk stays the best one, so it ends five walks later."""
     settings = {"epochs": "10", "learning_rate": "1e-12", "plateau_fraction": "0.01"}
