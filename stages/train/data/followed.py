@@ -6,10 +6,11 @@ when the first step needs it, which may wait for dump, and closed when a later s
 `shared/artifacts/window.py` has the files that the two stages exchange.
 """
 
+import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from shared.artifacts import window
@@ -56,6 +57,7 @@ class FollowedShards(Sequence[Shard]):
         self._stay: set[int] = set()
         self._lock = threading.Lock()
         self._is_closed = False
+        self._cause: BaseException | None = None
         self.waits_for: int | None = None  # the shard that a step waits for
 
     def __len__(self) -> int:
@@ -96,9 +98,22 @@ class FollowedShards(Sequence[Shard]):
             for index in self._open.keys() - needed.keys() - self._stay:
                 del self._open[index]
 
-    def close(self) -> None:
-        """Have no thread wait any longer."""
+    def close(self, cause: BaseException | None = None) -> None:
+        """Have no thread wait any longer; what waits raises `cause`."""
+        self._cause = self._cause or cause
         self._is_closed = True
+
+    @contextlib.contextmanager
+    def ending_waits(self) -> Iterator[None]:
+        """A block that makes a batch: if it fails, no other one waits for a shard behind it.
+
+        The loop hears of a failure only when the threads have ended, and dump may wait for the loop.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.close(error)
+            raise
 
     def _wait(self, index: int) -> Shard:
         """The shard, once it is whole.
@@ -112,7 +127,7 @@ class FollowedShards(Sequence[Shard]):
             self.waits_for = index
             stop_if_requested(_SAVED)
             if self._is_closed:
-                raise RetryableError("training has ended.", code="training-ended")
+                raise self._cause or RetryableError("training has ended.", code="training-ended")
             self._require_dump(index)
             time.sleep(_POLL_S)
         self.waits_for = None

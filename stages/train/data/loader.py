@@ -6,6 +6,7 @@ page-locked buffers, and a stream of its own copies them while the step before s
 """
 
 import concurrent.futures
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,12 +71,14 @@ def micro_batches(
     A rank without a sample gets one of another rank, in which no token counts, because ranks that
     share weights meet in every micro-batch.
     """
-    if dataset.followed:  # ranks that wait for a shard wait for it together
-        dataset.followed.keep(samples)
-    parts = split_step(samples, num_ranks=num_ranks, micro_tokens=micro_tokens)[rank]
-    batches = [
-        dataset.batch(part) if part else dataset.batch(samples[:1]).silent() for part in parts
-    ]
+    followed = dataset.followed
+    with followed.ending_waits() if followed else contextlib.nullcontext():
+        if followed:  # ranks that wait for a shard wait for it together
+            followed.keep(samples)
+        parts = split_step(samples, num_ranks=num_ranks, micro_tokens=micro_tokens)[rank]
+        batches = [
+            dataset.batch(part) if part else dataset.batch(samples[:1]).silent() for part in parts
+        ]
     planned = [batch.planned(num_steps, blocks=blocks) for batch in batches]
     return [batch.pinned() for batch in planned] if pin else planned
 
