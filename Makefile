@@ -102,7 +102,7 @@ soak: setup ## The tests that take longer.
 	$(PY) -m pytest -m soak
 
 .PHONY: test-quick
-test-quick: setup ## The tests that start no engine: under two minutes.
+test-quick: setup ## The tests that start no engine: a few minutes.
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m "not engine and not gpu and not container" tests/quick
 
 # No setup: it needs no network, and takes the Python that there is.
