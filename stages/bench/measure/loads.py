@@ -10,7 +10,6 @@ on each of three engines: the baseline, the head with K = 3 and the head with K 
 """
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +43,3 @@ class Conversation:
     category: str
     steps: tuple[tuple[Message, ...], ...]
     tools: tuple[dict[str, Any], ...] = ()
-
-
-def by_category(conversations: Iterable[Conversation]) -> dict[str, list[Conversation]]:
-    """The conversations of each category, in order of its first appearance."""
-    groups: dict[str, list[Conversation]] = {}
-    for conversation in conversations:
-        groups.setdefault(conversation.category, []).append(conversation)
-    return groups

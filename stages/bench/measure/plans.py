@@ -19,7 +19,7 @@ from shared.target import model as target
 from shared.target.tokenizer import load_chat_tokenizer
 from stages.bench.config import BenchConfig
 from stages.bench.figures.metrics import needed_model_len
-from stages.bench.measure.loads import Conversation, Load, Message, by_category, loads_of
+from stages.bench.measure.loads import Conversation, Load, Message, loads_of
 
 # Never measured: they only make the engine allocate and compile what it will need.
 WARMUP_TEXTS = ("Hello there.", "What is the capital of a country?", "Tell me something short.")
@@ -91,7 +91,10 @@ def groups(
     conversations: list[Conversation], *, one_loop: bool
 ) -> list[tuple[str | None, list[Conversation]]]:
     """What is measured between two readings of the counters: all at once, or by category."""
-    return [(None, conversations)] if one_loop else list(by_category(conversations).items())
+    found: dict[str | None, list[Conversation]] = {}
+    for conversation in conversations:
+        found.setdefault(None if one_loop else conversation.category, []).append(conversation)
+    return list(found.items())
 
 
 def check_room(name: str, prompt_tokens: int, max_tokens: int, depth: int, limit: int) -> None:

@@ -158,7 +158,7 @@ def side_by_side(first: Report, second: Report) -> Iterator[tuple[str, float | N
                 yield f"acceptance length, {category}", known["acceptance_length"]
 
     left, right = dict(figures(first)), dict(figures(second))
-    for name in [*left, *(name for name in right if name not in left)]:
+    for name in left | right:
         yield name, left.get(name), right.get(name)
 
 
