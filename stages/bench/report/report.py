@@ -32,6 +32,7 @@ Raw = Mapping[str, Any]
 # vLLM's methods that keep the target's distribution. Of others (`synthetic` in vLLM 0.32) the report warns.
 EXACT_VERIFIERS = ("standard", "block")
 _MAX_QUEUED_SHARE = 0.1  # of the requests' time
+_ACCEPTANCE = ("acceptance_length", "acceptance_length_interval", "acceptance_rate")
 Report = dict[str, Any]
 
 
@@ -109,16 +110,9 @@ def _sweep(
             if drafter == "baseline"
             else int(depth or config.num_speculative_tokens[0]),
             **results[name]["loads"][index]["load"],
-            "tokens_per_s": entry["tokens_per_s"],
-            "tokens_per_step": entry.get("tokens_per_step"),
-            "queued_share": entry["queued_share"],
-            "ttft_s": entry["ttft_s"],
-            "tpot_s": entry["tpot_s"],
-            "acceptance_length": known.get("acceptance_length"),
-            "acceptance_length_interval": known.get("acceptance_length_interval"),
-            "acceptance_rate": known.get("acceptance_rate"),
-            "speedup": entry.get("speedup"),
-            "speedup_interval": entry.get("speedup_interval"),
+            **{key: entry[key] for key in ("tokens_per_s", "queued_share", "ttft_s", "tpot_s")},
+            **{key: entry.get(key) for key in ("tokens_per_step", "speedup", "speedup_interval")},
+            **{key: known.get(key) for key in _ACCEPTANCE},
         }
 
 
