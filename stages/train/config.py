@@ -38,7 +38,7 @@ class TrainConfig(StageConfig):
     groups: ClassVar[Mapping[str, str]] = {
         "Data": "dump_of follow patience_s max_samples holdout_fraction max_holdout_samples",
         "Model": "variant layer draft_window ttt_steps loss loss_decay intermediate_size num_layers "
-        "init_from train_lm_head",
+        "init_from init_vocabulary train_lm_head",
         "Optimization": "epochs batch_tokens learning_rate warmup_steps plateau_fraction schedule "
         "min_lr_fraction beta1 beta2 weight_decay max_grad_norm",
         "Speed": "mixed_precision micro_batch_tokens distributed recompute_activations "
@@ -118,6 +118,11 @@ class TrainConfig(StageConfig):
     init_from: str | None = identity(
         None,
         "Warm start: folder of an exported head; its weights and vocabulary are the initial ones.",
+    )
+    init_vocabulary: Literal["keep", "redraw"] = identity(
+        "keep",
+        "redraw: a warm start keeps the size of the head's vocabulary; the answers' tokens come "
+        "first, the head's own fill the rest.",
     )
     train_lm_head: bool = identity(
         True, "true: train lm_head, starting from the target's rows; false: keep those rows."
@@ -204,6 +209,12 @@ class TrainConfig(StageConfig):
     def _window_over_steps(self) -> "TrainConfig":
         if self.draft_window and self.draft_window <= max(self.ttt_steps, self.walk_tokens):
             raise ValueError("draft_window must be above ttt_steps and walk_tokens")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _redraws_of_a_head(self) -> "TrainConfig":
+        if self.init_vocabulary == "redraw" and self.init_from is None:
+            raise ValueError("init_vocabulary redraw needs init_from, the head whose it is")
         return self
 
     @property

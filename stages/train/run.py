@@ -218,7 +218,8 @@ def _build(
     if config.init_from:
         default = layers.resolve_aux_layers(None, num_layers)
         warm = warm_start.load(config, tensors.embed_tokens, tensors.lm_head, aux_layers, default)
-        vocabulary.take_over(folder, warm.token_ids(), target_config.vocab_size)
+        token_ids = warm_start.token_ids(config, warm.token_ids(), counts)
+        vocabulary.take_over(folder, token_ids, target_config.vocab_size)
     draft = vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
     raw = dict(target_config.settings)
     if config.intermediate_size is not None:
@@ -242,7 +243,7 @@ def _build(
         lm_head=tensors.lm_head[draft.token_ids].float(),
     )
     if warm is not None:
-        head.load_state_dict(warm.state_dict())
+        warm_start.copy_weights(warm, head)
     return head
 
 

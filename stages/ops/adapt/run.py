@@ -7,6 +7,7 @@ with both acceptance lengths. The old head is only read. Cost: the four stages o
 one more bench. What is done already takes a second.
 """
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from stages.ops.config import AdaptConfig, RunChainConfig
 
 # bench's own gates are for a head by itself; here the new head is compared with the old one.
 _NO_GATES = {"min_acceptance_length": 0, "min_gain_over_ngram": None, "min_speedup": None}
+
+logger = logging.getLogger(__name__)
 
 Recipe = dict[str, dict[str, Any]]
 
@@ -60,20 +63,22 @@ def run(config: AdaptConfig) -> int:
         if (code := chain.run(each)) != EXIT_DONE:
             return code
     result = _compare(before, after, config.min_gain)
-    result |= {
+    result |= _vocabulary_shares(head, after) | {
         "rows": rows.counts,
         "head_before": str(head.folder),
         "head_after": str(after.export),
     }
     files.write_json(after.root / "adapt.json", result)
     gained = f"acceptance_length={result['before']:.2f}->{result['after']:.2f}"
+    held = [f"{result[name]:.2%}" for name in ("vocabulary_share_before", "vocabulary_share_after")]
+    logger.info("the draft vocabulary holds of the new answers: %s before, %s after", *held)
     if not result["improved"]:
         raise OutputError(
             f"{after.run_name}: expected a gain of {config.min_gain:.0%} or more, found {gained}. Keep "
             f"the old head, {head.folder}.",
             code="adapt-no-gain",
             remedy="Give more traffic, or raise train.epochs or train.learning_rate in the recipe. Where "
-            "train's log says that the head's vocabulary holds little of the answers, train a new head.",
+            "the vocabulary holds little of the answers (vocabulary_share_after), train a new head.",
             facts=result,
         )
     sys.stdout.write(f"{after.run_name}: {gained} head={after.export} report={after.report}\n")
@@ -123,7 +128,11 @@ def _recipe_after(recipe: Recipe, paths: RunPaths, head: Head, rows: traffic.Spl
         "run": _run_section(recipe, paths, head),
         "synth": {**recipe.get("synth", {}), "prompts": _within(paths, rows.train)},
         "dump": recipe.get("dump", {}),
-        "train": {**recipe.get("train", {}), "init_from": _within(paths, head.folder)},
+        "train": {
+            "init_vocabulary": "redraw",
+            **recipe.get("train", {}),
+            "init_from": _within(paths, head.folder),
+        },
         "bench": _bench(recipe, paths, rows),
     }
 
@@ -153,6 +162,25 @@ def _write(paths: RunPaths, recipe: Recipe) -> None:
 def _chain(config: AdaptConfig, paths: RunPaths, only: tuple[str, ...] = STAGES) -> RunChainConfig:
     shared = config.model_dump(include={"workspace", "overwrite", "dry_run"})
     return RunChainConfig.model_validate({**shared, "recipe": paths.recipe, "only": only})
+
+
+def _vocabulary_shares(head: Head, after: RunPaths) -> dict[str, float]:
+    """Share of the new answers' tokens that the old head can propose, and the new one.
+
+    Raises:
+        UserError: dump's counts or a head cannot be read.
+    """
+    import torch
+
+    from shared.contracts.hidden_states import read_token_freq
+
+    counts = read_token_freq(after.stage("dump"), int(head.config["vocab_size"]))
+    shares = {}
+    for label, each in (("before", head), ("after", read_head(after.export))):
+        d2t = each.tensor("d2t")
+        held = counts if d2t is None else counts[d2t + torch.arange(len(d2t))]
+        shares[f"vocabulary_share_{label}"] = float(held.sum()) / max(float(counts.sum()), 1.0)
+    return shares
 
 
 def _compare(before: RunPaths, after: RunPaths, min_gain: float) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`init_from`: a training starts from the weights of a finished head, and keeps its vocabulary.
+"""`init_from`: a training starts from the weights of a finished head.
 
 Any one-layer EAGLE-3 or EAGLE-3.1 head that vLLM serves can be started from, in our layout, NVIDIA
 ModelOpt's or the speculators library's; what train does not make is refused by name. This is no
-resume: step, optimizer and data position start anew. The vocabulary is kept, since it says what the
-rows of lm_head mean, and so are the head's own shape, norms and rotary embedding.
+resume: step, optimizer and data position start anew. The head's own shape, norms and rotary embedding
+are kept, and so is its vocabulary, since it says what the rows of lm_head mean. `init_vocabulary: redraw`
+draws one of the same size for the new answers; a token of both vocabularies keeps its row.
 """
 
 import hashlib
@@ -122,6 +123,51 @@ def load(
     warm = DraftHead(shape, embed_tokens=embed_tokens, d2t=d2t)
     warm.load_state_dict(tensors, strict=False)  # t2d follows from d2t
     return warm
+
+
+def token_ids(config: TrainConfig, own: "Tensor", counts: "Tensor") -> "Tensor":
+    """[D] target ids, ascending: the draft vocabulary to train with.
+
+    Redrawn, it holds the answers' tokens by their count, of equally frequent ones first those that the
+    head has already; what is left goes to the head's other tokens, the lower ids first.
+
+    Worked example, V = 6, D = 3, the head's ids [0, 1, 2]: counts [0, 0, 4, 0, 0, 7] give [0, 2, 5].
+
+    Args:
+        own: [D] the head's, ascending.
+        counts: [V] int64, how often each token occurs in the answers.
+    """
+    import torch
+
+    from shared.contracts import vocab
+
+    if config.init_vocabulary == "keep":
+        return own
+    is_own = torch.zeros_like(counts)
+    is_own[own] = 1
+    share = float(counts[own].sum()) / max(float(counts.sum()), 1.0)
+    logger.info(
+        "train.init_from: the head's own vocabulary holds %.2f %% of the answers", 100 * share
+    )
+    return vocab.from_counts(2 * counts + is_own, len(own)).token_ids
+
+
+def copy_weights(warm: "DraftHead", head: "DraftHead") -> None:
+    """Copy the weights into `head`, which has the same shape and maybe another vocabulary.
+
+    A row of lm_head goes with its token; the rows of tokens that `warm` lacks stay as they are, the
+    target's.
+    """
+    import torch
+
+    per_token = ("lm_head.weight", "d2t", "t2d")
+    rest = {n: tensor for n, tensor in warm.state_dict().items() if n not in per_token}
+    head.load_state_dict(rest, strict=False)
+    ours, theirs = head.token_ids(), warm.token_ids()
+    is_common = torch.isin(ours, theirs)  # both ascend
+    with torch.no_grad():
+        rows = torch.searchsorted(theirs, ours[is_common])
+        head.lm_head.weight[is_common] = warm.lm_head.weight[rows]
 
 
 def _unfit(head: Head, problem: str, remedy: str = "Start from another head.") -> UserError:

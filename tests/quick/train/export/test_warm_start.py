@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from shared.config import build
 from shared.contracts.head_variant import HeadVariant
 from shared.contracts.layers import to_output_ids
+from shared.contracts.vocab import from_token_ids
 from shared.errors import UserError
 from stages.train.config import TrainConfig
 from stages.train.export import warm_start
@@ -191,6 +192,49 @@ def test_a_window_must_show_the_whole_chain() -> None:
 def test_another_size_of_vocabulary_is_refused(place: Path) -> None:
     with pytest.raises(UserError, match=r"'run.draft_vocab_size': 64"):
         start(place, "ours", draft_vocab_size="64")
+
+
+def test_a_redrawn_vocabulary_keeps_the_rows_of_common_tokens(place: Path) -> None:
+    warm = start(place, "ours")
+    own = warm.token_ids()
+    config = build(
+        TrainConfig, {"target": "tiny", "init_from": "ours", "init_vocabulary": "redraw"}
+    )
+    lacking = torch.tensor([i for i in range(512) if i not in set(own.tolist())])
+    counts = torch.zeros(512, dtype=torch.int64)
+    counts[lacking[:40]] = 3
+    counts[own[100:]] = 1
+    ids = warm_start.token_ids(config, own, counts)
+    expected = torch.cat((lacking[:40], own[100:], own[:60]))  # of the unseen ones the lower ids
+    assert ids.tolist() == sorted(expected.tolist())
+    assert torch.equal(
+        warm_start.token_ids(build(TrainConfig, {"target": "tiny"}), own, counts), own
+    )
+
+    rows = torch.arange(128 * 128).reshape(128, 128).float()
+    draft = from_token_ids(ids, 512)
+    head = DraftHead(warm.config, embed_tokens=warm.embed_tokens, d2t=draft.d2t, lm_head=rows)
+    warm_start.copy_weights(warm, head)
+    old = dict(zip(own.tolist(), warm.lm_head.weight, strict=True))
+    for token, row, fresh in zip(ids.tolist(), head.lm_head.weight, rows, strict=True):
+        assert torch.equal(row, old.get(token, fresh))
+    assert torch.equal(head.t2d, draft.t2d)
+    theirs = warm.state_dict()
+    for name, tensor in head.state_dict().items():
+        assert name in ("lm_head.weight", "d2t", "t2d") or torch.equal(tensor, theirs[name])
+
+
+def test_the_answers_tokens_come_first_then_the_heads_own() -> None:
+    """The docstring's example."""
+    config = build(TrainConfig, {"target": "t", "init_from": "head", "init_vocabulary": "redraw"})
+
+    counts = torch.tensor([0, 0, 4, 0, 0, 7])
+    assert warm_start.token_ids(config, torch.arange(3), counts).tolist() == [0, 2, 5]
+
+
+def test_no_vocabulary_is_redrawn_without_a_head() -> None:
+    with pytest.raises(UserError, match="init_vocabulary redraw needs init_from"):
+        build(TrainConfig, {"target": "t", "init_vocabulary": "redraw"})
 
 
 def test_what_is_no_head_is_refused(place: Path) -> None:
