@@ -11,15 +11,15 @@ and nothing runs until the whole configuration stands. A stage's `__main__.py` i
 The function is named by text so that `--help` never imports it, nor torch.
 """
 
-import importlib
 import itertools
 import json
 import logging
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from shared import config as configs
 from shared import errors
@@ -117,11 +117,6 @@ def _parse(
     return command, built.model_dump_json(indent=2) if only_print else built
 
 
-def _resolve(target: str) -> Any:
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def _outcome(error: BaseException) -> errors.EyrieError:
     """Whatever ended the stage, as one of our own errors."""
     if isinstance(error, errors.EyrieError):
@@ -162,7 +157,7 @@ def _run(
             status.opened()
         if isinstance(config, StageConfig):
             check_workspace(config.workspace)
-        result = _resolve(function)(config)
+        result = pkgutil.resolve_name(function)(config)
     except BaseException as error:  # the one broad handler: outcomes become exit codes here
         outcome = _outcome(error)
         if outcome.exit_code == errors.EXIT_BUG:

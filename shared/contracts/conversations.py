@@ -130,15 +130,6 @@ def _conversation(record: dict[str, Any]) -> Conversation:
     return row
 
 
-def _wrong_part(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: expected conversations in Parquet, found {type(error).__name__}: {error}.",
-        code="conversations-damaged",
-        remedy="Restore the file, or delete it and run synth again, which answers its rows anew.",
-        facts={"file": str(path)},
-    )
-
-
 def _require_schema(path: Path, found: Any) -> None:
     recorded = (found.metadata or {}).get(b"eyrie.schema_version", b"none")
     version = recorded.decode(errors="replace")
@@ -164,7 +155,12 @@ def _opened(path: Path) -> Iterator[Any]:
             _require_schema(path, part.schema_arrow)
             yield part
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        raise _wrong_part(path, error) from error
+        raise UserError(
+            f"{path}: expected conversations in Parquet, found {type(error).__name__}: {error}.",
+            code="conversations-damaged",
+            remedy="Restore the file, or delete it and run synth again, which answers its rows anew.",
+            facts={"file": str(path)},
+        ) from error
 
 
 def read_columns(path: Path, names: Sequence[str]) -> Any:

@@ -151,8 +151,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _read_shapes(path: Path) -> dict[str, list[int]]:
     if path.suffix == ".bin":
         return {name: list(tensor.shape) for name, tensor in _read_tensors(path).items()}
-    header = read_header(path)
-    return {name: facts["shape"] for name, facts in header.items() if name != "__metadata__"}
+    return {name: facts["shape"] for name, facts in read_header(path).items()}
 
 
 def _read_tensors(path: Path, *, only: str | None = None) -> "dict[str, Tensor]":

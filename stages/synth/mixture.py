@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from shared.prompts.rows import BadRow, Prompt, short_hash
 from shared.prompts.sources import Duplicates, digest, read_source
-from shared.runtime.process import Share
 from stages.synth.config import SynthConfig, SynthSource
 
 Row = Prompt | BadRow
@@ -41,7 +40,9 @@ def prompts(config: SynthConfig) -> Iterator[Row]:
         rows = _weighted(streams, [source.weight or 1.0 for source in sources])
     else:
         rows = _interleaved(streams)
-    return _own(_at_most(rows, config.max_samples), config.share)
+    limited, share = _at_most(rows, config.max_samples), config.share
+    # Rows are dealt out by position, so that every process's share is of one size.
+    return itertools.islice(limited, share.index, None, share.count)
 
 
 def _stream(source: SynthSource, config: SynthConfig, duplicates: Duplicates) -> Iterator[Row]:
@@ -104,13 +105,6 @@ def _weighted(streams: list[Iterator[Row]], weights: list[float]) -> Iterator[Ro
                 break
         else:
             return
-
-
-def _own(rows: Iterator[Row], share: Share) -> Iterator[Row]:
-    """Rows are dealt out by position, so that every process's share is of one size."""
-    for position, row in enumerate(rows):
-        if share.owns(position):
-            yield row
 
 
 def sampling_of(config: SynthConfig, sample_id: str) -> tuple[float, float]:
