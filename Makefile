@@ -94,7 +94,7 @@ test: setup test-quick ## Every test but the soak, on real engines and images; t
 	export EYRIE_TEST_WORKSPACE="$$(mktemp --directory)"; set -e; \
 	trap 'rm -rf "$$EYRIE_TEST_WORKSPACE"' EXIT; \
 	$(PY) -m pytest tests/engine/test_demo.py; \
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -m "not soak" \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 20 -m "not soak" \
 	  --deselect tests/engine/test_demo.py tests/containers tests/engine tests/stages
 
 .PHONY: soak

@@ -18,26 +18,6 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# The longest of the files that `make test` hands out whole, longest first. One that began last would
-# leave the other core idle.
-LONGEST = (
-    "tests/containers/test_chain.py",
-    "tests/engine/dump/test_stage.py",
-    "tests/engine/bench/test_bench.py",
-    "tests/engine/dump/test_capture.py",
-    "tests/stages/test_faults.py",
-    "tests/stages/train/test_triton_shapes.py",
-    "tests/containers/test_images.py",
-    "tests/stages/train/test_dump_and_train.py",
-)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, the longest files first; else cheap ones first."""
-    if not hasattr(config, "workerinput"):
-        return
-    places = {ROOT / path: place for place, path in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @dataclasses.dataclass(frozen=True)
