@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from tests.perf.learning import RECIPE, ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "compose" / "recipes" / "demo" / "recipe.yaml"
 SHARD_BYTES = 6_000_000  # the demo's states fill some 26 of them
 
 
