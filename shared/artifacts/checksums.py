@@ -23,7 +23,10 @@ def _changed(problem: str, folder: Path, manifest: Mapping[str, Any]) -> UserErr
 
 
 def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except FileNotFoundError:  # removed between the two
+        return None
 
 
 def first_changed(folder: Path, manifest: Mapping[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
+from shared.artifacts.checksums import first_changed
 from shared.artifacts.manifest_shape import Count, Entry, FileName
 from shared.errors import UserError
 from shared.io import files
@@ -109,16 +110,9 @@ def whole_shard(folder: Path, index: int) -> dict[str, Any] | None:
     """
     path = folder / f"shard_{index:05d}.json"
     found = read_record_if_there(path, _Sidecar, remedy="Delete it and run dump again.")
-    if found is None:
+    if found is None or first_changed(folder, found) is not None:
         return None
-    entries = found["files"]
-    for name, entry in entries.items():
-        try:
-            if (folder / name).stat().st_size != entry["bytes"]:
-                return None
-        except FileNotFoundError:
-            return None
-    return dict(entries)
+    return dict(found["files"])
 
 
 def sample_hash(sample_id: str) -> str:

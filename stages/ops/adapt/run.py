@@ -172,14 +172,17 @@ def _vocabulary_shares(head: Head, after: RunPaths) -> dict[str, float]:
     """
     import torch
 
+    from shared.contracts import vocab
     from shared.contracts.hidden_states import read_token_freq
 
-    counts = read_token_freq(after.stage("dump"), int(head.config["vocab_size"]))
+    vocab_size = int(head.config["vocab_size"])
+    counts = read_token_freq(after.stage("dump"), vocab_size)
     shares = {}
     for label, each in (("before", head), ("after", read_head(after.export))):
         d2t = each.tensor("d2t")
-        held = counts if d2t is None else counts[d2t + torch.arange(len(d2t))]
-        shares[f"vocabulary_share_{label}"] = float(held.sum()) / max(float(counts.sum()), 1.0)
+        ids = torch.arange(vocab_size if d2t is None else len(d2t))
+        held = vocab.from_token_ids(ids if d2t is None else ids + d2t, vocab_size)
+        shares[f"vocabulary_share_{label}"] = vocab.coverage(held, counts)
     return shares
 
 

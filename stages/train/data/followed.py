@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from shared.artifacts import window
@@ -103,17 +103,19 @@ class FollowedShards(Sequence[Shard]):
         self._cause = self._cause or cause
         self._is_closed = True
 
-    @contextlib.contextmanager
-    def ending_waits(self) -> Iterator[None]:
+    def ending_waits(self) -> contextlib.ExitStack:
         """A block that makes a batch: if it fails, no other one waits for a shard behind it.
 
         The loop hears of a failure only when the threads have ended, and dump may wait for the loop.
         """
-        try:
-            yield
-        except BaseException as error:
+        stack = contextlib.ExitStack()
+        stack.push(self._close_if_failed)
+        return stack
+
+    def _close_if_failed(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if error is not None:
             self.close(error)
-            raise
+        return False
 
     def _wait(self, index: int) -> Shard:
         """The shard, once it is whole.

@@ -137,19 +137,16 @@ def token_ids(config: TrainConfig, own: "Tensor", counts: "Tensor") -> "Tensor":
         own: [D] the head's, ascending.
         counts: [V] int64, how often each token occurs in the answers.
     """
-    import torch
-
     from shared.contracts import vocab
 
     if config.init_vocabulary == "keep":
         return own
-    is_own = torch.zeros_like(counts)
-    is_own[own] = 1
-    share = float(counts[own].sum()) / max(float(counts.sum()), 1.0)
+    known = vocab.from_token_ids(own, len(counts))
     logger.info(
-        "train.init_from: the head's own vocabulary holds %.2f %% of the answers", 100 * share
+        "train.init_from: the head's own vocabulary holds %.2f %% of the answers",
+        100 * vocab.coverage(known, counts),
     )
-    return vocab.from_counts(2 * counts + is_own, len(own)).token_ids
+    return vocab.from_counts(2 * counts + known.t2d, len(own)).token_ids
 
 
 def copy_weights(warm: "DraftHead", head: "DraftHead") -> None:
