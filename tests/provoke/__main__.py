@@ -18,7 +18,7 @@ from stages.ops.look.triage.fixtures import as_fixture, kept_status, last_lines
 from tests.provoke import engines, machine
 from tests.provoke.table import CASES, Case
 from tests.provoke.world import World
-from tests.triage_cases import FIXTURES
+from tests.triage.cases import FIXTURES
 
 MODULES = (machine, engines)  # importing them fills the table
 

@@ -23,7 +23,8 @@ from shared.io import files
 from shared.paths import RunPaths
 from shared.recipe import read_recipe
 from shared.runtime.process import stop_if_requested, stop_requested
-from stages.ops.chain import containers, kubernetes, pair, processes
+from stages.ops.chain import containers, pair, processes
+from stages.ops.chain.kubernetes import jobs
 from stages.ops.config import RunChainConfig
 
 # What a stage that was asked to stop gets to save; as compose.yaml's stop_grace_period.
@@ -41,7 +42,7 @@ def run(config: RunChainConfig) -> int:
     """
     if config.overlay:
         pair.refuse_on_kubernetes(config)
-        return kubernetes.run(config.recipe, config.overlay, config.stages)
+        return jobs.run(config.recipe, config.overlay, config.stages)
     paths = processes.run_paths(config.recipe, config.workspace)
     if config.dry_run or config.preflight:
         look_ahead(config, paths)

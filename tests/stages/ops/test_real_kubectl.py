@@ -21,8 +21,8 @@ RECIPE = ROOT / "compose" / "recipes" / "smoke" / "recipe.yaml"
 # `python -m stages.ops`, but the cluster is asked again at once.
 IMPATIENT = """
 import runpy
-from stages.ops.chain import kubernetes
-kubernetes._POLL_S = 0.05
+from stages.ops.chain.kubernetes import jobs
+jobs._POLL_S = 0.05
 runpy.run_module("stages.ops", run_name="__main__", alter_sys=True)
 """
 

@@ -9,8 +9,8 @@ import pytest
 from stages.ops.look.triage.case import open_case
 from stages.ops.look.triage.diagnosis import diagnose
 from stages.ops.look.triage.failure_rules import read_rules
-from tests.triage_cases import read_cases
-from tests.triage_variants import VARIANTS
+from tests.triage.cases import read_cases
+from tests.triage.variants import VARIANTS
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))

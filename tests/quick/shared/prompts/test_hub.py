@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ROOT
-from tests.hub import hub
+from tests.quick.shared.prompts.hub import hub
 
 # The libraries wait for seconds between their retries: this process does not.
 READ = """

@@ -12,7 +12,7 @@ from stages.ops.look.triage.last_attempt import read_last_attempt
 from stages.ops.look.triage.run import run, run_review
 from stages.ops.look.triage.text import safe
 from tests.quick.ops.look.triage.test_command import BEGIN, DONE, LAST, SHM, log, status, triage
-from tests.triage_cases import END_OF_HEADER
+from tests.triage.cases import END_OF_HEADER
 
 
 def test_what_a_log_holds_moves_no_cursor_and_tells_no_secret(

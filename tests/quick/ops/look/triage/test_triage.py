@@ -17,7 +17,7 @@ from stages.ops.look.triage.failure_rules import Rule, read_rules
 from stages.ops.look.triage.wording import render
 from stages.synth.config import SynthConfig
 from stages.train.config import ExportConfig, TrainConfig
-from tests.triage_cases import FailureCase, read_cases
+from tests.triage.cases import FailureCase, read_cases
 
 RULES = read_rules()
 # Of Docker, Slurm, kubectl and their like.

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-FIXTURES = Path(__file__).resolve().parent / "fixtures" / "triage"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "triage"
 END_OF_HEADER = "---\n"
 
 

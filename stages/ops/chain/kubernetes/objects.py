@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from shared.errors import EXIT_BUG, EXIT_OUTPUT, EXIT_RETRY, EXIT_USER
-from stages.ops.chain.kubectl import Object
+from stages.ops.chain.kubernetes.kubectl import Object
 
 _TEXT = 300  # characters of an event's message
 # The pod's own status says these already.

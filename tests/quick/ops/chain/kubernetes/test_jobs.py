@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[4]
+ROOT = Path(__file__).resolve().parents[5]
 RECIPE = "run: {name: r, target: t}\n"
 KUBECTL = Path(__file__).with_name("scripted_kubectl.py")
 # `python -m stages.ops`, but the cluster is asked again at once.
 OPS = """
 import runpy
-from stages.ops.chain import kubernetes
-kubernetes._POLL_S = 0.05
+from stages.ops.chain.kubernetes import jobs
+jobs._POLL_S = 0.05
 runpy.run_module("stages.ops", run_name="__main__", alter_sys=True)
 """
 COMPLETE = {"conditions": [{"type": "Complete", "status": "True"}], "succeeded": 1}

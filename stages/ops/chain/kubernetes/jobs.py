@@ -19,8 +19,8 @@ from pathlib import Path
 
 from shared.errors import EXIT_DONE, RetryableError, UserError
 from shared.runtime.process import stop_if_requested
-from stages.ops.chain import objects
-from stages.ops.chain.kubectl import Kubectl, Object, Overlay
+from stages.ops.chain.kubernetes import objects
+from stages.ops.chain.kubernetes.kubectl import Kubectl, Object, Overlay
 
 _POLL_S = 5.0
 _PATIENCE_S = 120.0  # an API server may be away for as long while it is upgraded
