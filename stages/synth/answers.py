@@ -10,9 +10,11 @@ from pathlib import Path
 from shared.conversations.reader import ConversationReader, Refused
 from shared.errors import RetryableError, UserError
 from shared.prompts.rows import Prompt
+from shared.runtime.gpus import visible_gpus
 from shared.runtime.process import stop_requested
 from shared.target.special_tokens import SpecialTokens
 from shared.target.tokenizer import load_chat_tokenizer, load_tokenizer
+from shared.vllm.batch import FEWEST_REQUESTS, requests_in_flight
 from stages.synth.client import Client, Dispatcher, Endpoint, Outcome, ServerDiedError
 from stages.synth.config import SynthConfig
 
@@ -42,7 +44,9 @@ async def answers(
             yield outcome, 0
         return
     reasoning_end, special = _of_tokenizer(config, target)
-    dispatcher = Dispatcher(config.concurrency)
+    concurrency = in_flight(config)
+    config = config.model_copy(update={"concurrency": concurrency})
+    dispatcher = Dispatcher(concurrency)
     for start in range(config.max_restarts + 1):
         with _endpoints(config, target, start) as endpoints:
             client = Client(endpoints, config, reasoning_end, special)
@@ -69,6 +73,18 @@ async def answers(
                 logger.warning("the server died (%s); starting it again", error)
             finally:
                 await client.close()
+
+
+def in_flight(config: SynthConfig) -> int:
+    """Requests in flight: as set, else as many as the servers' memory suggests."""
+    if config.concurrency != "auto":
+        return config.concurrency
+    if config.endpoints:
+        return FEWEST_REQUESTS * len(config.endpoints)
+    sizes = [size for _, size in visible_gpus() if size is not None]
+    found = requests_in_flight(min(sizes, default=0))
+    logger.info("concurrency auto: %d requests in flight", found)
+    return found
 
 
 def kept(config: SynthConfig, target: Path, prompts: Iterable[Prompt]) -> Iterator[Outcome]:

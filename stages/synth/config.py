@@ -2,7 +2,7 @@
 """The section `synth` of a recipe."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
@@ -124,7 +124,11 @@ class SynthConfig(ShardedConfig):
     endpoints: tuple[str, ...] = operational(
         (), "Running vLLM servers (http://host:port) to use instead of starting one."
     )
-    concurrency: int = operational(64, "Requests in flight.", ge=1)
+    concurrency: Annotated[int, pydantic.Field(ge=1)] | Literal["auto"] = operational(
+        "auto",
+        "Requests in flight; auto: by the memory of the smallest GPU, 512 from 70 GiB, 256 from 40 GiB, "
+        "else 64; 64 for each of the endpoints.",
+    )
     rows_per_part: int = operational(
         500, "Rows per Parquet part; a killed process loses at most these.", ge=1
     )

@@ -43,8 +43,8 @@ class TrainConfig(StageConfig):
         "min_lr_fraction beta1 beta2 weight_decay max_grad_norm",
         "Speed": "mixed_precision micro_batch_tokens distributed recompute_activations "
         "profile_ranges",
-        "Output": "walk_tokens eval_every_steps checkpoint_every_steps keep_checkpoints trackers "
-        "export_dtype",
+        "Output": "walk_tokens eval_every_steps checkpoint_every_minutes checkpoint_every_steps "
+        "keep_checkpoints trackers export_dtype",
     }
 
     epochs: int = identity(
@@ -166,7 +166,12 @@ class TrainConfig(StageConfig):
     recompute_activations: bool = operational(
         False, "Recompute the layer's activations in the backward pass: less memory, slower."
     )
-    checkpoint_every_steps: int = operational(100, "Steps between two checkpoints.", ge=1)
+    checkpoint_every_minutes: float = operational(
+        5.0, "Minutes between two checkpoints; the head of a new best walk is saved at once.", gt=0
+    )
+    checkpoint_every_steps: int | None = operational(
+        None, "Steps between two checkpoints, instead of minutes.", ge=1
+    )
     keep_checkpoints: int = operational(
         2, "Number of newest checkpoints to keep, besides the best one.", ge=1
     )

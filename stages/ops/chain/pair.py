@@ -12,7 +12,8 @@ from typing import Any
 
 from shared.errors import UserError
 from shared.recipe import read_recipe
-from stages.ops.chain.machine import DEVICES, Machine, look
+from shared.runtime.gpus import DEVICES
+from stages.ops.chain.machine import Machine, look
 from stages.ops.chain.preflight_target import problem
 from stages.ops.chain.processes import Step
 from stages.ops.config import RunChainConfig

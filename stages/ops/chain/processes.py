@@ -22,7 +22,8 @@ from shared.config import RunConfig
 from shared.errors import EXIT_DONE, UserError
 from shared.paths import RunPaths
 from shared.recipe import read_recipe
-from stages.ops.chain.machine import DEVICES, look
+from shared.runtime.gpus import DEVICES
+from stages.ops.chain.machine import look
 from stages.ops.config import RunChainConfig
 
 SOURCE_ROOT = Path(__file__).resolve().parents[3]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from shared.runtime.log import printable
 from shared.runtime.tables import cell
+from shared.vllm.batch import requests_in_flight
 from stages.ops.chain import sizes
 from stages.ops.config import PlanConfig
 from stages.ops.expected import expectation, published
@@ -18,8 +19,6 @@ from stages.ops.plan.architecture import read_data
 from stages.ops.plan.model import Plan, chosen_aux_layers, longest, warnings
 
 _EPOCHS = 2  # of the recipe
-# synth's requests in flight; vLLM's own default batch on a GPU of 40 GiB or more is as large.
-_CONCURRENCY, _SMALL_CONCURRENCY, _LARGE_GIB = 256, 64, 40
 _DISK_SAMPLES = (5_000, 50_000, 500_000)
 
 
@@ -61,7 +60,7 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
             "prompts": config.prompts,
             "max_samples": config.samples,
             "max_tokens": length // 2,
-            "concurrency": concurrency(config.gpu) if placement else _SMALL_CONCURRENCY,
+            "concurrency": requests_in_flight(_gpu_bytes(config.gpu)) if placement else "auto",
             **wide,
         },
         "dump": dump,
@@ -75,10 +74,8 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
     return "\n".join(map(printable, head)) + "\n\n" + yaml.safe_dump(sections, sort_keys=False)
 
 
-def concurrency(gpu: str) -> int:
-    """Synth's requests in flight on a GPU of this type: more where more of them fit."""
-    is_large = read_data("gpus.yaml")[gpu]["memory_gib"] >= _LARGE_GIB
-    return _CONCURRENCY if is_large else _SMALL_CONCURRENCY
+def _gpu_bytes(gpu: str) -> int:
+    return int(read_data("gpus.yaml")[gpu]["memory_gib"] * 2**30)
 
 
 def run_name(plan: Plan, config: PlanConfig) -> str:

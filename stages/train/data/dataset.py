@@ -7,6 +7,7 @@ The order depends on seed and epoch alone, so a step number is enough to continu
 """
 
 import dataclasses
+import functools
 import itertools
 import random
 from collections import deque
@@ -105,8 +106,11 @@ class Dataset:
         """Set, for each shard, `Batch.in_vocab` of its tokens, float16."""
         self.in_vocab = shares
 
-    def batch(self, samples: Sequence[Sample]) -> Batch:
+    def batch(self, samples: Sequence[Sample], *, pin: bool = False) -> Batch:
         """The samples as one packed batch.
+
+        Args:
+            pin: have its states in page-locked memory; `Batch.pinned` would copy them once more.
 
         Raises:
             UserError: a file is damaged.
@@ -116,8 +120,8 @@ class Dataset:
         states = [shard.states(sample.rows) for shard, sample in parts]
         offsets = [0, *itertools.accumulate(sample.num_tokens for sample in samples)]
         num_aux, hidden = states[0].shape[1] - 1, states[0].shape[2]
-        aux = torch.empty(offsets[-1], num_aux, hidden, dtype=states[0].dtype)
-        final = torch.empty(offsets[-1], hidden, dtype=states[0].dtype)
+        empty = functools.partial(torch.empty, dtype=states[0].dtype, pin_memory=pin)
+        aux, final = empty(offsets[-1], num_aux, hidden), empty(offsets[-1], hidden)
         for (start, stop), part in zip(itertools.pairwise(offsets), states, strict=True):
             aux[start:stop], final[start:stop] = part[:, :-1], part[:, -1]
         return Batch(

@@ -8,7 +8,7 @@ page-locked buffers, and a stream of its own copies them while the step before s
 import concurrent.futures
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -17,8 +17,22 @@ import torch
 from stages.train.data.batch import Batch
 from stages.train.data.dataset import Dataset, Sample, split_step
 
+LOADER_THREADS = 4  # for an accelerator; a CPU computes with its other threads
 J = TypeVar("J")
 T = TypeVar("T")
+
+
+def loaded(
+    jobs: Iterator[J],
+    make: Callable[[J], list[Batch]],
+    device: torch.device,
+    *,
+    while_waiting: Callable[[], None] = lambda: None,
+) -> Iterator[list[Batch]]:
+    """`make(job)` of each job, in order, on `device`: made in threads and copied ahead of their use."""
+    threads = LOADER_THREADS if device.type == "cuda" else 1
+    made = prefetched(jobs, make, depth=threads + 1, threads=threads, while_waiting=while_waiting)
+    return on_device(made, device)
 
 
 def prefetched(
@@ -76,11 +90,33 @@ def micro_batches(
         if followed:  # ranks that wait for a shard wait for it together
             followed.keep(samples)
         parts = split_step(samples, num_ranks=num_ranks, micro_tokens=micro_tokens)[rank]
-        batches = [
-            dataset.batch(part) if part else dataset.batch(samples[:1]).silent() for part in parts
+        return [
+            ready(
+                dataset, part or samples[:1], num_steps, is_silent=not part, pin=pin, blocks=blocks
+            )
+            for part in parts
         ]
-    planned = [batch.planned(num_steps, blocks=blocks) for batch in batches]
-    return [batch.pinned() for batch in planned] if pin else planned
+
+
+def ready(
+    dataset: Dataset,
+    samples: Sequence[Sample],
+    num_steps: int,
+    *,
+    is_silent: bool = False,
+    pin: bool = False,
+    blocks: bool = True,
+) -> Batch:
+    """The samples as one batch with its plan for `num_steps` TTT steps.
+
+    Args:
+        is_silent: let no token count.
+        pin: into page-locked memory, from which a GPU copies without a wait.
+        blocks: whether the plan needs attention's blocks.
+    """
+    batch = dataset.batch(samples, pin=pin)
+    batch = (batch.silent() if is_silent else batch).planned(num_steps, blocks=blocks)
+    return batch.pinned() if pin else batch
 
 
 def on_device(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:

@@ -5,19 +5,19 @@ A checkpoint has the fp32 weights, optimizer, scheduler, step and random state; 
 position in the data. Its tensors are not sharded, so any number of ranks can resume. On a CPU with
 the same number of threads, a resumed training gives bit-identical weights.
 
-The state is copied at once and a thread writes it while training goes on.
+The state is copied at once (`staging`) and a thread writes it while training goes on.
 """
 
 import concurrent.futures
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shared.errors import UserError
 from shared.io import files
 from shared.io.tensor_files import load_tensors, save_tensors
+from stages.train.loop.staging import Staged, Staging
 
 LATEST, BEST = "latest.pt", "best.pt"
 _KEYS = {"step", "weights", "optimizer", "scheduler", "rng", "best", "sums"}
@@ -33,6 +33,8 @@ class Checkpoints:
         self._on_saved = on_saved  # called with the step of a checkpoint that is on the disk
         self.keep = keep
         self._written_step = -1
+        self._saved_s = time.monotonic()
+        self._staging = Staging()
         self._writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._writing: concurrent.futures.Future[None] | None = None
         files.sweep_temporaries(folder)
@@ -40,7 +42,12 @@ class Checkpoints:
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
         """Save a copy of `state` as the latest checkpoint, and as the best one if `best`."""
         self.wait()  # at most one copy in memory
-        self._writing = self._writer.submit(self._write, _copied(state), best)
+        self._writing = self._writer.submit(self._write, self._staging.copied(state), best)
+        self._saved_s = time.monotonic()
+
+    def age_s(self) -> float:
+        """Seconds since the last save, or since the start."""
+        return time.monotonic() - self._saved_s
 
     def wait(self) -> None:
         """Wait until everything is on disk.
@@ -52,7 +59,8 @@ class Checkpoints:
             self._writing.result()
             self._writing = None
 
-    def _write(self, state: dict[str, Any], best: bool) -> None:
+    def _write(self, staged: Staged, best: bool) -> None:
+        state = staged.wait()
         path = self.folder / _name(state["step"])
         # The best state is often the latest one too: two links, one file.
         if state["step"] != self._written_step:
@@ -71,17 +79,6 @@ class Checkpoints:
         for path in states[: -self.keep]:
             if path.name not in linked:
                 path.unlink(missing_ok=True)
-
-
-def _copied(value: Any) -> Any:
-    """The same structure with copies of its tensors on the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
-    return value
 
 
 def load(path: Path) -> dict[str, Any] | None:

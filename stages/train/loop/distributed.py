@@ -51,6 +51,7 @@ _NCCL = ("NCCL error", "NCCL Error", "ncclInvalidUsage", "ncclSystemError", "ncc
 logger = logging.getLogger(__name__)
 
 _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_OWN = states.StateDictOptions(full_state_dict=True)
 
 
 class Precision(Shape):
@@ -205,11 +206,13 @@ def whole(module: nn.Module) -> Iterator[DraftHead]:
 
 
 def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Unsharded weights by their exported names, and the optimizer's state; filled on rank 0 alone.
+    """Unsharded weights by their exported names, and the optimizer's state: rank 0's count alone.
 
-    Every rank calls it.
+    Every rank calls it. FSDP2's parts are put together in main memory; otherwise these are the weights
+    themselves, which the next step changes.
     """
-    weights, moments = states.get_state_dict(module, optimizer, options=_WHOLE)
+    options = _WHOLE if isinstance(module, FSDPModule) else _OWN
+    weights, moments = states.get_state_dict(module, optimizer, options=options)
     return {
         "weights": {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()},
         "optimizer": moments,

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The walk over the held-out answers, divided among the ranks."""
 
+import itertools
+
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from stages.train.config import TrainConfig
-from stages.train.data.dataset import Dataset, pack
+from stages.train.data.batch import Batch
+from stages.train.data.dataset import Dataset, Sample, pack
+from stages.train.data.loader import loaded, ready
 from stages.train.loop import distributed
 from stages.train.objective.walk import Walk, walked_acceptance_length
 
@@ -25,12 +29,13 @@ def walk_held_out(
     Args:
         blocks: whether the batches' plans need attention's blocks.
     """
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    tokens = config.walk_tokens
-    batches = (
-        dataset.batch(part).planned(tokens, blocks=blocks).to(accelerator.device)
-        for part in pack(dataset.held_out[rank::ranks], batch_tokens)
-    )
+    rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    tokens, parts = config.walk_tokens, pack(dataset.held_out[rank::ranks], batch_tokens)
+
+    def make(part: list[Sample]) -> list[Batch]:
+        return [ready(dataset, part, tokens, pin=device.type == "cuda", blocks=blocks)]
+
+    batches = itertools.chain.from_iterable(loaded(iter(parts), make, device))
     with distributed.whole(module) as head, accelerator.autocast():
         own = walked_acceptance_length(head, batches, tokens)
     if ranks == 1:

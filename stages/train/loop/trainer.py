@@ -24,7 +24,7 @@ from shared.target.tensors import TargetTensors
 from stages.train.config import TrainConfig
 from stages.train.data.batch import Batch
 from stages.train.data.dataset import Dataset, Sample, training_steps
-from stages.train.data.loader import micro_batches, on_device, prefetched
+from stages.train.data.loader import loaded, micro_batches
 from stages.train.kernels.fused import is_fused
 from stages.train.loop import budget, checkpoint, distributed
 from stages.train.loop.checkpoint import Checkpoints
@@ -39,7 +39,6 @@ from stages.train.objective.loss import StepSums, combine
 from stages.train.objective.target_output import TargetOutput
 
 LOG_EVERY_STEPS = 10
-LOADER_THREADS = 4  # for an accelerator; a CPU computes with its other threads
 logger = logging.getLogger(__name__)
 
 
@@ -195,7 +194,6 @@ class Trainer:
 
     def _batches(self, while_waiting: Callable[[], None]) -> Iterator[list[Batch]]:
         """This rank's micro-batches of the remaining steps, on its device."""
-        on_gpu = self.device.type == "cuda"
         make = functools.partial(
             micro_batches,
             self.dataset,
@@ -203,18 +201,10 @@ class Trainer:
             num_ranks=self.accelerator.num_processes,
             micro_tokens=self.config.micro_batch_tokens or self.batch_tokens,
             num_steps=self.config.ttt_steps,
-            pin=on_gpu,
+            pin=self.device.type == "cuda",
             blocks=self.needs_blocks,
         )
-        threads = LOADER_THREADS if on_gpu else 1
-        steps = prefetched(
-            self._remaining_steps(),
-            make,
-            depth=threads + 1,
-            threads=threads,
-            while_waiting=while_waiting,
-        )
-        return on_device(steps, self.device)
+        return loaded(self._remaining_steps(), make, self.device, while_waiting=while_waiting)
 
     def _after_step(self) -> None:
         """Record, walk, save and stop, whichever is due."""
@@ -227,8 +217,7 @@ class Trainer:
             if self.sums and self._is_on_plateau():  # nothing comes after it
                 self._record()
         stops = self._all_agree_to_stop()
-        is_due = self.step % self.config.checkpoint_every_steps == 0
-        if is_best or stops or is_due or self.following.is_due(self.step):
+        if is_best or stops or self._is_due() or self.following.is_due(self.step):
             self._check_losses()
             self._save(best=is_best)
         if stops:
@@ -237,13 +226,22 @@ class Trainer:
             raise stopped(f"step {self.step} is saved")
 
     def _all_agree_to_stop(self) -> bool:
-        """Whether any rank got a stop signal; the ranks exchange that every few steps."""
+        return self._any_rank(stop_requested())
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is due; the clock is rank 0's."""
+        if self.config.checkpoint_every_steps is not None:
+            return self.step % self.config.checkpoint_every_steps == 0
+        is_old = self.checkpoints.age_s() > 60 * self.config.checkpoint_every_minutes
+        return self._any_rank(is_old and self.accelerator.is_main_process)
+
+    def _any_rank(self, wants: bool) -> bool:
+        """Whether any rank wants it; the ranks exchange that every few steps."""
         if self.accelerator.num_processes == 1:
-            return stop_requested()
+            return wants
         if self.step % LOG_EVERY_STEPS:
             return False
-        requests = torch.tensor(float(stop_requested()), device=self.device)
-        return bool(self._summed(requests) > 0)
+        return bool(self._summed(torch.tensor(float(wants), device=self.device)) > 0)
 
     def _check_losses(self) -> None:
         """Require that every loss since the last check is finite.
@@ -312,7 +310,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
             "best": self.best,
-            "sums": None if unrecorded is None else self._summed(unrecorded).cpu(),
+            "sums": None if unrecorded is None else self._summed(unrecorded),
             "loss": self.loss,  # the final loss, if no step is left
         }
         if self.accelerator.is_main_process:

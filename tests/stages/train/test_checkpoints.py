@@ -78,7 +78,7 @@ def test_a_state_is_copied_before_training_goes_on(
         assert go_on.wait(10)
         write(*arguments)
 
-    monkeypatch.setattr(checkpoint_module.torch, "save", slow_save)
+    monkeypatch.setattr(torch, "save", slow_save)
     weight = torch.ones(2)
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state(1, weight))  # returns while the file is not written yet

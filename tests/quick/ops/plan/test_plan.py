@@ -195,8 +195,9 @@ def test_a_shallow_target_gets_aux_layers_that_fit() -> None:
     assert plan.head.aux_layers == (1, 2, 4)
     made = yaml.safe_load(recipe(plan, settings()))
     assert made["run"]["aux_layers"] == [1, 2, 4]
-    assert made["synth"]["concurrency"] == 256
-    assert yaml.safe_load(recipe(plan, settings(gpu="L4")))["synth"]["concurrency"] == 64
+    by_gpu = {"L4": 64, "L40S": 256, "A100-40": 256, "H100": 512}
+    made = {gpu: yaml.safe_load(recipe(plan, settings(gpu=gpu))) for gpu in by_gpu}
+    assert {gpu: found["synth"]["concurrency"] for gpu, found in made.items()} == by_gpu
 
 
 @pytest.mark.parametrize(

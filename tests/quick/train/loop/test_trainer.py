@@ -134,6 +134,37 @@ def test_one_token_more_is_walked(tmp_path: Path) -> None:
     assert training.history.path.read_text().count("walked_acceptance_length") == 6
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {1, 6}),  # the first walk is the best; five minutes have not passed
+        ({"checkpoint_every_minutes": "1e-9"}, {1, 2, 3, 4, 5, 6}),
+        ({"checkpoint_every_steps": "2", "checkpoint_every_minutes": "1e-9"}, {1, 2, 4, 6}),
+    ],
+)
+def test_checkpoints_are_minutes_or_steps_apart(
+    tmp_path: Path, settings: dict[str, str], expected: set[int]
+) -> None:
+    """At a rate of nearly nothing no later walk is better."""
+    more = {"learning_rate": "1e-12", "keep_checkpoints": "9", **settings}
+    training = trainer(tmp_path, more=more)
+    training.run()
+    saved = {int(path.stem[5:]) for path in training.checkpoints.folder.glob("step_*.pt")}
+    assert saved == expected
+
+
+def test_of_several_ranks_the_first_one_s_clock_decides(tmp_path: Path) -> None:
+    """They meet every ten steps."""
+    training = trainer(tmp_path, more={"checkpoint_every_minutes": "1e-9"})
+    training._summed = lambda tensor: tensor
+    found = {}
+    for is_main in (True, False):
+        for training.step in (10, 11):
+            training.accelerator = SimpleNamespace(num_processes=2, is_main_process=is_main)
+            found[is_main, training.step] = training._is_due()
+    assert found == {(True, 10): True, (True, 11): False, (False, 10): False, (False, 11): False}
+
+
 def test_a_training_that_ends_before_its_first_step_begins_anew(tmp_path: Path) -> None:
     """A dump that it follows may be gone by then."""
     training = trainer(tmp_path)
