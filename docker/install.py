@@ -142,8 +142,13 @@ def make_environment(folder: Path) -> None:
     Ubuntu's and Debian's are (PEP 668), and pip installs nothing there. A base that is a venv of its
     own stays in use: a venv made from it would not see its packages.
     """
-    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+    if not any(map(shutil.which, ("gcc", "clang"))):
         sys.exit("the base image has no C compiler, which Triton's kernels need")
+    # Debian's own scheme names a folder that its headers are not in.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
+    if not header.exists():
+        sys.exit(f"the base image has no {header} (python3-dev), which Triton's kernels need")
     own = sys.prefix == sys.base_prefix
     if own and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists():
         venv.create(folder, system_site_packages=True, symlinks=True)

@@ -256,11 +256,13 @@ def _train(
     from shared.target.tensors import read_tensors
     from stages.train.data.dataset import Dataset
     from stages.train.data.followed import FollowedShards
+    from stages.train.kernels.fused import require_compiler
     from stages.train.loop.distributed import make_accelerator, together
     from stages.train.loop.trainer import Trainer
     from stages.train.objective import vocabulary
 
     accelerator = make_accelerator(config, folder)
+    require_compiler(accelerator.device)
     torch.manual_seed(config.run.seed)
     tensors = read_tensors(target_config)
     dump = config.paths.stage("dump")

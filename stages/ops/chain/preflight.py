@@ -17,6 +17,7 @@ from pathlib import Path
 from shared.errors import UserError
 from shared.paths import RunPaths, find_input
 from shared.prompts import sources
+from shared.runtime import compiler
 from shared.vllm.http import Address
 from shared.vllm.server import is_healthy
 from shared.vllm.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_within
@@ -56,6 +57,7 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
         found += _versions(step, machine)
         found += _inputs(step, paths.workspace)
         found += _endpoints(step)
+    found += _compiler(left, machine)
     found += _shared_memory(left, machine)
     found += pair.problems(steps, machine, is_local=True)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
@@ -119,6 +121,18 @@ def _workspace(paths: RunPaths) -> Iterator[str]:
 
 
 @functools.lru_cache
+def _include_folder(python: str) -> Path:
+    """Where an interpreter's headers belong.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it is none.
+    """
+    command = [python, "-c", compiler.PRINT_INCLUDE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return Path(done.stdout.strip())
+
+
+@functools.lru_cache
 def _installed(python: str) -> dict[str, str]:
     """Distribution -> version, of an interpreter.
 
@@ -170,6 +184,22 @@ def _versions(step: Step, machine: Machine) -> Iterator[str]:
             torch,
             "Run `make clean setup FLAVOUR=gpu`, or set CUDA_VISIBLE_DEVICES= to use the processor.",
         )
+
+
+def _compiler(left: Sequence[Step], machine: Machine) -> Iterator[str]:
+    """Kernels are compiled where they run: by vLLM and by train, on a GPU."""
+    if not machine.gpus:
+        return
+    compiling = [step.stage for step in left if step.stage == "train" or uses_vllm(step)]
+    for python in dict.fromkeys(map(python_of, compiling)):
+        try:
+            missing = compiler.lacking(_include_folder(python))
+        except (OSError, subprocess.SubprocessError):  # `_versions` tells it
+            continue
+        if missing:
+            stages = " and ".join(stage for stage in compiling if python_of(stage) == python)
+            expected = "a C compiler and Python's headers, to compile kernels for the GPU"
+            yield problem(stages, expected, missing, f"{compiler.REMEDY}.")
 
 
 def _inputs(step: Step, workspace: Path) -> Iterator[str]:

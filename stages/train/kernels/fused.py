@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.errors import UserError
+from shared.runtime import compiler
+
 KERNELS_VARIABLE = "EYRIE_TRAIN_KERNELS"
 # What they are: objective/cross_entropy.py.
 LOSSES = ("cross_entropy", "lk", "tv", "lk_hybrid")
@@ -22,6 +25,23 @@ HYBRID_FACTOR = 3.0
 def is_fused(x: Tensor) -> bool:
     """Whether the Triton kernels compute on the device of `x`."""
     return (x.is_cuda or x.is_meta) and os.environ.get(KERNELS_VARIABLE) != "torch"
+
+
+def require_compiler(device: torch.device) -> None:
+    """Refuse a device whose kernels could not be compiled, before any time is spent on it.
+
+    Raises:
+        UserError: a C compiler or Python's headers are missing.
+    """
+    missing = compiler.lacking(compiler.include_folder())
+    if missing and is_fused(torch.empty(0, device=device)):
+        raise UserError(
+            f"training on a GPU compiles Triton kernels: expected a C compiler and Python's headers, found "
+            f"{missing}.",
+            code="kernels-need-compiler",
+            remedy=f"{compiler.REMEDY}, or set {KERNELS_VARIABLE}=torch, which is slower.",
+            facts={"missing": missing},
+        )
 
 
 @torch.library.custom_op("eyrie::attention", mutates_args=())

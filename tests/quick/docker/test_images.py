@@ -76,6 +76,21 @@ def test_an_arm_host_needs_nothing_that_only_x86_64_has(
     )
 
 
+def test_a_base_on_which_triton_could_not_compile_is_refused(
+    installer: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="the base image has no C compiler"):
+        installer.make_environment(tmp_path / "venv")
+    (tmp_path / "gcc").touch(mode=0o755)
+    monkeypatch.setattr(installer.sysconfig, "get_path", lambda *_: str(tmp_path))
+    with pytest.raises(SystemExit, match=rf"no {tmp_path}/Python\.h \(python3-dev\)"):
+        installer.make_environment(tmp_path / "venv")
+    (tmp_path / "Python.h").touch()
+    installer.make_environment(tmp_path / "venv")  # this Python is no distribution's own
+    assert not (tmp_path / "venv").exists()
+
+
 @pytest.mark.parametrize(
     ("packages", "refused"),
     [

@@ -108,7 +108,7 @@ sys.exit(f"{known} {without} {faults()}")
     assert int(kept) < int(without) / 4
 
 
-def test_mkl_is_asked_to_keep_the_order_of_its_sums() -> None:
+def test_mkl_is_asked_to_keep_the_order_of_its_sums(tmp_path: Path) -> None:
     """Asked of MKL itself, in a process of its own: 1 is no promise, 2 is one for this processor."""
     script = """
 import ctypes, sys
@@ -124,7 +124,7 @@ sys.exit(f"branch {mkl.mkl_serv_cbwr_get(1)}")
 """
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=ROOT,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,

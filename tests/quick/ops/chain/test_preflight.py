@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shared.runtime import compiler
 from stages.ops.chain import preflight
 from stages.ops.chain.machine import Machine
 from tests.quick.ops.chain.recipes import CONFIG, GIB, TENSORS, problems, steps
@@ -41,6 +42,39 @@ def test_torch_for_a_processor_beside_a_gpu_is_refused(
     served = {"synth": {"mode": "keep"}, "dump": {"backend": "hf"}}
     found = problems(steps(workspace, served), workspace, roomy)
     assert [line.split("'")[0] for line in found] == ["dump", "train", "bench"]
+
+
+@pytest.mark.usefixtures("cuda_torch")
+def test_a_gpu_s_kernels_need_a_compiler_and_python_s_headers(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    roomy = Machine((("Toy", GIB),), 64 * GIB, GIB)
+    python = tmp_path / "python"  # bench has an interpreter of its own, with headers
+    (tmp_path / "Python.h").touch()
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *metadata*) echo "{{}}";; *) echo {tmp_path};; esac\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setenv("EYRIE_BENCH_PYTHON", str(python))
+    assert compiler_lines(workspace, roomy) == []
+    preflight._include_folder.cache_clear()
+    monkeypatch.setattr(compiler, "PRINT_INCLUDE", "print('/nowhere')")
+    (line,) = compiler_lines(workspace, roomy)
+    assert line.startswith("synth and train: expected a C compiler and Python's headers,")
+    assert line.endswith(
+        "found no /nowhere/Python.h. Install both (Debian and Ubuntu: apt-get "
+        "install gcc python3-dev)."
+    )
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    first, second = compiler_lines(workspace, roomy)
+    assert "found no C compiler and no /nowhere/Python.h." in first
+    assert second.startswith("bench: ") and "found no C compiler. " in second
+    assert compiler_lines(workspace, Machine((), 64 * GIB, GIB)) == []
+    preflight._include_folder.cache_clear()
+
+
+def compiler_lines(workspace: Path, machine: Machine) -> list[str]:
+    return [line for line in problems(steps(workspace), workspace, machine) if "compiler" in line]
 
 
 @pytest.mark.usefixtures("cuda_torch")

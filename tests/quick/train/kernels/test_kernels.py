@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer's own kernels: attention in blocks and chains, rotation, norm; values and gradients."""
 
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shared.errors import UserError
+from shared.runtime import compiler
 from stages.train.kernels import blocks as blocks_module
 from stages.train.kernels.attention import ChainAttention
 from stages.train.kernels.blocks import attention_blocks, narrowed
+from stages.train.kernels.fused import require_compiler
 from stages.train.kernels.norm import RMSNormOnCPU
 from stages.train.kernels.rotary import Rotation
 from stages.train.objective.slices import even_slices
@@ -21,6 +25,27 @@ from stages.train.objective.slices import even_slices
 def test_the_worked_example_of_even_slices() -> None:
     assert list(even_slices(2, 9, 3)) == [slice(2, 4), slice(4, 6), slice(6, 9)]
     assert list(even_slices(2, 2, 3)) == []
+
+
+def test_kernels_that_cannot_be_compiled_are_refused_where_they_would_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Tensors without storage count as an accelerator's."""
+    card, cpu = torch.device("meta"), torch.device("cpu")
+    (tmp_path / "gcc").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(compiler, "include_folder", lambda: tmp_path)
+    with pytest.raises(UserError, match=f"headers, found no {tmp_path}/Python.h"):
+        require_compiler(card)
+    (tmp_path / "Python.h").touch()
+    require_compiler(card)
+    (tmp_path / "gcc").rename(tmp_path / "cc")  # which Triton does not look for
+    with pytest.raises(UserError, match="found no C compiler"):
+        require_compiler(card)
+    require_compiler(cpu)
+    monkeypatch.setenv("EYRIE_TRAIN_KERNELS", "torch")
+    require_compiler(card)
 
 
 def test_the_worked_example_of_attention_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

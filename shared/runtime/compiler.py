@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton needs beside its package: it compiles kernels, and code that starts them, while a stage runs.
+
+vLLM does so on a GPU, and train. Without a C compiler or Python's headers the first kernel fails, after
+minutes of loading.
+"""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+# For another interpreter; Triton looks there too.
+PRINT_INCLUDE = (
+    "import sysconfig as s\n"
+    "name = s.get_default_scheme().replace('posix_local', 'posix_prefix')\n"  # Debian's own
+    "print(s.get_path('include', name))"
+)
+REMEDY = "Install both (Debian and Ubuntu: apt-get install gcc python3-dev)"
+
+
+def include_folder() -> Path:
+    """Where this interpreter's headers belong."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    return Path(sysconfig.get_path("include", scheme))
+
+
+def lacking(include: Path) -> str:
+    """What is not there, in words; "" where a kernel could be compiled.
+
+    Args:
+        include: where the interpreter's headers belong.
+    """
+    found = []
+    if not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
+        found.append("no C compiler")
+    if not (include / "Python.h").is_file():
+        found.append(f"no {include / 'Python.h'}")
+    return " and ".join(found)
