@@ -12,7 +12,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from shared.artifacts.manifest import Artifact, require_parent
+from shared.artifacts.artifact import Artifact
+from shared.artifacts.manifest import require_parent
 from shared.config import build
 from shared.contracts import conversations
 from shared.contracts.conversations import Conversation

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shared.artifacts.artifact import Artifact
 from shared.artifacts.checksums import require_unchanged
-from shared.artifacts.manifest import Artifact, require_parent
+from shared.artifacts.manifest import require_parent
 from shared.contracts.bench_report import read_report
 from shared.errors import UserError
 from shared.io import files

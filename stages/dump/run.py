@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.artifacts.manifest import Artifact
+from shared.artifacts.artifact import Artifact
 from shared.contracts import layers
 from shared.errors import OutputError, RetryableError, UserError
 from shared.io import files

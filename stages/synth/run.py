@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.artifacts.manifest import Artifact
+from shared.artifacts.artifact import Artifact
 from shared.errors import RetryableError
 from shared.io import files
 from shared.prompts.rows import Prompt

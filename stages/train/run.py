@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.artifacts.artifact import Artifact
 from shared.artifacts.borrowed import borrow_dump
 from shared.artifacts.checksums import require_unchanged
-from shared.artifacts.manifest import MANIFEST, Artifact, require_parent
+from shared.artifacts.manifest import MANIFEST, require_parent
 from shared.contracts import hidden_states, layers
 from shared.errors import RetryableError, UserError
 from shared.io import files

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifacts import window
+from shared.artifacts.artifact import Artifact
 from shared.artifacts.checksums import first_changed
-from shared.artifacts.manifest import Artifact, read_manifest
+from shared.artifacts.manifest import read_manifest
 from shared.artifacts.unfinished import LOCK
 from shared.artifacts.window import Reading
 from shared.contracts import hidden_states

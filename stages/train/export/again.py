@@ -3,7 +3,8 @@
 
 import logging
 
-from shared.artifacts.manifest import MANIFEST, Artifact, read_manifest
+from shared.artifacts.artifact import Artifact
+from shared.artifacts.manifest import MANIFEST, read_manifest
 from shared.artifacts.unfinished import IDENTITY
 from shared.io import files
 

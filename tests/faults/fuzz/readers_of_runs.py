@@ -6,8 +6,9 @@ from pathlib import Path
 
 import yaml
 
+from shared.artifacts.artifact import Artifact
 from shared.artifacts.history import read_curves
-from shared.artifacts.manifest import Artifact, require_parent
+from shared.artifacts.manifest import require_parent
 from shared.config import build
 from shared.contracts.bench_report import read_report
 from shared.errors import OutputError

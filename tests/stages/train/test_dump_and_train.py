@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.artifacts.manifest import Artifact
+from shared.artifacts.artifact import Artifact
 from shared.config import build
 from shared.contracts import hidden_states, vocab
 from stages.train import run as train_run

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from shared.artifacts.manifest import Artifact
+from shared.artifacts.artifact import Artifact
 from shared.config import build
 from shared.paths import RunPaths
 from stages.ops.chain import estimates, pair

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.artifacts.manifest import Artifact, fingerprint, read_manifest, require_parent
+from shared.artifacts.artifact import Artifact
+from shared.artifacts.manifest import fingerprint, read_manifest, require_parent
 from shared.config import build
 from shared.errors import OutputError, RetryableError, UserError
 from shared.io import files

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from shared.artifacts.artifact import Artifact
 from shared.artifacts.checksums import require_unchanged
-from shared.artifacts.manifest import Artifact, read_manifest, require_parent
+from shared.artifacts.manifest import read_manifest, require_parent
 from shared.errors import RetryableError, UserError
 from shared.io import files
 from shared.runtime.status import Status

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared.artifacts.manifest import Artifact
+from shared.artifacts.artifact import Artifact
 from shared.config import StageConfig, build
 from shared.recipe import read_recipe
 from stages.dump.config import DumpConfig

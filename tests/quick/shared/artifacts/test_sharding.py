@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.artifacts.manifest import MANIFEST, Artifact, read_manifest
+from shared.artifacts.artifact import Artifact
+from shared.artifacts.manifest import MANIFEST, read_manifest
 from shared.artifacts.sharding import INDEX_VARIABLE, ShardedConfig
 from shared.config import build, identity
 from shared.errors import RetryableError, UserError
