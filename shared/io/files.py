@@ -38,6 +38,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
 
 
+def printable(name: object) -> str:
+    """A file's name as text that every log and file can hold: other characters as escapes.
+
+    Names are bytes, and need be neither UTF-8 nor one line.
+    """
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(name))
+
+
 def not_writable(path: Path, error: OSError) -> UserError:
     """The refusal of a path that cannot be written: the remedy follows from the error's number."""
     remedy = (
@@ -194,7 +202,12 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's keys and values, for `object_pairs_hook`.
+
+    Raises:
+        ValueError: a key stands there twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -211,7 +224,7 @@ def read_json(path: Path) -> Any:
     """
     text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=_each_key_once)
+        return json.loads(text, object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid JSON ({error}).", code="not-json", remedy="Restore or delete it."

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which columns of a row hold its messages and tools, and which ones nobody reads."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from shared.prompts.content import Unusable, encodable, from_json, text_of, texts, to_json
 from shared.prompts.messages import (
     Message,
-    Unusable,
-    encodable,
-    from_json,
     is_message,
+    is_no,
+    masks_of,
     read_messages,
-    text_of,
-    texts,
-    to_json,
     unread_keys,
 )
 
 # What a recipe's `columns` may map, and the names that are read without a map, first match first.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "data"),
+    "messages": (
+        "messages", "conversations", "conversation", "dialog", "dialogue", "data", "contents",
+    ),
     "turns": ("turns",),
     "prompt": ("prompt", "question", "query", "problem", "instruction", "input", "inputs"),
     "input": ("input", "context"),
@@ -49,6 +49,18 @@ _TRANSCRIPT = re.compile(r"\s*#* ?(?:human|user): .*\n#* ?assistant:", re.IGNORE
 
 def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _messages_in(value: Any) -> Any:
+    """`value`, or the messages that it spells: tables hold nested values as JSON text."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_chat = isinstance(read, list) and bool(read) and all(map(is_message, read))
+    return read if is_chat else value
 
 
 def _user(content: Any) -> Message:
@@ -108,6 +120,11 @@ class Columns:
         messages = self._question()
         if messages and messages[-1]["role"] != "assistant":
             messages = self._answered(messages)
+        # KTO: a bad answer.
+        verdict = "label" if "completion" in self._read else "kto_tag"
+        self._read.add(verdict)
+        if messages and messages[-1]["role"] == "assistant" and is_no(self.row.get(verdict)):
+            messages = [*messages[:-1], {**messages[-1], "weight": 0}]
         system = text_of(self.get("system", str, list))
         if messages and messages[0]["role"] == "system":
             if system.strip() and system != messages[0]["content"]:
@@ -146,7 +163,7 @@ class Columns:
                 self._read.add(name)
                 return value
         for name in (*self._names("prompt"), *self._names("turns")):
-            value = self.row.get(name)
+            value = _messages_in(self.row.get(name))
             if isinstance(value, list) and value and self._is_turn(value[0]):
                 self._read.add(name)
                 return value
@@ -183,7 +200,7 @@ class Columns:
 
     def _answered(self, asked: list[Message]) -> list[Message]:
         """What was asked, and the row's own answer to it if it has one."""
-        answer = self._instance().get("output") or self.get("answer", str, list)
+        answer = _messages_in(self._instance().get("output") or self.get("answer", str, list))
         if isinstance(answer, list) and isinstance(answer[0], dict):
             said = read_messages(answer)
             return _joined(asked, said) if said else asked
@@ -196,8 +213,6 @@ class Columns:
         reasoning = self.get("reasoning", str) or ""
         if reasoning.strip().lower() not in {"", *_EFFORTS}:
             message["reasoning_content"] = encodable(reasoning)
-        if self.row.get("label") is False and "completion" in self._read:  # KTO: a bad answer
-            message["weight"] = 0
         return [*asked, message]
 
     def _history(self) -> list[Message]:
@@ -238,4 +253,5 @@ class Columns:
         )
         if self.row.get(_SWITCHES):
             self.unread.add(_SWITCHES)
+        self.unread |= masks_of(self.row)
         return tuple(sorted({*names, *self.unread}))

@@ -17,6 +17,7 @@ from shared.errors import UserError
 from shared.io import files
 from shared.paths import find_input
 from shared.prompts import formats
+from shared.prompts.text_files import unreadable
 
 ALL_SPLITS = "all"
 _KEYWORDS = {
@@ -61,7 +62,7 @@ def find(
     elif path.is_dir():
         listed = list(_walk(path, "", set()))
     else:
-        listed = [DataFile(path, path.name, _split_of(Path(path.name)))]
+        listed = [DataFile(path, files.printable(path.name), _split_of(Path(path.name)))]
     found = [each for each in listed if not each.why_not]
     unread = [each for each in listed if each.why_not]
     if not found:
@@ -80,7 +81,7 @@ def find(
 def _content(workspace: Path) -> str:
     """A sentence by which a person sees whether this is the intended folder."""
     is_readable = workspace.is_dir() and os.access(workspace, os.R_OK)
-    names = sorted(each.name for each in workspace.iterdir()) if is_readable else []
+    names = sorted(files.printable(p.name) for p in workspace.iterdir()) if is_readable else []
     shown = ", ".join(names[:_SHOWN]) + (", ..." if names[_SHOWN:] else "")
     return (
         f"The workspace {workspace} holds {shown or 'nothing'}; if that is not yours, check "
@@ -91,12 +92,12 @@ def _content(workspace: Path) -> str:
 def _split_of(name: Path) -> str:
     """The split that a file's relative name says, else `train`.
 
-    Worked example: data/test_sft-00000-of-00001.parquet is test_sft; test/a.jsonl and a.dev.jsonl are
-    test and validation; contest.jsonl is train.
+    Worked example: data/test_sft-00000-of-00001.parquet is test_sft; test/a.jsonl, test1.jsonl and
+    split=test/a.jsonl are test, a.dev.jsonl is validation; contest.jsonl is train.
     """
     prefix = _SHARD.sub("", name.name)
     for word in (prefix, *reversed(name.parts[:-1])):
-        parts = re.split(r"[-_. ]", word.lower())
+        parts = re.split(r"[-_. =\d]+", word.lower())
         keyword = next((_KEYWORDS[part] for part in parts if part in _KEYWORDS), None)
         if keyword is not None:
             return prefix if word == prefix != name.name else keyword
@@ -128,14 +129,16 @@ def _in_glob(pattern: str, workspace: Path) -> list[DataFile]:
             continue
         seen: set[Path] = set()
         if paths:
-            return [
-                each
-                for path in paths
-                for each in (
-                    _walk(path, f"{path.name}/", seen) if path.is_dir() else _file(path, "", seen)
-                )
-            ]
+            return [each for path in paths for each in _matched(path, seen)]
     return []
+
+
+def _matched(path: Path, seen: set[Path]) -> Iterator[DataFile]:
+    """What one match of a glob stands for: a file, or all of a folder."""
+    if path.is_dir():
+        yield from _walk(path, f"{files.printable(path.name)}/", seen)
+    else:
+        yield from _file(path, "", seen)
 
 
 def _walk(folder: Path, prefix: str, seen: set[Path], split: str = "") -> Iterator[DataFile]:
@@ -152,7 +155,7 @@ def _walk(folder: Path, prefix: str, seen: set[Path], split: str = "") -> Iterat
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise formats.unreadable(folder, "a folder", error.strerror) from error
+        raise unreadable(folder, "a folder", error.strerror) from error
     names = {entry.name for entry in entries}
     if {"state.json", "dataset_info.json"} <= names:
         yield from _saved(folder, prefix, split)
@@ -162,13 +165,13 @@ def _walk(folder: Path, prefix: str, seen: set[Path], split: str = "") -> Iterat
             continue
         if entry.is_dir():
             inner = entry.name if "dataset_dict.json" in names else split
-            yield from _walk(entry, f"{prefix}{entry.name}/", seen, inner)
+            yield from _walk(entry, f"{prefix}{files.printable(entry.name)}/", seen, inner)
         else:
             yield from _file(entry, prefix, seen, split)
 
 
 def _file(path: Path, prefix: str, seen: set[Path], split: str = "") -> Iterator[DataFile]:
-    name = f"{prefix}{path.name}"
+    name = f"{prefix}{files.printable(path.name)}"
     if not path.is_file():
         yield DataFile(path, name, why_not="a link to nothing, or no plain file")
     elif path.name in _ABOUT or path.stem in _ABOUT_STEMS or path.suffix in _ABOUT_SUFFIXES:
@@ -187,7 +190,7 @@ def _saved(folder: Path, prefix: str, split: str) -> Iterator[DataFile]:
     state = files.read_json(folder / "state.json")
     listed = state.get("_data_files") if isinstance(state, dict) else None
     if not isinstance(listed, list):
-        raise formats.unreadable(folder / "state.json", "a list of _data_files", "none")
+        raise unreadable(folder / "state.json", "a list of _data_files", "none")
     for each in listed:
         name = Path(str(each.get("filename") if isinstance(each, dict) else each)).name
         yield DataFile(folder / name, f"{prefix}{name}", split or state.get("_split") or "train")

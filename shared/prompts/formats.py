@@ -8,13 +8,12 @@
 
 Text files may be compressed: .gz, .bz2, .xz, .zst, .lz4. JSON and text read the same in every format: a
 byte order mark is skipped, NaN is a number, bytes that are not UTF-8 cost only their row. Tables pad
-missing keys with null, so a null in a table is a key that the row does not have.
+missing keys with null, so a null in a table is a key that the row does not have. An object with one
+key twice, and a line of a .csv with more cells than columns, are refused: which value was meant is
+anyone's guess.
 """
 
-import bz2
-import contextlib
 import csv
-import gzip
 import io
 import json
 import lzma
@@ -26,65 +25,30 @@ from typing import Any, BinaryIO
 from shared.errors import UserError
 from shared.io import files
 from shared.prompts import tables
-from shared.prompts.messages import Unusable, is_message
+from shared.prompts.content import Unusable
+from shared.prompts.messages import is_message
+from shared.prompts.text_files import COMPRESSED, opened, require_data, require_text, unreadable
 
 _MAX_ROW_BYTES = 64 << 20  # no conversation that a target could take is as long
 _MAX_OBJECT_BYTES = 1 << 28  # of a file that is one JSON object
 _CHUNK_CHARS = 1 << 20
 _BLANK = " \t\r\n"
 _BLANK_BYTES = b"\xef\xbb\xbf \t\r\n"  # a byte order mark among them
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(object_pairs_hook=files.each_key_once)
+_LENIENT = json.JSONDecoder()
 
 Row = tuple[str, Any]  # its position ("line 3"), and its value or what is wrong with it
-
-
-class _Arrow(io.RawIOBase):
-    """Arrow's decompressing stream as a plain file object."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-
-        self._stream = pa.input_stream(
-            path, compression={".zst": "zstd", ".lz4": "lz4"}[path.suffix.lower()]
-        )
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        content = self._stream.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
-
-
-_COMPRESSED: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": lambda path: io.BufferedReader(_Arrow(path), _CHUNK_CHARS),
-    ".lz4": lambda path: io.BufferedReader(_Arrow(path), _CHUNK_CHARS),
-}
-
-
-def unreadable(path: Path, expected: str, error: object) -> UserError:
-    """The refusal of a file that is not what its name says."""
-    return UserError(
-        f"{path}: expected {expected}, found {error}.",
-        code="prompts-unreadable",
-        remedy="Mend, replace or remove the file.",
-        facts={"path": str(path)},
-    )
 
 
 def suffix_of(path: Path) -> str:
     """The suffix that names the format, without that of a compression: `.jsonl` of a.jsonl.gz."""
     name = Path(path.name.lower())
-    return Path(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
+    return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
 def is_data(path: Path) -> bool:
     """Whether the file's name is one of a format that is read."""
-    is_plain = path.suffix.lower() not in _COMPRESSED
+    is_plain = path.suffix.lower() not in COMPRESSED
     return suffix_of(path) in (FORMATS if is_plain else _TEXT_FORMATS)
 
 
@@ -96,6 +60,9 @@ def rows(path: Path) -> Iterator[Row]:
     """
     files.require_file(path)
     try:
+        require_data(path)
+        if suffix_of(path) not in _TABLES:
+            require_text(path)
         yield from FORMATS.get(suffix_of(path), _json_lines)(path)
     except UserError:
         raise
@@ -105,13 +72,6 @@ def rows(path: Path) -> Iterator[Row]:
         raise unreadable(path, f"a readable file of {kind}", error) from error
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    opener = _COMPRESSED.get(path.suffix.lower())
-    with opener(path) if opener else path.open("rb") as stream:
-        yield stream
-
-
 def parse_json(text: bytes) -> Any:
     """The JSON value of a line.
 
@@ -119,7 +79,7 @@ def parse_json(text: bytes) -> Any:
         Unusable: it is not UTF-8, or not JSON.
     """
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=files.each_key_once)
     except UnicodeDecodeError as error:
         raise Unusable("not_utf8", error) from error
     except (ValueError, RecursionError) as error:
@@ -135,7 +95,7 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with _open(path) as stream:
+    with opened(path) as stream:
         for number, line in enumerate(_lines(stream), start=1):
             if not line.strip():
                 continue
@@ -151,7 +111,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _json(path: Path) -> Iterator[Row]:
     """JSON lines, one list, or one object, whatever the name says: the first lines tell."""
-    with _open(path) as stream:
+    with opened(path) as stream:
         full = (line for line in _lines(stream) if line.strip(_BLANK_BYTES))
         first, second = next(full, b""), next(full, b"")
     start = first.strip(_BLANK_BYTES)
@@ -160,12 +120,14 @@ def _json(path: Path) -> Iterator[Row]:
         yield from _json_list(path)
         return
     if value is None and suffix_of(path) == ".json" and start.startswith(b"{"):
-        with _open(path) as stream:
+        with opened(path) as stream:
             value = _parsed(stream.read(_MAX_OBJECT_BYTES))
         if value is None and start == b"{":
             raise unreadable(path, "JSON lines, or one JSON list or object", "it broken or cut")
         second = b"" if value else second
-    if value is None or second or suffix_of(path) != ".json":
+    is_list = isinstance(value, list) and any(isinstance(each, dict) for each in value)
+    is_whole = suffix_of(path) == ".json" or is_list
+    if value is None or second or not is_whole:
         yield from _json_lines(path)
         return
     yield from _numbered(_rows_inside(value))
@@ -208,7 +170,7 @@ def _rows_inside(value: Any) -> list[Any]:
 
 def _json_list(path: Path) -> Iterator[Row]:
     """The items of a list, each decoded as soon as it is read whole."""
-    with _open(path) as stream:
+    with opened(path) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
         buffer, number, ended = "", 0, False
         while not ended:
@@ -222,7 +184,7 @@ def _json_list(path: Path) -> Iterator[Row]:
                     ended = True
                     break
                 try:
-                    value, end = _DECODER.raw_decode(buffer, start)
+                    value, end = _item(buffer, start)
                 except RecursionError as error:
                     raise unreadable(path, "rows of JSON", "one nested too deeply") from error
                 except ValueError as error:
@@ -240,6 +202,19 @@ def _json_list(path: Path) -> Iterator[Row]:
             raise unreadable(path, "one JSON list of rows", "more behind its end")
 
 
+def _item(buffer: str, start: int) -> tuple[Any, int]:
+    """The value at `start`, or what is wrong with it, and where it ends.
+
+    Raises:
+        ValueError: it has no end yet.
+    """
+    try:
+        return _DECODER.raw_decode(buffer, start)
+    except ValueError as error:
+        _, end = _LENIENT.raw_decode(buffer, start)
+        return Unusable("broken_json", error), end
+
+
 def _skip(buffer: str, start: int, *, first: bool) -> int:
     """Where the next item, or the end of the list, begins."""
     while start < len(buffer) and buffer[start] in (_BLANK + "[" if first else _BLANK + ","):
@@ -250,11 +225,23 @@ def _skip(buffer: str, start: int, *, first: bool) -> int:
 
 
 def _table_of_text(path: Path) -> Iterator[Row]:
-    with _open(path) as stream:
+    with opened(path) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         csv.field_size_limit(_MAX_ROW_BYTES)
-        table = csv.DictReader(text, dialect="excel-tab" if suffix_of(path) == ".tsv" else "excel")
-        yield from _numbered(table)
+        dialect = "excel-tab" if suffix_of(path) == ".tsv" else "excel"
+        # Strict: a quotation mark that nothing closes would swallow all further rows.
+        table = csv.DictReader(text, dialect=dialect, strict=True)
+        names = [name for name in table.fieldnames or () if name]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two columns of one name among {names}")
+        yield from _numbered(map(_cells, table))
+
+
+def _cells(row: dict[str | None, Any]) -> Any:
+    """A line's cells by column; a line that is short has no value in the last ones."""
+    if None in row:
+        return Unusable("ragged_row", "more cells than columns: is a quotation mark missing?")
+    return {name: cell for name, cell in row.items() if cell is not None}
 
 
 def _table(read: Callable[[Path], Iterator[Any]]) -> Callable[[Path], Iterator[Row]]:
@@ -278,4 +265,5 @@ _TEXT_FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _table_of_text,
     ".tsv": _table_of_text,
 }
-FORMATS = {**_TEXT_FORMATS, ".parquet": _table(tables.parquet), ".arrow": _table(tables.arrow)}
+_TABLES = {".parquet": _table(tables.parquet), ".arrow": _table(tables.arrow)}
+FORMATS = {**_TEXT_FORMATS, **_TABLES}

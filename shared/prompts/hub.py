@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shared.errors import EyrieError, RetryableError, UserError
-from shared.prompts.tables import without_nulls
+from shared.prompts.tables import plain_rows
 
 _BATCH_ROWS = 256
 _REMEDY = "Correct the source, or download its files and give their path."
@@ -46,9 +46,9 @@ def rows(
         raise _refusal(error, f"{label}: could not read {name} from the hub") from error
     number = 0
     for table in tables:
-        for row in table.to_pylist():
+        for row in plain_rows(table):
             number += 1
-            yield f"row {number}", without_nulls(row)
+            yield f"row {number}", row
 
 
 def _refusal(error: Exception, where: str) -> EyrieError:

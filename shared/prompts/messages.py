@@ -12,10 +12,20 @@ The result has `role` (system, user, assistant, tool) and `content`, and where t
 where the row says that an answer is not to be trained on (`weight: 0`, `train: false` and the like).
 """
 
-import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from shared.prompts.content import (
+    Unusable,
+    encodable,
+    from_json,
+    is_text,
+    reasoning_apart,
+    text_of,
+    texts,
+    to_json,
+)
 
 Message = dict[str, Any]
 
@@ -27,11 +37,15 @@ _ROLES = {
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 _CALL_ROLES = ("function_call", "tool_call")
-_CONTENT_KEYS = ("content", "value", "text", "refusal")
+_CONTENT_KEYS = ("content", "value", "text", "parts", "refusal")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # 0 or false: not trained on; of the second line, 1 or true.
-_WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")
+_WEIGHT_KEYS = (
+    "weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask", "loss_scale",
+)  # fmt: skip
 _MASK_KEYS = ("masked", "ignore")
+# Which characters or tokens of one answer are trained on.
+_DETAIL_KEYS = ("train_detail", "training_detail", "train_details")
 _OTHER_KEYS = {
     "role", "from", "name", "channel", "id", "type", "tool_calls", "function_call", "tool_call_id",
     *_WEIGHT_KEYS, *_MASK_KEYS,
@@ -39,91 +53,18 @@ _OTHER_KEYS = {
 _READ_KEYS = {*_CONTENT_KEYS, *_REASONING_KEYS, *_OTHER_KEYS}
 _ARGUMENT_KEYS = ("arguments", "parameters", "input", "args")
 _CALL_KEYS = {"name", "description", "type", "id", *_ARGUMENT_KEYS}
-_TEXT_PARTS = ("text", "input_text", "output_text")
-
-
-class Unusable(ValueError):
-    """A row cannot be used; `reason` is a short word for the accounting."""
-
-    def __init__(self, reason: str, detail: object = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = (detail if isinstance(detail, str) else reprlib.repr(detail))[:200]
+# One question and its answer as two keys of one item: XTuner and Capybara, Firefly, Baize.
+_PAIRS = (
+    ("input", "output"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("question", "answer"),
+)
 
 
 def is_message(value: Any) -> bool:
     """Whether it is one message, and not a row."""
     return isinstance(value, dict) and ("role" in value or "from" in value)
-
-
-def encodable(text: str) -> str:
-    """`text` itself; JSON can spell half a surrogate pair, which no file can hold.
-
-    Raises:
-        Unusable: it is not encodable as UTF-8.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Unusable("not_utf8", error.reason) from error
-    return text
-
-
-def text_of(content: Any) -> str:
-    """A message's text; lists of text parts, as the OpenAI format has them, are joined."""
-    if isinstance(content, list):
-        content = "".join(map(_part_text, content))
-    if content is None:
-        return ""
-    if not isinstance(content, str):
-        raise Unusable("not_text", f"content is {type(content).__name__}")
-    return encodable(content)
-
-
-def _part_text(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict) or part.get("type", "text") not in _TEXT_PARTS:
-        raise Unusable("not_text", "content has parts that are not text")
-    return str(part.get("text") or "")
-
-
-def texts(value: Any) -> Iterator[str]:
-    """Every text inside a value that is not blank."""
-    if isinstance(value, str):
-        if value.strip():
-            yield value.strip()
-    elif isinstance(value, Mapping | list):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from texts(inner)
-
-
-def from_json(value: Any, label: str) -> Any:
-    """`value` itself, or what its text holds: tables carry nested values as JSON text.
-
-    Raises:
-        Unusable: broken_<label>.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise Unusable(f"broken_{label}", error) from error
-
-
-def to_json(value: Any, label: str) -> str:
-    """`value` as JSON text that a file can hold.
-
-    Raises:
-        Unusable: broken_<label>, not_utf8.
-    """
-    try:
-        return encodable(json.dumps(value, ensure_ascii=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, Unusable):
-            raise
-        raise Unusable(f"broken_{label}", str(error)) from error
 
 
 def _tool_calls(raw: Any) -> list[Message]:
@@ -159,18 +100,46 @@ def _id(value: Any) -> str:
 
 
 def _reasoning(raw: Mapping[str, Any]) -> str:
-    """The first of the keys for reasoning that holds text: a text, or a list of text parts."""
-    values = [raw[key] for key in _REASONING_KEYS if raw.get(key)]
-    return text_of(values[0]) if values else ""
+    """What the keys for reasoning hold: a text, or a list of text parts; '' if they hold none.
+
+    Raises:
+        Unusable: two of them differ.
+    """
+    values = dict.fromkeys(text_of(raw[key]) for key in _REASONING_KEYS if raw.get(key))
+    if len(values) > 1:
+        raise Unusable("two_reasonings", " and ".join(k for k in _REASONING_KEYS if raw.get(k)))
+    return next(iter(values), "")
+
+
+def is_no(value: Any) -> bool:
+    """Whether it says no, in the spelling of any format."""
+    return str(value).strip().lower() in ("0", "0.0", "false")
 
 
 def is_untrained(raw: Mapping[str, Any]) -> bool:
-    """Whether the row says that an answer is not to be trained on."""
-    weights, masks = (
-        [str(raw.get(key)).strip().lower() for key in keys] for keys in (_WEIGHT_KEYS, _MASK_KEYS)
-    )
-    is_off = any(value in ("0", "0.0", "false") for value in weights)
+    """Whether the row says that an answer is not to be trained on.
+
+    Raises:
+        Unusable: it says so of a part of the answer.
+    """
+    masked = [key for key in (*_WEIGHT_KEYS, *_MASK_KEYS) if isinstance(raw.get(key), list | dict)]
+    if partly := [*masked, *(key for key in _DETAIL_KEYS if raw.get(key))]:
+        raise Unusable("partly_trained", f"{partly[0]}: a part of an answer alone is trained on")
+    masks = [str(raw.get(key)).strip().lower() for key in _MASK_KEYS]
+    is_off = any(is_no(raw.get(key)) for key in _WEIGHT_KEYS)
     return is_off or any(value in ("1", "1.0", "true") for value in masks)
+
+
+def _filled(raw: Mapping[str, Any]) -> list[str]:
+    """The keys for content that hold something; the first of them is read."""
+    return [key for key in _CONTENT_KEYS if raw.get(key) not in (None, "", [])]
+
+
+def masks_of(row: Mapping[str, Any]) -> set[str]:
+    """Keys of a whole row that would leave something out of training; its messages say it, not the row."""
+    masked = {key for key in (*_WEIGHT_KEYS, *_MASK_KEYS) if isinstance(row.get(key), list | dict)}
+    off = {key for key in _WEIGHT_KEYS if is_no(row.get(key))}
+    return {*masked, *off, *(key for key in _DETAIL_KEYS if row.get(key))}
 
 
 def _message(raw: Any) -> Message:
@@ -184,7 +153,8 @@ def _message(raw: Any) -> Message:
         raise Unusable("not_a_message", type(raw).__name__)
     speaker = raw.get("role") or raw.get("from")
     role = speaker.strip().lower() if isinstance(speaker, str) else ""
-    content = next((raw[key] for key in _CONTENT_KEYS if raw.get(key) is not None), None)
+    filled = _filled(raw)
+    content = raw[filled[0]] if filled else None
     if role in _CALL_ROLES:
         calls = _tool_calls(content)
         if not calls:
@@ -193,13 +163,14 @@ def _message(raw: Any) -> Message:
     if role not in _ROLE_OF:
         raise Unusable("unknown_role", reprlib.repr(speaker))
     role = _ROLE_OF[role]
-    if role == "tool" and isinstance(content, dict):
+    if role == "tool" and not is_text(content):
         content = to_json(content, "tool_result")
+    content, thought = reasoning_apart(content) if role == "assistant" else (content, "")
     message: Message = {"role": role, "content": text_of(content)}
     if role == "assistant":
         if is_untrained(raw):
             message["weight"] = 0
-        if reasoning := _reasoning(raw):
+        if reasoning := _reasoning({**raw, "thinking": thought} if thought else raw):
             message["reasoning_content"] = reasoning
         if calls := _tool_calls(raw.get("tool_calls") or raw.get("function_call")):
             message["tool_calls"] = calls
@@ -219,14 +190,20 @@ def _each(raw: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
             yield {"role": ("user", "assistant")[index % 2], "content": text}, False
         return
     for each in raw:
-        is_pair = isinstance(each, dict) and not (each.get("role") or each.get("from"))
-        if is_pair and "input" in each and "output" in each:  # XTuner, Capybara
+        if pair := _pair(each):
             if each.get("system"):
                 yield {"role": "system", "content": each["system"]}, False
-            yield {"role": "user", "content": each["input"]}, False
-            yield {"role": "assistant", "content": each["output"]}, False
+            yield {"role": "user", "content": each[pair[0]]}, False
+            yield {"role": "assistant", "content": each[pair[1]]}, False
         else:
             yield each, isinstance(each, dict) and each.get("channel") == "analysis"
+
+
+def _pair(item: Any) -> tuple[str, ...]:
+    """The keys of a question and its answer, where an item of a chat column holds both."""
+    if not isinstance(item, dict) or item.get("role") or item.get("from"):
+        return ()
+    return next((pair for pair in _PAIRS if pair[0] in item and pair[1] in item), ())
 
 
 def read_messages(raw: Any) -> list[Message]:
@@ -263,12 +240,20 @@ def read_messages(raw: Any) -> list[Message]:
     return messages
 
 
+def _keys_read(message: Mapping[str, Any]) -> set[str]:
+    if pair := _pair(message):
+        return {"system", *pair}
+    filled = _filled(message)
+    return _READ_KEYS - {key for key in filled[1:] if message[key] != message[filled[0]]}
+
+
 def unread_keys(raw: Any) -> set[str]:
     """Keys of a chat column's messages that hold text and are not read."""
     return {
         f"messages[].{key}"
         for message in (raw if isinstance(raw, list) else [])
-        if isinstance(message, dict) and (message.get("role") or message.get("from"))
+        if isinstance(message, dict)
+        for read in [_keys_read(message)]
         for key, value in message.items()
-        if key not in _READ_KEYS and any(texts(value))
+        if key not in read and any(texts(value))
     }

@@ -30,9 +30,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from shared.prompts.columns import Columns
+from shared.prompts.content import Unusable as Unusable
+from shared.prompts.content import encodable
 from shared.prompts.messages import Message as Message
-from shared.prompts.messages import Unusable as Unusable
-from shared.prompts.messages import encodable
 
 _NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 _MAX_NAME_CHARS = 512

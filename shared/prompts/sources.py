@@ -16,11 +16,12 @@ from pathlib import Path
 import pydantic
 
 from shared.config import Section, identity
+from shared.errors import UserError
 from shared.io import files
 from shared.paths import find_input
 from shared.prompts import folders, formats, hub
 from shared.prompts.columns import COLUMNS
-from shared.prompts.messages import Unusable
+from shared.prompts.content import Unusable
 from shared.prompts.rows import BadRow, Prompt, parse_row, short_hash
 from shared.runtime.status import Accounting
 
@@ -85,8 +86,27 @@ def find_files(source: Source, workspace: Path, *, label: str) -> list[Path]:
     Raises:
         UserError: there are none, or the recipe must say which split.
     """
+    _require_files_alone(source, label)
     found, _ = folders.find(source.path, source.split, workspace, label=label)
     return [each.path for each in found]
+
+
+def _require_files_alone(source: Source, label: str) -> None:
+    """Refuse what only a hub's data set has.
+
+    Raises:
+        UserError: a source of files has a subset or a revision.
+    """
+    given = [name for name in ("subset", "revision") if getattr(source, name) is not None]
+    if given:
+        raise UserError(
+            f"{label}: {source.path}: expected no {given[0]} of files here, found "
+            f"{getattr(source, given[0])!r}.",
+            code="prompts-no-subset",
+            remedy="Take it out; give the folder of one subset as the path. A data set on the hub is "
+            "owner/name.",
+            facts={"path": source.path, "setting": given[0]},
+        )
 
 
 def digest(source: Source, workspace: Path, *, label: str) -> str:
@@ -142,6 +162,7 @@ def _warn(text: str) -> None:
 
 
 def _of_files(source: Source, workspace: Path, label: str) -> Iterator[Prompt | BadRow]:
+    _require_files_alone(source, label)
     found, unread = folders.find(source.path, source.split, workspace, label=label)
     for each in unread:
         yield BadRow(each.name, "file_not_read", each.why_not)

@@ -3,6 +3,7 @@
 
 import contextlib
 import decimal
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,38 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         batch.validate(full=True)
         for start in range(0, batch.num_rows, _BATCH_ROWS):
-            yield from map(without_nulls, batch.slice(start, _BATCH_ROWS).to_pylist())
+            yield from plain_rows(batch.slice(start, _BATCH_ROWS))
+
+
+def plain_rows(table: Any) -> Iterator[Any]:
+    """The rows of a table as JSON has them: no padded nulls, and what is JSON by its type as a value."""
+    names = [field.name for field in table.schema if _has_json(field.type)]
+    for row in table.to_pylist():
+        decoded = {name: _decoded(row[name], table.schema.field(name).type) for name in names}
+        others = {name: value for name, value in row.items() if name not in decoded}
+        read = {name: value for name, value in decoded.items() if row[name] is not None}
+        yield {**without_nulls(others), **read}
+
+
+def _has_json(kind: Any) -> bool:
+    """Whether a type is Arrow's JSON, which `datasets` takes for values of several types, or holds it."""
+    inner = [kind.field(index).type for index in range(kind.num_fields)]
+    return str(kind).startswith("extension<arrow.json") or any(map(_has_json, inner))
+
+
+def _decoded(value: Any, kind: Any) -> Any:
+    if value is None or not _has_json(kind):
+        return without_nulls(value)
+    if isinstance(value, list):
+        return [_decoded(each, kind.field(0).type) for each in value]
+    if isinstance(value, dict):
+        read = {key: _decoded(inner, kind.field(key).type) for key, inner in value.items()}
+        return {key: inner for key, inner in read.items() if value[key] is not None}
+    with contextlib.suppress(
+        ValueError, TypeError, RecursionError
+    ):  # the reader of messages tells what it is
+        return json.loads(value)
+    return value
 
 
 def without_nulls(value: Any) -> Any:

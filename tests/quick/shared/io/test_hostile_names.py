@@ -9,7 +9,7 @@ import torch
 
 from shared.config import build
 from shared.errors import UserError
-from shared.prompts.messages import Unusable
+from shared.prompts.content import Unusable
 from shared.prompts.rows import parse_row
 from shared.prompts.sources import Source, read_source
 from shared.runtime.status import Accounting

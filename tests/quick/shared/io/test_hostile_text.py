@@ -11,8 +11,8 @@ import pytest
 from shared.artifacts.manifest import read_manifest
 from shared.config import build
 from shared.errors import UserError
+from shared.prompts.content import Unusable
 from shared.prompts.formats import parse_json
-from shared.prompts.messages import Unusable
 from shared.prompts.rows import Prompt, parse_row
 from shared.prompts.sources import Source, read_source
 from stages.synth.config import SynthConfig

@@ -3,7 +3,7 @@
 
 import pytest
 
-from shared.prompts.messages import Unusable
+from shared.prompts.content import Unusable
 from shared.prompts.rows import Turn, parse_row
 from tests.quick.shared.prompts.test_rows import ASSISTANT, CALLING, SYSTEM, USER
 

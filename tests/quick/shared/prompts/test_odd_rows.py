@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of data sets whose columns and keys lose something in silence where a reader is careless."""
 
+import json
 import math
+from typing import Any
 
 import pytest
 
@@ -44,6 +46,7 @@ def test_a_calls_arguments_under_every_name(key: str) -> None:
         {"train": False},
         {"trainable": "false"},
         {"loss_weight": 0},
+        {"loss_scale": 0.0},
         {"masked": True},
         {"ignore": 1},
     ],
@@ -52,6 +55,20 @@ def test_an_answer_that_is_not_to_be_trained_on(mark: dict[str, object]) -> None
     first, second = parse_row({"messages": [USER, {**CHAT, **mark}, USER, CHAT]}).turns
     assert (first.is_trained, second.is_trained) == (False, True)
     assert first.answer == second.answer == CHAT
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "completion": [CHAT], "label": False},
+        {"prompt": "cat", "completion": "chat", "label": "False"},
+        {"prompt": "cat", "completion": "chat", "label": 0},
+        {"messages": [USER, CHAT], "kto_tag": False},
+    ],
+)
+def test_a_bad_answer_in_every_form_of_kto(row: dict[str, object]) -> None:
+    (turn,) = parse_row(row).turns
+    assert (turn.answer, turn.is_trained) == (CHAT, False)
 
 
 def test_a_bad_answer_of_kto_is_not_trained_on() -> None:
@@ -92,6 +109,10 @@ def test_a_number_that_is_none_is_no_id(gap: float) -> None:
         ({"messages": [{**USER, "tools": [{"name": "f"}]}]}, "messages[].tools"),
         ({"messages": [USER, {**CHAT, "notes": [{"text": "hm"}]}]}, "messages[].notes"),
         ({"prompt": "cat", "chat_template_kwargs": {"thinking": False}}, "chat_template_kwargs"),
+        ({"messages": [USER, {**CHAT, "text": "chien"}]}, "messages[].text"),
+        ({"messages": [{"human": "cat", "assistant": "chat", "mood": "good"}]}, "messages[].mood"),
+        ({"messages": [USER, CHAT], "loss_mask": [0, 1]}, "loss_mask"),
+        ({"messages": [USER, CHAT], "weight": 0}, "weight"),
     ],
 )
 def test_what_is_not_read_is_named(row: object, unread: str) -> None:
@@ -109,6 +130,12 @@ def test_what_is_not_read_is_named(row: object, unread: str) -> None:
         ({"prompt": "cat", "tools": [{"type": "web_search"}]}, "broken_tools"),
         ({"prompt": "dog", "chosen": [USER, CHAT]}, "two_conversations"),
         ({"id": ["a", "b"], "prompt": ["cat", "dog"]}, "bad_id"),
+        ({"messages": [USER, {**CHAT, "loss_mask": [0, 1]}]}, "partly_trained"),
+        ({"messages": [USER, {**CHAT, "train_detail": [{"begin_offset": 0, "train": False}]}]},
+         "partly_trained"),
+        ({"messages": [USER, {**CHAT, "reasoning": "a", "thinking": "b"}]}, "two_reasonings"),
+        ({"messages": [USER, {**CHAT, "content": [{"type": "text", "content": "B"}]}]}, "not_text"),
+        ({"messages": [USER, {**CHAT, "content": [{"type": "text", "text": 5}]}]}, "not_text"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_refused(row: object, reason: str) -> None:
@@ -130,9 +157,67 @@ def test_a_system_column_of_text_or_of_parts(system: object) -> None:
     assert prompt.turns[0].asked == ({"role": "system", "content": "Be brief."}, USER)
 
 
-def test_a_refusal_is_the_answer() -> None:
-    refused = {"role": "assistant", "content": None, "refusal": "No."}
-    assert answers({"messages": [USER, refused]}) == [{"role": "assistant", "content": "No."}]
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "No."},
+        {"content": "", "text": "No."},
+        {"content": [], "refusal": "No."},
+        {"content": [{"type": "refusal", "refusal": "No."}]},
+        {"content": [{"type": "text", "text": {"value": "No.", "annotations": []}}]},
+        {"parts": [{"text": "No."}]},
+    ],
+)
+def test_an_answer_under_any_key_and_in_any_part(said: dict[str, object]) -> None:
+    row = {"messages": [USER, {"role": "assistant", **said}]}
+    assert answers(row) == [{"role": "assistant", "content": "No."}]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": "hm", "signature": ""},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+        {"type": "reasoning", "text": "hm"},
+    ],
+)
+def test_a_part_that_is_reasoning(part: dict[str, object]) -> None:
+    parts = {"role": "assistant", "content": [part, {"type": "text", "text": "chat"}]}
+    assert answers({"messages": [USER, parts]}) == [{**CHAT, "reasoning_content": "hm"}]
+    late = {"role": "assistant", "content": [{"type": "text", "text": "chat"}, part]}
+    with pytest.raises(Unusable, match="not_text"):
+        parse_row({"messages": [USER, late]})
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [([{"temp": 3}, {"temp": 4}], '[{"temp": 3}, {"temp": 4}]'), (42, "42"), (False, "false")],
+)
+def test_a_tools_result_that_is_no_text_is_json(result: object, text: str) -> None:
+    calling = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    tool = {"role": "tool", "content": result}
+    prompt = parse_row({"messages": [USER, calling, tool, CHAT]})
+    assert prompt.turns[1].asked == ({"role": "tool", "content": text},)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": json.dumps([USER]), "completion": json.dumps([CHAT])},
+        {"prompt": "cat", "chosen": json.dumps([USER, CHAT])},
+        {"input": json.dumps([USER]), "output": "chat"},
+        {"conversation": [{"human": "cat", "assistant": "chat"}]},
+        {"contents": [{"role": "user", "parts": [{"text": "cat"}]},
+                      {"role": "model", "parts": [{"text": "chat"}]}]},
+    ],
+)  # fmt: skip
+def test_messages_as_json_text_and_in_further_forms(row: dict[str, Any]) -> None:
+    assert parse_row(row).turns == parse_row({"messages": [USER, CHAT]}).turns
+
+
+def test_a_question_about_json_stays_a_text() -> None:
+    for text in ('["a", "b"]', '[{"role": "x"', '[{"name": "cat"}]'):
+        assert parse_row({"prompt": text}).messages[0]["content"] == text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.prompts.messages import Unusable
+from shared.prompts.content import Unusable
 from shared.prompts.rows import BadRow, Prompt, Turn, parse_row
 from shared.prompts.sources import Source, read_source, without_duplicates
 
