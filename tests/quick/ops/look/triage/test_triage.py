@@ -151,6 +151,18 @@ def test_what_a_fix_tells_to_set_is_there_to_be_set() -> None:
         assert named <= keys, rule.id
 
 
+@pytest.mark.parametrize(
+    "rule_id", ["compiler-missing", "kernel-shared-memory", "engine-compile-failed"]
+)
+def test_a_kernel_of_train_s_is_no_engine_s(rule_id: str) -> None:
+    """Only train's can be left out by a variable, and train has no engine to start eagerly."""
+    (rule,) = (rule for rule in RULES if rule.id == rule_id)
+    told = {stage: render(rule.fix, Case("logs", None, []), stage) for stage in ("train", "synth")}
+    assert "EYRIE_TRAIN_KERNELS=torch" in told["train"] and "eager" not in told["train"]
+    assert "attention-backend" not in told["train"]
+    assert "EYRIE_TRAIN_KERNELS" not in told["synth"]
+
+
 @pytest.mark.parametrize("rule", RULES, ids=[rule.id for rule in RULES])
 def test_a_rule_reads_well_even_where_it_caught_nothing(rule: Rule) -> None:
     for stage in ("synth", "dump", "train", "bench", None):
