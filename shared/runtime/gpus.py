@@ -1,10 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPUs that a process of this machine may use, as nvidia-smi tells them: no torch, no CUDA context."""
 
+import itertools
 import os
 import subprocess
+from collections.abc import Mapping
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def listed_devices(environment: Mapping[str, str] = os.environ) -> list[str] | None:
+    """The names in CUDA_VISIBLE_DEVICES; None where it is not set, and every GPU may be used.
+
+    As CUDA reads it, an empty entry or -1 ends the list.
+    """
+    if DEVICES not in environment:
+        return None
+    names = [name.strip() for name in environment[DEVICES].split(",")]
+    return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
 
 
 def visible_gpus() -> list[tuple[str, int | None]]:
@@ -35,9 +48,9 @@ def _visible(count: int) -> list[int]:
 
     A part of a GPU (MIG) counts as GPU 0: nvidia-smi's query does not list parts.
     """
-    if DEVICES not in os.environ or count == 0:
+    names = listed_devices()
+    if names is None or count == 0:
         return list(range(count))
-    names = [name.strip() for name in os.environ[DEVICES].split(",") if name.strip()]
     uuids = [] if all(map(str.isdecimal, names)) else _query("uuid")
     chosen: list[int] = []
     for name in names:

@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from shared.errors import EyrieError, RetryableError
 from shared.runtime.children import free_port
+from shared.runtime.gpus import listed_devices
 from shared.runtime.process import die_with_parent, end_group, stop_if_requested
 from shared.vllm import engine_start
 
@@ -124,20 +125,21 @@ def start_server(
         environment: on top of this process's.
     """
     port, api_key = free_port(), secrets.token_urlsafe(32)
+    inherited = {**_ENVIRONMENT, _CPU_CACHE: "1", **os.environ}
+    if "kv-cache-memory-bytes" in options:  # the variable would overrule the option in silence
+        inherited.pop(_CPU_CACHE)
+    variables = {**inherited, **(environment or {}), "VLLM_API_KEY": api_key}
     own: dict[str, Any] = {
         "served-model-name": MODEL_NAME,
         "host": "127.0.0.1",
         "port": port,
         "disable-uvicorn-access-log": True,
         # Compiling for a CPU takes longer than most runs there.
-        "enforce-eager": not any(path.exists() for path in _ACCELERATORS),
+        "enforce-eager": not _has_accelerator(variables),
     }
-    inherited = {**_ENVIRONMENT, _CPU_CACHE: "1", **os.environ}
-    if "kv-cache-memory-bytes" in options:  # the variable would overrule the option in silence
-        inherited.pop(_CPU_CACHE)
     process = subprocess.Popen(
         [sys.executable, "-m", _MODULE, *_flags(own | dict(options))],
-        env={**inherited, **(environment or {}), "VLLM_API_KEY": api_key},
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -147,6 +149,12 @@ def start_server(
         yield ChildServer(process, port, api_key)
     finally:
         end_group(process, grace_s=_GRACE_S)
+
+
+def _has_accelerator(environment: Mapping[str, str]) -> bool:
+    """Whether a server with these variables finds one: CUDA_VISIBLE_DEVICES= hides them all."""
+    is_hidden = listed_devices(environment) == []
+    return not is_hidden and any(path.exists() for path in _ACCELERATORS)
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

@@ -13,18 +13,17 @@ from collections.abc import Sequence
 
 from shared.errors import EXIT_BUG, EXIT_STOPPED, EyrieError, OutputError, RetryableError, UserError
 from shared.runtime.children import wait_for_all
+from shared.runtime.gpus import DEVICES, listed_devices
 from shared.runtime.process import die_with_parent, stop_if_requested, stopped
 from stages.dump.config import ENGINES_VARIABLE, DumpConfig
-
-DEVICES = "CUDA_VISIBLE_DEVICES"
 
 logger = logging.getLogger(__name__)
 
 
 def visible_devices() -> list[str]:
     """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them."""
-    if DEVICES in os.environ:
-        return [name for name in os.environ[DEVICES].split(",") if name]
+    if (listed := listed_devices()) is not None:
+        return listed
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]

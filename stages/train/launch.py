@@ -8,7 +8,6 @@ failed first, while torchrun exits with 1 for every failure. SIGTERM goes to eve
 and exits.
 """
 
-import itertools
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from shared.artifacts.sharding import INDEX_VARIABLE
 from shared.errors import EXIT_BUG, EXIT_DONE, EXIT_OUTPUT, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
 from shared.runtime.children import Children, free_port, wait_for_all
+from shared.runtime.gpus import listed_devices
 from shared.runtime.process import catch_stop_signals, die_with_parent, stop_requested
 
 _DEVICES = Path("/dev")
@@ -26,15 +26,9 @@ _GRACE_S = 60.0
 
 
 def num_gpus() -> int:
-    """GPUs that this process may use: those of $CUDA_VISIBLE_DEVICES, else all of the node.
-
-    As CUDA does, an entry of -1 ends the list.
-    """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        return len(list(_DEVICES.glob("nvidia[0-9]*")))
-    names = [name.strip() for name in listed.split(",")]
-    return len(list(itertools.takewhile(lambda name: name not in ("", "-1"), names)))
+    """GPUs that this process may use: those of $CUDA_VISIBLE_DEVICES, else all of the node."""
+    listed = listed_devices()
+    return len(list(_DEVICES.glob("nvidia[0-9]*"))) if listed is None else len(listed)
 
 
 def _number(name: str, default: int) -> int:

@@ -57,6 +57,21 @@ def test_a_cache_that_was_asked_for_is_not_overruled(
     assert found["flags"][place + 1] == "400000"
 
 
+@pytest.mark.parametrize(
+    ("visible", "is_eager"), [(None, False), ("1,0", False), ("", True), ("-1", True)]
+)
+def test_a_server_that_sees_no_gpu_compiles_nothing(
+    probed: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, is_eager: bool
+) -> None:
+    """What preflight advises beside a GPU where torch is for the processor."""
+    monkeypatch.setattr(server, "_ACCELERATORS", (probed.parent,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    chosen = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert ("--enforce-eager" in started(probed, {}, **chosen)["flags"]) is is_eager
+    monkeypatch.setattr(server, "_ACCELERATORS", (probed.parent / "none",))
+    assert "--enforce-eager" in started(probed, {}, **chosen)["flags"]
+
+
 def test_the_key_is_in_no_process_list(probed: Path) -> None:
     found = started(probed, {"enable-log-requests": True, "max-model-len": None})
     key = found["environment"]["VLLM_API_KEY"]
