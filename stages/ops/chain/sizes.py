@@ -56,9 +56,12 @@ def checkpoint_bytes(head: HeadConfig, train: Mapping[str, Any]) -> int:
 
 
 def train_bytes(head: HeadConfig) -> int:
-    """What one rank holds beside activations: the state, and frozen rows of the target in fp32."""
+    """What one rank holds beside activations: the state, and frozen rows of the target in bfloat16.
+
+    These are the embedding, and lm_head's rows of the draft vocabulary; in float32 they take twice that.
+    """
     frozen = (head.vocab_size + head.draft_vocab_size) * head.hidden_size
-    return STATE_BYTES_A_WEIGHT * head.num_parameters + 4 * frozen
+    return STATE_BYTES_A_WEIGHT * head.num_parameters + 2 * frozen
 
 
 def certain_disk_bytes(left: Sequence[Step], config: TargetConfig, paths: RunPaths) -> int:

@@ -22,7 +22,7 @@ def test_estimates_worked_by_hand(workspace: Path) -> None:
     assert by_stage["bench"].work == "2 rows, at most 512 tokens"
     # fc 64 x 192; q 64 x 128, k and v 32 x 128 each, o 64 x 64; MLP 3 x 64 x 128; 4 norms; lm_head
     weights = 64 * 192 + 128 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128 + 4 * 64 + 128 * 64
-    size = 16 * weights + 4 * (512 + 128) * 64
+    size = 16 * weights + 2 * (512 + 128) * 64
     assert by_stage["train"].memory == f"{size / 1e6:.1f} MB and activations"
     assert {row.time for row in found} == {"unknown"}
 

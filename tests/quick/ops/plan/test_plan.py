@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from shared.config import build
@@ -14,6 +15,7 @@ from shared.errors import UserError
 from shared.io.safetensors_files import TensorInfo
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
+from stages.ops.chain import sizes
 from stages.ops.config import PlanConfig
 from stages.ops.expected import expectation
 from stages.ops.plan import overlay
@@ -23,6 +25,9 @@ from stages.ops.plan.output import recipe
 from stages.ops.plan.run import read_model, run
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
+from stages.train.loop.optimizer import make_optimizer
+from stages.train.model import DraftHead
+from tests.quick.train.export.test_export import CONFIG
 
 ROOT = Path(__file__).resolve().parents[4]
 CONFIGS = ROOT / "tests" / "fixtures" / "configs"
@@ -198,6 +203,23 @@ def test_a_shallow_target_gets_aux_layers_that_fit() -> None:
     by_gpu = {"L4": 64, "L40S": 256, "A100-40": 256, "H100": 512}
     made = {gpu: yaml.safe_load(recipe(plan, settings(gpu=gpu))) for gpu in by_gpu}
     assert {gpu: found["synth"]["concurrency"] for gpu, found in made.items()} == by_gpu
+
+
+def test_the_training_state_is_what_a_head_and_its_optimizer_hold() -> None:
+    embeddings = torch.zeros(CONFIG.vocab_size, CONFIG.hidden_size).bfloat16()
+    vocabulary = torch.zeros(CONFIG.draft_vocab_size, dtype=torch.int64)
+    head = DraftHead(CONFIG, embed_tokens=embeddings, d2t=vocabulary)
+    optimizer = make_optimizer(head, learning_rate=1e-3)
+    sum(weight.sum() for weight in head.parameters()).backward()
+    optimizer.step()
+    held = [
+        head.embed_tokens,
+        head.lm_head.weight.bfloat16(),
+    ]  # the latter in place of the target's
+    for weight in head.parameters():
+        moments = [x for x in optimizer.state[weight].values() if x.dim()]
+        held += [weight, weight.grad, *moments]
+    assert sizes.train_bytes(CONFIG) == sum(x.nbytes for x in held)
 
 
 @pytest.mark.parametrize(
