@@ -169,6 +169,6 @@ def _refused(where: object) -> Iterator[None]:
         raise UserError(
             f"{where}: expected the sizes of a decoder, found {found}.",
             code="head-config",
-            remedy="Set run.target to a decoder whose config.json states them.",
+            remedy="Complete that config.json, or take a model whose own states them.",
             facts={"file": str(where)},
         ) from error

@@ -14,12 +14,15 @@ from pydantic import Field
 from shared.errors import UserError
 from shared.io.files import read_json
 from shared.io.records import Shape, require_shape
-from shared.io.safetensors_files import opened, read_header
+from shared.io.safetensors_files import INDEX, list_files, opened, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Positive = Annotated[int, Field(gt=0)]
+_OFFSETS = "Absolute ids are not offsets: subtract arange(draft_vocab_size)."
+# What trainers leave beside the weights, and vLLM passes over.
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
 
 
 class _Nested(Shape):
@@ -132,7 +135,7 @@ def read_head(folder: Path) -> Head:
 
 def _no_head(folder: Path, found: str) -> UserError:
     return UserError(
-        f"{folder}: expected an EAGLE-3 head (config.json and *.safetensors or pytorch_model.bin), "
+        f"{folder}: expected an EAGLE-3 head (config.json and *.safetensors or *.bin), "
         f"found {found}.",
         code="head-not-eagle3",
         remedy="Give the folder of an EAGLE-3 head; other kinds of drafters are not measured.",
@@ -141,11 +144,65 @@ def _no_head(folder: Path, found: str) -> UserError:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that vLLM loads: safetensors, or pickles where there are none."""
-    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not found:
-        raise _no_head(folder, "no weights")
-    return found
+    """The files that vLLM loads: those of the index, else all safetensors, else pickles.
+
+    Raises:
+        UserError: there are none, the index is damaged, or a file that it names is missing.
+    """
+    if (folder / INDEX).exists():
+        return list_files(folder)
+    pickles = (path for path in sorted(folder.glob("*.bin")) if path.name not in _NO_WEIGHTS)
+    if found := sorted(folder.glob("*.safetensors")) or list(pickles):
+        return found
+    raise _no_head(folder, "no weights")
+
+
+def misread(
+    head: Head, problem: str, remedy: str = "Export the head again.", **facts: Any
+) -> UserError:
+    """The refusal of a head that engines would serve as something that it is not."""
+    return UserError(
+        f"{head.folder}: {problem}.",
+        code="head-misread",
+        remedy=remedy,
+        facts={"head": str(head.folder), **facts},
+    )
+
+
+def draft_token_ids(head: Head, vocab_size: int) -> list[int]:
+    """[D] the target's id of each draft token, in the head's own order.
+
+    Raises:
+        UserError: `d2t` is missing, holds no offsets to distinct ids below `vocab_size`, or says
+            another thing than `t2d`.
+    """
+    if head.draft_vocab_size == vocab_size:
+        if "d2t" in head.shapes:
+            raise misread(head, "it has a d2t, though its vocabulary is the target's")
+        return list(range(vocab_size))
+    if (d2t := head.tensor("d2t")) is None:
+        raise misread(
+            head, "it has no d2t, and vLLM would map its tokens to the target's first ids"
+        )
+    if d2t.is_floating_point() or d2t.is_complex():
+        raise misread(head, f"d2t must hold whole numbers, found {d2t.dtype}", _OFFSETS)
+    if list(d2t.shape) != [head.draft_vocab_size]:
+        raise misread(
+            head,
+            f"d2t must be [{head.draft_vocab_size}], one a draft token, found {list(d2t.shape)}",
+        )
+    ids = [index + int(offset) for index, offset in enumerate(d2t.tolist())]
+    if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= vocab_size:
+        raise misread(
+            head,
+            "d2t must hold offsets (target id = draft id + d2t[draft id]) to distinct ids below "
+            f"{vocab_size}, found ids {min(ids)} to {max(ids)}, {len(ids) - len(set(ids))} twice",
+            _OFFSETS,
+        )
+    t2d = head.tensor("t2d")  # [V], true for the draft vocabulary; engines do not read it
+    if t2d is not None and t2d.any() and t2d.flatten().nonzero().flatten().tolist() != sorted(ids):
+        raise misread(head, "d2t gives other target ids than t2d marks", _OFFSETS)
+    return ids
 
 
 def _read_shapes(path: Path) -> dict[str, list[int]]:

@@ -59,7 +59,9 @@ def read_variant(config: Mapping[str, Any]) -> HeadVariant:
     """
     nested = config.get("eagle_config") or {}
     is_speculators = config.get("speculators_model_type") is not None
-    is_qwen3 = QWEN3_ARCHITECTURE in (config.get("architectures") or [])
+    # vLLM serves a head that names its target's class by that name with Eagle3 before it.
+    names = config.get("architectures") or []
+    is_qwen3 = QWEN3_ARCHITECTURE in (*names, *(f"Eagle3{name}" for name in names))
     qk_norm = is_qwen3 or (is_speculators and config.get("model_type") == "qwen3")
     is_sliding = (config.get("layer_types") or [None])[0] == "sliding_attention"
     # transformers' Qwen3Config drops the window otherwise.

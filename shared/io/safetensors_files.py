@@ -14,6 +14,7 @@ from shared.io.records import Shape, read_record
 if TYPE_CHECKING:
     import torch
 
+INDEX = "model.safetensors.index.json"
 _RESTORE = "Restore it from where it comes from."
 # Bits of an element whose dtype does not end in its number of bits.
 _BITS = {
@@ -68,7 +69,7 @@ def list_files(folder: Path) -> list[Path]:
     Raises:
         UserError: there are none, or the index is damaged.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.exists():
         return [folder / name for name in sorted(set(_weight_map(index).values()))]
     single = folder / "model.safetensors"
@@ -106,7 +107,7 @@ def read_tensor(folder: Path, name: str) -> "torch.Tensor":
     Raises:
         UserError: the files are missing or damaged, or none holds it.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.exists() and name in (names := _weight_map(index)):
         files = [folder / names[name]]
     else:

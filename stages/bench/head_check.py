@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shared.contracts.head_folder import Head, read_head
+from shared.contracts.head_folder import Head, draft_token_ids, misread, read_head
 from shared.contracts.head_variant import read_variant
 from shared.errors import RetryableError, UserError
 from shared.io import files
@@ -25,7 +25,6 @@ from shared.target.model import TargetConfig
 from stages.bench.measure.plans import Plan
 
 _DROPPED_WITHOUT_LOSS = ("t2d", "rotary_emb.", "rotary_pos_emb.")
-_OFFSETS = "Absolute ids are not offsets: subtract arange(draft_vocab_size)."
 # What to look at, by a part of the name that does not fit.
 _HINTS = {
     "input_norm": "norm_before_fc says whether there is an input_norm.",
@@ -51,18 +50,8 @@ def check(folder: Path, target: TargetConfig) -> list[str]:
     """
     head = read_head(folder)
     _check_target(head, target)
+    _check_names(head)
     return [*_check_vocabulary(head, target), *_check_aux_layers(head, target), *_meant(head)]
-
-
-def _misread(
-    head: Head, problem: str, remedy: str = "Export the head again.", **facts: Any
-) -> UserError:
-    return UserError(
-        f"{head.folder}: {problem}.",
-        code="head-misread",
-        remedy=remedy,
-        facts={"head": str(head.folder), **facts},
-    )
 
 
 def _check_target(head: Head, target: TargetConfig) -> None:
@@ -77,11 +66,25 @@ def _check_target(head: Head, target: TargetConfig) -> None:
             facts={"head": str(head.folder), "expected": expected, "found": found},
         )
     if head.layout != "speculators" and head.config.get("target_hidden_size", 0) is None:
-        raise _misread(
+        raise misread(
             head,
             "target_hidden_size is null, which vLLM multiplies",
             "Remove the key from config.json, or set it to the target's hidden size.",
         )
+
+
+def _check_names(head: Head) -> None:
+    """What every EAGLE-3 head has is there, and not under a longer name."""
+    if any(name.startswith("fc.") for name in head.shapes):
+        return
+    longer = [name for name in head.shapes if ".fc." in name]
+    first = sorted(head.shapes)[:3]
+    raise misread(
+        head,
+        f"it has no fc.weight, which combines the aux layers' states; found {longer or first}",
+        "Rename its tensors (without that prefix)." if longer else "Give an EAGLE-3 head.",
+        found=longer or first,
+    )
 
 
 def _check_vocabulary(head: Head, target: TargetConfig) -> list[str]:
@@ -98,37 +101,12 @@ def _check_vocabulary(head: Head, target: TargetConfig) -> list[str]:
             "engines tie. Set it to false."
         )
     if own and own[0] != head.draft_vocab_size:
-        raise _misread(
+        raise misread(
             head,
             f"draft_vocab_size is {head.draft_vocab_size}, lm_head.weight has {own[0]} rows",
             "Set draft_vocab_size in its config.json to the rows of lm_head.weight.",
         )
-    if head.draft_vocab_size == target.vocab_size:
-        if "d2t" in head.shapes:
-            raise _misread(head, "it has a d2t, though its vocabulary is the target's")
-        return warnings
-    if (d2t := head.tensor("d2t")) is None:
-        raise _misread(
-            head, "it has no d2t, and vLLM would map its tokens to the target's first ids"
-        )
-    if d2t.is_floating_point() or d2t.is_complex():
-        raise _misread(head, f"d2t must hold whole numbers, found {d2t.dtype}", _OFFSETS)
-    if list(d2t.shape) != [head.draft_vocab_size]:
-        raise _misread(
-            head,
-            f"d2t must be [{head.draft_vocab_size}], one a draft token, found {list(d2t.shape)}",
-        )
-    ids = [index + int(offset) for index, offset in enumerate(d2t.tolist())]
-    if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= target.vocab_size:
-        raise _misread(
-            head,
-            "d2t must hold offsets (target id = draft id + d2t[draft id]) to distinct ids below "
-            f"{target.vocab_size}, found ids {min(ids)} to {max(ids)}, {len(ids) - len(set(ids))} twice",
-            _OFFSETS,
-        )
-    t2d = head.tensor("t2d")  # [V], true for the draft vocabulary; engines do not read it
-    if t2d is not None and t2d.any() and t2d.flatten().nonzero().flatten().tolist() != sorted(ids):
-        raise _misread(head, "d2t gives other target ids than t2d marks", _OFFSETS)
+    draft_token_ids(head, target.vocab_size)
     return warnings
 
 
@@ -137,7 +115,7 @@ def _check_aux_layers(head: Head, target: TargetConfig) -> list[str]:
     default = [2, target.num_layers // 2, target.num_layers - 3]
     used = own or nested or default
     if not own and nested and nested != default:
-        raise _misread(
+        raise misread(
             head,
             f"its aux layers {nested} stand in eagle_config alone, where vLLM takes them unshifted",
             "Add eagle_aux_hidden_state_layer_ids at the top of config.json: where they count the "
@@ -146,14 +124,14 @@ def _check_aux_layers(head: Head, target: TargetConfig) -> list[str]:
         )
     ascending = all(low < high for low, high in itertools.pairwise(used))
     if not ascending or used[0] < 0 or used[-1] > target.num_layers:
-        raise _misread(
+        raise misread(
             head,
             f"its aux layers {used} are not ascending within the target's {target.num_layers} layers",
             aux_layers=used,
         )
     fc = head.shapes.get("fc.weight", [])
     if fc and fc[-1] != len(used) * target.hidden_size:
-        raise _misread(
+        raise misread(
             head,
             f"fc.weight {fc} does not take the states of the {len(used)} aux layers {used}, "
             f"{target.hidden_size} wide each",
@@ -229,7 +207,7 @@ def check_in_vllm(plan: Plan, folder: Path, speculative: dict[str, Any], work: P
     _check_parameters(head, answer)
     num_used = len(answer["aux_layers"] or (0, 0, 0))  # vLLM's own default is three layers
     if answer["num_aux_states"] not in (None, num_used):
-        raise _misread(
+        raise misread(
             head,
             f"vLLM {version} builds its fc for {answer['num_aux_states']} aux layers and hands it "
             f"{num_used}",
@@ -273,7 +251,7 @@ def _check_parameters(head: Head, answer: dict[str, Any]) -> None:
     if lines:
         names = [*answer["refused"], *dropped, *unwritten]
         hints = {hint: None for part, hint in _HINTS.items() for name in names if part in name}
-        raise _misread(
+        raise misread(
             head,
             f"its tensors are not the parameters of vLLM {answer['vllm_version']}: {'; '.join(lines)}",
             " ".join(["Mend its config.json or export the head again.", *hints]),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.contracts.head_folder import Head, read_head, weight_files
+from shared.contracts.head_folder import Head, draft_token_ids, read_head, weight_files
 from shared.contracts.head_variant import HeadVariant, named_variant, read_variant
 from shared.errors import UserError
 from shared.io import files
@@ -35,6 +35,9 @@ _MADE: dict[str, Any] = {
     "parallel_drafting": False,
     "quantization_config": None,
 }
+
+# Of transformers' LlamaConfig, where a head's config.json leaves it out.
+_DEFAULTS = {"max_position_embeddings": 2048}
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +92,7 @@ def load(
     _require_made(head)
     _require_aux_layers(head, list(aux_layers), list(default_aux_layers))
     shape = HeadConfig.from_json(
-        head.config,
+        _DEFAULTS | head.config,
         aux_layers=tuple(aux_layers),
         draft_vocab_size=head.draft_vocab_size,
         variant=read_variant(head.config),
@@ -115,11 +118,14 @@ def load(
         raise _unfit(
             head, f"its tensors are not those that its config.json asks for ({'; '.join(lines)})"
         )
-    d2t = tensors["d2t"].long() if "d2t" in tensors else None
-    if d2t is not None:
-        ids = d2t + torch.arange(len(d2t))
-        if int(ids.min()) < 0 or int(ids.max()) >= shape.vocab_size:
-            raise _unfit(head, "its d2t leads to ids outside the target's vocabulary")
+    if broken := sorted(n for n, tensor in tensors.items() if not tensor.float().isfinite().all()):
+        raise _unfit(head, f"{', '.join(broken)}: NaN or infinity")
+    # Ours ascend; a head with the same rows in another order drafts the same.
+    ids, order = torch.tensor(draft_token_ids(head, shape.vocab_size)).sort()
+    d2t = None
+    if "d2t" in tensors:
+        d2t = tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][order]
     warm = DraftHead(shape, embed_tokens=embed_tokens, d2t=d2t)
     warm.load_state_dict(tensors, strict=False)  # t2d follows from d2t
     return warm

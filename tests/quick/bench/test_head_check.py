@@ -221,6 +221,46 @@ def test_weights_as_pytorch_saves_them(made: Path, target: TargetConfig, tmp_pat
         head.check(folder, target)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "eagle_module."])
+def test_names_with_a_prefix_are_told(
+    made: Path, target: TargetConfig, tmp_path: Path, prefix: str
+) -> None:
+    def renamed(config: Config, weights: Weights) -> None:
+        for name in list(weights):
+            weights[prefix + name] = weights.pop(name)
+
+    with pytest.raises(UserError, match=rf"found \['{prefix}fc\.weight'\]") as refused:
+        head.check(changed(made, tmp_path / "head", renamed), target)
+    assert "Rename its tensors" in refused.value.remedy
+
+
+def test_an_index_says_which_files_are_the_heads(
+    made: Path, target: TargetConfig, tmp_path: Path
+) -> None:
+    folder = changed(made, tmp_path / "head", set_config())
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "a.safetensors", {"format": "pt"})
+    older = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    save_file(older, folder / "b.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, "a.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert head.check(folder, target) == []
+    assert torch.equal(read_head(folder).tensors()["fc.weight"], weights["fc.weight"])
+    (folder / "a.safetensors").unlink()
+    with pytest.raises(UserError, match=r"a\.safetensors, found none"):
+        head.check(folder, target)
+
+
+def test_pickles_of_another_name(made: Path, target: TargetConfig, tmp_path: Path) -> None:
+    """vLLM loads any `.bin` but those that a trainer leaves."""
+    folder = changed(made, tmp_path / "head", set_config())
+    torch.save(load_file(folder / "model.safetensors"), folder / "model.bin")
+    (folder / "model.safetensors").unlink()
+    torch.save({"lr": 1.0}, folder / "training_args.bin")
+    assert head.check(folder, target) == []
+
+
 def test_damaged_folders(made: Path, target: TargetConfig, tmp_path: Path) -> None:
     folder = changed(made, tmp_path / "head", set_config())
     (folder / "model.safetensors").write_bytes(b"no weights")

@@ -85,7 +85,8 @@ ERROR = re.compile(
 BAD_END = re.compile(
     r"(?i)\b(?:errors?|fail(?:ed|ure|s)?|cannot|could not|can't|unable|not found|denied|refused"
     r"|no (?:such|module named)"
-    r"|abort(?:ed|ing)?|not permitted|killed|terminated|invalid|unknown|unexpected|timed? ?out|exceeded|insufficient"
+    r"|not permitted|abort(?:ed|ing)?|killed|terminated|invalid|unknown|unexpected|timed? ?out"
+    r"|exceeded|insufficient"
     r"|backoff|fatal|missing|unreachable|disconnected|unauthori[sz]ed|forbidden|rejected|corrupt(?:ed)?)\b"
 )
 # The program's own word that it came to its end.

@@ -129,6 +129,7 @@ def test_a_head_keeps_its_own_rope_and_eps(place: Path, tmp_path: Path) -> None:
         (lambda c: c.update(fc_norm=True), "fc_norm.0.weight: None"),
         (lambda c: c["eagle_config"].update(norm_before_fc=True), "input_norm.weight: None"),
         (lambda c: c.update(architectures=["Eagle3Qwen3ForCausalLM"]), "self_attn.k_norm.weight"),
+        (lambda c: c.update(architectures=["Qwen3ForCausalLM"]), "self_attn.k_norm.weight"),
         (lambda c: c.update(parallel_drafting=True), "'parallel_drafting': True"),
         (lambda c: c.update(num_hidden_layers=2), "'num_hidden_layers': 2"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[2, 4, 5]), r"aux layers \[2, 4, 5\]"),
@@ -187,6 +188,47 @@ def test_a_window_must_show_the_whole_chain() -> None:
     with pytest.raises(UserError, match="draft_window must be above"):
         build(TrainConfig, flags)
     assert build(TrainConfig, {**flags, "ttt_steps": "15"}).draft_window == 16
+
+
+def test_a_vocabulary_in_another_order_drafts_the_same(place: Path, tmp_path: Path) -> None:
+    weights = load_file(place / "ours" / "model.safetensors")
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    ids = (weights["d2t"] + torch.arange(128))[order]
+    shuffled = {
+        "d2t": (ids - torch.arange(128)).int(),
+        "lm_head.weight": weights["lm_head.weight"][order],
+    }
+    head = changed(place, tmp_path / "head", lambda config: None, **shuffled)
+    assert same(start(place, head), start(place, "ours"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_vocabulary_that_is_no_offsets_is_refused(
+    place: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    d2t = 2 * torch.arange(128)  # as absolute ids they stay below 512
+    marks = torch.zeros(512, dtype=torch.bool)
+    marks[d2t] = True
+    head = changed(place, tmp_path / "head", lambda config: None, d2t=d2t.to(dtype), t2d=marks)
+    with pytest.raises(UserError, match="Absolute ids are not offsets") as refused:
+        start(place, head)
+    assert refused.value.code == "head-misread"
+
+
+def test_a_head_with_a_nan_is_refused(place: Path, tmp_path: Path) -> None:
+    head = changed(
+        place,
+        tmp_path / "head",
+        lambda config: None,
+        **{"norm.weight": torch.full((128,), torch.nan)},
+    )
+    with pytest.raises(UserError, match=r"norm\.weight: NaN or infinity"):
+        start(place, head)
+
+
+def test_a_length_that_the_config_leaves_out_is_llamas(place: Path, tmp_path: Path) -> None:
+    head = changed(place, tmp_path / "head", lambda config: config.pop("max_position_embeddings"))
+    assert start(place, head).config.max_position_embeddings == 2048
 
 
 def test_another_size_of_vocabulary_is_refused(place: Path) -> None:
