@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What train stands on: a finished dump, or what a dump beside it offers (`train.follow`)."""
 
+import importlib
 import time
 from typing import Any
 
@@ -25,6 +26,9 @@ def require_dump(config: TrainConfig) -> dict[str, Any]:
     folder = config.paths.stage("dump")
     if config.follow:
         peer = Peer(config.paths.status("dump").parent, "dump", patience_s=config.patience_s)
+        if read_manifest(folder, OFFER) is None:
+            # Takes seconds, in which dump starts and plans.
+            importlib.import_module("stages.train.loop.trainer")
         while read_manifest(folder, OFFER) is None:
             stop_if_requested("training was not begun")
             peer.require()
