@@ -77,7 +77,7 @@ def run(config: DumpConfig) -> None:
         plan = _settle(config, artifact, source, target_config, aux_layers)
         # Sampled answers are not the target's argmax: their agreement is reported, not required.
         min_agreement = config.min_agreement if source.is_greedy else 0.0
-        facts = {
+        facts: dict[str, Any] = {
             "aux_layers": list(aux_layers),
             "target_hash": artifact.identity["input.target"],
             "greedy": source.is_greedy,
@@ -88,6 +88,7 @@ def run(config: DumpConfig) -> None:
         if config.window_shards is not None:
             from stages.dump.shards import window as windows
 
+            facts["tokens"] = plan.tokens  # training may end before it has read them all
             windows.offer(artifact, config, target_config, aux_layers, plan, source, facts)
             status = Status(config.paths.status(config.process_name))
             window = windows.Window(artifact.folder, config, plan, artifact.fingerprint, status)

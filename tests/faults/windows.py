@@ -67,9 +67,18 @@ class Bed:
 
 
 def write_recipe(
-    workspace: Path, *, window_shards: int = WINDOW, epochs: int = 2, patience_s: int = PATIENCE_S
+    workspace: Path,
+    *,
+    window_shards: int = WINDOW,
+    epochs: int = 2,
+    patience_s: int = PATIENCE_S,
+    **train: object,
 ) -> None:
-    """The tiny run's recipe with a window: two rows a shard, two a step."""
+    """The tiny run's recipe with a window: two rows a shard, two a step.
+
+    Args:
+        train: settings of train on top.
+    """
     train = {
         "batch_tokens": 2 * (runs.PROMPT_TOKENS + runs.ANSWER_TOKENS),
         "follow": True,
@@ -79,6 +88,8 @@ def write_recipe(
         "checkpoint_every_steps": 1000,
         "mixed_precision": "no",
         "patience_s": patience_s,
+        "plateau_fraction": None,
+        **train,
     }
     path = runs.write_recipe(workspace, **train)
     recipe = yaml.safe_load(path.read_text())

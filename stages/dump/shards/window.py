@@ -60,7 +60,7 @@ def offer(
         facts: of the artifact's manifest that are known before any state is.
     """
     folder = artifact.folder
-    facts = {**facts, "tokens": plan.tokens, "window_shards": config.window_shards}
+    facts = {**facts, "window_shards": config.window_shards}
     with lock(folder / f"{LOCK}-window", wait=True):
         found = read_manifest(folder, window.OFFER)
         if (

@@ -46,10 +46,21 @@ def watched(process: "subprocess.Popen[bytes]", workspace: Path) -> int:
     return most
 
 
-def workspace_of(folder: Path, window_shards: int) -> Path:
-    runs.make_synth(folder, num_rows=2 * SHARDS)
-    windows.write_recipe(folder, window_shards=window_shards, epochs=1, patience_s=300)
+def workspace_of(
+    folder: Path, window_shards: int, *, shards: int = SHARDS, **train: object
+) -> Path:
+    runs.make_synth(folder, num_rows=2 * shards)
+    windows.write_recipe(folder, window_shards=window_shards, epochs=1, patience_s=300, **train)
     return folder
+
+
+def require_valid(workspace: Path) -> None:
+    """`ops validate` has nothing against dump's artifact."""
+    words = ["validate", str(workspace / "run"), "--only", "dump"]
+    asked = subprocess.run(
+        [sys.executable, "-m", "stages.ops", *words], cwd=runs.ROOT, capture_output=True, text=True
+    )
+    assert asked.returncode == 0, asked.stdout + asked.stderr
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +85,22 @@ def test_a_small_window_gives_the_same_weights_and_needs_little_disk(
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    words = ["validate", str(workspace / "run"), "--only", "dump"]
-    asked = subprocess.run(
-        [sys.executable, "-m", "stages.ops", *words], cwd=runs.ROOT, capture_output=True, text=True
+    require_valid(workspace)
+
+
+def test_a_training_that_ends_early_leaves_a_valid_dump(tmp_path: Path) -> None:
+    shards = 16
+    workspace = workspace_of(
+        tmp_path,
+        WINDOW,
+        shards=shards,
+        eval_every_steps=1,
+        plateau_fraction=0.25,
+        learning_rate=1e-9,
     )
-    assert asked.returncode == 0, asked.stdout
+    watched(run(workspace), workspace)
+    assert len(list((workspace / "run/dump").glob("shard_*.json"))) < shards
+    require_valid(workspace)
 
 
 def test_its_manifest_has_the_checks_of_all_shards(kept: Path) -> None:
