@@ -119,7 +119,7 @@ class RunConfig(Section):
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """What every rendering of the chat template gets: `chat_template_kwargs` over `reasoning`."""
-        disabled = {"enable_thinking": False, "thinking": False}
+        disabled = {"enable_thinking": False, "thinking": False, "thinking_budget": 0}
         return {**(disabled if self.reasoning == "disable" else {}), **self.chat_template_kwargs}
 
 

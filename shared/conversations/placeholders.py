@@ -108,7 +108,9 @@ class _Placeholders:
         changed = {**call, "function": function}
         if call_id := call.get("id"):
             name = call["function"]["name"]
-            changed["id"] = self.ids[call_id] = call_id.replace(name, function["name"])
+            # Kimi spells a call's name in its id alone: functions.weather:0.
+            as_name = rf"(?<![^.]){re.escape(name)}(?=:\d+$|$)"
+            changed["id"] = self.ids[call_id] = re.sub(as_name, function["name"], call_id)
         return changed
 
 

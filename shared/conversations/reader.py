@@ -13,6 +13,12 @@ from shared.prompts.rows import Message, Prompt
 from shared.target.special_tokens import REASON, Policy, SpecialTokens
 
 _LONGEST_DETAIL = 300
+# What ends reasoning in the text of an answer: Qwen and DeepSeek, Mistral, Seed-OSS, Command A, Kimi-VL,
+# OpenThoughts, and plain mark-up.
+REASONING_ENDS = (
+    "</think>", "[/THINK]", "</seed:think>", "<|END_THINKING|>", "◁/think▷", "<|end_of_thought|>",
+    "</thinking>", "</thought>", "</reasoning>",
+)  # fmt: skip
 
 
 class Refused(ValueError):
@@ -30,9 +36,17 @@ class ConversationReader:
     Args:
         tokenizer: the target's, with the chat template that the run uses.
         special_token_text: what to do with text that spells a control token.
+        reasoning_end: what ends reasoning that stands in an answer's text, beside the usual marks.
     """
 
-    def __init__(self, tokenizer: Any, run: RunConfig, special_token_text: Policy) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        run: RunConfig,
+        special_token_text: Policy,
+        reasoning_end: str = REASONING_ENDS[0],
+    ) -> None:
+        self._reasoning_end = reasoning_end
         self._template = ChatTemplate(tokenizer, run.template_kwargs)
         self._reasoning = run.reasoning
         self._special = SpecialTokens(tokenizer) if special_token_text == "skip" else None
@@ -54,7 +68,10 @@ class ConversationReader:
         ends = itertools.accumulate(len(turn.asked) + 1 for turn in answered)
         context = {end - 1 for end, turn in zip(ends, answered, strict=True) if not turn.is_trained}
         if self._special and (token := self._special.first_in([messages, prompt.tools])):
-            raise Refused(REASON, token)
+            # The marks around reasoning may be control tokens; the template writes them itself.
+            messages = list(split_reasoning(messages, self._reasoning_end))
+            if self._special.first_in([messages, prompt.tools]):
+                raise Refused(REASON, token)
         try:
             parts = self._tokenized(messages, prompt.tools, context)
         except TemplateMismatch as mismatch:
@@ -66,7 +83,7 @@ class ConversationReader:
     def _tokenized(
         self, messages: Sequence[Message], tools: Sequence[Any], context: Set[int]
     ) -> list[Tokenized]:
-        split = list(split_reasoning(messages))
+        split = list(split_reasoning(messages, self._reasoning_end))
         if self._reasoning == "disable":
             split = [_without_reasoning(message) for message in split]
         given = messages if self._reasoning == "keep" else split
@@ -83,17 +100,36 @@ class ConversationReader:
             return tokenize(self._template, split, tools, train_reasoning=keeps, context=context)
 
 
-def split_reasoning(messages: Sequence[Message], end: str = "</think>") -> Iterator[Message]:
-    """The messages, with reasoning that stands in an answer's text moved to its own key."""
-    start = end.replace("/", "", 1)
+def split_reasoning(messages: Sequence[Message], end: str = REASONING_ENDS[0]) -> Iterator[Message]:
+    """The messages, with reasoning that stands in an answer's text moved to its own key.
+
+    `end` alone need not have a beginning in the text, which may be in the prompt for the answer.
+    """
     for message in messages:
         text = message["content"]
-        if message["role"] == "assistant" and end in text and "reasoning_content" not in message:
-            reasoning, _, rest = text.rpartition(end)
-            reasoning = reasoning.strip().removeprefix(start).strip()
-            message = {**message, "content": rest.strip()}
-            message |= {"reasoning_content": reasoning} if reasoning else {}
+        if message["role"] == "assistant" and "reasoning_content" not in message:
+            marks = dict.fromkeys((end, *REASONING_ENDS))
+            for mark in marks:
+                is_begun = text.lstrip().startswith(_begin_of(mark))
+                if mark in text and (is_begun or mark in (end, REASONING_ENDS[0])):
+                    message = _split_at(message, mark)
+                    break
         yield message
+
+
+def _begin_of(end: str) -> str:
+    """The mark that begins reasoning, from the one that ends it."""
+    for word, begin in (("/", ""), ("END_", "START_"), ("end_", "begin_")):
+        if word in end:
+            return end.replace(word, begin, 1)
+    return end
+
+
+def _split_at(message: Message, end: str) -> Message:
+    reasoning, _, rest = message["content"].rpartition(end)
+    reasoning = reasoning.strip().removeprefix(_begin_of(end)).strip()
+    more = {"reasoning_content": reasoning} if reasoning else {}
+    return {**message, "content": rest.strip(), **more}
 
 
 def _without_reasoning(message: Message) -> Message:

@@ -14,16 +14,20 @@ Worked example, a template `<user>q<end><assistant>a<end>` of one token a piece:
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence, Set
 from typing import Any
 
 from shared.conversations.arguments import arguments_end
+from shared.conversations.call_ids import with_call_ids
 from shared.conversations.encoding import Characters, Span, encoded
+from shared.conversations.filler import require_no_filler
 from shared.conversations.placeholders import Located, Piece, locate, replaced, require_all
 from shared.conversations.template import (
     ChatTemplate,
     Shape,
     TemplateMismatch,
+    TemplateRefusal,
     common_length,
     parsed_arguments,
     shapes_for,
@@ -86,12 +90,17 @@ def _in_some_shape(
 ) -> Tokenized:
     messages = messages[: answers[-1] + 1]
     problem: TemplateMismatch | None = None
-    for shape in shapes_for(messages, asks_for_none=template.asks_for_none(tools)):
+    shapes = list(shapes_for(messages, asks_for_none=template.asks_for_none(tools)))
+    for given, shape in itertools.product(with_call_ids(messages), shapes):
         try:
-            rendering = _Rendering(template, tuple(messages), tuple(tools), shape, train_reasoning)
+            rendering = _Rendering(template, tuple(given), tuple(tools), shape, train_reasoning)
             return rendering.tokenized(answers, may_search=may_search)
         except TemplateMismatch as error:
-            problem = problem or error  # the usual form's is the one to tell
+            # The usual form's is the one to tell, of those that the template takes.
+            if problem is None or (
+                isinstance(problem, TemplateRefusal) and not isinstance(error, TemplateRefusal)
+            ):
+                problem = error
     raise problem or TemplateMismatch("the conversation has no messages")
 
 
@@ -197,7 +206,10 @@ class _Rendering:
         ]
         if not trained:
             raise TemplateMismatch(f"message {index} says nothing")
-        self._require_no_filler(index)
+        message = self.messages[index]
+        # Where the template asks for None, both cases may look quite different.
+        if not message["content"].strip() and not self.shape.empty_as_none:
+            require_no_filler(self._render, self.messages[:index], message)
         prompt_end = self._prompt_end(index)
         if prompt_end is None and not may_search:
             raise TemplateMismatch(f"message {index} is shown otherwise than when it was given")
@@ -206,28 +218,7 @@ class _Rendering:
         if prompt_end is not None and prompt_end > located[0].start:
             raise TemplateMismatch(f"message {index} begins within the prompt for it")
         start = self._start(index, located, trained, prompt_end)
-        end = self._end(index, trained, limit)
-        return Characters(index, start, end, prompt_end)
-
-    def _require_no_filler(self, index: int) -> None:
-        """Refuse a template that writes words of its own where the content is empty.
-
-        Where the template asks for None (`empty_as_none`), both cases may look quite different.
-        """
-        message = self.messages[index]
-        if message["content"].strip() or self.shape.empty_as_none:
-            return
-        before = self.messages[:index]
-        filled = _dense(self._render([*before, {**message, "content": _PROBE}]))
-        shown = _dense(self._render([*before, message]))
-        if filled == shown:  # content beside a call is not shown at all
-            return
-        # What surrounds the content may go with it, as a channel of its own does.
-        first = common_length(filled, shown)
-        last = common_length(filled[first:][::-1], shown[first:][::-1])
-        left_out = filled[first : len(filled) - last]
-        if first + last < len(shown) or _PROBE not in left_out:
-            raise TemplateMismatch(f"message {index}: its empty content is shown as something else")
+        return Characters(index, start, self._end(index, trained, limit), prompt_end)
 
     def _start(
         self,
@@ -248,7 +239,8 @@ class _Rendering:
         if prompt_end is None:
             raise TemplateMismatch(f"{lead.piece}: the template does not show where that begins")
         if not self._header(index):  # it is still to come
-            return max(prompt_end, common_length(self.whole, plain))
+            common = common_length(self.whole, plain)
+            return max(prompt_end, self.template.token_edge(self.whole, common))
         return prompt_end
 
     def _after_reasoning(self, index: int, masked: Located, lead: Located) -> int:
@@ -289,12 +281,25 @@ class _Rendering:
             if not self._ends:
                 _, after = self._around_plain_answer(index)
                 return last + len(tail.removesuffix(after).rstrip())
+            tail = self.template.before_header(tail, self.shape.as_parts, bool(self.tools))
             special = [tail.rindex(t) + len(t) for t in self.template.special if t in tail]
             return last + max(special, default=len(tail.rstrip()))
         following = [each["content"].strip() for each in self.messages[index + 1 : index + 2]]
         if not ends or any(text and text in self.whole[last : min(ends)] for text in following):
             raise TemplateMismatch(f"message {index}: its tool calls have no end")
-        return self._after_ends(min(ends))
+        end = self._after_ends(min(ends))
+        return end + len(self._further_end_of_calls(index, last, end))
+
+    def _further_end_of_calls(self, index: int, last: int, end: int) -> str:
+        """The tokens after a call's end token that end every call, whatever follows; '' mostly."""
+        shown = self.whole[end : len(self._render(self.messages[: index + 1]))]
+        more = self.template.tokens_before_header(shown, self.shape.as_parts, bool(self.tools))
+        if not more:
+            return ""
+        call_id = self.messages[index]["tool_calls"][-1].get("id", "")
+        result = {"role": "tool", "content": _PROBE, "tool_call_id": call_id}
+        followed = self._render([*self.messages[: index + 1], result])
+        return more if self.whole[last:end] + more in followed else ""
 
     def _arguments_end(self, index: int, trained: Sequence[Located], stop: int) -> int:
         """One past the last piece, each call's arguments seen beside its name."""
@@ -313,8 +318,3 @@ class _Rendering:
             before = end or name.end
             last = max(last, before)
         return last
-
-
-def _dense(text: str) -> str:
-    """The text without white space."""
-    return "".join(text.split())

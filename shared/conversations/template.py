@@ -16,17 +16,38 @@ import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
+from shared.conversations.call_ids import with_call_ids
 from shared.errors import FOREIGN_ERRORS
 from shared.prompts.rows import Message
 
 # Llama 3's own default, which its template prints where no date is given.
 FIXED_DATE = datetime.datetime(2024, 7, 26)
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_PART = re.compile(r"""\{['"]type['"]: ?['"](?:text|thinking)['"]""")
 _PROBE = tuple(f"Zq0x{number}qZ" for number in range(4))
 
 
 class TemplateMismatch(ValueError):
     """The template does not show which tokens the assistant said."""
+
+
+class TemplateRefusal(TemplateMismatch):
+    """The template does not take the messages at all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ends:
+    """How a template ends an answer.
+
+    Attributes:
+        tokens: what ends one in the middle of a conversation, and at its end.
+        further: what follows that after every answer.
+        headers: what may begin the next message.
+    """
+
+    tokens: frozenset[str]
+    further: str
+    headers: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +58,21 @@ class Shape:
     arguments_as_text: bool = False
     empty_as_none: bool = False
     one_reasoning_key: bool = False
+    reasoning_as_part: bool = False  # Magistral
 
     def __call__(self, message: Message) -> Message:
         shaped = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-        if reasoning := message.get("reasoning_content"):
-            keys = REASONING_KEYS[:1] if self.one_reasoning_key else REASONING_KEYS
-            shaped |= dict.fromkeys(keys, reasoning)
         if calls := message.get("tool_calls"):
             shaped["tool_calls"] = [self._call(call) for call in calls]
-            if self.empty_as_none and not message["content"]:
-                return {**shaped, "content": None}
+        if reasoning := message.get("reasoning_content"):
+            if self.reasoning_as_part:
+                parts = [("thinking", reasoning), ("text", message["content"])]
+                content = [{"type": kind, kind: text} for kind, text in parts if text]
+                return {**shaped, "content": content}
+            keys = REASONING_KEYS[:1] if self.one_reasoning_key else REASONING_KEYS
+            shaped |= dict.fromkeys(keys, reasoning)
+        if calls and self.empty_as_none and not message["content"]:
+            return {**shaped, "content": None}
         if self.as_parts:
             shaped["content"] = [{"type": "text", "text": message["content"]}]
         return shaped
@@ -86,7 +112,8 @@ def shapes_for(messages: Sequence[Message], *, asks_for_none: bool = True) -> It
     has_reasoning = any(message.get("reasoning_content") for message in messages)
     both, one = (False, True), (False,)
     choices = [both, both if has_calls else one]
-    choices += [both if has_calls and asks_for_none else one, both if has_reasoning else one]
+    choices += [both if has_calls and asks_for_none else one]
+    choices += [both if has_reasoning else one] * 2
     return itertools.starmap(Shape, sorted(itertools.product(*choices), key=sum))
 
 
@@ -121,7 +148,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return str(
+            text = str(
                 self.tokenizer.apply_chat_template(
                     [shape(message) for message in messages],
                     tools=list(tools) or None,
@@ -134,7 +161,12 @@ class ChatTemplate:
         except (TemplateError, *FOREIGN_ERRORS) as error:
             if isinstance(error, TemplateMismatch):
                 raise
-            raise TemplateMismatch(f"the template refuses the messages: {error}") from error
+            raise TemplateRefusal(f"the template refuses the messages: {error}") from error
+        if (shape.as_parts or shape.reasoning_as_part) and _PART.search(text):
+            raise TemplateRefusal(
+                "the template prints the parts of a content as Python or JSON has them"
+            )
+        return text
 
     def asks_for_none(self, tools: Sequence[Any] = ()) -> bool:
         """Whether the template tells None from an empty text."""
@@ -148,9 +180,9 @@ class ChatTemplate:
             TemplateMismatch: the template refuses the messages in every form.
         """
         problem = TemplateMismatch("no messages")
-        for shape in shapes_for(messages):
+        for given, shape in itertools.product(with_call_ids(messages), shapes_for(messages)):
             try:
-                return self.ids(self.render(messages, tools, shape=shape, asking=True))
+                return self.ids(self.render(given, tools, shape=shape, asking=True))
             except TemplateMismatch as error:
                 problem = error
         raise problem
@@ -168,26 +200,43 @@ class ChatTemplate:
         match = self._added.match(text, position)
         return match[1] if match else ""
 
+    def token_edge(self, text: str, position: int) -> int:
+        """`position`, or where the added token begins that it is within."""
+        spans = (match.span(1) for match in self._added.finditer(text))
+        return next((start for start, end in spans if start < position < end), position)
+
     def end_tokens(self, as_parts: bool, has_tools: bool) -> frozenset[str]:
         """The tokens that end an answer: in the middle of a conversation, and at its end.
 
         Raises:
             TemplateMismatch: the template does not show a plain answer as it is.
         """
-        return self._ends(as_parts, has_tools)[0]
+        return self._ends(as_parts, has_tools).tokens
 
     def further_ends(self, as_parts: bool, has_tools: bool) -> str:
-        """What follows that token after every answer, without a gap; '' mostly.
+        """What follows that token after every answer; '' mostly.
 
-        Worked example: Command A closes an answer by `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`.
+        Worked examples: Command A closes an answer by `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`, ERNIE by
+        `</response>`, a line end and `<|im_end|>`.
 
         Raises:
             TemplateMismatch: as `end_tokens`.
         """
-        return self._ends(as_parts, has_tools)[1]
+        return self._ends(as_parts, has_tools).further
+
+    def before_header(self, text: str, as_parts: bool, has_tools: bool) -> str:
+        """`text` up to where the next message begins."""
+        headers = self._ends(as_parts, has_tools).headers
+        return text[
+            : min((text.index(each) for each in headers if each in text), default=len(text))
+        ]
+
+    def tokens_before_header(self, text: str, as_parts: bool, has_tools: bool) -> str:
+        """The added tokens that `text` begins with, without gaps, up to the next message."""
+        return self._tokens_of(text, self._ends(as_parts, has_tools).headers)
 
     @functools.cache  # noqa: B019 - one template lives as long as its stage
-    def _ends(self, as_parts: bool, has_tools: bool) -> tuple[frozenset[str], str]:
+    def _ends(self, as_parts: bool, has_tools: bool) -> _Ends:
         """Asked of the template by two turns of its own.
 
         A token that begins the next message's header ends nothing: those begin with the token of the
@@ -216,14 +265,17 @@ class ChatTemplate:
         opening = self.token_at(header, 0)
         names_role = any(role in middle.lower() for role in ("user", "human", "assistant"))
         is_header = middle != final and (opening in ("", middle) or names_role)
+        headers = frozenset({opening, self._first_mark(whole)}) - {""}
         if not middle or not final or is_header:
-            return frozenset(), ""  # what ends the conversation alone ends no turn
+            return _Ends(frozenset(), "", headers)  # what ends the conversation alone ends no turn
         further = tail[tail.index(final) + len(final) :]
         further = further[
             : common_length(further, whole[whole.index(middle, after) + len(middle) :])
         ]
-        stops = {opening, self._first_mark(whole)}
-        return frozenset({middle, final}), "".join(self._tokens_of(further, stops))
+        # An engine stops at the end-of-sequence token; white space before a further one comes otherwise.
+        gaps = final != self.tokenizer.eos_token
+        further = self._tokens_of(further, headers, gaps=gaps)
+        return _Ends(frozenset({middle, final}), further, headers)
 
     def _first_mark(self, whole: str) -> str:
         """The token that begins the first message, and perhaps every other; '' if text begins it."""
@@ -231,8 +283,15 @@ class ChatTemplate:
         bos = self.tokenizer.bos_token
         return self.token_at(whole, whole.index(first) + len(first)) if first == bos else first
 
-    def _tokens_of(self, text: str, stops: Set[str]) -> Iterator[str]:
-        """The added tokens that `text` begins with, one after the other, up to one of `stops`."""
-        while (match := self._added.match(text)) and match[0] == match[1] not in stops:
-            yield match[1]
-            text = text[match.end() :]
+    def _tokens_of(self, text: str, stops: Set[str], *, gaps: bool = False) -> str:
+        """The added tokens that `text` begins with, one after the other, up to one of `stops`.
+
+        Args:
+            gaps: whether white space may stand before each.
+        """
+        end = 0
+        while (match := self._added.match(text, end)) and match[1] not in stops:
+            if match[0] != match[1] and not gaps:
+                break
+            end = match.end()
+        return text[:end]

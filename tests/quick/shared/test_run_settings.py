@@ -15,12 +15,13 @@ from stages.synth.config import SynthConfig
 def test_reasoning_and_switches_become_the_templates_variables() -> None:
     assert RunConfig(target="t").template_kwargs == {}
     assert RunConfig(target="t", reasoning="drop").template_kwargs == {}
-    off = {"enable_thinking": False, "thinking": False}
+    off = {"enable_thinking": False, "thinking": False, "thinking_budget": 0}
     assert RunConfig(target="t", reasoning="disable").template_kwargs == off
     explicit = RunConfig(
         target="t", reasoning="disable", chat_template_kwargs={"thinking": "low", "date": "x"}
     )
-    assert explicit.template_kwargs == {"enable_thinking": False, "thinking": "low", "date": "x"}
+    given = {"enable_thinking": False, "thinking": "low", "thinking_budget": 0, "date": "x"}
+    assert explicit.template_kwargs == given
 
 
 def test_every_stage_takes_them_as_flags_and_in_its_identity() -> None:

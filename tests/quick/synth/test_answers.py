@@ -1,50 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many requests synth keeps in flight."""
+"""Where an answer's reasoning ends, asked of the target before a server starts."""
 
-import os
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from shared.config import build
 from shared.errors import UserError
-from stages.synth.answers import in_flight
+from shared.prompts.rows import Prompt, Turn
+from stages.synth.answers import answers, kept
 from stages.synth.config import SynthConfig
+from tests.quick.shared.conversations.gallery import FOLDER, ROWS, tokenizer_of
 
 
-def config(**flags: str) -> SynthConfig:
-    return build(SynthConfig, {"target": "model", "prompts": "p.jsonl", **flags})
+def config_of(tmp_path: Path, template: str, **settings: object) -> SynthConfig:
+    tokenizer_of(FOLDER / f"{template}.jinja").save_pretrained(tmp_path / "target")
+    run = {"target": str(tmp_path / "target"), "reasoning": "drop"}
+    return SynthConfig.model_validate(
+        {"run": run, "prompts": "p", "workspace": tmp_path, **settings}
+    )
 
 
 @pytest.mark.parametrize(
-    ("answer", "visible", "expected"),
-    [
-        ("H200, 143771\\nH200, 143771\\n", None, 512),
-        ("H100, 81559\\n", None, 512),
-        ("A100, 40960\\n", None, 256),
-        ("H100, 81559\\nL4, 23034\\n", None, 64),  # the smaller one holds its part of every row
-        ("H100, 81559\\nL4, 23034\\n", "0", 512),
-        ("GB10, [N/A]\\n", None, 64),
-        ("H100, 81559\\n", "", 64),
-        ("", None, 64),
-    ],
+    ("template", "mark"),
+    [("seed-oss", "</seed:think>"), ("magistral", "[/THINK]"), ("gpt-oss", "final<|message|>")],
 )
-def test_the_smallest_gpu_that_may_be_used_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, visible: str | None, expected: int
+def test_a_mark_that_the_target_never_writes_is_refused(
+    template: str, mark: str, tmp_path: Path
 ) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert in_flight(config()) == expected
-    assert in_flight(config(concurrency="7")) == 7
-    assert in_flight(config(endpoints="[http://a:1,http://b:1,http://c:1]")) == 192
+    config = config_of(tmp_path, template)
+    with pytest.raises(UserError) as refused:
+        asyncio.run(anext(answers(config, tmp_path / "target", iter([ROWS["plain"]]))))
+    assert refused.value.code == "reasoning-end"
+    assert refused.value.facts["known"][0].endswith(mark)
 
 
-@pytest.mark.parametrize("wrong", ["0", "many", "2.5"])
-def test_what_is_no_number_of_requests_is_refused(wrong: str) -> None:
-    with pytest.raises(UserError, match="concurrency"):
-        config(concurrency=wrong)
+def test_keep_masks_what_the_given_mark_ends(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "chatml", mode="keep", reasoning_end="(so far)")
+    said = {"role": "assistant", "content": "Hm. (so far) No."}
+    prompt = Prompt("row", (Turn(({"role": "user", "content": "Well?"},), said),))
+    (outcome,) = kept(config, tmp_path / "target", [prompt])
+    (row,) = outcome.rows
+    tokenizer = tokenizer_of(FOLDER / "chatml.jinja")
+    assert [tokenizer.decode(row.input_ids[a:b]) for a, b in row.loss_spans] == ["No.<|im_end|>"]

@@ -92,7 +92,8 @@ def test_each_load_has_a_command_that_serves_it() -> None:
         "draft_tensor_parallel_size": 1,
     }
     assert words[5] == "--default-chat-template-kwargs"
-    assert json.loads(words[6]) == {"enable_thinking": False, "thinking": False}
+    off = {"enable_thinking": False, "thinking": False, "thinking_budget": 0}
+    assert json.loads(words[6]) == off
     assert words[7:] == [
         *("--model-impl", "transformers"),
         "--no-enable-prefix-caching",

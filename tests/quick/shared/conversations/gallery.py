@@ -17,9 +17,9 @@ from shared.prompts.rows import Prompt, Turn
 from tests.models import tiny_tokenizer
 
 FOLDER = Path(__file__).parents[3] / "fixtures" / "templates"
-_TOKEN = re.compile(r"<\|?[\w.-]+\|?>|\[/?(?:INST|gMASK|[A-Z]+_[A-Z]+)\]")
+_TOKEN = re.compile(r"</?\|?[\w.:-]+\|?>|\[/?(?:INST|gMASK|THINK|ARGS|[A-Z]+_[A-Z]+)\]")
 _NOT_SPECIAL = re.compile(
-    r"</?(think|tool_call|tool_response|arg_key|arg_value|TOOLCALL|function)>"
+    r"</?(think|tool_call|tool_response|arg_key|arg_value|TOOLCALL|function|parameter|response)>"
 )
 _DYNAMIC = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
 _DYNAMIC += ["<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_tool|>"]

@@ -22,6 +22,8 @@ SETTINGS = {
     ("qwen3-keeps-thinking", "drop", "thinking"): [["No.<|im_end|>", "Yes.<|im_end|>"]],
     ("gpt-oss", "drop", "thinking"): [["No.<|end|>", "Yes.<|return|>"]],
     ("chatml", "drop", "thinking"): [["No.<|im_end|>", "Yes.<|im_end|>"]],
+    ("magistral", "drop", "thinking"): [["No.</s>", "Yes.</s>"]],
+    ("seed-oss", "disable", "plain"): [["The Rhone.<seed:eos>"]],
 }
 
 
@@ -99,3 +101,78 @@ def test_arguments_in_pythons_spelling_are_not_trained() -> None:
 
 def _answer_of(text: str, **more: object) -> dict[str, object]:
     return {"role": "assistant", "content": text, **more}
+
+
+def _calling(name: str, call_id: str, **more: object) -> Prompt:
+    function = {"name": name, "arguments": "{}"}
+    call = {"id": call_id, "type": "function", "function": function}
+    result = {"role": "tool", "tool_call_id": call_id, "name": name, "content": "dry"}
+    asked, last = ROWS["tools"].turns[0].asked, ROWS["tools"].turns[1].answer
+    first = Turn(asked, _answer_of("", tool_calls=[call], **more))
+    return Prompt("calls", (first, Turn((result,), last)), tools=ROWS["tools"].tools)
+
+
+@pytest.mark.parametrize("call_id", ["call_1", "", "abcdefgh1", "f-call"])
+def test_a_calls_id_is_not_taken_for_its_name(call_id: str) -> None:
+    """Kimi shows the id alone, so it must spell the name; Mistral's is of nine letters or digits."""
+    begin, end = "<|tool_calls_section_begin|><|tool_call_begin|>", "<|tool_call_end|>"
+    call = f"{begin}functions.f:0<|tool_call_argument_begin|>{{}}{end}<|tool_calls_section_end|>"
+    assert trained("kimi-k2", _calling("f", call_id)) == [
+        [f"{call}<|im_end|>", "No rain.<|im_end|>"]
+    ]
+    assert trained("magistral", _calling("f", call_id)) == [
+        ["[TOOL_CALLS]f[ARGS]{}</s>", "No rain.</s>"]
+    ]
+
+
+def test_two_calls_at_once_get_an_id_each() -> None:
+    prompt = _calling("f", "a")
+    answer, result = prompt.turns[0].answer, prompt.turns[1].asked[0]
+    assert answer is not None
+    calls = [{**answer["tool_calls"][0], "id": each} for each in ("a", "b")]
+    turns = (
+        Turn(prompt.turns[0].asked, {**answer, "tool_calls": calls}),
+        Turn(({**result, "tool_call_id": "b"}, {**result, "tool_call_id": "a"}), _answer_of("Ok")),
+    )
+    tokenizer = tokenizer_of(FOLDER / "kimi-k2.jinja")
+    reader = ConversationReader(tokenizer, RunConfig(target="t"), "skip")
+    (row,) = reader.rows(Prompt("two", turns))
+    text = tokenizer.decode(row.input_ids)
+    assert text.index("Return of functions.f:1") < text.index("Return of functions.f:0")
+
+
+def test_gpt_oss_takes_a_call_with_reasoning() -> None:
+    ((call, _),) = trained("gpt-oss", _calling("f", "c", reasoning_content="Ask."))
+    assert call == (
+        "<|channel|>analysis<|message|>Ask.<|end|><|start|>assistant to=functions.f"
+        "<|channel|>commentary json<|message|>{}<|call|>"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[THINK]Hm.[/THINK]No.",
+        "<seed:think>Hm.</seed:think>No.",
+        "<think>Hm.</think>No.",
+        "<thinking>\nHm.\n</thinking>\n\nNo.",
+        "<|begin_of_thought|>Hm.<|end_of_thought|>No.",
+        "<|START_THINKING|>Hm.<|END_THINKING|>No.",
+        "Hm. (so far) No.",
+    ],
+)
+def test_reasoning_in_an_answers_text_is_masked_whatever_ends_it(text: str) -> None:
+    asked = ROWS["thinking"].turns[0].asked
+    prompt = Prompt("inline", (Turn(asked, _answer_of(text)),))
+    tokenizer = tokenizer_of(FOLDER / "chatml.jinja")
+    run = RunConfig.model_validate({"target": "t", "reasoning": "drop"})
+    (row,) = ConversationReader(tokenizer, run, "skip", reasoning_end="(so far)").rows(prompt)
+    assert [tokenizer.decode(row.input_ids[a:b]) for a, b in row.loss_spans] == ["No.<|im_end|>"]
+
+
+def test_marks_of_reasoning_that_are_control_tokens_are_written_by_the_template() -> None:
+    asked = ROWS["thinking"].turns[0].asked
+    prompt = Prompt("inline", (Turn(asked, _answer_of("[THINK]Hm.[/THINK]No.")),))
+    assert trained("magistral", prompt) == [["[THINK]Hm.[/THINK]No.</s>"]]
+    prompt = Prompt("inline", (Turn(asked, _answer_of("So [THINK] is a mark")),))
+    assert trained("magistral", prompt) == "[THINK]"
