@@ -138,7 +138,7 @@ class Estimates:
                 return None
             if step.stage == "bench":
                 self._bench_answers = sum(map(_answers, rows))
-            return len(rows)
+            return sum(isinstance(row, Prompt) for row in rows)
         parent = {"dump": "synth", "train": "dump"}.get(step.stage)
         if parent is None or step.settings.get("states"):
             return None

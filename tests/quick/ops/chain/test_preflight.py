@@ -2,6 +2,7 @@
 """What stands in a chain's way is named before its first stage."""
 
 import functools
+import gzip
 import http.server
 import json
 import re
@@ -279,3 +280,20 @@ def test_other_packages_than_a_stage_needs_are_named(
     assert "train's packages: expected torch >=99, found 2." in torch
     assert "expected no-such-package >=1, found none" in missing
     assert "bench: expected a Python interpreter at /nowhere/python" in python
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("p.jsonl", b"", "it is empty"),
+        ("p.jsonl", b'{"text": "a"}\n{"text": "b"}\n{', "2 no_prompt, 1 broken_json"),
+        ("p.jsonl", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-9], "Compressed file ended"),
+    ],
+)
+def test_rows_that_no_stage_can_use_are_refused(
+    name: str, content: bytes, found: str, workspace: Path
+) -> None:
+    (workspace / name).write_bytes(content)
+    (line,) = problems(steps(workspace, {"synth": {"prompts": name}}), workspace)
+    assert found in line
