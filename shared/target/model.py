@@ -116,14 +116,11 @@ def parse_config(whole: object, path: Path, *, trust_remote_code: bool = False) 
         UserError: as `read_config`.
     """
     if not isinstance(whole, dict):
-        raise UserError(
-            f"{path}: expected a model's config, found {type(whole).__name__}.",
-            code="target-config-shape",
-            remedy="Restore the file as it was published.",
-            facts={"path": str(path)},
-        )
+        raise _misshapen(path, "a model's config", whole)
     whole = {key: _plain(value) for key, value in whole.items()}
     *_, raw = _text_parts(whole)
+    if raw.get("text_config") is not None:  # `_text_parts` follows a dict
+        raise _misshapen(path, "the text model's settings as text_config", raw["text_config"])
     config = TargetConfig(
         path.parent, raw, str(raw.get("model_type", "")), 0, 0, 0, whole, trust_remote_code
     )
@@ -140,15 +137,26 @@ def parse_config(whole: object, path: Path, *, trust_remote_code: bool = False) 
         ) from error
     try:
         num_layers, hidden_size, vocab_size = (int(known[name]) for name in _SIZES)
+        if min(num_layers, hidden_size, vocab_size) < 1:
+            raise ValueError(f"{num_layers}, {hidden_size}, {vocab_size}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"{path}: expected whole numbers as {', '.join(_SIZES)}, found {error!r}.",
+            f"{path}: expected whole numbers above 0 as {', '.join(_SIZES)}, found {error!r}.",
             code="target-config-sizes",
             remedy="Give the folder of a text model, with its config.json as it was published.",
             facts={"path": str(path)},
         ) from error
     return dataclasses.replace(
         config, num_layers=num_layers, hidden_size=hidden_size, vocab_size=vocab_size
+    )
+
+
+def _misshapen(path: Path, expected: str, found: object) -> UserError:
+    return UserError(
+        f"{path}: expected {expected}, found {type(found).__name__}.",
+        code="target-config-shape",
+        remedy="Restore the file as it was published.",
+        facts={"path": str(path)},
     )
 
 

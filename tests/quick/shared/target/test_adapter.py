@@ -12,7 +12,7 @@ from shared.errors import UserError
 from shared.io.safetensors_files import TensorInfo, list_tensors
 from shared.target.adapter import output_layer
 from shared.target.classes import class_config
-from shared.target.model import read_config
+from shared.target.model import parse_config, read_config
 from shared.target.probe import UnknownRuleError, norm_rule
 from shared.target.tensors import read_tensors
 from tests import targets
@@ -114,3 +114,18 @@ class OddNorm(torch.nn.Module):
 def test_a_norm_that_is_none_of_ours_is_refused() -> None:
     with pytest.raises(UnknownRuleError, match="neither an RMSNorm nor a LayerNorm"):
         norm_rule(OddNorm(), 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"text_config": "llama"}, "settings as text_config, found str"),
+        ({"text_config": [1]}, "settings as text_config, found list"),
+        ({"num_hidden_layers": -1}, "whole numbers above 0"),
+        ({"hidden_size": "wide"}, "whole numbers above 0"),
+    ],
+)
+def test_a_config_of_another_shape_is_refused(change: dict[str, Any], told: str) -> None:
+    sizes = {"num_hidden_layers": 8, "hidden_size": 64, "vocab_size": 100}
+    with pytest.raises(UserError, match=told):
+        parse_config({"model_type": "llama", **sizes, **change}, Path("config.json"))
