@@ -62,7 +62,9 @@ _CODE = re.compile(r"\s+(?:raise|return|await|yield|assert|with|for|if|self\.)\b
 _REQUEST = re.compile(
     r"Receive(?:d request|: )|GenerateReqInput|\b(?:prompt|messages|text) ?[=:] ?['\"\[{]"
     r"|['\"](?:prompt|messages|role|content)['\"]: "
-    r"|^\W*(?i:user|assistant|human|gpt|prompt|question)\W*: "  # a conversation, printed
+    # A conversation, printed; its rows may be numbered.
+    r"|^\W*(?i:(?:(?:row|sample|turn|example) )?\d+\W+)?"
+    r"(?i:user|assistant|human|gpt|prompt|question|answer)\W*: "
 )
 _IGNORED = re.compile(r"Exception ignored (?:in|on)\b")
 EXCEPTION = re.compile(

@@ -16,7 +16,9 @@ _END_LINES = 3
 # After so many later lines, of which so many report ordinary work, an error was got over.
 _LATER_LINES, _LATER_RECORDS = 20, 10
 _DONE = re.compile(r"(?:already )?done: .*manifest\.json$")
-_PROGRESS = re.compile(r"\bloss\b|\bsteps?\b|\bepoch\b|\d(?:it|s)/(?:s|it)\b|\d+%\|", re.IGNORECASE)
+_PROGRESS = re.compile(
+    r"(?:\b|_)loss\b|\bsteps?\b|\bepoch\b|\d(?:it|s)/(?:s|it)\b|\d+%\|", re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ def find(attempt: Attempt, rules: Sequence[Rule], stage: str | None) -> Findings
     if not (found.hits or found.unknown or found.own or found.benign or found.is_done):
         found.unknown = _bad_end(_end(lines))
     found.went_on = last_bad >= 0 and not found.own and _works_on(lines[last_bad + 1 :])
+    found.went_on |= _got_over(found)
     # An exception says more than the errors around it.
     found.unknown.sort(key=lambda line: line.kind != "exception")
     return found
@@ -133,6 +136,13 @@ def _bad_end(end: Sequence[Line]) -> list[Line]:
     if end and (end[0].ends_well or _PROGRESS.search(end[0].body)):
         return []
     return [line for line in end if line.is_evidence and line.ends_badly][:1]
+
+
+def _got_over(found: Findings) -> bool:
+    """The log ends with success, and all before it is a vague error that no exception stands for."""
+    vague = all(hit.rule.role == "generic" and hit.line.kind != "exception" for hit in found.hits)
+    ends_well = found.last is not None and found.last.ends_well
+    return bool(found.hits) and vague and ends_well and not (found.unknown or found.own)
 
 
 def _works_on(later: Sequence[Line]) -> bool:

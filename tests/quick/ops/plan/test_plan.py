@@ -226,7 +226,10 @@ def test_the_training_state_is_what_a_head_and_its_optimizer_hold() -> None:
     ("raw", "message"),
     [
         ([], "found list"),
-        ({"model_type": "siglip_vision_model"}, "expected whole numbers above 0 as num_hidden_layers"),
+        (
+            {"model_type": "siglip_vision_model"},
+            "expected whole numbers above 0 as num_hidden_layers",
+        ),
         ({"text_config": {"hidden_size": "x"}}, "no class for the model_type None"),
     ],
 )

@@ -118,6 +118,23 @@ def test_a_program_that_was_told_to_end_raises_no_alarm(
     assert (triage(log).diagnoses == []) == is_clean
 
 
+@pytest.mark.parametrize(
+    ("error", "is_clean"),
+    [
+        ("curl: (7) Failed to connect to localhost port 8000 after 0 ms", True),
+        ("Traceback (most recent call last):\nConnectionError: Connection refused", False),
+        ("OSError: [Errno 28] No space left on device", False),
+        ("ERROR: the answers differ", False),
+    ],
+)
+def test_a_good_end_takes_back_a_vague_error_alone(
+    error: str, is_clean: bool, tmp_path: Path
+) -> None:
+    log = tmp_path / "script.log"
+    log.write_text(f"waiting for the server\n{error}\nsent 100 prompts\ndone\n")
+    assert (triage(log).diagnoses == []) == is_clean
+
+
 def test_enough_failures_were_real() -> None:
     real = [case for case in CASES if case.kind in ("recorded", "reported") and case.expect]
     assert len({case.expect for case in real}) >= 40
