@@ -17,6 +17,7 @@ from shared.errors import UserError
 from shared.io import files
 from shared.paths import find_input
 from shared.prompts import formats
+from shared.prompts.subsets import chosen_subset
 from shared.prompts.text_files import unreadable
 
 ALL_SPLITS = "all"
@@ -46,12 +47,13 @@ class DataFile:
 
 
 def find(
-    pattern: str, split: str | None, workspace: Path, *, label: str
+    pattern: str, split: str | None, workspace: Path, *, label: str, subset: str | None = None
 ) -> tuple[list[DataFile], list[DataFile]]:
     """The files to read, sorted, and those that look like data and are not read.
 
     Args:
         split: the split to read, `all`, or None where there is only one.
+        subset: the subset to read, of a clone whose README.md lists several.
 
     Raises:
         UserError: there are no files, several splits and none chosen, or no such split.
@@ -60,7 +62,7 @@ def find(
     if path is None:
         listed = _in_glob(pattern, workspace)
     elif path.is_dir():
-        listed = list(_walk(path, "", set()))
+        listed = list(_of_subset(path, subset, label))
     else:
         listed = [DataFile(path, files.printable(path.name), _split_of(Path(path.name)))]
     found = [each for each in listed if not each.why_not]
@@ -70,7 +72,7 @@ def find(
             f"{label}: expected a file, a folder or a glob with files of "
             f"{', '.join(formats.FORMATS)} at {workspace / pattern} or {Path(pattern).absolute()}, or "
             "a hub data set (owner/name), "
-            f"found {', '.join(each.name for each in unread[:5]) or 'none'}.",
+            f"found {', '.join(f'{each.name} ({each.why_not})' for each in unread[:5]) or 'none'}.",
             code="prompts-not-found",
             remedy=f"Correct the path, or mount the folder that holds it. {_content(workspace)}",
             facts={"path": pattern},
@@ -131,6 +133,17 @@ def _in_glob(pattern: str, workspace: Path) -> list[DataFile]:
         if paths:
             return [each for path in paths for each in _matched(path, seen)]
     return []
+
+
+def _of_subset(folder: Path, name: str | None, label: str) -> Iterator[DataFile]:
+    """A folder's files, those of other subsets marked."""
+    subset = chosen_subset(folder, name, label)
+    for each in _walk(folder, "", set()):
+        split = subset.split_of(each.name) if subset else ""
+        if subset and split is None and not each.why_not:
+            yield dataclasses.replace(each, why_not=f"not of subset {subset.name}: README.md")
+        else:
+            yield dataclasses.replace(each, split=split or each.split)
 
 
 def _matched(path: Path, seen: set[Path]) -> Iterator[DataFile]:

@@ -42,7 +42,7 @@ class Source(Section):
     split: str | None = identity(
         None, "Split to read, or all. Default: the only one; of a hub data set, train."
     )
-    subset: str | None = identity(None, "Configuration of a hub data set.")
+    subset: str | None = identity(None, "Configuration of a hub data set, or of a clone of one.")
     revision: str | None = identity(None, "Revision of a hub data set.")
 
     @pydantic.field_validator("columns")
@@ -86,18 +86,19 @@ def find_files(source: Source, workspace: Path, *, label: str) -> list[Path]:
     Raises:
         UserError: there are none, or the recipe must say which split.
     """
-    _require_files_alone(source, label)
-    found, _ = folders.find(source.path, source.split, workspace, label=label)
+    found, _ = _found(source, workspace, label)
     return [each.path for each in found]
 
 
-def _require_files_alone(source: Source, label: str) -> None:
-    """Refuse what only a hub's data set has.
+def _require_files_alone(source: Source, workspace: Path, label: str) -> None:
+    """Refuse what only a hub's data set has; a clone of one has its subsets.
 
     Raises:
         UserError: a source of files has a subset or a revision.
     """
-    given = [name for name in ("subset", "revision") if getattr(source, name) is not None]
+    found = find_input(source.path, workspace)
+    names = ("revision",) if found is not None and found.is_dir() else ("subset", "revision")
+    given = [name for name in names if getattr(source, name) is not None]
     if given:
         raise UserError(
             f"{label}: {source.path}: expected no {given[0]} of files here, found "
@@ -107,6 +108,13 @@ def _require_files_alone(source: Source, label: str) -> None:
             "owner/name.",
             facts={"path": source.path, "setting": given[0]},
         )
+
+
+def _found(
+    source: Source, workspace: Path, label: str
+) -> tuple[list[folders.DataFile], list[folders.DataFile]]:
+    _require_files_alone(source, workspace, label)
+    return folders.find(source.path, source.split, workspace, label=label, subset=source.subset)
 
 
 def digest(source: Source, workspace: Path, *, label: str) -> str:
@@ -162,8 +170,7 @@ def _warn(text: str) -> None:
 
 
 def _of_files(source: Source, workspace: Path, label: str) -> Iterator[Prompt | BadRow]:
-    _require_files_alone(source, label)
-    found, unread = folders.find(source.path, source.split, workspace, label=label)
+    found, unread = _found(source, workspace, label)
     for each in unread:
         yield BadRow(each.name, "file_not_read", each.why_not)
     rows = (_parsed(formats.rows(f.path), f.name, source.name, source.columns) for f in found)

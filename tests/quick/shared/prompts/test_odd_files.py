@@ -97,7 +97,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 def test_what_only_a_hub_has_is_refused_of_files(key: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINE)
     with pytest.raises(UserError, match=f"expected no {key}"):
-        read(tmp_path, **{key: "en"})
+        read(tmp_path / "a.jsonl", **{key: "en"})
 
 
 def test_arrows_json_is_read_by_its_type(tmp_path: Path) -> None:
@@ -127,3 +127,47 @@ def test_arrows_json_is_read_by_its_type(tmp_path: Path) -> None:
     assert isinstance(row, Prompt) and row.turns[0].answer is not None
     function = row.turns[0].answer["tool_calls"][0]["function"]
     assert json.loads(function["arguments"]) == {"town": None, "days": 2}  # a null that was said
+
+
+README = """---
+license: mit
+configs:
+- config_name: en
+  data_files: en/*.jsonl
+- config_name: fr
+  data_files: [{split: train, path: fr/a.jsonl}, {split: test, path: ["fr/b*"]}]
+- config_name: de
+  data_dir: de
+---
+# Cats
+"""
+
+
+def test_a_clones_subsets_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    for name in ("en/a.jsonl", "fr/a.jsonl", "fr/b.jsonl", "de/x/a.jsonl", "old.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"prompt": name}))
+
+    def names(**more: str) -> list[str]:
+        return [r.messages[0]["content"] for r in read(tmp_path, **more) if isinstance(r, Prompt)]
+
+    for given, found in (({}, "en, fr, de"), ({"subset": "it"}, "'it'")):
+        with pytest.raises(UserError, match=found) as refused:
+            read(tmp_path, **given)
+        assert refused.value.code == "prompts-subset"
+    assert names(subset="en") == ["en/a.jsonl"]
+    assert names(subset="de") == ["de/x/a.jsonl"]
+    assert names(subset="fr", split="test") == ["fr/b.jsonl"]
+    assert [row.reason for row in read(tmp_path, subset="en") if isinstance(row, BadRow)] == [
+        "file_not_read"
+    ] * 4
+    (tmp_path / "README.md").write_text(README.replace("name: fr", "name: fr\n  default: true"))
+    assert names(split="train") == ["fr/a.jsonl"]
+
+
+@pytest.mark.parametrize("readme", ["# Cats", "---\nlicense: mit\n---\n", "---\n{: [\n---\n"])
+def test_a_readme_without_subsets_changes_nothing(readme: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(readme)
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    assert len(read(tmp_path)) == 1
