@@ -87,8 +87,16 @@ class RowFile:
         for name in ("input_ids", "loss_mask"):
             tensor = raw.get(name)
             if not is_dense(tensor) or tensor.dim() != 1 or tensor.is_complex():
-                raise ValueError(f"{name}: expected a row of numbers")
-        tokens = len(raw["input_ids"])
+                found = list(tensor.shape) if is_dense(tensor) else type(tensor).__name__
+                raise ValueError(f"{name}: expected a row of numbers, found {found}")
+        if "hidden_states" not in raw:
+            raise ValueError(f"expected hidden_states, found {', '.join(map(str, raw))}")
+        ids = raw["input_ids"]
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"input_ids: expected whole numbers, found {ids.dtype}")
+        if bool((ids != ids.to(torch.int32)).any()):
+            raise ValueError("input_ids: expected 32-bit numbers")
+        tokens = len(ids)
         if tokens == 0 or raw["loss_mask"].shape != (tokens,):
             raise ValueError(f"loss_mask {list(raw['loss_mask'].shape)} for {tokens} input_ids")
         mask = raw["loss_mask"]

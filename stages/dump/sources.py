@@ -177,8 +177,13 @@ class StateRows(RowSource):
 
 
 def state_files(folder: Path) -> list[Path]:
-    """Every `.pt` below `folder`, in an order that never changes."""
-    return sorted(folder.rglob("*.pt"))
+    """Every `.pt` below `folder`, in an order that never changes; hidden folders are no data."""
+    found = sorted(folder.rglob("*.pt"))
+    return [
+        path
+        for path in found
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def open_source(config: DumpConfig) -> RowSource:
