@@ -39,6 +39,7 @@ _RECORDS = tuple(
         rf"(?:\[?{_TIME}\]?)[ \-|:]*(?:[\w.]+[ \-|:]+)?\[?{_LEVEL}\]?[ \-|:\]]+",  # Python's usual ones
         r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)(?::[\w.]+:|: +)",  # uvicorn, logging.basicConfig
         rf"\[{_LEVEL}\]:? ",
+        r"(?P<level>[Ww]arning): +",  # git, compilers
         rf"wandb: {_LEVEL} ",
         rf"(?:time=\S+ )?level={_LEVEL} ",
         rf"(?=\{{.*\"(?:level|severity)\": ?\"{_LEVEL}\")",
@@ -98,6 +99,7 @@ _GOOD_END = re.compile(
 )
 _NO_BAD_END = re.compile(
     r"(?i)\b(?:0|no|zero) (?:errors?|fail\w*|invalid|rejected|missing|corrupt\w*)\b|error rate"
+    r"|\berror[ =:]+\d+\.\d"  # a measured one
     r"|^\s*(?:Last )?State:\s"  # of a pod: its Reason follows
     r"|\b(?:errors?|fail\w*|rejected|aborted|timeouts?)[\w ]*[=:] *0\b"
     r"|\b(?:skip(?:s|ped|ping)|filter(?:ed|ing)|drop(?:ped|ping)|ignor(?:ed|ing)|falling back)\b"

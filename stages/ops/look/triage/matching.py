@@ -14,7 +14,7 @@ from stages.ops.look.triage.own_errors import OwnError, find_own_error
 _MAX_EVIDENCE = 1500
 _END_LINES = 3
 # After so many later lines, of which so many report ordinary work, an error was got over.
-_LATER_LINES, _LATER_RECORDS = 20, 10
+_LATER_LINES, _LATER_RECORDS, _LATER_PROGRESS = 20, 10, 3
 _DONE = re.compile(r"(?:already )?done: .*manifest\.json$")
 _PROGRESS = re.compile(
     r"(?:\b|_)loss\b|\bsteps?\b|\bepoch\b|\d(?:it|s)/(?:s|it)\b|\d+%\|", re.IGNORECASE
@@ -77,7 +77,7 @@ def find(attempt: Attempt, rules: Sequence[Rule], stage: str | None) -> Findings
     if not (found.hits or found.unknown or found.own or found.benign or found.is_done):
         found.unknown = _bad_end(_end(lines))
     found.went_on = last_bad >= 0 and not found.own and _works_on(lines[last_bad + 1 :])
-    found.went_on |= _got_over(found)
+    found.went_on |= _got_over(found, lines[last_bad + 1 :])
     # An exception says more than the errors around it.
     found.unknown.sort(key=lambda line: line.kind != "exception")
     return found
@@ -138,11 +138,17 @@ def _bad_end(end: Sequence[Line]) -> list[Line]:
     return [line for line in end if line.is_evidence and line.ends_badly][:1]
 
 
-def _got_over(found: Findings) -> bool:
-    """The log ends with success, and all before it is a vague error that no exception stands for."""
-    vague = all(hit.rule.role == "generic" and hit.line.kind != "exception" for hit in found.hits)
-    ends_well = found.last is not None and found.last.ends_well
-    return bool(found.hits) and vague and ends_well and not (found.unknown or found.own)
+def _got_over(found: Findings, later: Sequence[Line]) -> bool:
+    """All that is bad is vague, no exception stands for it, and success or progress follows."""
+    evidence = [*(hit.line for hit in found.hits), *found.unknown]
+    vague = all(hit.rule.role == "generic" for hit in found.hits)
+    is_named = not vague or found.own or any(line.kind == "exception" for line in evidence)
+    if not evidence or is_named or (last := found.last) is None:
+        return False
+    progress = [line for line in later if _PROGRESS.search(line.body)]
+    # A bar that is drawn once more when its program ends is none.
+    is_going = len(progress) >= _LATER_PROGRESS and progress[-1] is last
+    return is_going or (last.ends_well and not found.unknown)
 
 
 def _works_on(later: Sequence[Line]) -> bool:

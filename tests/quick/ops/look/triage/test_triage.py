@@ -135,6 +135,18 @@ def test_a_good_end_takes_back_a_vague_error_alone(
     assert (triage(log).diagnoses == []) == is_clean
 
 
+@pytest.mark.parametrize(("steps", "is_clean"), [(3, True), (1, False)])
+def test_progress_takes_back_an_error_that_nothing_names(
+    steps: int, is_clean: bool, tmp_path: Path
+) -> None:
+    """A bar is drawn once more when its program ends."""
+    lines = ["collect2: error: ld returned 1 exit status"]
+    lines += [f"step={step}, loss=2.0" for step in range(steps)]
+    log = tmp_path / "script.log"
+    log.write_text("\n".join(lines) + "\n")
+    assert (triage(log).diagnoses == []) == is_clean
+
+
 def test_enough_failures_were_real() -> None:
     real = [case for case in CASES if case.kind in ("recorded", "reported") and case.expect]
     assert len({case.expect for case in real}) >= 40
