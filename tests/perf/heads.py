@@ -49,7 +49,10 @@ class Comparison:
         self.recipe = yaml.safe_load((self.workspace / self.run / "recipe.yaml").read_text())
         self.target = self.workspace / self.recipe["run"]["target"]
         self.kept = self.workspace / f"{self.run}-heads.json"
-        self.rows: dict[str, Row] = json.loads(self.kept.read_text()) if self.kept.exists() else {}
+        self.rows = self.read()
+
+    def read(self) -> dict[str, Row]:
+        return json.loads(self.kept.read_text()) if self.kept.exists() else {}
 
     def folder(self, case: str) -> Path:
         return self.workspace / f"{self.run}-heads-{case}"
@@ -65,7 +68,7 @@ class Comparison:
             self.keep(case, self.rows[case] | self.measured(Path(self.rows[case]["head"])))
 
     def keep(self, case: str, row: Row) -> None:
-        self.rows[case] = row
+        self.rows = self.read() | {case: row}  # another call may have added to it
         self.kept.write_text(json.dumps(self.rows, indent=1))
 
     def ours(self, case: str) -> Row:
@@ -215,7 +218,8 @@ def main() -> None:
     comparison = Comparison(parser.parse_args())
     for case in parser.parse_args().cases:
         comparison.add(case)
-    sys.stdout.write(table(comparison.rows) + "\n" + json.dumps(comparison.rows) + "\n")
+    rows = {case: row for case, row in comparison.rows.items() if "vllm" in row}
+    sys.stdout.write(table(rows) + "\n" + json.dumps(rows) + "\n")
 
 
 if __name__ == "__main__":
