@@ -34,7 +34,7 @@ OURS: dict[str, dict[str, str]] = {
 # speculators at its own defaults but for the batch: ours, so that both make as many steps of the same tokens;
 # the same in the time of our first case; and its own 8,192 tokens a step.
 PEERS = ("speculators", "speculators-time", "speculators-8192")
-DEFAULT = [*OURS, "speculators", "speculators-time"]
+DEFAULT = [*OURS, "speculators"]
 
 Row = dict[str, Any]
 
