@@ -29,6 +29,7 @@ from shared.runtime.children import free_port
 from shared.runtime.gpus import listed_devices
 from shared.runtime.process import die_with_parent, end_group, stop_if_requested
 from shared.vllm import engine_start
+from shared.vllm.versions import ONE_PROCESS_EXECUTOR
 
 MODEL_NAME = "target"
 _MODULE = "vllm.entrypoints.openai.api_server"
@@ -39,6 +40,7 @@ _KEPT_LINES = 400
 # CUDA, ROCm, CUDA below WSL2.
 _ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
 _CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
+_RANKS = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",  # its own progress would drown the stage's
     "VLLM_NO_USAGE_STATS": "1",
@@ -129,14 +131,17 @@ def start_server(
     if "kv-cache-memory-bytes" in options:  # the variable would overrule the option in silence
         inherited.pop(_CPU_CACHE)
     variables = {**inherited, **(environment or {}), "VLLM_API_KEY": api_key}
+    is_cpu = not _has_accelerator(variables)
     own: dict[str, Any] = {
         "served-model-name": MODEL_NAME,
         "host": "127.0.0.1",
         "port": port,
         "disable-uvicorn-access-log": True,
         # Compiling for a CPU takes longer than most runs there.
-        "enforce-eager": not _has_accelerator(variables),
+        "enforce-eager": is_cpu,
     }
+    if is_cpu and all(options.get(name, 1) == 1 for name in _RANKS):
+        own["distributed-executor-backend"] = ONE_PROCESS_EXECUTOR
     process = subprocess.Popen(
         [sys.executable, "-m", _MODULE, *_flags(own | dict(options))],
         env=variables,

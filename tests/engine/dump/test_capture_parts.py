@@ -15,18 +15,32 @@ from packaging.version import Version
 from safetensors.torch import save_file
 
 from shared.errors import OutputError, UserError
+from shared.vllm.versions import ONE_PROCESS_EXECUTOR
 from stages.dump.backends import spool
 from stages.dump.backends.stats import measure
 from stages.dump.backends.vllm import connector
 from stages.dump.backends.vllm.capture import VllmCapture, _Pending, _token_logprobs
 from stages.dump.backends.vllm.pages import PageReader
-from stages.dump.backends.vllm.setup import prepare_environment
+from stages.dump.backends.vllm.setup import VllmSettings, prepare_environment
 from tests.engine.dump.capturing import MAX_LENGTH_TOKENS, settings
 from tests.models import tiny_llama
 
 pytestmark = pytest.mark.engine
 
 VLLM = Version(vllm.__version__)
+
+
+def test_an_engine_of_one_rank_on_a_cpu_has_no_process_for_its_worker(tmp_path: Path) -> None:
+    """vLLM itself makes "mp" of "uni" there."""
+    target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
+
+    def executor(**more: Any) -> Any:
+        config = VllmSettings(**settings(target), max_num_batched_tokens=512, **more).resolve()
+        return config.parallel_config.distributed_executor_backend
+
+    assert executor() == ONE_PROCESS_EXECUTOR
+    assert executor(engine_args={"distributed_executor_backend": "mp"}) == "mp"
+    assert executor(engine_args={"distributed_executor_backend": "uni"}) == "mp"
 
 
 def test_token_logprobs_worked_example() -> None:

@@ -19,7 +19,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.platforms import current_platform
 
 from shared.errors import RetryableError, UserError, nearest
-from shared.vllm.versions import SUPPORTED_VLLM, is_within
+from shared.vllm.versions import ONE_PROCESS_EXECUTOR, SUPPORTED_VLLM, is_within
 from stages.dump.backends.base import EngineSettings
 
 # vLLM captures nothing in a step in which a row fills its limit: the limit is one higher.
@@ -132,6 +132,8 @@ class VllmSettings(EngineSettings):
         }
         if current_platform.is_cpu():
             arguments["enforce_eager"] = True
+            if self.tensor_parallel == 1:
+                arguments["distributed_executor_backend"] = ONE_PROCESS_EXECUTOR
         else:
             # One token is decoded per row: graphs for decoding would be captured for nothing.
             arguments["compilation_config"] = {"cudagraph_mode": "NONE"}

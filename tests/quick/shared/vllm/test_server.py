@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from shared.vllm import server
+from shared.vllm.versions import ONE_PROCESS_EXECUTOR
 
 PROBE = """
 import json, os, pathlib, sys
@@ -70,6 +71,24 @@ def test_a_server_that_sees_no_gpu_compiles_nothing(
     assert ("--enforce-eager" in started(probed, {}, **chosen)["flags"]) is is_eager
     monkeypatch.setattr(server, "_ACCELERATORS", (probed.parent / "none",))
     assert "--enforce-eager" in started(probed, {}, **chosen)["flags"]
+
+
+def test_an_engine_of_one_rank_on_a_cpu_is_one_process(
+    probed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def executor(**options: Any) -> str | None:
+        flags = started(probed, {name.replace("_", "-"): value for name, value in options.items()})
+        words = flags["flags"]
+        name = "--distributed-executor-backend"
+        return words[words.index(name) + 1] if name in words else None
+
+    monkeypatch.setattr(server, "_ACCELERATORS", (probed.parent / "none",))
+    assert executor() == executor(tensor_parallel_size=1) == ONE_PROCESS_EXECUTOR
+    assert executor(tensor_parallel_size=2) is executor(pipeline_parallel_size=2) is None
+    assert executor(distributed_executor_backend="mp") == "mp"
+    monkeypatch.setattr(server, "_ACCELERATORS", (probed.parent,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert executor() is None
 
 
 def test_the_key_is_in_no_process_list(probed: Path) -> None:
