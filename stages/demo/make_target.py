@@ -4,8 +4,8 @@
 Comes in: a folder to make, a seed. Goes out: a Llama in Hugging Face's layout with its own byte-level
 BPE tokenizer and chat template, `prompts.jsonl` for synth, `held_out.jsonl` for bench (no prompt is
 in two sets, nor in the target's own training text) and, last of all, `target.json`. It costs about
-two and a half minutes on two cores, five where float32 is the faster precision: those train
-in float32, and fewer steps, so the weights are the same from run to run, but not on every machine.
+two minutes on two cores. Where float32 is the faster precision it trains in that, so the weights are
+the same from run to run, but not on every machine.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 
 torch.optim.Muon orthogonalises one matrix after another, always in bfloat16. A processor without
 bfloat16 arithmetic takes longer over that than over the model's forward and backward together, and
-the demo would miss its twelve minutes.
+the demo would take minutes longer.
 
 Momentum, Nesterov's look-ahead and the quintic Newton-Schulz iteration as in Jordan et al., "Muon: An
 optimizer for hidden layers in neural networks" (2024); the step's size as AdamW's (Moonshot's
