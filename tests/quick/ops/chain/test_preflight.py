@@ -288,7 +288,11 @@ def test_other_packages_than_a_stage_needs_are_named(
         ("p.jsonl", b"", "it is empty"),
         ("p.jsonl", b'{"text": "a"}\n{"text": "b"}\n{', "2 no_prompt, 1 broken_json"),
         ("p.jsonl", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-9], "Compressed file ended"),
+        (
+            "p.jsonl.gz",
+            gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-9],
+            "Compressed file ended",
+        ),
     ],
 )
 def test_rows_that_no_stage_can_use_are_refused(

@@ -33,7 +33,7 @@ def said(path: Path) -> list[str]:
         ("a.csv", b'prompt,category\n"cat,x\ndog,y\n', "unexpected end of data"),
         ("a.tsv", b'prompt\tcategory\n"cat\tx\ndog\ty\n', "unexpected end of data"),
         ("a.csv", b"prompt,response,prompt\ncat,chat,dog\n", "two columns of one name"),
-        ("a.jsonl", gzip.compress(LINE), "gzip"),
+        ("a.jsonl", gzip.compress(LINE, mtime=0), "gzip"),
         ("a.jsonl", b"PAR1" + LINE, "Parquet"),
         ("a.json", b"PK\x03\x04" + LINE, "zip"),
         ("a.jsonl", LINE.decode().encode("utf-16"), "UTF-16"),
