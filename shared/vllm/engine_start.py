@@ -12,6 +12,10 @@ from collections.abc import Iterable
 
 from shared.errors import EyrieError, RetryableError, UserError
 
+# On a CPU vLLM turns its executor "uni" into "mp", whose worker is one more process that imports
+# everything anew: a quarter of an engine's start. By its path it stays what it is on one GPU.
+ONE_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
 _EXIT_CODES = re.compile(r"'[^']+': (-?\d+)")
 _FAILED = "Failed core proc(s)"
 # What a process of vLLM's prints before it leaves with an exception of its own.

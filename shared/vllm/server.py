@@ -29,7 +29,7 @@ from shared.runtime.children import free_port
 from shared.runtime.gpus import listed_devices
 from shared.runtime.process import die_with_parent, end_group, stop_if_requested
 from shared.vllm import engine_start
-from shared.vllm.versions import ONE_PROCESS_EXECUTOR
+from shared.vllm.engine_start import ONE_PROCESS_EXECUTOR
 
 MODEL_NAME = "target"
 _MODULE = "vllm.entrypoints.openai.api_server"

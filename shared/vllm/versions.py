@@ -9,10 +9,6 @@ SUPPORTED_VLLM = ">=0.28,<0.34"
 # Both read in their sources, neither ever run.
 SUPPORTED_TENSORRT_LLM = ">=1.2,<1.4"
 
-# On a CPU vLLM turns its executor "uni" into "mp", whose worker is one more process that imports
-# everything anew: a quarter of an engine's start. By its path it stays what it is on one GPU.
-ONE_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-
 
 def is_within(found: str, supported: str) -> bool:
     """Whether version `found` is one of `supported`, by its release: 0.32.0+cpu is 0.32.0."""

@@ -19,7 +19,8 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.platforms import current_platform
 
 from shared.errors import RetryableError, UserError, nearest
-from shared.vllm.versions import ONE_PROCESS_EXECUTOR, SUPPORTED_VLLM, is_within
+from shared.vllm.engine_start import ONE_PROCESS_EXECUTOR
+from shared.vllm.versions import SUPPORTED_VLLM, is_within
 from stages.dump.backends.base import EngineSettings
 
 # vLLM captures nothing in a step in which a row fills its limit: the limit is one higher.
