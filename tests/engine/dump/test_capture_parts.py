@@ -30,8 +30,11 @@ pytestmark = pytest.mark.engine
 VLLM = Version(vllm.__version__)
 
 
-def test_an_engine_of_one_rank_on_a_cpu_has_no_process_for_its_worker(tmp_path: Path) -> None:
+def test_an_engine_of_one_rank_on_a_cpu_has_no_process_for_its_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM itself makes "mp" of "uni" there."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
 
     def executor(**more: Any) -> Any:

@@ -82,10 +82,22 @@ def test_an_engine_of_one_rank_on_a_cpu_is_one_process(
         name = "--distributed-executor-backend"
         return words[words.index(name) + 1] if name in words else None
 
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    for name in ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(server, "_ACCELERATORS", (probed.parent / "none",))
     assert executor() == executor(tensor_parallel_size=1) == ONE_PROCESS_EXECUTOR
     assert executor(tensor_parallel_size=2) is executor(pipeline_parallel_size=2) is None
     assert executor(distributed_executor_backend="mp") == "mp"
+    monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # the operator chose vLLM's own binding
+    assert executor() is None
+    monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    assert executor() is None
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert started(probed, {})["environment"]["OMP_NUM_THREADS"] == "2"
+    assert started(probed, {}, OMP_NUM_THREADS="3")["environment"]["OMP_NUM_THREADS"] == "3"
     monkeypatch.setattr(server, "_ACCELERATORS", (probed.parent,))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert executor() is None
