@@ -7,15 +7,10 @@ memory, the node is drained) may start next time. A process that left with an ex
 will raise it again; vLLM then ends the others with SIGTERM.
 """
 
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from shared.errors import EyrieError, RetryableError, UserError
-
-ONE_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-_MAX_CPUS = 8  # beyond, threads that are bound to cores are worth more than a quick start
-_BINDING = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")
 
 _EXIT_CODES = re.compile(r"'[^']+': (-?\d+)")
 _FAILED = "Failed core proc(s)"
@@ -30,17 +25,6 @@ _MAY_PASS = (
     "Temporary failure in name resolution",
     "Max retries exceeded with url",
 )
-
-
-def starts_in_one_process(variables: Mapping[str, str]) -> bool:
-    """Whether an engine of one rank on a CPU should have its worker in its own process.
-
-    vLLM makes the executor "mp" of "uni" there, and its worker is one more process that imports
-    everything anew: a quarter of an engine's start. Named by its path, the executor stays what it is on
-    one GPU. It binds no threads to cores: a machine of many, or an operator who binds, is left alone.
-    """
-    cpus = len(os.sched_getaffinity(0))
-    return cpus <= _MAX_CPUS and not any(name in variables for name in _BINDING)
 
 
 def reported_exit_codes(text: str) -> list[int]:

@@ -28,7 +28,7 @@ from shared.errors import EyrieError, RetryableError
 from shared.runtime.children import free_port
 from shared.runtime.gpus import listed_devices
 from shared.runtime.process import die_with_parent, end_group, stop_if_requested
-from shared.vllm import engine_start
+from shared.vllm import cpu, engine_start
 
 MODEL_NAME = "target"
 _MODULE = "vllm.entrypoints.openai.api_server"
@@ -139,11 +139,10 @@ def start_server(
         # Compiling for a CPU takes longer than most runs there.
         "enforce-eager": is_cpu,
     }
-    is_one_rank = all(options.get(name, 1) == 1 for name in _RANKS)
-    if is_cpu and is_one_rank and engine_start.starts_in_one_process(variables):
-        own["distributed-executor-backend"] = engine_start.ONE_PROCESS_EXECUTOR
+    if is_cpu and cpu.starts_in_one_process(map(options.get, _RANKS), variables):
+        own["distributed-executor-backend"] = cpu.ONE_PROCESS_EXECUTOR
         # As vLLM does it: a core for the server itself. Small steps take half as long again without.
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, cpu.num_cpus() - 1)))
     process = subprocess.Popen(
         [sys.executable, "-m", _MODULE, *_flags(own | dict(options))],
         env=variables,

@@ -15,7 +15,7 @@ from packaging.version import Version
 from safetensors.torch import save_file
 
 from shared.errors import OutputError, UserError
-from shared.vllm.engine_start import ONE_PROCESS_EXECUTOR
+from shared.vllm.cpu import ONE_PROCESS_EXECUTOR
 from stages.dump.backends import spool
 from stages.dump.backends.stats import measure
 from stages.dump.backends.vllm import connector

@@ -19,7 +19,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.platforms import current_platform
 
 from shared.errors import RetryableError, UserError, nearest
-from shared.vllm.engine_start import ONE_PROCESS_EXECUTOR, starts_in_one_process
+from shared.vllm.cpu import ONE_PROCESS_EXECUTOR, starts_in_one_process
 from shared.vllm.versions import SUPPORTED_VLLM, is_within
 from stages.dump.backends.base import EngineSettings
 
@@ -133,7 +133,7 @@ class VllmSettings(EngineSettings):
         }
         if current_platform.is_cpu():
             arguments["enforce_eager"] = True
-            if self.tensor_parallel == 1 and starts_in_one_process(os.environ):
+            if starts_in_one_process([self.tensor_parallel], os.environ):
                 arguments["distributed_executor_backend"] = ONE_PROCESS_EXECUTOR
         else:
             # One token is decoded per row: graphs for decoding would be captured for nothing.

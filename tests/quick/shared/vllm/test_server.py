@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shared.vllm import server
-from shared.vllm.engine_start import ONE_PROCESS_EXECUTOR
+from shared.vllm.cpu import ONE_PROCESS_EXECUTOR
 
 PROBE = """
 import json, os, pathlib, sys
