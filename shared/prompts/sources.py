@@ -140,7 +140,7 @@ def read_source(
     """
     on_hub = _hub_source(source, workspace)
     if on_hub is None:
-        rows = _of_files(source, workspace, label)
+        rows = file_rows(source, workspace, label)
     else:
         read = hub.rows(
             on_hub.path,
@@ -169,7 +169,12 @@ def _warn(text: str) -> None:
     logger.warning("%s", text)
 
 
-def _of_files(source: Source, workspace: Path, label: str) -> Iterator[Prompt | BadRow]:
+def file_rows(source: Source, workspace: Path, label: str) -> Iterator[Prompt | BadRow]:
+    """`read_source` of files, without its warning: for a look at the first rows.
+
+    Raises:
+        UserError: as `read_source`.
+    """
     found, unread = _found(source, workspace, label)
     for each in unread:
         yield BadRow(each.name, "file_not_read", each.why_not)

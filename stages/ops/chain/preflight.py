@@ -229,8 +229,7 @@ def _rows(source: Source, workspace: Path, label: str) -> Iterator[str]:
         UserError: a file cannot be read, or there is none.
     """
     reasons: collections.Counter[str] = collections.Counter()
-    read = sources.read_source(source, workspace, label=label)
-    for row in itertools.islice(read, _MAX_ROWS):
+    for row in itertools.islice(sources.file_rows(source, workspace, label), _MAX_ROWS):
         reasons[row.reason if isinstance(row, BadRow) else ""] += 1
     if not reasons[""]:
         del reasons[""]

@@ -301,3 +301,11 @@ def test_rows_that_no_stage_can_use_are_refused(
     (workspace / name).write_bytes(content)
     (line,) = problems(steps(workspace, {"synth": {"prompts": name}}), workspace)
     assert found in line
+
+
+def test_a_look_at_the_rows_says_nothing_of_what_the_stage_itself_will_say(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (workspace / "p.jsonl").write_text('{"prompt": "a", "notes": "never read"}\n')
+    assert problems(steps(workspace, {"synth": {"prompts": "p.jsonl"}}), workspace) == []
+    assert not caplog.messages
