@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The subsets of a clone of a hub data set, which its README.md lists with their files.
 
----
-configs:
-- config_name: en
-data_files: en/*.jsonl                       a pattern, several, or one for each split:
-- config_name: fr
-data_files: [{split: train, path: fr/train-*}]
----
+Worked example, the head of such a page; a subset has a pattern, several, or one for each split:
+
+    ---
+    configs:
+    - config_name: en
+      data_files: en/*.jsonl
+    - config_name: fr
+      data_files: [{split: train, path: fr/train-*}]
+    ---
 """
 
 import dataclasses
@@ -48,7 +50,7 @@ def chosen_subset(folder: Path, name: str | None, label: str) -> Subset | None:
     defaults = [key for key, each in named.items() if each.get("default") is True]
     if name is None and not named:
         return None
-    wanted = name or next(iter([*defaults, *(named if len(named) == 1 else ["default"])]))
+    wanted = name or [*defaults, *(named if len(named) == 1 else ["default"])][0]
     if wanted in named:
         return Subset(wanted, tuple(_patterns(named[wanted])))
     raise UserError(

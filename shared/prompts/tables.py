@@ -64,9 +64,8 @@ def _decoded(value: Any, kind: Any) -> Any:
     if isinstance(value, dict):
         read = {key: _decoded(inner, kind.field(key).type) for key, inner in value.items()}
         return {key: inner for key, inner in read.items() if value[key] is not None}
-    with contextlib.suppress(
-        ValueError, TypeError, RecursionError
-    ):  # the reader of messages tells what it is
+    # What is no JSON is left to the reader of messages, which tells what it is.
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         return json.loads(value)
     return value
 

@@ -3,24 +3,22 @@
 
 vLLM does so on a GPU, and train. Without a C compiler or Python's headers the first kernel fails, after
 minutes of loading.
+
+Run as a script by another interpreter, it prints where that one's headers belong.
 """
 
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
-# For another interpreter; Triton looks there too.
-PRINT_INCLUDE = (
-    "import sysconfig as s\n"
-    "name = s.get_default_scheme().replace('posix_local', 'posix_prefix')\n"  # Debian's own
-    "print(s.get_path('include', name))"
-)
 REMEDY = "Install both (Debian and Ubuntu: apt-get install gcc python3-dev)"
 
 
 def include_folder() -> Path:
-    """Where this interpreter's headers belong."""
+    """Where this interpreter's headers belong; Triton looks there too."""
+    # Debian's own scheme names a folder that its headers are not in.
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     return Path(sysconfig.get_path("include", scheme))
 
@@ -37,3 +35,7 @@ def lacking(include: Path) -> str:
     if not (include / "Python.h").is_file():
         found.append(f"no {include / 'Python.h'}")
     return " and ".join(found)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{include_folder()}\n")

@@ -12,7 +12,7 @@ from typing import Any
 
 from shared.errors import UserError
 from shared.recipe import read_recipe
-from shared.runtime.gpus import DEVICES
+from shared.runtime.gpus import listed_devices
 from stages.ops.chain.machine import Machine, look
 from stages.ops.chain.preflight_target import problem
 from stages.ops.chain.processes import Step
@@ -58,7 +58,7 @@ def share(stage: str, config: RunChainConfig) -> dict[str, Any]:
     count = gpus_of_dump(read_recipe(config.recipe).get("dump", {}))
     if total <= count:  # preflight has refused it
         return {}
-    names = os.environ.get(DEVICES, ",".join(map(str, range(total)))).split(",")
+    names = listed_devices() or list(map(str, range(total)))
     return {"gpus": ",".join(names[:count] if stage == "dump" else names[count:total])}
 
 

@@ -133,7 +133,7 @@ def _include_folder(python: str) -> Path:
     Raises:
         OSError, subprocess.SubprocessError: it is none.
     """
-    command = [python, "-c", compiler.PRINT_INCLUDE]
+    command = [python, "-I", compiler.__file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return Path(done.stdout.strip())
 

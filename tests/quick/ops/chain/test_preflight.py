@@ -59,7 +59,8 @@ def test_a_gpu_s_kernels_need_a_compiler_and_python_s_headers(
     monkeypatch.setenv("EYRIE_BENCH_PYTHON", str(python))
     assert compiler_lines(workspace, roomy) == []
     preflight._include_folder.cache_clear()
-    monkeypatch.setattr(compiler, "PRINT_INCLUDE", "print('/nowhere')")
+    (tmp_path / "include.py").write_text("print('/nowhere')")
+    monkeypatch.setattr(compiler, "__file__", str(tmp_path / "include.py"))
     (line,) = compiler_lines(workspace, roomy)
     assert line.startswith("synth and train: expected a C compiler and Python's headers,")
     assert line.endswith(
