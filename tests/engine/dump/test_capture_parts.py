@@ -46,6 +46,15 @@ def test_an_engine_of_one_rank_on_a_cpu_has_no_process_for_its_worker(
     assert executor(engine_args={"distributed_executor_backend": "uni"}) == "mp"
 
 
+def test_what_vllm_has_not_implemented_is_refused_by_its_words(tmp_path: Path) -> None:
+    target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
+    asked = VllmSettings(
+        **settings(target), max_num_batched_tokens=512, engine_args={"pipeline_parallel_size": 2}
+    )
+    with pytest.raises(UserError, match="Pipeline parallelism is not supported"):
+        asked.resolve()
+
+
 def test_token_logprobs_worked_example() -> None:
     """ids [7, 8, 9]: vLLM's list is [None, {8: -1.5}, {9: -0.3}]."""
     told = [

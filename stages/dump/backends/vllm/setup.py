@@ -53,7 +53,7 @@ class VllmSettings(EngineSettings):
         prepare_environment()
         try:
             config = self._resolve()
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             raise UserError(
                 f"vLLM {vllm.__version__} refuses {self.target}: {error}",
                 code="engine-config-refused",
