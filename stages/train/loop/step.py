@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from shared.errors import OutputError
 from stages.train.data.batch import Batch
 from stages.train.kernels.fused import LOSSES
 from stages.train.model import DraftHead
@@ -95,17 +94,6 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
         optimizer.step()
     return torch.stack(losses).sum(), combine(sums)
-
-
-def not_finite(loss: float, step: int, samples: list[str]) -> OutputError:
-    """What a NaN or infinite loss is told as."""
-    return OutputError(
-        f"step {step}: the loss is {loss}. The step has the samples {samples}.",
-        code="loss-not-finite",
-        remedy="Lower train.learning_rate, or inspect the states of these samples; the "
-        "last checkpoint is older than this step.",
-        facts={"step": step, "samples": samples[:8]},
-    )
 
 
 @contextlib.contextmanager

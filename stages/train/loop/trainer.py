@@ -31,11 +31,11 @@ from stages.train.loop.checkpoint import Checkpoints
 from stages.train.loop.evaluation import walk_held_out
 from stages.train.loop.following import Following
 from stages.train.loop.history import History, Outcome, progress_figures
+from stages.train.loop.losses import Losses
 from stages.train.loop.optimizer import lr_factor, make_optimizer
-from stages.train.loop.step import TrainingStep, not_finite, train_step
+from stages.train.loop.step import TrainingStep, train_step
 from stages.train.model import DraftHead
 from stages.train.objective.in_vocab import in_vocab_shares
-from stages.train.objective.loss import StepSums, combine
 from stages.train.objective.target_output import TargetOutput
 
 LOG_EVERY_STEPS = 10
@@ -64,7 +64,6 @@ class Trainer:
         self.batch_tokens = int(config.batch_tokens)  # `budget.resolved` has set it
         self.dataset = dataset
         self.accelerator = accelerator
-        self._summed = functools.partial(distributed.summed, accelerator)
         self.device = accelerator.device
         head.to(self.device)
         head.recompute_activations = config.recompute_activations
@@ -72,15 +71,7 @@ class Trainer:
         dataset.set_in_vocab(
             in_vocab_shares(dataset, head, tensors, folder / "in_vocab", accelerator)
         )
-        rows = head.to_target_ids(torch.arange(head.config.draft_vocab_size, device=self.device))
-        # In mixed precision its products are in bf16, as in the served target.
-        dtype = distributed.product_dtype(accelerator)
-        target = TargetOutput(
-            norm=tensors.norm.to(self.device),
-            lm_head=tensors.lm_head.to(self.device)[rows].to(dtype),
-            logit_scale=tensors.logit_scale,
-            softcap=tensors.softcap,
-        )
+        target = _target_output(tensors, head, accelerator)
         self.needs_blocks = not is_fused(target.lm_head)  # the kernels need none
         steps, decay = config.ttt_steps, config.loss_decay
         step = TrainingStep(head, target, num_steps=steps, decay=decay, loss=config.loss)
@@ -101,13 +92,9 @@ class Trainer:
         self.history = History(folder / "history.jsonl", accelerator)
         self.step = 0
         self.best: dict[str, float] = {"value": -math.inf, "step": 0, "is_walked": False}
-        self.loss = self.walked = math.nan
-        self.accuracy: list[float] = []
+        self.losses = Losses(accelerator, self.history, decay)
+        self.walked = math.nan
         self.saved_step = -1
-        # Loss and sample ids of the steps since the last check. A check waits for the device and for
-        # the other ranks, so it is made every few steps.
-        self.unchecked: list[tuple[torch.Tensor, list[str]]] = []
-        self.sums: list[StepSums] = []  # since the last record
 
     def _lr_factor(self, step: int) -> float:
         return lr_factor(
@@ -156,15 +143,10 @@ class Trainer:
                 )
                 self.scheduler.step()
                 self.step += 1
-                self.unchecked.append((loss, [sample.sample_id for sample in samples]))
-                self.sums.append(sums)
+                self.losses.add(loss, sums, samples)
                 tokens += sum(sample.num_tokens for sample in samples)
                 self._after_step()
-                speed = tokens / (time.monotonic() - started_s)
-                figures = progress_figures(
-                    self.loss, self.accuracy, self.walked, speed, self.device
-                )
-                status.progress(self.step, self.total_steps, "steps", **figures)
+                self._show(status, tokens / (time.monotonic() - started_s))
                 if self._is_on_plateau():
                     logger.info(
                         "step %d: no better walk since step %d", self.step, self.best["step"]
@@ -180,10 +162,17 @@ class Trainer:
             steps=self.step,
             best_step=int(self.best["step"]),
             walked_acceptance_length=self.best["value"] if self.best["is_walked"] else None,
-            final_loss=self.loss,
+            final_loss=self.losses.mean,
             seconds=round(time.monotonic() - started_s, 1) if self.step > started_step else 0.0,
             mixed_precision=str(self.accelerator.mixed_precision),
         )
+
+    def _show(self, status: Status, tokens_per_s: float) -> None:
+        losses = self.losses
+        figures = progress_figures(
+            losses.mean, losses.accuracy, self.walked, tokens_per_s, self.device
+        )
+        status.progress(self.step, self.total_steps, "steps", **figures)
 
     def _remaining_steps(self) -> Iterator[list[Sample]]:
         end = self.step if self._is_on_plateau() else None  # resumed where it had ended
@@ -210,15 +199,15 @@ class Trainer:
         """Record, walk, save and stop, whichever is due."""
         last, is_best = self.step == self.total_steps, False
         if last or self.step % LOG_EVERY_STEPS == 0:
-            self._record()
+            self.losses.record(self.step)
         if last or self.step % self.config.eval_every_steps == 0:
-            self._check_losses()
+            self.losses.check(self.step)
             is_best = self._evaluate()
-            if self.sums and self._is_on_plateau():  # nothing comes after it
-                self._record()
+            if not self.losses.is_recorded and self._is_on_plateau():  # nothing comes after it
+                self.losses.record(self.step)
         stops = self._all_agree_to_stop()
         if is_best or stops or self._is_due() or self.following.is_due(self.step):
-            self._check_losses()
+            self.losses.check(self.step)
             self._save(best=is_best)
         if stops:
             self.checkpoints.wait()
@@ -241,31 +230,8 @@ class Trainer:
             return wants
         if self.step % LOG_EVERY_STEPS:
             return False
-        return bool(self._summed(torch.tensor(float(wants), device=self.device)) > 0)
-
-    def _check_losses(self) -> None:
-        """Require that every loss since the last check is finite.
-
-        Raises:
-            OutputError: one is NaN or infinite.
-        """
-        if not self.unchecked:
-            return
-        losses = self._summed(torch.stack([loss.double() for loss, _ in self.unchecked]))
-        for index, loss in enumerate(losses.tolist()):
-            if not math.isfinite(loss):
-                step = self.step - len(self.unchecked) + 1 + index
-                raise not_finite(loss, step, self.unchecked[index][1])
-        self.unchecked = []
-
-    def _record(self) -> None:
-        """Record loss and accuracy of the steps since the last record."""
-        self._check_losses()
-        total = StepSums(*self._summed(torch.stack(list(combine(self.sums)))))
-        self.loss = total.mean_loss(self.config.loss_decay)
-        self.accuracy = [round(value, 4) for value in total.accuracy().tolist()]
-        self.history.append(self.step, {"loss": self.loss, "accuracy": self.accuracy})
-        self.sums = []
+        votes = torch.tensor(float(wants), device=self.device)
+        return bool(distributed.summed(self.accelerator, votes) > 0)
 
     def _evaluate(self) -> bool:
         """Walk the held-out answers; whether this walk is the best so far."""
@@ -295,7 +261,7 @@ class Trainer:
         return is_best
 
     def _save_and_wait(self) -> None:
-        self._check_losses()
+        self.losses.check(self.step)
         self._save()
         self.checkpoints.wait()
 
@@ -303,15 +269,13 @@ class Trainer:
         # Before the first step there is nothing to save, and torch would count one into the moments.
         if self.step in (0, self.saved_step):
             return
-        unrecorded = torch.stack(list(combine(self.sums))) if self.sums else None
         state = {
             "step": self.step,
             **distributed.gather_state(self.module, self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
             "best": self.best,
-            "sums": None if unrecorded is None else self._summed(unrecorded),
-            "loss": self.loss,  # the final loss, if no step is left
+            **self.losses.state(),
         }
         if self.accelerator.is_main_process:
             self.checkpoints.save(state, best=best)
@@ -329,10 +293,24 @@ class Trainer:
             checkpoint.restore_best(self.checkpoints.folder, state)
         self.step = state["step"]
         self.best = {"is_walked": bool(self.dataset.held_out), **state["best"]}
-        self.loss = state.get("loss", math.nan)
         distributed.restore_state(self.module, self.optimizer, state)
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
-        if state["sums"] is not None and self.accelerator.is_main_process:
-            self.sums = [StepSums(*state["sums"].to(self.device))]
+        self.losses.restore(state)
         logger.info("continuing from step %d of %d", self.step, self.total_steps)
+
+
+def _target_output(
+    tensors: TargetTensors, head: DraftHead, accelerator: Accelerator
+) -> TargetOutput:
+    """The target's distribution over the draft vocabulary."""
+    device = accelerator.device
+    rows = head.to_target_ids(torch.arange(head.config.draft_vocab_size, device=device))
+    # In mixed precision its products are in bf16, as in the served target.
+    dtype = distributed.product_dtype(accelerator)
+    return TargetOutput(
+        norm=tensors.norm.to(device),
+        lm_head=tensors.lm_head.to(device)[rows].to(dtype),
+        logit_scale=tensors.logit_scale,
+        softcap=tensors.softcap,
+    )
