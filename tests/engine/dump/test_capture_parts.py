@@ -46,7 +46,10 @@ def test_an_engine_of_one_rank_on_a_cpu_has_no_process_for_its_worker(
     assert executor(engine_args={"distributed_executor_backend": "uni"}) == "mp"
 
 
-def test_what_vllm_has_not_implemented_is_refused_by_its_words(tmp_path: Path) -> None:
+def test_what_vllm_has_not_implemented_is_refused_by_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
     asked = VllmSettings(
         **settings(target), max_num_batched_tokens=512, engine_args={"pipeline_parallel_size": 2}

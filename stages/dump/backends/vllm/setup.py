@@ -133,7 +133,8 @@ class VllmSettings(EngineSettings):
         }
         if current_platform.is_cpu():
             arguments["enforce_eager"] = True
-            if starts_in_one_process([self.tensor_parallel], os.environ):
+            ranks = (self.tensor_parallel, self.engine_args.get("pipeline_parallel_size"))
+            if starts_in_one_process(ranks, os.environ):
                 arguments["distributed_executor_backend"] = ONE_PROCESS_EXECUTOR
         else:
             # One token is decoded per row: graphs for decoding would be captured for nothing.
