@@ -6,6 +6,7 @@ seen. Out: `report.json` and `report.html`. Cost: one engine start for the basel
 (and for ngram), and one pass over the prompts for each load on each.
 """
 
+import functools
 import itertools
 import logging
 import time
@@ -181,15 +182,20 @@ def _measure(
 
     plan = plans.plan_of(config, subject.target, conversations)
     drafters = plans.drafters_of(config, subject.head)
-    if subject.head is not None:
-        head_check.check_in_vllm(plan, subject.head, drafters["head"] or {}, folder / "raw")
     status = Status(config.paths.status("bench"), period_s=0.0)
     results: dict[str, dict[str, Any]] = {}
     for number, (name, speculative) in enumerate(drafters.items()):
         status.progress(number, len(drafters), "engines", measuring=name, loads=len(plan.loads))
         heads = {key: raw for key, raw in results.items() if key.startswith("head")}
         others = heads if name == "baseline" else {}
-        results[name] = measurement.measure(plan, name, speculative, folder, others=others)
+        check = None
+        if name == "head" and subject.head is not None:  # the first engine: nothing runs before it
+            check = functools.partial(
+                head_check.check_in_vllm, plan, subject.head, speculative or {}, folder / "raw"
+            )
+        results[name] = measurement.measure(
+            plan, name, speculative, folder, others=others, while_starting=check
+        )
     return results
 
 

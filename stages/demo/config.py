@@ -23,7 +23,7 @@ class MakeTargetConfig(CommandConfig):
     steps: int | None = pydantic.Field(
         None, description="Training steps; fewer is a worse model.", ge=1
     )
-    num_prompts: int = pydantic.Field(1200, description="Prompts for synth.", ge=1)
+    num_prompts: int = pydantic.Field(1000, description="Prompts for synth.", ge=1)
     num_held_out: int = pydantic.Field(96, description="Prompts for bench, never trained on.", ge=1)
 
 

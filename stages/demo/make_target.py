@@ -113,7 +113,7 @@ def make_target(
     *,
     seed: int = 0,
     steps: int = DEFAULT_STEPS,
-    num_prompts: int = 1200,
+    num_prompts: int = 1000,
     num_held_out: int = 96,
     hidden_size: int = 192,
     num_layers: int = 8,

@@ -13,7 +13,7 @@ measured category by category; then every server of the measurement is.
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,11 @@ Raw = dict[str, Any]
 
 
 def _address(
-    plan: Plan, name: str, speculative: Speculative
+    plan: Plan, name: str, speculative: Speculative, while_starting: Callable[[], None] | None
 ) -> contextlib.AbstractContextManager[Address]:
     """The server for an engine's name: started here, or the existing one."""
     if not plan.config.endpoint:
-        return serve(plan, speculative)
+        return serve(plan, speculative, while_starting=while_starting)
     field = "baseline_endpoint" if name == "baseline" else "endpoint"
     variable = f"EYRIE_{field.upper()}_KEY"  # its key is never a flag: process lists show those
     address = Address(getattr(plan.config, field), os.environ.get(variable, ""), variable)
@@ -107,12 +107,19 @@ class _Measurement:
 
 
 def measure(
-    plan: Plan, name: str, speculative: Speculative, folder: Path, *, others: Mapping[str, Raw]
+    plan: Plan,
+    name: str,
+    speculative: Speculative,
+    folder: Path,
+    *,
+    others: Mapping[str, Raw],
+    while_starting: Callable[[], None] | None = None,
 ) -> Raw:
     """The raw measurement of one engine, also written to `folder`.
 
     Args:
         others: the drafting engines' raw measurements where this is the baseline.
+        while_starting: a check that runs beside the start of a server of our own.
 
     Raises:
         UserError: the server refuses the plan, or is not what the recipe says.
@@ -120,7 +127,7 @@ def measure(
     """
     started_s = time.perf_counter()
     depth = plans.depth_of(speculative)
-    with _address(plan, name, speculative) as address:
+    with _address(plan, name, speculative, while_starting) as address:
         server = Server(
             address,
             request_timeout_s=plan.config.request_timeout_s,

@@ -2,7 +2,7 @@
 """A vLLM server of the stage's own for the length of one measurement."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from shared.errors import RetryableError
@@ -47,8 +47,14 @@ def options(plan: Plan, speculative: Speculative) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serve(plan: Plan, speculative: Speculative) -> Iterator[Address]:
+def serve(
+    plan: Plan, speculative: Speculative, *, while_starting: Callable[[], None] | None = None
+) -> Iterator[Address]:
     """The address of a ready server for the length of the block.
+
+    Args:
+        while_starting: runs beside the start, which takes one core most of its time. What it raises
+            ends the server.
 
     Raises:
         UserError: the server refuses the plan, or runs out of memory.
@@ -56,6 +62,8 @@ def serve(plan: Plan, speculative: Speculative) -> Iterator[Address]:
     """
     config: BenchConfig = plan.config
     with start_server(options(plan, speculative)) as child:
+        if while_starting is not None:
+            while_starting()
         child.wait_until_ready(stage="bench", timeout_s=config.startup_timeout_s)
         try:
             yield Address(child.base_url, child.api_key)

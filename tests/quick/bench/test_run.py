@@ -10,7 +10,6 @@ import pytest
 
 from shared.config import build
 from shared.errors import UserError
-from stages.bench import head_check
 from stages.bench.config import BenchConfig
 from stages.bench.measure import measurement
 from stages.bench.report import html
@@ -44,7 +43,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (workspace / "prompts.jsonl").write_text(2 * row)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measurement, "measure", lambda _, name, *__, **___: MEASURED[name])
-        patch.setattr(head_check, "check_in_vllm", lambda *_: None)
         patch.setattr(html, "render", lambda _: "drawn elsewhere")
         run(config(workspace, name="before"))
         run(held_against(workspace))
