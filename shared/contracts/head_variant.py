@@ -46,7 +46,7 @@ def named_variant(
     variant: str | None = None, layer: str | None = None, window: int | None = None
 ) -> HeadVariant:
     """The variant that train makes from `train.variant`, `train.layer` and `train.draft_window`."""
-    base = _BY_NAME[variant or "eagle3"]
+    base = _BY_NAME[variant or "eagle3.1"]
     return dataclasses.replace(base, qk_norm=layer == "qwen3", window=window)
 
 

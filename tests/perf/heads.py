@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 K, MAX_TOKENS, SEED = 3, 160, 0
 COUNTERS = ("num_drafts", "num_accepted_tokens")
 OURS: dict[str, dict[str, str]] = {
-    "eagle3": {},
+    "eagle3": {"variant": "eagle3"},
     "eagle3.1": {"variant": "eagle3.1"},
     "eagle3.1-lk_hybrid": {"variant": "eagle3.1", "loss": "lk_hybrid"},
 }
