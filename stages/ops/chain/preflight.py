@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from shared.contracts.head_variant import named_variant
 from shared.errors import UserError
 from shared.paths import RunPaths, find_input
 from shared.prompts import sources
@@ -49,6 +50,7 @@ _FLOORS = {
     "train": {"torch": ">=2", "accelerate": ">=1.10", "safetensors": ">=0.5"},
     "bench": {"vllm": ">=0.28", "matplotlib": ">=3.9"},
 }
+_FC_NORM = ">=0.32"
 _LIST_VERSIONS = (
     "import importlib.metadata as m, json\n"
     "print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))"
@@ -66,6 +68,7 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
     found += _compiler(left, machine)
     found += _shared_memory(left, machine)
     found += pair.problems(steps, machine, is_local=True)
+    found += _served_variant(left)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         found += target_problems(name, left, paths, machine, _bench_vllm(left))
     return found
@@ -84,6 +87,21 @@ def problems_of_containers(
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         if find_input(name, paths.workspace) is not None:
             yield from target_problems(name, left, paths, machine)
+
+
+def _served_variant(left: Sequence[Step]) -> Iterator[str]:
+    """An older vLLM drops the norms of a head of EAGLE-3.1."""
+    version = _bench_vllm(left)
+    train = next((step for step in left if step.stage == "train"), None)
+    if not version or train is None or train.settings.get("init_from"):
+        return
+    if named_variant(train.settings.get("variant")).fc_norm and not is_within(version, _FC_NORM):
+        yield problem(
+            "train.variant",
+            f"a head that bench's vLLM serves; EAGLE-3.1 needs vLLM {_FC_NORM}",
+            f"vLLM {version}",
+            "Set train.variant: eagle3, or give bench a newer vLLM.",
+        )
 
 
 def _bench_vllm(left: Sequence[Step]) -> str:

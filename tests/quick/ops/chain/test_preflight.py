@@ -283,6 +283,17 @@ def test_other_packages_than_a_stage_needs_are_named(
     assert "bench: expected a Python interpreter at /nowhere/python" in python
 
 
+def test_a_vllm_that_would_drop_the_newer_norms_is_named(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = preflight._installed
+    older = {"vllm": "0.31.1+cpu"}
+    monkeypatch.setattr(preflight, "_installed", lambda python: {**found(python), **older})
+    (told,) = problems(steps(workspace), workspace)
+    assert "bench's vLLM serves; EAGLE-3.1 needs vLLM >=0.32, found vLLM 0.31.1" in told
+    assert problems(steps(workspace, {"train": {"variant": "eagle3"}}), workspace) == []
+
+
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
