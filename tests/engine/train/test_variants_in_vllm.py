@@ -177,7 +177,7 @@ def as_speculators(head: DraftHead, out: Path) -> None:
 VARIANTS = {
     "classic": HeadVariant(),
     "eagle3.1": named_variant("eagle3.1"),
-    "window": named_variant(window=16),
+    "window": named_variant("eagle3", None, 16),
     "eagle3.1-qwen3-window": named_variant("eagle3.1", "qwen3", 16),
     "norm-before-fc-and-residual": HeadVariant(norm_before_fc=True, norm_before_residual=True),
 }

@@ -144,11 +144,11 @@ def test_a_full_vocabulary_has_no_mapping(tmp_path: Path) -> None:
 VARIANTS = {
     "eagle3.1": (named_variant("eagle3.1", None), {"fc_norm": True, "norm_output": True}),
     "qwen3": (
-        named_variant(None, "qwen3"),
+        named_variant("eagle3", "qwen3"),
         {"architectures": ["Eagle3Qwen3ForCausalLM"], "model_type": "qwen3"},
     ),
     "window": (
-        named_variant(window=64),
+        named_variant("eagle3", None, 64),
         {"layer_types": ["sliding_attention"], "sliding_window": 64},
     ),
     "qwen3-window": (
