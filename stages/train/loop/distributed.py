@@ -222,7 +222,20 @@ def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 def restore_state(
     module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Load a gathered state of any number of ranks."""
+    """Load a gathered state of any number of ranks.
+
+    Raises:
+        UserError: it is that of a head with other tensors.
+    """
+    differing = sorted(set(head_of(module).state_dict()) ^ set(state["weights"]))
+    if differing:
+        raise UserError(
+            f"the latest checkpoint: expected the tensors of this head, found others: {differing[:6]}.",
+            code="checkpoint-of-another-variant",
+            remedy="Set train.variant and train.layer to those of the run that wrote it, or give "
+            "--overwrite to begin anew.",
+            facts={"differing": differing},
+        )
     states.set_state_dict(
         module,
         optimizer,

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from shared.config import build
 from shared.contracts import hidden_states
 from shared.contracts.head_config import HeadConfig
+from shared.contracts.head_variant import named_variant
 from shared.errors import RetryableError, Stopped, UserError
 from shared.io import files
 from shared.runtime.process import stop_requested
@@ -27,6 +28,7 @@ from stages.train.config import TrainConfig
 from stages.train.data.dataset import Dataset
 from stages.train.loop import checkpoint
 from stages.train.loop.trainer import Trainer
+from stages.train.model import DraftHead
 from stages.train.objective.in_vocab import in_vocab_shares
 from tests.quick.train.export.test_export import CONFIG, make_head
 
@@ -68,6 +70,7 @@ def trainer(
     workspace: Path,
     mixed_precision: str = "no",
     more: dict[str, str] | None = None,
+    head: DraftHead | None = None,
     **sizes: int,
 ) -> Trainer:
     """Eight tokens a step at least, so a sample a step; every step is walked."""
@@ -80,7 +83,7 @@ def trainer(
     return Trainer(
         config,
         random_tensors(),
-        make_head(),
+        head or make_head(),
         dataset(dump, holdout=0.25, **sizes),
         workspace / "train",
         Accelerator(cpu=True, mixed_precision=mixed_precision),
@@ -216,6 +219,21 @@ def test_a_training_goes_on_with_the_best_that_its_state_names(
     again._resume()
     assert again.step == 2
     assert (folder / checkpoint.BEST).resolve().name == f"step_{expected:08d}.pt"
+
+
+def test_a_training_of_another_variant_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trainer(tmp_path)
+    monkeypatch.setattr(first, "_all_agree_to_stop", lambda: first.step == 2)
+    with pytest.raises(Stopped):
+        first.run()
+    newer = make_head(dataclasses.replace(CONFIG, variant=named_variant("eagle3.1")))
+    with pytest.raises(
+        UserError, match=r"others: \['fc_norm.0.weight'.* Set train.variant"
+    ) as refused:
+        trainer(tmp_path, head=newer).run()
+    assert refused.value.code == "checkpoint-of-another-variant"
 
 
 def rank_of(count: int) -> Any:
