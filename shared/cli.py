@@ -23,6 +23,7 @@ from typing import NoReturn
 
 from shared import config as configs
 from shared import errors
+from shared.artifacts.artifact import refusal
 from shared.config import CommandConfig, StageConfig
 from shared.io.files import check_workspace
 from shared.runtime import process
@@ -114,7 +115,15 @@ def _parse(
     if rest:
         flags[config.variadic] = json.dumps(rest, ensure_ascii=False)
     built = configs.build(config, flags)
-    return command, built.model_dump_json(indent=2) if only_print else built
+    return command, _resolved(built) if only_print else built
+
+
+def _resolved(config: CommandConfig) -> str:
+    """The configuration as JSON; a stage's with `refusal`, which says if its folder has other settings."""
+    values = config.model_dump(mode="json")
+    if isinstance(config, StageConfig):
+        values["refusal"] = refusal(config)
+    return json.dumps(values, indent=2, ensure_ascii=False)
 
 
 def _outcome(error: BaseException) -> errors.EyrieError:

@@ -11,6 +11,7 @@ A recipe is one YAML file with the section `run` and one section a stage:
 An unknown key or flag is refused with the nearest valid name, before anything runs.
 """
 
+import contextlib
 import os
 import reprlib
 import types
@@ -179,6 +180,24 @@ class StageConfig(CommandConfig):
             if kind_of(field) == "identity":
                 keys[f"{self.section}.{name}"] = own[name]
         return keys
+
+    def with_defaults(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """An earlier identity, with the default of each setting that is younger than it.
+
+        So an artifact outlives the settings that are added later, one inside another (a source's
+        `weight`) included: their defaults keep what was before them.
+        """
+        whole = dict(found)
+        for key in self.identity():
+            section, _, name = key.partition(".")
+            fields = (RunConfig if section == "run" else type(self)).model_fields
+            if (field := fields.get(name)) is None:
+                continue
+            value = found.get(key, field.get_default(call_default_factory=True))
+            adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(field.annotation or Any)
+            with contextlib.suppress(pydantic.ValidationError):  # no default, or a value of old
+                whole[key] = adapter.dump_python(adapter.validate_python(value), mode="json")
+        return whole
 
 
 def _from_text(text: str, field: FieldInfo) -> Any:

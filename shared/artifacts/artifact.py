@@ -43,6 +43,50 @@ _SHARED_SWEEP_S = 3600.0
 logger = logging.getLogger(__name__)
 
 
+def _found(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The manifest in `folder`, and the identity of what is finished or begun there; None without.
+
+    Raises:
+        UserError: they cannot be understood.
+    """
+    manifest = read_manifest(folder)
+    if manifest:
+        return manifest, manifest["identity"]
+    found = started_identity(folder)
+    return None, found if found is not None and holds_work(folder) else None
+
+
+def _of_other_settings(folder: Path, manifest: object, differing: str) -> UserError:
+    return UserError(
+        f"{folder} holds {'a finished' if manifest else 'an unfinished'} artifact of another "
+        f"configuration ({differing}).",
+        code="artifact-settings",
+        remedy="Give --overwrite to replace it, or another run.name to keep both.",
+    )
+
+
+def refusal(config: StageConfig) -> str:
+    """What the stage will say against the artifact in its folder, as far as settings tell; or ''."""
+    if config.overwrite:
+        return ""
+    folder, own = config.paths.stage(config.section), config.identity()
+    try:
+        manifest, found = _found(folder)
+    except UserError as error:
+        return str(error)
+    if found is None:
+        return ""
+    theirs = config.with_defaults(found)
+    for key in list(theirs):
+        # Inputs and parents are read only later; so is what the stage makes of `auto`, a number.
+        is_chosen = own.get(key) == "auto" and not isinstance(theirs[key], str)
+        if is_chosen or not key.startswith(("run.", f"{config.section}.")):
+            del theirs[key]
+            own.pop(key, None)
+    differing = differences(theirs, own)
+    return str(_of_other_settings(folder, manifest, differing)) if differing else ""
+
+
 class Artifact:
     """One stage's folder on its way to completeness.
 
@@ -63,12 +107,12 @@ class Artifact:
         self.config = config
         self._mends = mends
         self.parents = {name: parent["fingerprint"] for name, parent in (parents or {}).items()}
-        self.identity: dict[str, Any] = {
+        self._wanted: dict[str, Any] = {
             **config.identity(),
             **{f"input.{name}": digest for name, digest in (inputs or {}).items()},
             **{f"parent.{name}": digest for name, digest in self.parents.items()},
         }
-        self.fingerprint = fingerprint(self.identity)
+        self.identity, self.fingerprint = self._wanted, fingerprint(self._wanted)
 
     def is_done(self) -> bool:
         """Whether the finished artifact of this very configuration is there already, and whole.
@@ -80,26 +124,21 @@ class Artifact:
         if self.config.overwrite:
             refuse_borrowed(self.folder)
         try:
-            manifest = read_manifest(self.folder)
+            manifest, found = _found(self.folder)
         except UserError:
             if self.config.overwrite and not self._is_shared:  # nobody asks for what is in it
                 return False
             raise
-        found = manifest["identity"] if manifest else started_identity(self.folder)
-        if found is None or not (manifest or holds_work(self.folder)):
+        if found is None:
             return False
-        if fingerprint(found) == self.fingerprint:
+        if self._take_up(found):
             # Of several processes none may undo what another has just made.
             if manifest and (self._is_shared or not self.config.overwrite):
                 return self._is_whole(manifest)
             return False
         if not self.config.overwrite:
-            raise UserError(
-                f"{self.folder} holds {'a finished' if manifest else 'an unfinished'} artifact of "
-                f"another configuration ({differences(found, self.identity)}).",
-                code="artifact-settings",
-                remedy="Give --overwrite to replace it, or another run.name to keep both.",
-            )
+            whole = self.config.with_defaults(found)
+            raise _of_other_settings(self.folder, manifest, differences(whole, self._wanted))
         return False
 
     def _is_whole(self, manifest: Mapping[str, Any]) -> bool:
@@ -117,8 +156,19 @@ class Artifact:
             found = started_identity(self.folder)
         except UserError:
             return False
-        is_own = found is not None and fingerprint(found) == self.fingerprint
+        is_own = found is not None and self._take_up(found)
         return is_own and not (self.folder / MANIFEST).exists()
+
+    def _take_up(self, found: Mapping[str, Any]) -> bool:
+        """Whether `found` is this configuration's identity, and if so, keep it.
+
+        One without a setting that did not exist yet stays as it is: later stages name its fingerprint.
+        """
+        whole = self.config.with_defaults(found)
+        is_own = fingerprint(whole) == fingerprint(self._wanted)
+        if is_own:
+            self.identity, self.fingerprint = dict(found), fingerprint(found)
+        return is_own
 
     @property
     def _is_shared(self) -> bool:
@@ -166,7 +216,7 @@ class Artifact:
         with contextlib.ExitStack() as held:
             with lock(self.folder / f"{LOCK}-setup", wait=True):
                 found = started_identity(self.folder)
-                if found is not None and fingerprint(found) != self.fingerprint:
+                if found is not None and not self._take_up(found):
                     with lock(self.folder / LOCK):  # nobody is at work on the other configuration
                         self._clear()
                         found = None

@@ -60,7 +60,7 @@ _LIST_VERSIONS = (
 def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[str]:
     """Everything that stands in the way, the stages that are done left out."""
     left = [step for step in steps if not step.done]
-    found = list(_workspace(paths))
+    found = [*_workspace(paths), *_artifacts(steps)]
     for step in left:
         found += _versions(step, machine)
         found += _inputs(step, paths.workspace)
@@ -80,6 +80,7 @@ def problems_of_containers(
     """As `problems`, but for what only an image can tell: packages, its network, its cache."""
     yield from containers.problems(paths)
     yield from _workspace(paths)  # the recipe is kept there, from here
+    yield from _artifacts(steps)
     yield from pair.problems(steps, machine, is_local=False)
     left = [step for step in steps if not step.done]
     for step in left:
@@ -102,6 +103,10 @@ def _served_variant(left: Sequence[Step]) -> Iterator[str]:
             f"vLLM {version}",
             "Set train.variant: eagle3, or give bench a newer vLLM.",
         )
+
+
+def _artifacts(steps: Sequence[Step]) -> Iterator[str]:
+    return (f"{step.stage}: {step.refusal}" for step in steps if step.refusal)
 
 
 def _bench_vllm(left: Sequence[Step]) -> str:

@@ -36,12 +36,14 @@ class Step:
 
     Attributes:
         settings: what recipe and defaults come to, as the stage itself says.
-        done: whether its artifact is finished.
+        done: whether its artifact is finished and stays.
+        refusal: what the stage will say against an artifact of other settings; empty if nothing.
     """
 
     stage: str
     settings: Mapping[str, Any]
     done: bool
+    refusal: str = ""
 
     @property
     def run(self) -> Mapping[str, Any]:
@@ -170,7 +172,10 @@ def steps(config: RunChainConfig, stages: Sequence[str], paths: RunPaths) -> lis
             )
         if config.by == "compose":
             answer = answer.replace(f'"{WORKSPACE}/', '"')  # found here where the workspace lies
-        answered.append(Step(stage, json.loads(answer), is_done(stage, paths)))
+        settings = json.loads(answer)
+        refusal = settings.pop("refusal")
+        stays = is_done(stage, paths) and not (refusal or config.overwrite)
+        answered.append(Step(stage, settings, stays, refusal))
     return answered
 
 

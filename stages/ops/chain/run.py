@@ -83,7 +83,9 @@ def look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
         UserError: with one line for each problem.
     """
     undone = [stage for stage in config.stages if not processes.is_done(stage, paths)]
-    if not (config.dry_run or undone):  # a finished chain takes seconds, and needs nothing
+    if not (
+        config.dry_run or config.overwrite or undone
+    ):  # a finished chain takes seconds, and needs nothing
         return
     # Here, not above: a chain that is done must not wait for them.
     from stages.ops.chain import estimates, preflight

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 def forget_other_dtype(export: Artifact) -> None:
     """Export again if the finished export differs in dtype alone: no training is lost."""
     manifest = read_manifest(export.folder)
-    found = manifest["identity"] if manifest else {}
+    found = export.config.with_defaults(manifest["identity"] if manifest else {})
     key = "input.export_dtype"
     is_other = found.get(key) not in (None, export.identity[key])
     if is_other and {**found, key: export.identity[key]} == export.identity:

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from shared.artifacts.artifact import Artifact
+from shared.artifacts.manifest import fingerprint
+from shared.config import build
 from shared.errors import EXIT_STOPPED, UserError
 from shared.paths import RunPaths
 from stages.ops.chain import processes
 from stages.ops.chain.run import _show_page, run
+from stages.train.config import TrainConfig
 from tests.quick.ops.chain.recipes import ROOT, config, steps, write
 
 
@@ -164,3 +168,29 @@ def test_the_page_is_named_as_a_link_and_opened_where_a_desktop_is(
     monkeypatch.setenv("DISPLAY", ":0")
     _show_page(paths, opens=True)
     assert opened.read_text() == page.as_uri()
+
+
+def test_a_dry_run_says_what_a_finished_stage_will_say(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = config(workspace, only="train", dry_run="true")
+    paths = processes.run_paths(chosen.recipe, chosen.workspace)
+    trained = build(TrainConfig, {"recipe": str(chosen.recipe), "workspace": str(workspace)})
+    # `auto` in the recipe is a number in the manifest.
+    trained = trained.model_copy(update={"learning_rate": 1e-3, "batch_tokens": 512})
+    for folder in (paths.stage("train"), paths.export):
+        artifact = Artifact(folder, trained, parents={"dump": {"fingerprint": "of a dump"}})
+        del artifact.identity["train.init_vocabulary"]  # as if it were older than this setting
+        artifact.fingerprint = fingerprint(artifact.identity)
+        with artifact.work():
+            counts = {"in": 1, "ok": 1, "skipped": {}, "failed": {}}
+            artifact.finish([], counts=counts)
+    assert run(chosen) == 0
+    assert "done" in capsys.readouterr().out
+    overwriting = config(workspace, only="train", overwrite="true")
+    (step,) = processes.steps(overwriting, ("train",), paths)
+    assert (step.done, step.refusal) == (False, "")
+    write(workspace, {"train": {"ttt_steps": 5}})
+    with pytest.raises(UserError, match=r"train: .*\(train.ttt_steps: was 4, now 5\).*overwrite"):
+        run(chosen)
+    assert "done" not in capsys.readouterr().out

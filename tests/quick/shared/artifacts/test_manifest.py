@@ -140,19 +140,6 @@ def test_an_identity_change_is_refused_with_its_key_and_nothing_is_lost(
     assert (done.folder / "part.txt").read_text() == "rows"
 
 
-def test_a_setting_that_an_older_version_did_not_have_is_named(tmp_path: Path) -> None:
-    folder = finished(tmp_path).folder
-    identity = json.loads((folder / "identity.json").read_text())
-    # Its default is what a key that is not there reads as.
-    assert identity.pop("synth.max_samples", 0) is None
-    (folder / "manifest.json").unlink()
-    (folder / "identity.json").write_text(json.dumps(identity))
-    config = synth_config(tmp_path)
-    artifact = Artifact(config.paths.stage("synth"), config, inputs={"prompts": "abc"})
-    with pytest.raises(UserError, match=r"synth.max_samples: was not there, now None"):
-        artifact.is_done()
-
-
 def test_overwrite_replaces(tmp_path: Path) -> None:
     finished(tmp_path)
     config = synth_config(tmp_path, temperature="0.7", overwrite="true")
