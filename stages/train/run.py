@@ -28,7 +28,6 @@ from stages.train.loop import budget
 from stages.train.offer import require_dump
 
 if TYPE_CHECKING:
-    from shared.target.tensors import TargetTensors
     from stages.train.loop.trainer import Outcome
 
 
@@ -52,48 +51,32 @@ def run(config: TrainConfig) -> None:
         inputs=warm_start.fingerprint(config),
         mends=False,  # only its steps can make it
     )
-    is_main = rank() == 0  # the ranks train together, rank 0 alone writes
     if not training.is_done():
-        with training.work() if is_main else contextlib.nullcontext(True) as is_needed:
-            if is_needed:
-                _train_and_record(config, parent, target_config, training)
-            elif int(os.environ.get("WORLD_SIZE") or 1) > 1:  # the other ranks wait for this one
-                raise RetryableError(
-                    f"another process finished {training.folder} while the ranks started.",
-                    code="train-finished-elsewhere",
-                    remedy="Run the same command again to export.",
-                )
-    if not is_main:
-        return
-    trained = require_parent(training.folder, stage="train", config=config)
-    export = Artifact(
-        config.paths.export,
-        config,
-        parents={"train": trained},
-        inputs={"export_dtype": config.export_dtype},
-    )
-    forget_other_dtype(export)
-    if export.is_done():
-        return
-    require_unchanged(training.folder, trained, trained["files"])
-    with export.work() as is_needed:
-        if not is_needed:
-            return
-        names = _export(config, parent, target_config, training.folder, trained, export.folder)
-        export.finish(names, counts=trained["counts"], facts=trained["facts"])
+        _train_and_record(config, parent, target_config, training)
+    if rank() == 0:  # the ranks train together, rank 0 alone writes
+        _export_best(config, parent, target_config, training.folder)
 
 
 def _train_and_record(
     config: TrainConfig, parent: dict[str, Any], target_config: TargetConfig, training: Artifact
 ) -> None:
     is_main = rank() == 0
-    if is_main:
-        files.unlink(config.paths.export, MANIFEST)  # its weights are not those to come
-    outcome = _train(config, parent, target_config, training.folder)
-    if is_main:
-        counts = {"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}}
-        names = ["d2t.npy", "t2d.npy", "history.jsonl", "checkpoints/best.pt"]
-        training.finish(names, counts=counts, facts=outcome.facts())
+    with training.work() if is_main else contextlib.nullcontext(True) as is_needed:
+        if not is_needed:
+            if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # the other ranks wait for this one
+                raise RetryableError(
+                    f"another process finished {training.folder} while the ranks started.",
+                    code="train-finished-elsewhere",
+                    remedy="Run the same command again to export.",
+                )
+            return
+        if is_main:
+            files.unlink(config.paths.export, MANIFEST)  # its weights are not those to come
+        outcome = _train(config, parent, target_config, training.folder)
+        if is_main:
+            counts = {"in": outcome.samples, "ok": outcome.samples, "skipped": {}, "failed": {}}
+            names = ["d2t.npy", "t2d.npy", "history.jsonl", "checkpoints/best.pt"]
+            training.finish(names, counts=counts, facts=outcome.facts())
 
 
 def run_vocab(config: VocabConfig) -> None:
@@ -119,13 +102,14 @@ def run_export(config: ExportConfig) -> None:
         OutputError: the tensors are not those that engines load.
     """
     parent, target_config = inputs(config)
+    from stages.train import head as heads
     from stages.train.export.hf import export_head, require_replaceable
 
     config = budget.resolved(config, parent, target_config.hidden_size)
     folder = config.paths.stage("train")
     named = {"best": folder / "checkpoints" / "best.pt", "latest": folder / "checkpoints/latest.pt"}
     path = named.get(config.checkpoint) or Path(config.checkpoint)
-    head, step = _head_of(config, target_config, folder, path)
+    head, step = heads.of_checkpoint(config, target_config, folder, path)
     out = Path(config.output or config.paths.root / f"export-{config.format}").absolute()
     require_replaceable(out)
     card = {"checkpoint": path.name, "step": step, "dump": parent["facts"]}
@@ -145,34 +129,6 @@ def run_export(config: ExportConfig) -> None:
         from stages.train.export.hub import push
 
         push(out, config.push_to)
-
-
-def _head_of(
-    config: TrainConfig, target_config: TargetConfig, folder: Path, path: Path
-) -> tuple[Any, int]:
-    """The head of a checkpoint, and its step."""
-    from shared.target.tensors import read_tensors
-    from stages.train.loop import checkpoint
-
-    state = checkpoint.load(path)
-    if state is None:
-        raise UserError(
-            f"expected a checkpoint at {path}, found none.",
-            code="checkpoint-missing",
-            remedy="Train first, or set train.checkpoint to an existing file.",
-            facts={"file": str(path)},
-        )
-    head = _build(config, target_config, read_tensors(target_config), folder)
-    try:
-        head.load_state_dict(state["weights"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: expected the weights of this head, found: {str(error)[:500]}.",
-            code="checkpoint-weights",
-            remedy="Give a checkpoint of this recipe.",
-            facts={"file": str(path)},
-        ) from error
-    return head, int(state["step"])
 
 
 def inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
@@ -202,52 +158,6 @@ def inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
     return parent, target_config
 
 
-def _build(
-    config: TrainConfig, target_config: TargetConfig, tensors: "TargetTensors", folder: Path
-) -> Any:
-    """A new head with the target's embeddings and lm_head rows, or the weights of init_from."""
-    from shared.contracts import vocab
-    from shared.contracts.head_config import HeadConfig
-    from shared.contracts.head_variant import named_variant
-    from stages.train.model import DraftHead
-    from stages.train.objective import vocabulary
-
-    counts = hidden_states.read_token_freq(config.paths.stage("dump"), target_config.vocab_size)
-    num_layers = target_config.num_layers
-    aux_layers = layers.resolve_aux_layers(config.run.aux_layers, num_layers)
-    warm = None
-    if config.init_from:
-        default = layers.resolve_aux_layers(None, num_layers)
-        warm = warm_start.load(config, tensors.embed_tokens, tensors.lm_head, aux_layers, default)
-        token_ids = warm_start.token_ids(config, warm.token_ids(), counts)
-        vocabulary.take_over(folder, token_ids, target_config.vocab_size)
-    draft = vocabulary.load_or_make(folder, counts, config.run.draft_vocab_size)
-    raw = dict(target_config.settings)
-    if config.intermediate_size is not None:
-        raw["intermediate_size"] = config.intermediate_size
-    head_config = (
-        warm.config
-        if warm
-        else HeadConfig.from_json(
-            raw,
-            aux_layers=aux_layers,
-            draft_vocab_size=draft.size,
-            variant=named_variant(config.variant, config.layer, config.draft_window),
-            where=target_config.folder / "config.json",
-        )
-    )
-    vocab.check(draft)
-    head = DraftHead(
-        head_config,
-        embed_tokens=tensors.embed_tokens,
-        d2t=draft.d2t if draft.size < target_config.vocab_size else None,
-        lm_head=tensors.lm_head[draft.token_ids].float(),
-    )
-    if warm is not None:
-        warm_start.copy_weights(warm, head)
-    return head
-
-
 def _train(
     config: TrainConfig, parent: dict[str, Any], target_config: TargetConfig, folder: Path
 ) -> "Outcome":
@@ -255,6 +165,7 @@ def _train(
     import torch
 
     from shared.target.tensors import read_tensors
+    from stages.train import head as heads
     from stages.train.data.dataset import Dataset
     from stages.train.data.followed import FollowedShards
     from stages.train.kernels.fused import require_compiler
@@ -273,7 +184,7 @@ def _train(
     with together(accelerator), accelerator.main_process_first():
         if accelerator.is_main_process:
             vocabulary.forget_unbound(folder)
-        head = _build(config, target_config, tensors, folder)
+        head = heads.build(config, target_config, tensors, folder)
     data_config = hidden_states.read_data_config(dump)
     dataset = Dataset(
         dump,
@@ -298,6 +209,26 @@ def _holds_states(name: str) -> bool:
     return Path(name).name.startswith(("shard_", "data_")) and name.endswith(".pt")
 
 
+def _export_best(
+    config: TrainConfig, parent: dict[str, Any], target_config: TargetConfig, training: Path
+) -> None:
+    trained = require_parent(training, stage="train", config=config)
+    export = Artifact(
+        config.paths.export,
+        config,
+        parents={"train": trained},
+        inputs={"export_dtype": config.export_dtype},
+    )
+    forget_other_dtype(export)
+    if export.is_done():
+        return
+    require_unchanged(training, trained, trained["files"])
+    with export.work() as is_needed:
+        if is_needed:
+            names = _export(config, parent, target_config, training, trained, export.folder)
+            export.finish(names, counts=trained["counts"], facts=trained["facts"])
+
+
 def _export(
     config: TrainConfig,
     parent: dict[str, Any],
@@ -306,10 +237,11 @@ def _export(
     trained: dict[str, Any],
     folder: Path,
 ) -> list[str]:
+    from stages.train import head as heads
     from stages.train.export.hf import export_head
 
     best = train_folder / "checkpoints" / "best.pt"
-    head, _ = _head_of(config, target_config, train_folder, best)
+    head, _ = heads.of_checkpoint(config, target_config, train_folder, best)
     card = {"train": trained["facts"], "dump": parent["facts"], "settings": trained["identity"]}
     export_head(
         head,

@@ -24,6 +24,7 @@ from stages.train.config import TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shared.contracts.head_config import HeadConfig
     from stages.train.model import DraftHead
 
 # What train makes: a head whose config says otherwise has other maths.
@@ -84,7 +85,6 @@ def load(
     """
     import torch
 
-    from shared.contracts.exported_head import expected_tensors
     from shared.contracts.head_config import HeadConfig
     from stages.train.model import DraftHead
 
@@ -110,16 +110,7 @@ def load(
     if found != expected:
         raise _unfit(head, f"it has {found}, and this run {expected}", "Set the run to the head's.")
     tensors = _own_tensors(head, embed_tokens, lm_head)
-    # Before a module is built: the file's sizes bound its memory, whatever config.json says.
-    wanted = {n: list(size) for n, size in expected_tensors(shape).items() if n != "t2d"}
-    given = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if wrong := sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n)):
-        lines = [f"{name}: {given.get(name)}, expected {wanted.get(name)}" for name in wrong]
-        raise _unfit(
-            head, f"its tensors are not those that its config.json asks for ({'; '.join(lines)})"
-        )
-    if broken := sorted(n for n, tensor in tensors.items() if not tensor.float().isfinite().all()):
-        raise _unfit(head, f"{', '.join(broken)}: NaN or infinity")
+    _require_tensors(head, shape, tensors)
     # Ours ascend; a head with the same rows in another order drafts the same.
     ids, order = torch.tensor(draft_token_ids(head, shape.vocab_size)).sort()
     d2t = None
@@ -226,6 +217,24 @@ def _require_aux_layers(head: Head, ours: list[int], default: list[int]) -> None
             f"it reads the aux layers {theirs}, and dump captured {ours}",
             f"Set run.aux_layers to {theirs} and dump again, or start from another head.",
         )
+
+
+def _require_tensors(head: Head, shape: "HeadConfig", tensors: "dict[str, Tensor]") -> None:
+    """Its tensors are those that its config.json asks for, and finite.
+
+    Before a module is built: the file's sizes bound its memory, whatever config.json says.
+    """
+    from shared.contracts.exported_head import expected_tensors
+
+    wanted = {n: list(size) for n, size in expected_tensors(shape).items() if n != "t2d"}
+    given = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if wrong := sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n)):
+        lines = [f"{name}: {given.get(name)}, expected {wanted.get(name)}" for name in wrong]
+        raise _unfit(
+            head, f"its tensors are not those that its config.json asks for ({'; '.join(lines)})"
+        )
+    if broken := sorted(n for n, tensor in tensors.items() if not tensor.float().isfinite().all()):
+        raise _unfit(head, f"{', '.join(broken)}: NaN or infinity")
 
 
 def _own_tensors(head: Head, embed_tokens: "Tensor", lm_head: "Tensor") -> "dict[str, Tensor]":
