@@ -102,13 +102,18 @@ def read_rows(folder: Path) -> tuple[list[list[str]], list[list[int]]]:
     return raw["sample_ids"], raw["lengths"]
 
 
+def sidecar(folder: Path, index: int) -> Path:
+    """The small file beside a shard that describes it: a shard without it is not whole."""
+    return folder / f"shard_{index:05d}.json"
+
+
 def whole_shard(folder: Path, index: int) -> dict[str, Any] | None:
     """The files of a whole shard, name -> size and checksum; None where it is not there.
 
     Raises:
         UserError: its sidecar is no such record.
     """
-    path = folder / f"shard_{index:05d}.json"
+    path = sidecar(folder, index)
     found = read_record_if_there(path, _Sidecar, remedy="Delete it and run dump again.")
     if found is None or first_changed(folder, found) is not None:
         return None

@@ -8,7 +8,6 @@ whole, and several processes can share the shards.
 """
 
 import contextlib
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.artifacts.artifact import Artifact
+from shared.artifacts.window import sidecar
 from shared.contracts import layers
 from shared.errors import OutputError, RetryableError, UserError
-from shared.io import files
 from shared.runtime.process import stopping_at_once
 from shared.runtime.status import Accounting, Status
 from shared.target import model as target
@@ -27,11 +26,11 @@ from stages.dump import plan as plans
 from stages.dump import sources
 from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan
+from stages.dump.shards.failures import account
 
 if TYPE_CHECKING:
     from stages.dump.shards.window import Window
 
-BAD = "states_"  # begins every reason for which a row's states are refused
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +83,7 @@ def run(config: DumpConfig) -> None:
             "backend": plan.backend,
             "layout": config.layout,
         }
-        window = None
-        if config.window_shards is not None:
-            from stages.dump.shards import window as windows
-
-            facts["tokens"] = plan.tokens  # training may end before it has read them all
-            windows.offer(artifact, config, target_config, aux_layers, plan, source, facts)
-            status = Status(config.paths.status(config.process_name))
-            window = windows.Window(artifact.folder, config, plan, artifact.fingerprint, status)
+        window = _offer(config, artifact, source, target_config, aux_layers, plan, facts)
         _capture(config, target_config, aux_layers, artifact.folder, plan, min_agreement, window)
         _complete(config, artifact, source, target_config, aux_layers, plan, facts, window)
 
@@ -131,6 +123,26 @@ def _settle(
         tokens = min(tokens, config.window_shards * largest)
     _require_disk(folder, plan, tokens * token_bytes)
     return plan
+
+
+def _offer(
+    config: DumpConfig,
+    artifact: Artifact,
+    source: sources.RowSource,
+    target_config: TargetConfig,
+    aux_layers: tuple[int, ...],
+    plan: Plan,
+    facts: dict[str, Any],
+) -> "Window | None":
+    """The window of shards that train follows, told to train; None if all shards are to stay."""
+    if config.window_shards is None:
+        return None
+    from stages.dump.shards import window
+
+    facts["tokens"] = plan.tokens  # training may end before it has read them all
+    window.offer(artifact, config, target_config, aux_layers, plan, source, facts)
+    status = Status(config.paths.status(config.process_name))
+    return window.Window(artifact.folder, config, plan, artifact.fingerprint, status)
 
 
 def _require_disk(folder: Path, plan: Plan, total: int) -> None:
@@ -184,7 +196,7 @@ def _capture(
             # An engine's time is dear. Files are read to the end, so that all bad ones are named;
             # but train must not wait for a row that will not come.
             if plan.backend != "files" or window:
-                _account(config, folder, plan, failures)
+                account(config, folder, plan, failures)
 
     writer = ShardWriter(
         folder, config, target_config, len(aux_layers) + 1, min_agreement=min_agreement
@@ -196,36 +208,6 @@ def _capture(
             )
         groups = window.groups(writer.check) if window else [missing]
         writer.capture(groups, backend, report)
-
-
-def _account(
-    config: DumpConfig, folder: Path, plan: Plan, failures: Sequence[dict[str, str]]
-) -> Accounting:
-    """The plan's counts with the rows whose states failed, which `rejects.jsonl` lists too.
-
-    Raises:
-        OutputError: more failed than max_failed_fraction, or no row is left.
-    """
-    accounting = Accounting.sum_of([plan.counts])
-    for failure in failures:
-        accounting.ok -= 1
-        accounting.fail(failure["row"], failure["failed"], failure["detail"])
-    rejects = folder / plans.REJECTS
-    _list_failures(rejects, failures)
-    accounting.check(
-        max_failed_fraction=config.max_failed_fraction, label="the rows", rejects=rejects
-    )
-    return accounting
-
-
-def _list_failures(rejects: Path, failures: Sequence[dict[str, str]]) -> None:
-    """Make `failures` the rows of bad states that `rejects.jsonl` lists, beside the plan's own."""
-    with rejects.open(encoding="utf-8") as handle:
-        earlier = list(handle)
-    lines = [line for line in earlier if f'"failed": "{BAD}' not in line]
-    lines += [json.dumps(failure, ensure_ascii=True) + "\n" for failure in failures]
-    if lines != earlier:
-        files.write_text(rejects, "".join(lines))
 
 
 def _complete(
@@ -240,20 +222,13 @@ def _complete(
 ) -> None:
     """Write the manifest, if this process is the one that sees every shard whole."""
     from stages.dump.shards.metadata import write_metadata
-    from stages.dump.shards.writer import read_sidecar, sidecar
+    from stages.dump.shards.writer import read_sidecar
 
-    result = [read_sidecar(artifact.folder, shard) for shard in plan.shards]
-    sidecars = [found for found in result if found is not None]
-    pairs = zip(plan.shards, result, strict=True)
-    missing = window.missing() if window else [s.index for s, found in pairs if found is None]
+    result = {shard.index: read_sidecar(artifact.folder, shard) for shard in plan.shards}
+    sidecars = [found for found in result.values() if found is not None]
+    missing = window.missing() if window else [i for i, found in result.items() if found is None]
     if lost := [index for index in missing if config.share.owns(index)]:
-        raise RetryableError(
-            f"{sidecar(artifact.folder, lost[0])}: expected a whole shard, as it was written; "
-            "somebody removed or changed its files meanwhile.",
-            code="shard-removed",
-            remedy="Run the same command again: the shard is captured again.",
-            facts={"shards": lost},
-        )
+        raise _removed(artifact.folder, lost)
     if missing:
         logger.info("this process's shards are whole; %d are left to the others", len(missing))
         return
@@ -262,12 +237,11 @@ def _complete(
             return
         failures = [failure for found in sidecars for failure in found["failed"]]
         try:
-            accounting = _account(config, artifact.folder, plan, failures)
+            accounting = account(config, artifact.folder, plan, failures)
         except OutputError:
             # Their rows may be mended: another run captures these shards again.
-            for shard, found in zip(plan.shards, result, strict=True):
-                if found is not None and found["failed"]:
-                    sidecar(artifact.folder, shard.index).unlink()
+            for index in (i for i, found in result.items() if found and found["failed"]):
+                sidecar(artifact.folder, index).unlink()
             raise
         checksums = {
             name: entry["sha256"] for found in sidecars for name, entry in found["files"].items()
@@ -287,6 +261,16 @@ def _complete(
             engine=plan.backend,
         )
     _remove_plan(artifact.folder)
+
+
+def _removed(folder: Path, shards: list[int]) -> RetryableError:
+    return RetryableError(
+        f"{sidecar(folder, shards[0])}: expected a whole shard, as it was written; somebody removed "
+        "or changed its files meanwhile.",
+        code="shard-removed",
+        remedy="Run the same command again: the shard is captured again.",
+        facts={"shards": shards},
+    )
 
 
 def _check_results(sidecars: Sequence[dict[str, Any]]) -> dict[str, Any]:

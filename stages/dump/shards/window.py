@@ -36,7 +36,7 @@ from shared.target.model import TargetConfig
 from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan, ShardPlan
 from stages.dump.shards.metadata import METADATA, write_metadata
-from stages.dump.shards.writer import read_sidecar, read_sidecar_file, sidecar
+from stages.dump.shards.writer import read_sidecar, read_sidecar_file
 from stages.dump.sources import RowSource
 
 _POLL_S = 0.1
@@ -154,12 +154,12 @@ class Window:
 
     def names(self) -> list[str]:
         """The files of the artifact besides the shards that are here."""
-        made = (sidecar(self.folder, shard.index) for shard in self.plan.shards)
+        made = (window.sidecar(self.folder, shard.index) for shard in self.plan.shards)
         return [*METADATA, window.ROWS, window.OFFER, *(p.name for p in made if p.exists())]
 
     def sidecars(self) -> list[dict[str, Any]]:
         """What was written of every shard, whether or not it is still here."""
-        made = (read_sidecar_file(sidecar(self.folder, s.index)) for s in self.plan.shards)
+        made = (read_sidecar_file(window.sidecar(self.folder, s.index)) for s in self.plan.shards)
         return [found for found in made if found is not None]
 
     def _reading(self) -> Reading | None:
@@ -206,13 +206,13 @@ class Window:
             if not self.config.share.owns(index):
                 continue
             # A shard that was made may be gone again before anybody looked here.
-            is_made = sidecar(self.folder, index).exists()
+            is_made = window.sidecar(self.folder, index).exists()
             if self._is_whole(index) or (index in self._being_made and not is_made):
                 continue
             self._make_room()
             # Its checksum is not that of the shard to come.
             with files.writing(self.folder):
-                sidecar(self.folder, index).unlink(missing_ok=True)
+                window.sidecar(self.folder, index).unlink(missing_ok=True)
             self._seen.discard(index)
             return self.plan.shards[index]
         return None

@@ -22,6 +22,7 @@ import torch
 
 from shared.artifacts.checksums import first_changed
 from shared.artifacts.manifest_shape import Count, Entry, FileName
+from shared.artifacts.window import sidecar
 from shared.io import files
 from shared.io.records import Shape, read_record_if_there
 from shared.runtime.process import stop_if_requested
@@ -58,11 +59,6 @@ class _Sidecar(Shape):
     logprob_gap: float | None
     failed: list[_Failure]
     files: dict[FileName, Entry]
-
-
-def sidecar(folder: Path, index: int) -> Path:
-    """The small file beside a shard that describes it: a shard without it is not whole."""
-    return folder / f"shard_{index:05d}.json"
 
 
 def read_sidecar_file(path: Path) -> dict[str, Any] | None:

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from shared.artifacts.window import Reading
+from shared.artifacts.window import Reading, sidecar
 from shared.config import build
 from shared.io import files
 from shared.runtime.status import Status
 from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan, ShardPlan
 from stages.dump.shards import window as windows
-from stages.dump.shards.writer import sidecar
 
 SHARDS, DUMP = 9, "its fingerprint"
 OF_SIDECAR = {"rows": "", "tokens": 1, "hits": 1, "positions": 1, "logprob_gap": None, "failed": []}
