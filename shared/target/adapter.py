@@ -28,14 +28,12 @@ class OutputLayer:
     """The target from its final hidden state to its logits.
 
     Attributes:
-        class_name: the transformers class that says so.
         embedding: name of the tensor [V, H].
         norm_weight, norm_bias: names of the tensors [H]; None where the norm has none.
         lm_head: name of the tensor [V, H]; the embedding's where they are tied.
         logit_scale, softcap: logits = c * tanh(s * lm_head(y) / c), or s * lm_head(y) where c is None.
     """
 
-    class_name: str
     embedding: str
     norm_weight: str | None
     norm_bias: str | None
@@ -57,7 +55,6 @@ def output_layer(target: TargetConfig, tensors: Mapping[str, TensorInfo]) -> Out
     prefix = _text_prefix(target, facts, tensors)
     norm = f"{prefix}{facts.final_norm}"
     layer = OutputLayer(
-        facts.name,
         f"{prefix}{facts.embedding}.weight",
         f"{norm}.weight" if facts.norm.has_weight else None,
         f"{norm}.bias" if facts.norm.has_bias else None,

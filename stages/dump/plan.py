@@ -33,7 +33,6 @@ PLAN = "plan.json"
 REJECTS = "rejects.jsonl"
 # The engine's own log-probabilities of a row need memory for each of its tokens.
 MAX_PROBE_TOKENS = 512
-PROBES_A_SHARD = 2
 
 logger = logging.getLogger(__name__)
 

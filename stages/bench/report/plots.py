@@ -23,7 +23,7 @@ P = ParamSpec("P")
 Row = Mapping[str, Any]
 Series = Mapping[str, Mapping[str, Any]]  # a name in the legend -> an engine's figures
 
-INK, QUIET, GRID = "#24313d", "#7d8893", "#e4e8ec"
+INK, QUIET = "#24313d", "#7d8893"
 COLOURS = ("#2b6c8f", "#d08a3e", "#6a9a58", "#8d6aa8", "#b5544d", "#5f6f7c")
 STYLE = Path(__file__).with_name("report.mplstyle")
 SIZE_INCHES = (5.6, 3.6)

@@ -31,7 +31,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 HEAD = ("--head", "head")
-CROWDED = ("--concurrency", "6", "--engine_args", "{max_num_seqs: 2}")
 FEW = ("--max_tokens", "16")
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
