@@ -29,6 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from shared.contracts.layers import resolve_aux_layers
 from shared.errors import OutputError, RetryableError, UserError
+from shared.runtime.process import stop_if_requested
 from stages.dump.backends.base import Captured, Row
 from stages.dump.backends.spool import FAILED_SUFFIX, STATES_SUFFIX, open_spool
 from stages.dump.backends.stats import Stats
@@ -107,6 +108,7 @@ class VllmCapture(VllmSettings):
             UserError: a row is empty or too long, or the spool is full.
             OutputError: a file holds another row's states, or pages that were never written.
             RetryableError: the engine died.
+            Stopped: Ctrl-C reached the engine's process, too.
         """
         numbered = self._checked(rows)
         upcoming = next(numbered, None)
@@ -142,6 +144,7 @@ class VllmCapture(VllmSettings):
                         facts={"rows_in_flight": len(pending)},
                     )
         except (EngineDeadError, EngineGenerateError) as error:
+            stop_if_requested("every whole shard is saved")
             raise RetryableError(
                 f"the vLLM engine died with {len(pending)} rows in flight{self._exit_codes()}.",
                 code="engine-died",
