@@ -3,9 +3,11 @@
 
 In: rows, epochs and the target's hidden size. Out: one line that names the published figures next below
 and next above in rows, each with its draft length K and source; nothing where no figure compares. K bounds an
-acceptance length (K + 1), and prompts differ, so the figures are quoted and never interpolated.
+acceptance length (K + 1), and prompts differ, so the figures are quoted and never interpolated. And the
+acceptance length that bench may require of as many rows.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import yaml
 _PUBLISHED = Path(__file__).parent / "plan" / "data" / "published.yaml"
 _WIDTHS = 2.0  # a target compares if its hidden size is within this factor of the published one's
 _FEWEST = 0.2  # so much of the smallest published number of rows still says something
+_GATE_SHARE = 0.9  # of what others reached, since prompts differ
+_MAX_GATE = 2.1  # bench's default
 
 
 def published() -> list[dict[str, Any]]:
@@ -28,24 +32,42 @@ def expectation(rows: int | None, epochs: int, hidden_size: int | None) -> str:
     Of two figures for as many rows the better one counts: it was trained on the target's own answers, as
     synth makes them.
     """
-    if not rows or not hidden_size:
-        return ""
-    known: dict[int, dict[str, Any]] = {}
-    for row in published():
-        width = row.get("hidden_size")
-        if "samples" not in row or not width:
-            continue
-        if max(width, hidden_size) > _WIDTHS * min(width, hidden_size):
-            continue
-        known.setdefault(row["samples"], row)
-        if row["acceptance_length"] > known[row["samples"]]["acceptance_length"]:
-            known[row["samples"]] = row
-    if not known or rows < _FEWEST * min(known):
+    known = _comparable(rows, hidden_size)
+    if not rows or not known:
         return ""
     below = max((count for count in known if count <= rows), default=None)
     above = min((count for count in known if count > rows), default=None)
-    quoted = [_quoted(known[count]) for count in (below, above) if count is not None]
+    quoted = [_quoted(known[count][-1]) for count in (below, above) if count is not None]
     return f"{rows:,} rows x {epochs} epochs; others reached {', '.join(quoted)}"
+
+
+def gate(rows: int, hidden_size: int) -> float | None:
+    """The acceptance length for bench to require; None where nothing comparable is known.
+
+    Nine tenths of the lowest figure for as many rows, or for the next fewer, in steps of 0.1; at most
+    bench's default.
+
+    Worked example: 50,000 rows, where others reached 1.94, give 1.7.
+    """
+    known = _comparable(rows, hidden_size)
+    if not known:
+        return None
+    count = max((count for count in known if count <= rows), default=min(known))
+    lowest: float = known[count][0]["acceptance_length"]
+    return min(math.floor(10 * _GATE_SHARE * lowest) / 10, _MAX_GATE)
+
+
+def _comparable(rows: int | None, hidden_size: int | None) -> dict[int, list[dict[str, Any]]]:
+    """Number of rows -> the figures for it, the lowest first, of targets that compare in size."""
+    known: dict[int, list[dict[str, Any]]] = {}
+    for row in sorted(published(), key=lambda row: float(row["acceptance_length"])):
+        width = row.get("hidden_size")
+        if "samples" not in row or not width or not hidden_size:
+            continue
+        if max(width, hidden_size) <= _WIDTHS * min(width, hidden_size):
+            known.setdefault(row["samples"], []).append(row)
+    is_enough = known and rows and rows >= _FEWEST * min(known)
+    return known if is_enough else {}
 
 
 def _quoted(row: dict[str, Any]) -> str:

@@ -84,7 +84,10 @@ class Estimates:
             return ""  # a warm start has learnt from other rows before
         rows = self._rows.get("train") or 0
         limit = step.settings.get("max_samples") or rows
-        return expectation(min(rows, limit), step.settings["epochs"], config.hidden_size)
+        line = expectation(min(rows, limit), step.settings["epochs"], config.hidden_size)
+        gates = [s.settings["min_acceptance_length"] for s in self.steps if s.stage == "bench"]
+        required = f"; bench.min_acceptance_length requires {gates[0]:g}" if gates else ""
+        return line and line + required
 
     def _done(self, step: Step) -> Estimate:
         folder = self.paths.export if step.stage == "train" else self.paths.stage(step.stage)
@@ -122,16 +125,16 @@ class Estimates:
         )
 
     def _count(self, step: Step) -> int | None:
-        """Rows that a stage will get, as far as files say."""
+        """Rows that a stage will get at most, as far as files and limits say."""
         if listed := prompt_sources(step):
+            total = step.settings.get("max_samples") or step.settings.get("max_prompts")
             if any(sources.is_on_hub(source, self.paths.workspace) for source in listed):
-                return None
+                return int(total) if total else None
             limits = [each.get("max_samples") for each in step.settings.get("sources", ())]
             read = itertools.chain.from_iterable(
                 itertools.islice(sources.read_source(source, self.paths.workspace), limit)
                 for source, limit in itertools.zip_longest(listed, limits)
             )
-            total = step.settings.get("max_samples") or step.settings.get("max_prompts")
             try:
                 rows = list(itertools.islice(read, min(total or _MAX_ROWS, _MAX_ROWS)))
             except EyrieError:  # preflight says what is wrong with it

@@ -14,9 +14,10 @@ from shared.runtime.tables import cell
 from shared.vllm.batch import requests_in_flight
 from stages.ops.chain import sizes
 from stages.ops.config import PlanConfig
-from stages.ops.expected import expectation, published
+from stages.ops.expected import expectation, gate, published
 from stages.ops.plan.architecture import read_data
 from stages.ops.plan.model import Plan, chosen_aux_layers, longest, warnings
+from stages.ops.plan.placement import Placement
 
 _EPOCHS = 2  # of the recipe
 _DISK_SAMPLES = (5_000, 50_000, 500_000)
@@ -44,17 +45,12 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
         run_section["aux_layers"] = list(plan.head.aux_layers)
     if target.raw.get("auto_map"):
         run_section["trust_remote_code"] = config.trust_remote_code
-    train: dict[str, Any] = {"epochs": _EPOCHS, "mixed_precision": "bf16"}
-    if plan.head.intermediate_size != target.text.get("intermediate_size"):
-        train["intermediate_size"] = plan.head.intermediate_size
-    if placement and not placement.train_fits:
-        train["distributed"] = "fsdp2"
     backend = plan.backend[0]
     dump: dict[str, Any] = {"backend": backend}
     if backend == "vllm":
         copies = 1 if sharded or not placement else max(1, placement.copies)
         dump |= {**split, "data_parallel": copies}
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "run": run_section,
         "synth": {
             "prompts": config.prompts,
@@ -64,14 +60,26 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
             **wide,
         },
         "dump": dump,
-        "train": train,
+        "train": _train_section(plan, placement),
         "bench": {"num_speculative_tokens": 3, **split},
     }
     head = [f"# {plan.model} on {config.gpu}; {'; '.join(target.kinds)}."]
     head.append(f"# dump: {plan.backend[1]}.")
+    if (required := gate(config.samples, plan.head.hidden_size)) is not None:
+        sections["bench"]["min_acceptance_length"] = required
+        head.append("# bench requires nine tenths of what others reached with as many rows or fewer.")
     head += [f"# {warning}." for warning in warnings(plan)]
     # What a config.json says must not end its comment and become a setting.
     return "\n".join(map(printable, head)) + "\n\n" + yaml.safe_dump(sections, sort_keys=False)
+
+
+def _train_section(plan: Plan, placement: Placement | None) -> dict[str, Any]:
+    train: dict[str, Any] = {"epochs": _EPOCHS, "mixed_precision": "bf16"}
+    if plan.head.intermediate_size != plan.target.text.get("intermediate_size"):
+        train["intermediate_size"] = plan.head.intermediate_size
+    if placement and not placement.train_fits:
+        train["distributed"] = "fsdp2"
+    return train
 
 
 def _gpu_bytes(gpu: str) -> int:

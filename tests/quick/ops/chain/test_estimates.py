@@ -41,9 +41,22 @@ def test_the_plan_quotes_what_others_reached_with_as_many_rows(
 
     assert line() == ""
     monkeypatch.setattr(expected, "published", lambda: [row])
-    assert line() == "5 rows x 2 epochs; others reached AL 2.00 from 10 rows (t, s)"
+    assert line() == (
+        "5 rows x 2 epochs; others reached AL 2.00 from 10 rows (t, s); "
+        "bench.min_acceptance_length requires 2.1"
+    )
     assert line({"max_samples": 2}).startswith("2 rows x 2 epochs")
     assert line({"init_from": "head"}) == ""
+
+
+def test_rows_of_a_hub_are_bounded_by_the_recipe_s_limit(workspace: Path) -> None:
+    for limit, work in (
+        (20_000, "20,000 rows, at most 1,280,000 tokens"),
+        (None, "rows of another stage, or of a hub"),
+    ):
+        chain = steps(workspace, {"synth": {"prompts": "sharegpt", "max_samples": limit}})
+        found = estimates.Estimates(chain, RunPaths(workspace, "run"), CPU).rows()
+        assert found[0].work == work
 
 
 def test_estimates_heed_a_source_s_limit_and_bench_s_turns(workspace: Path) -> None:

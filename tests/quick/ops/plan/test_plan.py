@@ -17,7 +17,7 @@ from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
 from stages.ops.chain import sizes
 from stages.ops.config import PlanConfig
-from stages.ops.expected import expectation
+from stages.ops.expected import expectation, gate
 from stages.ops.plan import overlay
 from stages.ops.plan.architecture import read_data, understand
 from stages.ops.plan.model import Plan, make_plan, warnings
@@ -279,6 +279,24 @@ def test_the_expected_length_quotes_the_figures_next_to_the_rows(
         assert part in line
 
 
+@pytest.mark.parametrize(
+    ("rows", "hidden_size", "expected"),
+    [
+        (50_000, 4096, 1.7),  # 0.9 x 1.94
+        (400_000, 4096, 1.7),
+        (20_000, 2048, 1.3),  # 0.9 x 1.45, the lowest of 5,000
+        (2_000, 2048, 1.3),  # fewer than any figure's
+        (600_000, 4096, 2.1),  # 0.9 x 2.817 is above bench's own
+        (900, 4096, None),
+        (5_000, 576, None),
+    ],
+)
+def test_bench_requires_less_than_others_reached(
+    rows: int, hidden_size: int, expected: float | None
+) -> None:
+    assert gate(rows, hidden_size) == expected
+
+
 def test_published_figures_name_their_source() -> None:
     for row in read_data("published.yaml"):
         assert row["source"]
@@ -301,7 +319,9 @@ def test_the_command_shows_everything_and_writes_a_recipe(
         "expected: 50,000 rows",
     ):
         assert part in shown
-    assert yaml.safe_load((tmp_path / "r.yaml").read_text())["train"]["intermediate_size"] == 11520
+    planned = yaml.safe_load((tmp_path / "r.yaml").read_text())
+    assert planned["train"]["intermediate_size"] == 11520
+    assert planned["bench"]["min_acceptance_length"] == 1.7
     run(build(PlanConfig, {**flags, "json": "true"}))
     shown = capsys.readouterr().out
     assert json.loads(shown)["weight_bytes"] == plan_of("gpt-oss-20b").weights.bytes
