@@ -88,7 +88,7 @@ class RunConfig(Section):
     aux_layers: tuple[int, ...] | None = identity(
         None, "Layers whose states feed the draft head, in vLLM's numbering. Default: 2, L//2, L-3."
     )
-    max_length_tokens: int = identity(2048, "Longest row: prompt and answer together.", ge=8)
+    max_length_tokens: int = identity(2048, "Longest row in tokens, prompt and answer together.", ge=8)
     draft_vocab_size: int = identity(32000, "Tokens that the draft head can propose.", ge=1)
     reasoning: Literal["keep", "drop", "disable"] = identity(
         "keep",
@@ -131,11 +131,13 @@ class CommandConfig(Section):
         positional: fields that may be given without their flags, in this order.
         variadic: the field that takes all further words.
         groups: headings of --help, each with the names of its flags separated by spaces.
+        lists_all: whether --help has flags beside those of `groups`; false: only the recipe sets them.
     """
 
     positional: ClassVar[tuple[str, ...]] = ()
     variadic: ClassVar[str] = ""
     groups: ClassVar[Mapping[str, str]] = {}
+    lists_all: ClassVar[bool] = True
 
     workspace: Path = pydantic.Field(
         default_factory=lambda: Path(os.environ.get("EYRIE_WORKSPACE", "workspace")),
@@ -304,7 +306,7 @@ def build(config: type[C], flags: Mapping[str, str]) -> C:
             raise UserError(
                 f"--{name}: {error}.",
                 code="flag-value",
-                remedy=f"Give it as YAML: --{name} '[a, b]' or '{{key: value}}'.",
+                remedy=f"Write a list as --{name} A,B and a mapping as '{{key: value}}'.",
             ) from error
     if not issubclass(config, StageConfig):
         return _validate(config, values, "the command line", "--")

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from shared.config import CommandConfig, RunConfig, StageConfig, flag_fields, kind_of
+from shared.config import CommandConfig, RunConfig, Section, StageConfig, flag_fields, kind_of
 
 _WIDTH = 100
 _INDENT = 8
 _EXIT_CODES = "0 done, 1 bug, 2 your input, 3 output failed its checks, 75 try again, 143 stopped"
+_LIST = ",..."
 _KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
@@ -35,6 +36,10 @@ def help_text(
         "A flag overrides the recipe, the recipe overrides the default. * changes the result."
     )
     fields = flag_fields(config)
+    if any(_value(field.annotation).endswith(_LIST) for field in fields.values()):
+        lines.append("A list is written A,B.")
+    if not config.lists_all:
+        lines.append("What else the training needs to know is read from the recipe.")
     for heading, names in _groups(config):
         lines += ["", f"{heading}:"]
         for name in names:
@@ -48,6 +53,8 @@ def _groups(config: type[CommandConfig]) -> Iterator[tuple[str, list[str]]]:
     is_stage = issubclass(config, StageConfig)
     shared = list(RunConfig.model_fields) if is_stage else []
     rest = [name for name in flag_fields(config) if name not in shared]
+    if not config.lists_all:
+        rest = ["workspace", "recipe"]
     for heading, text in config.groups.items():
         names = text.split()
         rest = [name for name in rest if name not in names]
@@ -60,8 +67,11 @@ def _groups(config: type[CommandConfig]) -> Iterator[tuple[str, list[str]]]:
 def _flag(name: str, field: FieldInfo) -> list[str]:
     star = "*" if kind_of(field) == "identity" else " "
     default = field.get_default(call_default_factory=True, validated_data={})
-    shown = "required" if field.is_required() else f"default: {_shown(default)}"
-    text = f"{(field.description or '').rstrip('.')}. [{shown}]"
+    text = (field.description or "").rstrip(".") + "."
+    if field.is_required():
+        text += " [required]"
+    elif default is not None or "default" not in text.lower():  # else the text says it
+        text += f" [default: {_shown(default)}]"
     pad = " " * _INDENT
     body = textwrap.wrap(text, _WIDTH, initial_indent=pad, subsequent_indent=pad)
     return [f"  {star} --{name} {_value(field.annotation)}", *body]
@@ -70,7 +80,9 @@ def _flag(name: str, field: FieldInfo) -> list[str]:
 def _shown(default: Any) -> str:
     if isinstance(default, bool):
         return str(default).lower()
-    return "none" if default is None else str(default)
+    if isinstance(default, tuple):
+        return ",".join(map(str, default)) or "none"
+    return "none" if default in (None, {}) else str(default)
 
 
 def _value(annotation: Any) -> str:
@@ -88,5 +100,7 @@ def _value(annotation: Any) -> str:
     if origin is dict:
         return "'{KEY: VALUE}'"
     if origin in (list, tuple):
-        return "'[A, B]'"
-    return _KINDS.get(annotation, "VALUE")
+        item = typing.get_args(annotation)[0]
+        is_mapping = isinstance(item, type) and issubclass(item, Section)
+        return "'[{KEY: VALUE}]'" if is_mapping else _value(item) + _LIST
+    return _KINDS.get(annotation, "TEXT")

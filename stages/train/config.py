@@ -235,6 +235,9 @@ class VocabConfig(TrainConfig):
     Out: <workspace>/<run>/train/d2t.npy and t2d.npy. A later `train` uses the same ones.
     """
 
+    groups: ClassVar[Mapping[str, str]] = {"Data": "dump_of follow patience_s"}
+    lists_all: ClassVar[bool] = False
+
 
 class CheckHeadConfig(TrainConfig):
     """Checks that a training can start from --init_from; needs no dump.
@@ -242,6 +245,11 @@ class CheckHeadConfig(TrainConfig):
     In:  the head's folder and the target's.
     Out: exit 0, or exit 2 with what does not fit.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Model": "init_from variant layer draft_window intermediate_size ttt_steps walk_tokens"
+    }
+    lists_all: ClassVar[bool] = False
 
 
 class CurveConfig(TrainConfig):
@@ -272,9 +280,12 @@ class ExportConfig(TrainConfig):
     """
 
     groups: ClassVar[Mapping[str, str]] = {
-        "Export": "checkpoint format output push_to",
-        **TrainConfig.groups,
+        "Export": "checkpoint format output push_to export_dtype walk_tokens",
+        "Data": "dump_of follow patience_s",
+        "Model, as it was trained": "variant layer draft_window intermediate_size init_from "
+        "init_vocabulary",
     }
+    lists_all: ClassVar[bool] = False
 
     checkpoint: str = operational("best", "best, latest, or the path of a checkpoint file.")
     format: Literal["hf", "speculators"] = operational(
