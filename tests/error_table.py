@@ -8,8 +8,10 @@ shown by its name in the source, in capitals.
 
 import ast
 import dataclasses
+import functools
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shared import errors
@@ -67,12 +69,64 @@ def _text(node: ast.expr | None) -> str | None:
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(
-            str(p.value) if isinstance(p, ast.Constant) else _label(p) for p in node.values
-        )
+        parts = [p.value if isinstance(p, ast.Constant) else f"\0{_label(p)}\0" for p in node.values]
+        return "".join(map(str, parts)).replace("\0\0", " ").replace("\0", "")
     if isinstance(node, ast.IfExp):
         return _text(node.body)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return "".join(filter(None, (_text(node.left), _text(node.right)))) or None
+    if isinstance(node, ast.Starred):
+        return _label(node.value)
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.List):
+        return " ".join(filter(None, map(_text, node.args[0].elts)))  # of "\n".join([...])
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What an error's text may come from: the functions of its module, the calls of all modules."""
+
+    functions: Sequence[ast.FunctionDef]
+    calls: Mapping[str, Sequence[ast.Call]]
+
+    def problem(self, node: ast.expr) -> str:
+        """As `_text`; a variable as the function around it makes it, or is given it."""
+        return _text(node) or next(filter(None, (*self._made(node), *self._given(node))), "")
+
+    def remedy(self, node: ast.expr | None) -> str:
+        """As `problem`, but what a caller gives is one remedy of several."""
+        return "" if node is None else _text(node) or next(filter(None, self._made(node)), "")
+
+    def _around(self, node: ast.expr) -> tuple[str, ast.FunctionDef | None]:
+        """(the variable in an expression, the innermost function around it)."""
+        name = next((each.id for each in ast.walk(node) if isinstance(each, ast.Name)), "")
+        inside = [f for f in self.functions if f.lineno <= node.lineno <= (f.end_lineno or 0)]
+        return name, max(inside, key=lambda f: f.lineno, default=None)
+
+    def _made(self, node: ast.expr) -> Iterator[str | None]:
+        """Its assignments, its default, what is appended to it."""
+        name, function = self._around(node)
+        if function is None:
+            return
+        for each in ast.walk(function):
+            if isinstance(each, ast.Assign) and getattr(each.targets[0], "id", "") == name:
+                yield _text(each.value)
+        arguments, defaults = function.args.args, function.args.defaults
+        for argument, default in zip(arguments[-len(defaults) :], defaults, strict=False):
+            if argument.arg == name:
+                yield _text(default)
+        for each in reversed(list(ast.walk(function))):
+            if isinstance(each, ast.Call) and ast.unparse(each.func) == f"{name}.append":
+                yield _text(each.args[0])
+
+    def _given(self, node: ast.expr) -> Iterator[str | None]:
+        """What the callers of the function give."""
+        name, function = self._around(node)
+        for call in self.calls.get(function.name, ()) if function else ():
+            names = [argument.arg for argument in function.args.args] if function else []
+            given = dict(zip(names, call.args, strict=False))
+            given |= {keyword.arg or "": keyword.value for keyword in call.keywords}
+            yield _text(given.get(name))
 
 
 def _label(node: ast.expr) -> str:
@@ -88,21 +142,35 @@ def _label(node: ast.expr) -> str:
     return named[0].strip("_").upper() if named else "VALUE"
 
 
-def raised() -> Iterator[Raised]:
+@functools.cache
+def raised() -> Sequence[Raised]:
     """All places that call one of our exceptions."""
-    for folder in ("shared", "stages"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            place = str(path.relative_to(ROOT))
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if not isinstance(node, ast.Call):
-                    continue
-                name = getattr(node.func, "id", None) or getattr(node.func, "attr", "")
-                given = {keyword.arg: keyword.value for keyword in node.keywords}
-                # A class that is a variable (`kind(...)`) is known by its parts.
-                if name in CLASSES or {"code", "remedy"} <= given.keys():
-                    code, remedy = _text(given.get("code")), _text(given.get("remedy"))
-                    problem = _text(node.args[0]) if node.args else ""
-                    yield Raised(place, node.lineno, name, code, problem or "", remedy or "")
+    return tuple(_raised())
+
+
+def _raised() -> Iterator[Raised]:
+    nodes = {
+        path: list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        for folder in ("shared", "stages")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
+    calls: dict[str, list[ast.Call]] = {}
+    for node in itertools.chain.from_iterable(nodes.values()):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            calls.setdefault(node.func.id, []).append(node)
+    for path, own in nodes.items():
+        source = _Source([each for each in own if isinstance(each, ast.FunctionDef)], calls)
+        place = str(path.relative_to(ROOT))
+        for node in own:
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "id", None) or getattr(node.func, "attr", "")
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            # A class that is a variable (`kind(...)`) is known by its parts.
+            if name in CLASSES or {"code", "remedy"} <= given.keys():
+                problem = source.problem(node.args[0]) if node.args else ""
+                code, remedy = _text(given.get("code")), source.remedy(given.get("remedy"))
+                yield Raised(place, node.lineno, name, code, problem, remedy)
 
 
 def without_code() -> list[str]:

@@ -48,19 +48,17 @@ def printable(name: object) -> str:
 
 def not_writable(path: Path, error: OSError) -> UserError:
     """The refusal of a path that cannot be written: the remedy follows from the error's number."""
-    remedy = (
-        f"Make the workspace writable for user {os.getuid()}, group {os.getgid()}, "
-        "then run the same command again."
-    )
+    problem = f"could not write {path}: {error.strerror or error}."
+    facts = {"path": str(path), "errno": error.errno}
     if error.errno in _NO_SPACE:
-        remedy = (
-            "Free some space on that disk, or raise the quota, then run the same command again."
-        )
+        remedy = "Free some space on that disk, or raise the quota, then run the same command again."
+        return UserError(problem, code="no-space", remedy=remedy, facts=facts)
     return UserError(
-        f"could not write {path}: {error.strerror or error}.",
-        code="no-space" if error.errno in _NO_SPACE else "not-writable",
-        remedy=remedy,
-        facts={"path": str(path), "errno": error.errno},
+        problem,
+        code="not-writable",
+        remedy=f"Make the workspace writable for user {os.getuid()}, group {os.getgid()}, then run the "
+        "same command again.",
+        facts=facts,
     )
 
 
