@@ -88,7 +88,7 @@ class RunConfig(Section):
     aux_layers: tuple[int, ...] | None = identity(
         None, "Layers whose states feed the draft head, in vLLM's numbering. Default: 2, L//2, L-3."
     )
-    max_length_tokens: int = identity(2048, "Longest row in tokens, prompt and answer together.", ge=8)
+    max_length_tokens: int = identity(2048, "Longest row, prompt and answer, in tokens.", ge=8)
     draft_vocab_size: int = identity(32000, "Tokens that the draft head can propose.", ge=1)
     reasoning: Literal["keep", "drop", "disable"] = identity(
         "keep",

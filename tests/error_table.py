@@ -69,7 +69,9 @@ def _text(node: ast.expr | None) -> str | None:
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        parts = [p.value if isinstance(p, ast.Constant) else f"\0{_label(p)}\0" for p in node.values]
+        parts = [
+            p.value if isinstance(p, ast.Constant) else f"\0{_label(p)}\0" for p in node.values
+        ]
         return "".join(map(str, parts)).replace("\0\0", " ").replace("\0", "")
     if isinstance(node, ast.IfExp):
         return _text(node.body)

@@ -51,7 +51,9 @@ def not_writable(path: Path, error: OSError) -> UserError:
     problem = f"could not write {path}: {error.strerror or error}."
     facts = {"path": str(path), "errno": error.errno}
     if error.errno in _NO_SPACE:
-        remedy = "Free some space on that disk, or raise the quota, then run the same command again."
+        remedy = (
+            "Free some space on that disk, or raise the quota, then run the same command again."
+        )
         return UserError(problem, code="no-space", remedy=remedy, facts=facts)
     return UserError(
         problem,

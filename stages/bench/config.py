@@ -97,7 +97,9 @@ class BenchConfig(StageConfig):
     engine_args: dict[str, Any] = identity(
         {}, "Further vLLM engine options by their own names, as {max_num_batched_tokens: 16384}."
     )
-    startup_timeout_s: float = operational(1800.0, "Longest wait for a server's start, in seconds.", gt=0)
+    startup_timeout_s: float = operational(
+        1800.0, "Longest wait for a server's start, in seconds.", gt=0
+    )
     request_timeout_s: float = operational(600.0, "Longest wait for one answer, in seconds.", gt=0)
 
     @pydantic.field_validator("prompts", mode="before")

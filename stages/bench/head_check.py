@@ -12,6 +12,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,12 +206,16 @@ def check_in_vllm(plan: Plan, folder: Path, speculative: dict[str, Any], work: P
             facts={"class": name, "vllm": version},
         )
     _check_parameters(head, answer)
+    _check_aux_layers(head, answer)
+
+
+def _check_aux_layers(head: Head, answer: Mapping[str, Any]) -> None:
     num_used = len(answer["aux_layers"] or (0, 0, 0))  # vLLM's own default is three layers
     if answer["num_aux_states"] not in (None, num_used):
         raise misread(
             head,
-            f"vLLM {version} builds its fc for {answer['num_aux_states']} aux layers and hands it "
-            f"{num_used}",
+            f"vLLM {answer['vllm_version']} builds its fc for {answer['num_aux_states']} aux layers and "
+            f"hands it {num_used}",
             _HINTS["fc."],
         )
 

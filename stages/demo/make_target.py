@@ -77,6 +77,13 @@ def measure(
     return entropy, distinct, counted.sum().item() / len(held_out)
 
 
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    # The weights come with owner-only rights; a stage's container is another user.
+    (folder / "model.safetensors").chmod(0o644)
+
+
 def _write_prompts(path: Path, kept: Sequence[Dialogue], *, prefix: str) -> None:
     rows = [
         {"id": f"{prefix}-{index:05d}", "prompt": each.prompt, "category": each.category}
@@ -153,10 +160,7 @@ def make_target(
         seconds=round(time.monotonic() - started_s, 1),
     )
     with atomic_folder(out) as folder:
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
-        # The weights come with owner-only rights; a stage's container is another user.
-        (folder / "model.safetensors").chmod(0o644)
+        _save(model, tokenizer, folder)
         _write_prompts(folder / "prompts.jsonl", prompts, prefix="demo")
         _write_prompts(folder / "held_out.jsonl", held_out, prefix="held-out")
         write_json(folder / FACTS, {"arguments": arguments, "facts": dataclasses.asdict(facts)})

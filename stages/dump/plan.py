@@ -198,17 +198,17 @@ def settle(
                 rejects=rejects,
             )
         plan = Plan(shards, accounting.as_dict(), backend)
-        listed = [dataclasses.asdict(shard) for shard in shards]
-        for shard in listed:
-            del shard["path"]
-        value = {
-            "fingerprint": fingerprint,
-            "backend": backend,
-            "counts": plan.counts,
-            "shards": listed,
-        }
-        files.write_json(folder / FOLDER / PLAN, value)
+        _write_plan(folder / FOLDER, plan, fingerprint)
     return plan
+
+
+def _write_plan(folder: Path, plan: Plan, fingerprint: str) -> None:
+    """What `read_plan` reads."""
+    listed = [dataclasses.asdict(shard) for shard in plan.shards]
+    for shard in listed:
+        del shard["path"]
+    value = {"counts": plan.counts, "shards": listed, "backend": plan.backend}
+    files.write_json(folder / PLAN, {"fingerprint": fingerprint, **value})
 
 
 def _write_shards(

@@ -10,7 +10,7 @@ whole, and several processes can share the shards.
 import contextlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,18 +58,10 @@ def run(config: DumpConfig) -> None:
         _remove_plan(artifact.folder)  # a kill may have come before it was removed
         return
     source.require_unchanged()
-    if config.data_parallel > 1:
-        # Here, not above: an artifact that is done already must not wait for what it does not need.
-        from stages.dump import parallel
-
-        with artifact.work() as is_needed:
-            if not is_needed:
-                return
-            _settle(config, artifact, source, target_config, aux_layers)
-        parallel.run_children(config)
-        artifact.config = config.model_copy(update={"overwrite": False})
-        if artifact.is_done():  # the last of the children saw every shard whole
-            return
+    if config.data_parallel > 1 and _run_engines(
+        config, artifact, source, target_config, aux_layers
+    ):
+        return
     with artifact.work() as is_needed:
         if not is_needed:  # the others finished just now
             return
@@ -86,6 +78,26 @@ def run(config: DumpConfig) -> None:
         window = _offer(config, artifact, source, target_config, aux_layers, plan, facts)
         _capture(config, target_config, aux_layers, artifact.folder, plan, min_agreement, window)
         _complete(config, artifact, source, target_config, aux_layers, plan, facts, window)
+
+
+def _run_engines(
+    config: DumpConfig,
+    artifact: Artifact,
+    source: sources.RowSource,
+    target_config: TargetConfig,
+    aux_layers: tuple[int, ...],
+) -> bool:
+    """Run `data_parallel` engines, each a process of its own; whether they finished the artifact."""
+    # Here, not above: an artifact that is done already must not wait for what it does not need.
+    from stages.dump import parallel
+
+    with artifact.work() as is_needed:
+        if not is_needed:
+            return True
+        _settle(config, artifact, source, target_config, aux_layers)
+    parallel.run_children(config)
+    artifact.config = config.model_copy(update={"overwrite": False})
+    return artifact.is_done()  # the last of the children saw every shard whole
 
 
 def _settle(
@@ -235,14 +247,7 @@ def _complete(
     with artifact.finishing() as is_last:
         if not is_last:
             return
-        failures = [failure for found in sidecars for failure in found["failed"]]
-        try:
-            accounting = account(config, artifact.folder, plan, failures)
-        except OutputError:
-            # Their rows may be mended: another run captures these shards again.
-            for index in (i for i, found in result.items() if found and found["failed"]):
-                sidecar(artifact.folder, index).unlink()
-            raise
+        accounting = _account_for_all(config, artifact.folder, plan, result)
         checksums = {
             name: entry["sha256"] for found in sidecars for name, entry in found["files"].items()
         }
@@ -261,6 +266,24 @@ def _complete(
             engine=plan.backend,
         )
     _remove_plan(artifact.folder)
+
+
+def _account_for_all(
+    config: DumpConfig, folder: Path, plan: Plan, result: Mapping[int, dict[str, Any] | None]
+) -> Accounting:
+    """The counts of all shards, by their sidecars.
+
+    Raises:
+        OutputError: too many rows failed; the shards that hold them count as missing from now on.
+    """
+    failed = {index: found["failed"] for index, found in result.items() if found}
+    try:
+        return account(config, folder, plan, [row for rows in failed.values() for row in rows])
+    except OutputError:
+        # Their rows may be mended: another run captures these shards again.
+        for index in (index for index, rows in failed.items() if rows):
+            sidecar(folder, index).unlink()
+        raise
 
 
 def _removed(folder: Path, shards: list[int]) -> RetryableError:

@@ -85,6 +85,22 @@ def _format(config: DumpConfig, num_states: int, hidden_size: int) -> dict[str, 
     }
 
 
+def _model(config: DumpConfig, target_config: TargetConfig) -> dict[str, Any]:
+    return {
+        "target_model_path": config.run.target_train or config.run.target,
+        "target_revision": config.run.target_revision,
+        "target_weights_hash": targets.weights_hash(target_config.folder),
+        "tokenizer_hash": tokenizer_hash(target_config.folder),
+        "model_type": target_config.model_type,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "gpu_memory_utilization": config.engine_args.get("gpu_memory_utilization"),
+        "max_model_len": config.run.max_length_tokens,
+        "hidden_size": target_config.hidden_size,
+        "vocab_size": target_config.vocab_size,
+        "num_hidden_layers": target_config.num_layers,
+    }
+
+
 def _data_config(
     config: DumpConfig,
     target_config: TargetConfig,
@@ -93,7 +109,6 @@ def _data_config(
     source: RowSource,
     sidecars: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    num_states, hidden_size = len(aux_layers) + 1, target_config.hidden_size
     made = provenance.collect(argv=sys.argv, engine=plan.backend)
     num_samples = plan.samples - sum(len(facts["failed"]) for facts in sidecars)
     return {
@@ -106,19 +121,7 @@ def _data_config(
             "package_versions": made["packages"],
             "gpu": made["accelerator"],
         },
-        "model": {
-            "target_model_path": config.run.target_train or config.run.target,
-            "target_revision": config.run.target_revision,
-            "target_weights_hash": targets.weights_hash(target_config.folder),
-            "tokenizer_hash": tokenizer_hash(target_config.folder),
-            "model_type": target_config.model_type,
-            "tensor_parallel_size": config.tensor_parallel_size,
-            "gpu_memory_utilization": config.engine_args.get("gpu_memory_utilization"),
-            "max_model_len": config.run.max_length_tokens,
-            "hidden_size": hidden_size,
-            "vocab_size": target_config.vocab_size,
-            "num_hidden_layers": target_config.num_layers,
-        },
+        "model": _model(config, target_config),
         "data": {
             "train_data_path": config.states or config.conversations or "synth",
             "parents": {name: parent["fingerprint"] for name, parent in source.parents.items()},
@@ -139,7 +142,7 @@ def _data_config(
             "dtype": config.state_dtype,
         },
         "generation": {"backend": plan.backend, "engine_args": config.engine_args},
-        "format": _format(config, num_states, hidden_size),
+        "format": _format(config, len(aux_layers) + 1, target_config.hidden_size),
     }
 
 

@@ -61,23 +61,7 @@ def split(
     Raises:
         UserError: no such traffic, most of it cannot be read, or there are too few different chats.
     """
-    reasons: collections.Counter[str] = collections.Counter()
-    usable: list[Prompt] = []
-    for row in Duplicates(same_content=True).marked(_read(traffic, workspace, template_kwargs)):
-        if isinstance(row, BadRow):
-            reasons[row.reason] += 1
-        else:
-            usable.append(row)
-    bad = sum(n for reason, n in reasons.items() if not reason.startswith("duplicate"))
-    if bad > MAX_BAD_FRACTION * (bad + len(usable)):
-        raise UserError(
-            f"{traffic}: expected chats, found {bad} of {bad + len(usable)} rows that cannot be used: "
-            f"{dict(reasons)}.",
-            code="traffic-unusable",
-            remedy="Give chats with `messages`. A server's log must not be cut (--max-log-len); "
-            "other_template: set run.chat_template_kwargs to what the requests say.",
-            facts={"reasons": dict(reasons)},
-        )
+    usable, reasons = _usable(traffic, _read(traffic, workspace, template_kwargs))
     prompts = longest_forms(usable)
     reasons["shorter_form"] = len(usable) - len(prompts)
     held_out, train = _apart(prompts)
@@ -97,6 +81,34 @@ def split(
     _write(found.held_out, held_out)
     _write(found.train, train[:max_rows])
     return found
+
+
+def _usable(
+    traffic: str, rows: Iterable[Prompt | BadRow]
+) -> tuple[list[Prompt], collections.Counter[str]]:
+    """(the chats, each once; how many rows were left out, by reason).
+
+    Raises:
+        UserError: most of it cannot be read.
+    """
+    reasons: collections.Counter[str] = collections.Counter()
+    usable: list[Prompt] = []
+    for row in Duplicates(same_content=True).marked(rows):
+        if isinstance(row, BadRow):
+            reasons[row.reason] += 1
+        else:
+            usable.append(row)
+    bad = sum(n for reason, n in reasons.items() if not reason.startswith("duplicate"))
+    if bad > MAX_BAD_FRACTION * (bad + len(usable)):
+        raise UserError(
+            f"{traffic}: expected chats, found {bad} of {bad + len(usable)} rows that cannot be used: "
+            f"{dict(reasons)}.",
+            code="traffic-unusable",
+            remedy="Give chats with `messages`. A server's log must not be cut (--max-log-len); "
+            "other_template: set run.chat_template_kwargs to what the requests say.",
+            facts={"reasons": dict(reasons)},
+        )
+    return usable, reasons
 
 
 def _read(

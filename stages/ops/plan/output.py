@@ -67,7 +67,9 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
     head.append(f"# dump: {plan.backend[1]}.")
     if (required := gate(config.samples, plan.head.hidden_size)) is not None:
         sections["bench"]["min_acceptance_length"] = required
-        head.append("# bench requires nine tenths of what others reached with as many rows or fewer.")
+        head.append(
+            "# bench requires nine tenths of what others reached with as many rows or fewer."
+        )
     head += [f"# {warning}." for warning in warnings(plan)]
     # What a config.json says must not end its comment and become a setting.
     return "\n".join(map(printable, head)) + "\n\n" + yaml.safe_dump(sections, sort_keys=False)

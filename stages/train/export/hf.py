@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,12 +67,7 @@ def export_head(
             target_architectures=target_architectures,
             num_draft_tokens=num_draft_tokens,
         )
-    weights = {
-        rename(name): tensor.detach()
-        .to("cpu", DTYPES[dtype] if tensor.is_floating_point() else None)
-        .contiguous()
-        for name, tensor in head.state_dict().items()
-    }
+    weights = {rename(name): each for name, each in _weights(head, DTYPES[dtype]).items()}
     card = model_card(
         head.config,
         target=target,
@@ -86,6 +82,14 @@ def export_head(
         write_text(folder / "README.md", card)
         if target_architectures is None:
             check_export(folder)
+
+
+def _weights(head: DraftHead, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The head's tensors as they are stored."""
+    return {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in head.state_dict().items()
+    }
 
 
 def _write_weights(weights: dict[str, Tensor], path: Path) -> None:

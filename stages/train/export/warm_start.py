@@ -98,17 +98,9 @@ def load(
         variant=read_variant(head.config),
         where=head.folder / "config.json",
     )
-    expected = {"vocabulary": embed_tokens.shape[0], "hidden size": embed_tokens.shape[1]}
-    found = {"vocabulary": shape.vocab_size, "hidden size": shape.hidden_size}
-    expected["run.draft_vocab_size"] = config.run.draft_vocab_size
-    found["run.draft_vocab_size"] = shape.draft_vocab_size
-    if config.intermediate_size is not None:
-        expected["train.intermediate_size"] = config.intermediate_size
-        found["train.intermediate_size"] = shape.intermediate_size
     _require_variant(head, shape.variant, config)
     _require_wide(head, shape.variant.window, config)
-    if found != expected:
-        raise _unfit(head, f"it has {found}, and this run {expected}", "Set the run to the head's.")
+    _require_sizes(head, shape, config, *embed_tokens.shape)
     tensors = _own_tensors(head, embed_tokens, lm_head)
     _require_tensors(head, shape, tensors)
     # Ours ascend; a head with the same rows in another order drafts the same.
@@ -205,6 +197,21 @@ def _require_wide(head: Head, window: int | None, config: TrainConfig) -> None:
     deepest = max(config.ttt_steps, config.walk_tokens)
     if window is not None and window <= deepest:
         raise _unfit(head, f"its window of {window} positions is not above {deepest} steps")
+
+
+def _require_sizes(
+    head: Head, shape: "HeadConfig", config: TrainConfig, vocab_size: int, hidden_size: int
+) -> None:
+    """The head's sizes are the target's and the run's."""
+    expected = {"vocabulary": vocab_size, "hidden size": hidden_size}
+    found = {"vocabulary": shape.vocab_size, "hidden size": shape.hidden_size}
+    expected["run.draft_vocab_size"] = config.run.draft_vocab_size
+    found["run.draft_vocab_size"] = shape.draft_vocab_size
+    if config.intermediate_size is not None:
+        expected["train.intermediate_size"] = config.intermediate_size
+        found["train.intermediate_size"] = shape.intermediate_size
+    if found != expected:
+        raise _unfit(head, f"it has {found}, and this run {expected}", "Set the run to the head's.")
 
 
 def _require_aux_layers(head: Head, ours: list[int], default: list[int]) -> None:

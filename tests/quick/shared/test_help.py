@@ -58,9 +58,7 @@ def test_a_list_is_written_as_a_flag_takes_it() -> None:
     assert entries(synth.SynthConfig)["sources"].startswith("'[{KEY: VALUE}]' Several sources")
 
 
-@pytest.mark.parametrize(
-    "config", [train.VocabConfig, train.CheckHeadConfig, train.ExportConfig]
-)
+@pytest.mark.parametrize("config", [train.VocabConfig, train.CheckHeadConfig, train.ExportConfig])
 def test_a_small_command_lists_the_flags_that_it_uses(config: type[CommandConfig]) -> None:
     found = entries(config)
     assert {"recipe", "draft_vocab_size"} < found.keys()

@@ -136,21 +136,10 @@ class VllmCapture(VllmSettings):
                         last_progress = time.monotonic()
                     path.unlink(missing_ok=True)
                 if time.monotonic() - last_progress > FILE_TIMEOUT_S:
-                    raise RetryableError(
-                        f"vLLM returned no hidden states for {FILE_TIMEOUT_S:.0f} s, with "
-                        f"{len(pending)} rows in flight.",
-                        code="engine-silent",
-                        remedy="Its log is above; run the same command again to continue.",
-                        facts={"rows_in_flight": len(pending)},
-                    )
+                    raise _engine_silent(len(pending))
         except (EngineDeadError, EngineGenerateError) as error:
             stop_if_requested("every whole shard is saved")
-            raise RetryableError(
-                f"the vLLM engine died with {len(pending)} rows in flight{self._exit_codes()}.",
-                code="engine-died",
-                remedy="Its log is above; run the same command again to continue.",
-                facts={"rows_in_flight": len(pending)},
-            ) from error
+            raise _engine_died(len(pending), self._exit_codes()) from error
         finally:
             # Some remain only where the run is broken off: nobody waits for them any more.
             with contextlib.suppress(EngineDeadError):
@@ -247,6 +236,24 @@ class VllmCapture(VllmSettings):
                 facts={"row": row.index, "missing": missing, "tokens": len(row.ids)},
             )
         return tensors["hidden_states"], stats
+
+
+def _engine_silent(rows: int) -> RetryableError:
+    return RetryableError(
+        f"vLLM returned no hidden states for {FILE_TIMEOUT_S:.0f} s, with {rows} rows in flight.",
+        code="engine-silent",
+        remedy="Its log is above; run the same command again to continue.",
+        facts={"rows_in_flight": rows},
+    )
+
+
+def _engine_died(rows: int, exit_codes: str) -> RetryableError:
+    return RetryableError(
+        f"the vLLM engine died with {rows} rows in flight{exit_codes}.",
+        code="engine-died",
+        remedy="Its log is above; run the same command again to continue.",
+        facts={"rows_in_flight": rows},
+    )
 
 
 def _token_logprobs(ids: list[int], reported: Any) -> torch.Tensor:

@@ -5,7 +5,9 @@ Costs reading the ids and spans once; memory for one part.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from shared.artifacts.manifest import MANIFEST
 from shared.contracts import conversations
@@ -86,6 +88,19 @@ def _read_part(path: Path, totals: _Totals, vocab_size: int | None) -> None:
             f"{path}: sample {names[rows[at]]} holds the token {int(tokens[at])}, outside the "
             f"target's vocabulary of {vocab_size}."
         )
+    totals.tokens += len(tokens)
+    totals.trained_tokens += _trained_tokens(path, table, names, lengths)
+
+
+def _trained_tokens(path: Path, table: Any, names: Sequence[str], lengths: Any) -> int:
+    """Tokens in the loss spans of a part whose rows have these `lengths` in tokens.
+
+    Raises:
+        Wrong: spans that overlap, leave their row, or hold more than the target generated.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+
     spans = table["loss_spans"].combine_chunks()
     flat = pc.list_flatten(spans)
     owner = pc.list_parent_indices(spans).to_numpy(zero_copy_only=False)
@@ -108,5 +123,4 @@ def _read_part(path: Path, totals: _Totals, vocab_size: int | None) -> None:
             f"{path}: sample {names[at]} has {int(trained[at])} trained tokens, of "
             f"{int(answered[at])} that the target generated."
         )
-    totals.tokens += len(tokens)
-    totals.trained_tokens += int(trained.sum())
+    return int(trained.sum())
