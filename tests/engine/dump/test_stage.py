@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stage with real vLLM, as a process: killed with -9, compared with transformers, refused.
 
-Costs about nine engine starts: three minutes on two cores.
+Costs about ten engine starts: three minutes on two cores.
 """
 
 import json
@@ -123,6 +123,19 @@ def test_sigterm_while_the_engine_starts_stops_at_once(workspace: Path, delay_s:
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 143, rest
     assert time.monotonic() - sent_s < 8, rest
+
+
+def test_ctrl_c_reaches_the_engine_too_and_ends_as_sigterm_does(workspace: Path) -> None:
+    process = start(workspace)
+    deadline = time.monotonic() + 200
+    folder = workspace / "run" / "dump"
+    while len(list(folder.glob("shard_*.json"))) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the engine's process as well
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 143, log
+    assert "every whole shard is saved" in log
 
 
 def test_in_process_and_drained_a_killed_run_ends_with_the_same_bytes(

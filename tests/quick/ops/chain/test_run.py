@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chain: which stages it is of, its dry run, and how it ends."""
 
+import json
 import os
 import subprocess
 import sys
@@ -101,6 +102,18 @@ def test_a_dry_run_shows_the_plan_and_makes_nothing(
     assert "train refuses" in refused.stderr
     assert "Did you mean epochs?" in refused.stderr
     assert sorted(workspace.rglob("*")) == before
+
+
+def test_finished_conversations_need_no_synth(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    (workspace / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    write(workspace, {"synth": {"prompts": None}, "dump": {"conversations": "chats.jsonl"}})
+    assert run(config(workspace, dry_run="true", skip="synth")) == 0
+    assert "1 rows, at most 64 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="synth refuses"):
+        run(config(workspace, dry_run="true"))
 
 
 def play(monkeypatch: pytest.MonkeyPatch, workspace: Path, stage: str, script: str) -> None:
