@@ -148,7 +148,7 @@ def start(stage: str, config: RunChainConfig, paths: RunPaths) -> "subprocess.Po
             f"--by compose: expected docker with its compose plugin, could not start docker: "
             f"{error.strerror}.",
             code="docker-missing",
-            remedy="Install it, or leave --by compose away.",
+            remedy="Install it, or leave --by compose out.",
         ) from error
 
 

@@ -175,7 +175,7 @@ def test_without_docker_it_says_so(
     (plugin,) = containers.problems(paths)
     assert plugin == (
         "compose: expected docker with its compose plugin, found: docker: 'compose' is not a docker "
-        "command. Install or start it, or leave --by compose away."
+        "command. Install or start it, or leave --by compose out."
     )
     monkeypatch.setenv("PATH", "/nowhere")
     (none,) = containers.problems(paths)
