@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from shared.artifacts.manifest import MANIFEST
 from shared.artifacts.unfinished import IDENTITY, LOCK
@@ -67,7 +66,6 @@ def export_head(
             target_architectures=target_architectures,
             num_draft_tokens=num_draft_tokens,
         )
-    weights = {rename(name): each for name, each in _weights(head, DTYPES[dtype]).items()}
     card = model_card(
         head.config,
         target=target,
@@ -78,26 +76,26 @@ def export_head(
     )
     with atomic_folder(out) as folder:
         write_json(folder / "config.json", config)
-        _write_weights(weights, folder / "model.safetensors")
+        _write_weights(head, rename, DTYPES[dtype], folder / "model.safetensors")
         write_text(folder / "README.md", card)
         if target_architectures is None:
             check_export(folder)
 
 
-def _weights(head: DraftHead, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The head's tensors as they are stored."""
-    return {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in head.state_dict().items()
-    }
-
-
-def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
+def _write_weights(
+    head: DraftHead, rename: Callable[[str], str], dtype: torch.dtype, path: Path
+) -> None:
     """Write a safetensors file that other users may read.
 
     Raises:
         OSError: the disk is full.
     """
+    weights = {
+        rename(name): tensor.detach()
+        .to("cpu", dtype if tensor.is_floating_point() else None)
+        .contiguous()
+        for name, tensor in head.state_dict().items()
+    }
     try:
         save_file(weights, path, metadata={"format": "pt"})
     except SafetensorError as error:  # raised for a full disk
