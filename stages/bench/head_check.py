@@ -206,10 +206,10 @@ def check_in_vllm(plan: Plan, folder: Path, speculative: dict[str, Any], work: P
             facts={"class": name, "vllm": version},
         )
     _check_parameters(head, answer)
-    _check_aux_layers(head, answer)
+    _check_fc_inputs(head, answer)
 
 
-def _check_aux_layers(head: Head, answer: Mapping[str, Any]) -> None:
+def _check_fc_inputs(head: Head, answer: Mapping[str, Any]) -> None:
     num_used = len(answer["aux_layers"] or (0, 0, 0))  # vLLM's own default is three layers
     if answer["num_aux_states"] not in (None, num_used):
         raise misread(

@@ -76,7 +76,7 @@ def problems(paths: RunPaths) -> list[str]:
         if complaint := _complaint(command):
             found.append(
                 f"compose: expected {expected}, found: {complaint}. Install or start it, or leave "
-                "--by compose away."
+                "--by compose out."
             )
             break
     folder = paths.root if paths.root.exists() else paths.workspace
