@@ -11,9 +11,10 @@ from shared.prompts.messages import (
     Message,
     is_message,
     is_no,
-    masks_of,
+    is_untrained_row,
     read_messages,
     unread_keys,
+    unread_switches,
 )
 
 # What a recipe's `columns` may map, and the names that are read without a map, first match first.
@@ -44,6 +45,7 @@ _ABOUT = {
 _SWITCHES = "chat_template_kwargs"  # of one row; a run has one setting for all
 # What a column `reasoning` holds where it says whether, or how much, was thought.
 _EFFORTS = {"on", "off", "yes", "no", "true", "false", "none", "low", "medium", "high", "0", "1"}
+_PRINTED = re.compile(r"\s*\[\s*\{\s*'(?:role|content|from|value)'\s*:")
 _TRANSCRIPT = re.compile(r"\s*#* ?(?:human|user): .*\n#* ?assistant:", re.IGNORECASE | re.DOTALL)
 
 
@@ -52,9 +54,15 @@ def _is_empty(value: Any) -> bool:
 
 
 def _messages_in(value: Any) -> Any:
-    """`value`, or the messages that it spells: tables hold nested values as JSON text."""
+    """`value`, or the messages that it spells: tables hold nested values as JSON text.
+
+    Raises:
+        Unusable: they are spelled as Python prints them, which no format promises to be readable.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
+    if _PRINTED.match(value):
+        raise Unusable("printed_messages", "messages as Python prints them: write them as JSON")
     try:
         read = json.loads(value)
     except (ValueError, RecursionError):
@@ -120,11 +128,7 @@ class Columns:
         messages = self._question()
         if messages and messages[-1]["role"] != "assistant":
             messages = self._answered(messages)
-        # KTO: a bad answer.
-        verdict = "label" if "completion" in self._read else "kto_tag"
-        self._read.add(verdict)
-        if messages and messages[-1]["role"] == "assistant" and is_no(self.row.get(verdict)):
-            messages = [*messages[:-1], {**messages[-1], "weight": 0}]
+        messages = self._marked(messages)
         system = text_of(self.get("system", str, list))
         if messages and messages[0]["role"] == "system":
             if system.strip() and system != messages[0]["content"]:
@@ -132,6 +136,24 @@ class Columns:
             return [messages[0], *self._history(), *messages[1:]]
         start = [{"role": "system", "content": encodable(system)}] if system.strip() else []
         return [*start, *self._history(), *messages]
+
+    def _marked(self, messages: list[Message]) -> list[Message]:
+        """The messages; those that the whole row marks as not to be trained on with weight 0.
+
+        KTO's label is about the last answer. Elsewhere a label that is no flag is somebody's class.
+        """
+        is_flag = isinstance(self.row.get("label"), bool) or "completion" in self._read
+        verdicts = ("kto_tag", "label") if is_flag else ("kto_tag",)
+        self._read |= set(verdicts)
+        if is_untrained_row(self.row):
+            answers = [i for i, each in enumerate(messages) if each["role"] == "assistant"]
+        else:
+            answers = [-1] if any(is_no(self.row.get(name)) for name in verdicts) else []
+        marked = list(messages)
+        for index in answers:
+            if marked and marked[index]["role"] == "assistant":
+                marked[index] = {**marked[index], "weight": 0}
+        return marked
 
     def _question(self) -> list[Message]:
         """The row's chat, or what is asked where its columns are texts."""
@@ -141,6 +163,9 @@ class Columns:
         turns = from_json(self.get("turns"), "turns")
         if turns is None:
             text = self.get("prompt")
+            if text is None and (chat := self._whole_chat(self._names("answer"))) is not None:
+                self.unread |= unread_keys(chat)  # TRL's preferences without a prompt
+                return read_messages(chat)
             if text is None:
                 raise self._nothing_asked()
             if isinstance(text, str) and _TRANSCRIPT.match(text):
@@ -162,7 +187,11 @@ class Columns:
             ):
                 self._read.add(name)
                 return value
-        for name in (*self._names("prompt"), *self._names("turns")):
+        return self._whole_chat((*self._names("prompt"), *self._names("turns")))
+
+    def _whole_chat(self, names: Iterable[str]) -> Any:
+        """The first of these columns that holds messages."""
+        for name in names:
             value = _messages_in(self.row.get(name))
             if isinstance(value, list) and value and self._is_turn(value[0]):
                 self._read.add(name)
@@ -202,6 +231,7 @@ class Columns:
         """What was asked, and the row's own answer to it if it has one."""
         answer = _messages_in(self._instance().get("output") or self.get("answer", str, list))
         if isinstance(answer, list) and isinstance(answer[0], dict):
+            self.unread |= unread_keys(answer)
             said = read_messages(answer)
             return _joined(asked, said) if said else asked
         if not isinstance(answer, str):
@@ -253,5 +283,5 @@ class Columns:
         )
         if self.row.get(_SWITCHES):
             self.unread.add(_SWITCHES)
-        self.unread |= masks_of(self.row)
+        self.unread |= set(unread_switches({k: v for k, v in self.row.items() if k not in aside}))
         return tuple(sorted({*names, *self.unread}))

@@ -6,7 +6,9 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from shared.errors import EyrieError, RetryableError, UserError
+import yaml
+
+from shared.errors import FOREIGN_ERRORS, EyrieError, RetryableError, UserError
 from shared.prompts.tables import plain_rows
 
 _BATCH_ROWS = 256
@@ -40,15 +42,19 @@ def rows(
             )
         builder.download_and_prepare()
         data = builder.as_dataset(split=chosen).with_format("arrow")
-        tables = data.iter(batch_size=_BATCH_ROWS)
-    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, TypeError, KeyError,
-            NotImplementedError, http.HTTPError, pa.ArrowException) as error:  # fmt: skip
+        number = 0
+        for table in data.iter(batch_size=_BATCH_ROWS):
+            for row in plain_rows(table):
+                number += 1
+                yield f"row {number}", row
+    except (
+        *FOREIGN_ERRORS,
+        yaml.YAMLError,  # in the head of its README.md
+        datasets.exceptions.DatasetsError,
+        http.HTTPError,
+        pa.ArrowException,
+    ) as error:
         raise _refusal(error, f"{label}: could not read {name} from the hub") from error
-    number = 0
-    for table in tables:
-        for row in plain_rows(table):
-            number += 1
-            yield f"row {number}", row
 
 
 def _refusal(error: Exception, where: str) -> EyrieError:

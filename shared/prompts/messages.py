@@ -12,6 +12,8 @@ The result has `role` (system, user, assistant, tool) and `content`, and where t
 where the row says that an answer is not to be trained on (`weight: 0`, `train: false` and the like).
 """
 
+import contextlib
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -44,8 +46,12 @@ _WEIGHT_KEYS = (
     "weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask", "loss_scale",
 )  # fmt: skip
 _MASK_KEYS = ("masked", "ignore")
+_SCALE_KEYS = ("weight", "loss_weight", "loss_scale")  # of these a mask holds 0 and 1 alone
+# Names of switches about training that nobody reads: they are named even where they hold no text.
+_SWITCH = re.compile(r"(?:^|_)(?:mask|loss|train|weight|ignore)", re.IGNORECASE)
 # Which characters or tokens of one answer are trained on.
 _DETAIL_KEYS = ("train_detail", "training_detail", "train_details")
+_MARK_KEYS = (*_WEIGHT_KEYS, *_MASK_KEYS, *_DETAIL_KEYS)
 _OTHER_KEYS = {
     "role", "from", "name", "channel", "id", "type", "tool_calls", "function_call", "tool_call_id",
     *_WEIGHT_KEYS, *_MASK_KEYS,
@@ -77,7 +83,8 @@ def _tool_calls(raw: Any) -> list[Message]:
     for each in calls:
         call = from_json(each, "tool_calls")
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        named = isinstance(function, dict) and isinstance(function.get("name"), str)
+        if not isinstance(function, dict) or not named or not function["name"].strip():
             raise Unusable("broken_tool_calls", call)
         filled = (key for key, value in function.items() if value and not isinstance(value, int))
         if unread := [str(key) for key in filled if key not in _CALL_KEYS]:
@@ -87,9 +94,9 @@ def _tool_calls(raw: Any) -> list[Message]:
         )
         if not isinstance(arguments, str):  # the API's own form is JSON text
             arguments = to_json(arguments, "tool_calls")
-        named = {"name": encodable(function["name"]), "arguments": encodable(arguments)}
+        spelled = {"name": encodable(function["name"]), "arguments": encodable(arguments)}
         call_id = _id(call.get("id"))
-        result.append({"id": call_id, "type": "function", "function": named})
+        result.append({"id": call_id, "type": "function", "function": spelled})
     return result
 
 
@@ -111,9 +118,19 @@ def _reasoning(raw: Mapping[str, Any]) -> str:
     return next(iter(values), "")
 
 
+def _number(value: Any) -> float | None:
+    """A number or flag, in the spelling of any format; None for anything else."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return float(
+            {"false": 0, "no": 0, "true": 1, "yes": 1}.get(str(value).strip().lower(), value)
+        )
+    return None
+
+
 def is_no(value: Any) -> bool:
     """Whether it says no, in the spelling of any format."""
-    return str(value).strip().lower() in ("0", "0.0", "false")
+    number = _number(value)
+    return number is not None and number <= 0
 
 
 def is_untrained(raw: Mapping[str, Any]) -> bool:
@@ -125,9 +142,8 @@ def is_untrained(raw: Mapping[str, Any]) -> bool:
     masked = [key for key in (*_WEIGHT_KEYS, *_MASK_KEYS) if isinstance(raw.get(key), list | dict)]
     if partly := [*masked, *(key for key in _DETAIL_KEYS if raw.get(key))]:
         raise Unusable("partly_trained", f"{partly[0]}: a part of an answer alone is trained on")
-    masks = [str(raw.get(key)).strip().lower() for key in _MASK_KEYS]
     is_off = any(is_no(raw.get(key)) for key in _WEIGHT_KEYS)
-    return is_off or any(value in ("1", "1.0", "true") for value in masks)
+    return is_off or any(_number(raw.get(key)) == 1 for key in _MASK_KEYS)
 
 
 def _filled(raw: Mapping[str, Any]) -> list[str]:
@@ -135,11 +151,23 @@ def _filled(raw: Mapping[str, Any]) -> list[str]:
     return [key for key in _CONTENT_KEYS if raw.get(key) not in (None, "", [])]
 
 
-def masks_of(row: Mapping[str, Any]) -> set[str]:
-    """Keys of a whole row that would leave something out of training; its messages say it, not the row."""
-    masked = {key for key in (*_WEIGHT_KEYS, *_MASK_KEYS) if isinstance(row.get(key), list | dict)}
-    off = {key for key in _WEIGHT_KEYS if is_no(row.get(key))}
-    return {*masked, *off, *(key for key in _DETAIL_KEYS if row.get(key))}
+def is_untrained_row(row: Mapping[str, Any]) -> bool:
+    """Whether a whole row says that its answers are not to be trained on."""
+    keys = (*_WEIGHT_KEYS, *_MASK_KEYS)
+    return is_untrained({k: row.get(k) for k in keys if not isinstance(row.get(k), list | dict)})
+
+
+def unread_switches(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a row or of an answer that say how much of it to train on, and that nobody follows."""
+    for key, value in raw.items():
+        scale = _number(value) if key in _SCALE_KEYS else None
+        if scale is not None and scale > 0 and scale != 1:
+            yield f"{key} other than 0 or 1"
+        is_followed = key in (*_WEIGHT_KEYS, *_MASK_KEYS) and not isinstance(value, list | dict)
+        if value is None or isinstance(value, str) or value in ([], {}) or is_followed:
+            continue  # what holds text is named anyway
+        if _SWITCH.search(str(key)):
+            yield str(key)
 
 
 def _message(raw: Any) -> Message:
@@ -194,7 +222,8 @@ def _each(raw: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
             if each.get("system"):
                 yield {"role": "system", "content": each["system"]}, False
             yield {"role": "user", "content": each[pair[0]]}, False
-            yield {"role": "assistant", "content": each[pair[1]]}, False
+            marks = {key: each[key] for key in _MARK_KEYS if key in each}
+            yield {"role": "assistant", "content": each[pair[1]], **marks}, False
         else:
             yield each, isinstance(each, dict) and each.get("channel") == "analysis"
 
@@ -242,18 +271,26 @@ def read_messages(raw: Any) -> list[Message]:
 
 def _keys_read(message: Mapping[str, Any]) -> set[str]:
     if pair := _pair(message):
-        return {"system", *pair}
+        return {"system", *pair, *_MARK_KEYS}
     filled = _filled(message)
     return _READ_KEYS - {key for key in filled[1:] if message[key] != message[filled[0]]}
 
 
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    role = message.get("role") or message.get("from")
+    return bool(_pair(message)) or _ROLE_OF.get(str(role).strip().lower()) == "assistant"
+
+
 def unread_keys(raw: Any) -> set[str]:
-    """Keys of a chat column's messages that hold text and are not read."""
-    return {
-        f"messages[].{key}"
-        for message in (raw if isinstance(raw, list) else [])
-        if isinstance(message, dict)
-        for read in [_keys_read(message)]
-        for key, value in message.items()
-        if key not in read and any(texts(value))
-    }
+    """Keys of a chat column's messages that hold text, or say how to train, and are not read."""
+    with contextlib.suppress(Unusable):  # reading the messages tells what is wrong
+        raw = from_json(raw, "messages")
+    found: set[str] = set()
+    for message in raw if isinstance(raw, list) else []:
+        if isinstance(message, dict):
+            read = _keys_read(message)
+            found |= {
+                key for key, value in message.items() if key not in read and any(texts(value))
+            }
+            found |= set(unread_switches(message)) if _is_answer(message) else set()
+    return {f"messages[].{key}" for key in found}

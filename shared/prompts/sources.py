@@ -215,7 +215,10 @@ def _parsed(
 
 
 class Duplicates:
-    """Reports the second row with the same id, over any number of streams; 16 bytes of hash a row.
+    """Reports rows that come again, over any number of streams; two hashes a row are remembered.
+
+    A row with an earlier row's id and other content is no duplicate (data sets of several answers to a
+    prompt repeat its id): it gets the content's hash behind its id.
 
     Args:
         same_content: whether a second row with the same turns and tools is a duplicate as well.
@@ -223,7 +226,7 @@ class Duplicates:
 
     def __init__(self, *, same_content: bool = False) -> None:
         self._same_content = same_content
-        self._ids: set[int] = set()
+        self._contents_of: dict[int, int] = {}  # id -> content
         self._contents: set[int] = set()
 
     def marked(self, rows: Iterable[Prompt | BadRow]) -> Iterator[Prompt | BadRow]:
@@ -232,20 +235,23 @@ class Duplicates:
             yield self._checked(row) if isinstance(row, Prompt) else row
 
     def _checked(self, row: Prompt) -> Prompt | BadRow:
-        own_id = short_hash(row.sample_id)
-        if own_id in self._ids:
-            return BadRow(row.sample_id, "duplicate_id", row.source)
+        own_id, digest = row.sample_id, row.content_hash()
+        content = int(digest, 16)
+        if self._contents_of.get(short_hash(own_id), content) != content:
+            row = row.renamed(f"{own_id}#{digest}")
+        key = short_hash(row.sample_id)
+        if key in self._contents_of:
+            return BadRow(own_id, "duplicate_id", row.source)
         if self._same_content:
-            content = int(row.content_hash(), 16)
             if content in self._contents:
-                return BadRow(row.sample_id, "duplicate_content", row.source)
+                return BadRow(own_id, "duplicate_content", row.source)
             self._contents.add(content)
-        self._ids.add(own_id)
+        self._contents_of[key] = content
         return row
 
 
 def without_duplicates(rows: Iterable[Prompt | BadRow]) -> Iterator[Prompt | BadRow]:
-    """The rows, a second one with the same id as a BadRow."""
+    """The rows, one that comes again under its id as a BadRow."""
     return Duplicates().marked(rows)
 
 

@@ -42,6 +42,8 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[Any]:
 
 def plain_rows(table: Any) -> Iterator[Any]:
     """The rows of a table as JSON has them: no padded nulls, and what is JSON by its type as a value."""
+    if len(set(table.schema.names)) < len(table.schema.names):  # the last one would win
+        raise ValueError(f"two columns of one name among {table.schema.names}")
     names = [field.name for field in table.schema if _has_json(field.type)]
     for row in table.to_pylist():
         decoded = {name: _decoded(row[name], table.schema.field(name).type) for name in names}

@@ -27,7 +27,7 @@ BAD_ROWS = [
     b'{"id": "two", "messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
     b'{"id": "long", "prompt": "long"}',
     b'{"id": "longer", "prompt": "longer"}',
-    b'{"id": "a", "prompt": "the same id"}',
+    b'{"id": "a", "prompt": "hello"}',
     b'{"id": "utf8", "prompt": "\xff"}',
 ]
 

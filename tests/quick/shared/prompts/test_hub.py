@@ -58,6 +58,7 @@ SOURCES: dict[str, dict[str, str]] = {
     "named, other split": {"path": "ultrachat", "split": "test_sft"},
     "script": {"path": "acme/script"},
     "columns differ": {"path": "acme/mixed"},
+    "card": {"path": "acme/card"},
     "gated": {"path": "acme/gated"},
     "missing": {"path": "acme/missing"},
     "revision": {"path": "acme/lines", "revision": "v9"},
@@ -121,6 +122,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Answ
     (root / "acme/script/script.py").write_text("import datasets\n")
     write(root / "acme/mixed/a.jsonl", [{"id": "m1", "prompt": "x"}])
     write(root / "acme/mixed/b.jsonl", [{"id": 2, "prompt": "y", "views": 3}])
+    write(root / "acme/card/train.jsonl", prompts[:1])
+    (root / "acme/card/README.md").write_text("---\n{: [\n---\n")
     (root / "acme/empty").mkdir()
     (root / "acme/empty/README.md").write_text("# Nothing\n")
     with hub(root) as endpoint:
@@ -156,6 +159,7 @@ def test_a_tables_padding_does_not_reach_the_arguments(answers: dict[str, Answer
         ("other split", 2, "hub-data-set", "test_sft"),
         ("script", 2, "hub-data-set", "scripts are no longer supported"),
         ("columns differ", 2, "hub-data-set", "column"),
+        ("card", 2, "hub-data-set", "acme/card"),
         ("gated", 2, "hub-data-set", "HF_TOKEN"),
         ("missing", 2, "hub-data-set", "acme/missing"),
         ("revision", 2, "hub-data-set", "v9"),

@@ -171,3 +171,10 @@ def test_a_readme_without_subsets_changes_nothing(readme: str, tmp_path: Path) -
     (tmp_path / "README.md").write_text(readme)
     (tmp_path / "a.jsonl").write_bytes(LINE)
     assert len(read(tmp_path)) == 1
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["cat"]), pa.array(["dog"])], names=["prompt"] * 2)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="two columns of one name"):
+        read(tmp_path / "a.parquet")

@@ -49,6 +49,8 @@ def test_a_calls_arguments_under_every_name(key: str) -> None:
         {"loss_scale": 0.0},
         {"masked": True},
         {"ignore": 1},
+        {"weight": -1},
+        {"train": "no"},
     ],
 )
 def test_an_answer_that_is_not_to_be_trained_on(mark: dict[str, object]) -> None:
@@ -74,8 +76,23 @@ def test_a_bad_answer_in_every_form_of_kto(row: dict[str, object]) -> None:
 def test_a_bad_answer_of_kto_is_not_trained_on() -> None:
     (turn,) = parse_row({"prompt": "cat", "completion": "chat", "label": False}).turns
     assert not turn.is_trained
-    (turn,) = parse_row({"prompt": "cat", "response": "chat", "label": False}).turns
-    assert turn.is_trained  # a label of something else
+    (turn,) = parse_row({"messages": [USER, CHAT], "label": False}).turns
+    assert not turn.is_trained
+    (turn,) = parse_row({"prompt": "cat", "response": "chat", "label": 0}).turns
+    assert turn.is_trained  # a class of something else
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"masked": True}])
+def test_a_whole_row_that_is_not_to_be_trained_on(mark: dict[str, object]) -> None:
+    prompt = parse_row({"messages": [USER, CHAT, USER, CHAT], **mark})
+    assert [turn.is_trained for turn in prompt.turns] == [False, False]
+    assert prompt.unread == ()
+
+
+def test_an_item_of_question_and_answer_keeps_its_mark() -> None:
+    pairs = [{"input": "cat", "output": "chat", "loss": False}, {"input": "cat", "output": "chat"}]
+    first, second = parse_row({"conversation": pairs}).turns
+    assert (first.is_trained, second.is_trained) == (False, True)
 
 
 def test_an_answer_of_several_messages_is_read_whole() -> None:
@@ -86,6 +103,11 @@ def test_an_answer_of_several_messages_is_read_whole() -> None:
         assert last == CHAT
     system = {"role": "system", "content": "Be brief."}
     assert parse_row({"prompt": "cat", "chosen": [system, USER, CHAT]}).conversation[0] == system
+
+
+def test_a_preference_without_a_prompt_is_its_whole_conversation() -> None:
+    prompt = parse_row({"chosen": [USER, CHAT], "rejected": [USER, {**CHAT, "content": "chien"}]})
+    assert (prompt.conversation, prompt.unread) == ((USER, CHAT), ("rejected",))
 
 
 def test_columns_of_reasoning_and_of_problems() -> None:
@@ -112,7 +134,12 @@ def test_a_number_that_is_none_is_no_id(gap: float) -> None:
         ({"messages": [USER, {**CHAT, "text": "chien"}]}, "messages[].text"),
         ({"messages": [{"human": "cat", "assistant": "chat", "mood": "good"}]}, "messages[].mood"),
         ({"messages": [USER, CHAT], "loss_mask": [0, 1]}, "loss_mask"),
-        ({"messages": [USER, CHAT], "weight": 0}, "weight"),
+        ({"messages": [USER, CHAT], "weight": 0.5}, "weight other than 0 or 1"),
+        ({"messages": [USER, {**CHAT, "weight": 0.5}]}, "messages[].weight other than 0 or 1"),
+        ({"messages": [USER, {**CHAT, "mask": 1}]}, "messages[].mask"),
+        ({"messages": [USER, CHAT], "train_on_last_turn": True}, "train_on_last_turn"),
+        ({"messages": json.dumps([USER, {**CHAT, "notes": "hm"}])}, "messages[].notes"),
+        ({"prompt": "cat", "completion": [{**CHAT, "notes": "hm"}]}, "messages[].notes"),
     ],
 )
 def test_what_is_not_read_is_named(row: object, unread: str) -> None:
@@ -125,6 +152,8 @@ def test_what_is_not_read_is_named(row: object, unread: str) -> None:
         ({"messages": {"role": ["user", "assistant"], "content": ["cat"]}}, "broken_messages"),
         ({"messages": [USER, {**CHAT, "tool_calls": [{"name": "f", "kwargs": {"a": 1}}]}]},
          "broken_tool_calls"),
+        ({"messages": [USER, {**CHAT, "tool_calls": [{"name": " ", "arguments": {}}]}]},
+         "broken_tool_calls"),
         ({"messages": [USER, {**CHAT, "reasoning": {"summary": "hm"}}]}, "not_text"),
         ({"prompt": "cat", "tools": [{"type": "function", "function": None}]}, "broken_tools"),
         ({"prompt": "cat", "tools": [{"type": "web_search"}]}, "broken_tools"),
@@ -136,6 +165,9 @@ def test_what_is_not_read_is_named(row: object, unread: str) -> None:
         ({"messages": [USER, {**CHAT, "reasoning": "a", "thinking": "b"}]}, "two_reasonings"),
         ({"messages": [USER, {**CHAT, "content": [{"type": "text", "content": "B"}]}]}, "not_text"),
         ({"messages": [USER, {**CHAT, "content": [{"type": "text", "text": 5}]}]}, "not_text"),
+        ({"prompt": "[{'role': 'user', 'content': 'cat'}]", "response": "chat"}, "printed_messages"),
+        ({"prompt": "cat", "chosen": "[{'content': 'cat', 'role': 'user'}\n {'content': 'chat'}]"},
+         "printed_messages"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_refused(row: object, reason: str) -> None:

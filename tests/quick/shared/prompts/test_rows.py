@@ -43,7 +43,7 @@ BAD_LINES = {
         "two_user_turns"
     ),
     b'{"messages": [{"role": "system", "content": "x"}]}': "no_user_turn",
-    b'{"id": "a", "prompt": "again"}': "duplicate_id",
+    b'{"id": "a",  "prompt": "Hello", "category": "greeting"}': "duplicate_id",
     b'{"id": "a\\u0000b", "prompt": "x"}': "bad_id",
     b'{"prompt": "x", "tools": "{"}': "broken_tools",
     b"[" * 100_000: "broken_json",

@@ -123,7 +123,7 @@ def test_shuffling_is_seeded_and_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_duplicates_by_id_and_by_content(tmp_path: Path) -> None:
-    rows = [*ROWS[:2], {"id": "r1", "prompt": "new"}, {"id": "r9", "prompt": "What is 0?"}]
+    rows = [*ROWS[:2], ROWS[1], {"id": "r9", "prompt": "What is 0?"}]
     write_lines(tmp_path / "a.jsonl", rows)
     found = list(mixture.prompts(config_of(tmp_path, prompts="a.jsonl")))
     assert [row.reason for row in found if isinstance(row, BadRow)] == [
@@ -132,6 +132,16 @@ def test_duplicates_by_id_and_by_content(tmp_path: Path) -> None:
     ]
     kept = list(mixture.prompts(config_of(tmp_path, prompts="a.jsonl", deduplicate=False)))
     assert [row.reason for row in kept if isinstance(row, BadRow)] == ["duplicate_id"]
+
+
+def test_other_content_under_an_id_that_was_there_is_kept(tmp_path: Path) -> None:
+    rows = [{"id": "p", "prompt": "q", "response": text} for text in ("a", "b", "b", "c")]
+    write_lines(tmp_path / "a.jsonl", rows)
+    found = list(mixture.prompts(config_of(tmp_path, prompts="a.jsonl")))
+    assert [row.reason for row in found if isinstance(row, BadRow)] == ["duplicate_id"]
+    names = [row.sample_id for row in found if isinstance(row, Prompt)]
+    assert [name.partition("#")[0] for name in names] == ["p"] * 3
+    assert len(set(names)) == 3
 
 
 def test_shares_are_a_partition_of_the_rows(tmp_path: Path) -> None:
