@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Positive = Annotated[int, Field(gt=0)]
+_MANY = 64  # draft tokens, among so many of which some are neighbours in the target's vocabulary
 _OFFSETS = "Absolute ids are not offsets: subtract arange(draft_vocab_size)."
 # What trainers leave beside the weights, and vLLM passes over.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
@@ -202,6 +203,12 @@ def draft_token_ids(head: Head, vocab_size: int) -> list[int]:
     t2d = head.tensor("t2d")  # [V], true for the draft vocabulary; engines do not read it
     if t2d is not None and t2d.any() and t2d.flatten().nonzero().flatten().tolist() != sorted(ids):
         raise misread(head, "d2t gives other target ids than t2d marks", _OFFSETS)
+    is_marked = t2d is not None and bool(t2d.any())
+    if not is_marked and len(ids) >= _MANY and bool((d2t[1:] > d2t[:-1]).all()):
+        # Offsets stay equal wherever two neighbouring ids are both drafted.
+        raise misread(
+            head, "d2t rises from each draft token to the next, as absolute ids do", _OFFSETS
+        )
     return ids
 
 

@@ -2,12 +2,47 @@
 """Where a tool call's arguments end in rendered text: as JSON, as JSON in a string, or item by item."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from shared.conversations.template import TemplateMismatch
+from shared.conversations.template import TemplateMismatch, parsed_arguments
 
 _DECODER = json.JSONDecoder()
+_Order = Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]
+# As given; sorted; sorted as Jinja's `dictsort` does. Inner mappings are in the same order.
+_ORDERS: tuple[_Order, ...] = (
+    lambda mapping: mapping.items(),
+    lambda mapping: sorted(mapping.items(), key=lambda item: item[0]),
+    lambda mapping: sorted(mapping.items(), key=lambda item: item[0].lower()),
+)
+
+
+def all_arguments_end(
+    text: str,
+    calls: Sequence[Mapping[str, Any]],
+    names: Sequence[tuple[int, int]],
+    start: int,
+    stop: int,
+) -> int:
+    """One past the arguments of all of an answer's calls, each seen behind its name or before it.
+
+    Args:
+        names: start and end of each call's name.
+        start, stop: where the answer begins, and where it has ended.
+
+    Raises:
+        TemplateMismatch: those of one call are not all there.
+    """
+    before, last = start, start
+    nexts = [begin for begin, _ in names[1:]] + [stop]
+    for call, (begin, end), until in zip(calls, names, nexts, strict=True):
+        arguments = parsed_arguments(call["function"].get("arguments"))
+        found = arguments_end(text, end, min(until, stop), arguments)
+        if found is None and arguments_end(text, before, begin, arguments) is None:
+            raise TemplateMismatch("a tool call's arguments are left out by the template")
+        before = found or end
+        last = max(last, before)
+    return last
 
 
 def arguments_end(text: str, start: int, stop: int, arguments: Any) -> int | None:
@@ -29,8 +64,8 @@ def arguments_end(text: str, start: int, stop: int, arguments: Any) -> int | Non
     for index, value, end in _json_values(window):
         if value == arguments or _is_json_of(value, arguments):
             return start + index + end
-    for items in (arguments.items(), sorted(arguments.items())):
-        if (found := _after_items(window, 0, items)) is not None:
+    for order in _ORDERS:
+        if (found := _after_items(window, 0, arguments, order)) is not None:
             return start + found
     return None
 
@@ -54,20 +89,20 @@ def _is_json_of(value: Any, arguments: Any) -> bool:
         return False
 
 
-def _after_items(window: str, position: int, items: Any) -> int | None:
+def _after_items(window: str, position: int, mapping: dict[str, Any], order: _Order) -> int | None:
     """The position after every key and value in turn, however they are spelled."""
-    for key, value in items:
-        index = window.find(str(key), position)
+    for key, value in order(mapping):
+        index = window.find(key, position)
         if index < 0:
             return None
-        found = _after_value(window, index + len(str(key)), value)
+        found = _after_value(window, index + len(key), value, order)
         if found is None:
             return None
         position = found
     return position
 
 
-def _after_value(window: str, position: int, value: Any) -> int | None:
+def _after_value(window: str, position: int, value: Any, order: _Order) -> int | None:
     ends = [
         index + len(text)
         for text in _spellings(value)
@@ -76,10 +111,10 @@ def _after_value(window: str, position: int, value: Any) -> int | None:
     if ends:
         return min(ends)
     if isinstance(value, dict):
-        return _after_items(window, position, value.items())
+        return _after_items(window, position, value, order)
     if isinstance(value, list):
         for each in value:
-            found = _after_value(window, position, each)
+            found = _after_value(window, position, each, order)
             if found is None:
                 return None
             position = found

@@ -3,6 +3,7 @@
 
 import dataclasses
 import itertools
+import unicodedata
 from collections.abc import Sequence
 
 from shared.conversations.template import ChatTemplate, TemplateMismatch
@@ -77,6 +78,11 @@ class _Encoding:
         if first is None or last is None:
             raise TemplateMismatch(f"{where}: a token reaches over the answer's edge")
         text = self._template.text(self.ids[first:last])
-        if "".join(text.split()) != "".join(self._text[answer.start : answer.end].split()):
+        if _plain(text) != _plain(self._text[answer.start : answer.end]):
             raise TemplateMismatch(f"{where}: its tokens do not spell its text")
         return first, last
+
+
+def _plain(text: str) -> str:
+    """Text without what tokenizers do not keep: white space, and forms of one letter (Qwen's NFC)."""
+    return "".join(unicodedata.normalize("NFKC", text).split())

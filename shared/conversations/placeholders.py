@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from shared.conversations.template import TemplateMismatch, parsed_arguments
+from shared.conversations.template import TemplateMismatch, arguments_text, parsed_arguments
 from shared.prompts.rows import Message
 
 
@@ -104,7 +104,8 @@ class _Placeholders:
         if isinstance(arguments, dict):
             replace = functools.partial(Piece, index, "argument", call=number)
             arguments = _replace_texts(arguments, lambda text: self._new(replace(text)))
-            function["arguments"] = _like(raw, arguments) if isinstance(raw, str) else arguments
+            is_text = isinstance(raw, str)
+            function["arguments"] = arguments_text(raw, arguments) if is_text else arguments
         changed = {**call, "function": function}
         if call_id := call.get("id"):
             name = call["function"]["name"]
@@ -120,15 +121,6 @@ def _replace_texts(value: Any, replace: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {key: _replace_texts(each, replace) for key, each in value.items()}
     return [_replace_texts(each, replace) for each in value] if isinstance(value, list) else value
-
-
-def _like(raw: str, value: Any) -> str:
-    """`value` as JSON text, spaced as `raw` is where Python's own ways of spacing give that."""
-    original = json.loads(raw or "{}")
-    for separators, ascii_only in itertools.product((None, (",", ":")), (False, True)):
-        if json.dumps(original, separators=separators, ensure_ascii=ascii_only) == raw:
-            return json.dumps(value, separators=separators, ensure_ascii=ascii_only)
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _spellings(piece: Piece) -> Iterator[str]:

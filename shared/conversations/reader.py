@@ -13,6 +13,7 @@ from shared.prompts.rows import Message, Prompt
 from shared.target.special_tokens import REASON, Policy, SpecialTokens
 
 _LONGEST_DETAIL = 300
+LEFT_OUT = "answer_of_weight_0"  # the row itself says so: no failure
 # What ends reasoning in the text of an answer: Qwen and DeepSeek, Mistral, Seed-OSS, Command A, Kimi-VL,
 # OpenThoughts, and plain mark-up.
 REASONING_ENDS = (
@@ -61,7 +62,7 @@ class ConversationReader:
         if not answered or prompt.turns[: len(answered)] != tuple(answered):
             raise Refused("no_answer", "each turn needs the row's own answer")
         if not any(turn.is_trained for turn in answered):
-            raise Refused("answer_of_weight_0", "no answer of the row is to be trained on")
+            raise Refused(LEFT_OUT, "no answer of the row is to be trained on")
         messages = [
             message for turn in answered for message in (*turn.asked, turn.answer) if message
         ]
@@ -84,6 +85,11 @@ class ConversationReader:
         self, messages: Sequence[Message], tools: Sequence[Any], context: Set[int]
     ) -> list[Tokenized]:
         split = list(split_reasoning(messages, self._reasoning_end))
+        # What stands twice, in the text and beside it, is said once.
+        messages = [
+            each if "reasoning_content" in message else message
+            for message, each in zip(messages, split, strict=True)
+        ]
         if self._reasoning == "disable":
             split = [_without_reasoning(message) for message in split]
         given = messages if self._reasoning == "keep" else split
@@ -92,6 +98,8 @@ class ConversationReader:
             is_answer = message["role"] == "assistant" and index not in context
             if is_answer and not _says_something(message, reasoning=keeps):
                 raise Refused("empty_answer", f"message {index}")
+            if is_answer and not keeps and self._begins_reasoning(message["content"]):
+                raise Refused("only_reasoning", f"message {index}: its reasoning has no end")
         try:
             return tokenize(self._template, given, tools, train_reasoning=keeps, context=context)
         except TemplateMismatch:
@@ -99,25 +107,34 @@ class ConversationReader:
                 raise
             return tokenize(self._template, split, tools, train_reasoning=keeps, context=context)
 
+    def _begins_reasoning(self, text: str) -> bool:
+        marks = (self._reasoning_end, *REASONING_ENDS)
+        return any(
+            text.lstrip().startswith(begin_of(mark)) for mark in marks if begin_of(mark) != mark
+        )
+
 
 def split_reasoning(messages: Sequence[Message], end: str = REASONING_ENDS[0]) -> Iterator[Message]:
     """The messages, with reasoning that stands in an answer's text moved to its own key.
 
     `end` alone need not have a beginning in the text, which may be in the prompt for the answer.
+
+    Raises:
+        Refused: an answer has reasoning of its own beside that.
     """
     for message in messages:
         text = message["content"]
-        if message["role"] == "assistant" and "reasoning_content" not in message:
-            marks = dict.fromkeys((end, *REASONING_ENDS))
-            for mark in marks:
-                is_begun = text.lstrip().startswith(_begin_of(mark))
-                if mark in text and (is_begun or mark in (end, REASONING_ENDS[0])):
+        if message["role"] == "assistant":
+            may_end = () if "reasoning_content" in message else (end, REASONING_ENDS[0])
+            for mark in dict.fromkeys((end, *REASONING_ENDS)):
+                is_begun = text.lstrip().startswith(begin_of(mark))
+                if mark in text and (is_begun or mark in may_end):
                     message = _split_at(message, mark)
                     break
         yield message
 
 
-def _begin_of(end: str) -> str:
+def begin_of(end: str) -> str:
     """The mark that begins reasoning, from the one that ends it."""
     for word, begin in (("/", ""), ("END_", "START_"), ("end_", "begin_")):
         if word in end:
@@ -127,8 +144,11 @@ def _begin_of(end: str) -> str:
 
 def _split_at(message: Message, end: str) -> Message:
     reasoning, _, rest = message["content"].rpartition(end)
-    reasoning = reasoning.strip().removeprefix(_begin_of(end)).strip()
-    more = {"reasoning_content": reasoning} if reasoning else {}
+    reasoning = reasoning.strip().removeprefix(begin_of(end)).strip()
+    own = message.get("reasoning_content", "").strip()
+    if own and reasoning and own != reasoning:
+        raise Refused("two_reasonings", "in an answer's text and beside it")
+    more = {"reasoning_content": reasoning} if reasoning and not own else {}
     return {**message, "content": rest.strip(), **more}
 
 

@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Sequence, Set
 from typing import Any
 
-from shared.conversations.arguments import arguments_end
+from shared.conversations.arguments import all_arguments_end
 from shared.conversations.call_ids import with_call_ids
 from shared.conversations.encoding import Characters, Span, encoded
 from shared.conversations.filler import require_no_filler
@@ -29,7 +29,6 @@ from shared.conversations.template import (
     TemplateMismatch,
     TemplateRefusal,
     common_length,
-    parsed_arguments,
     shapes_for,
 )
 from shared.prompts.rows import Message
@@ -218,7 +217,7 @@ class _Rendering:
         if prompt_end is not None and prompt_end > located[0].start:
             raise TemplateMismatch(f"message {index} begins within the prompt for it")
         start = self._start(index, located, trained, prompt_end)
-        return Characters(index, start, self._end(index, trained, limit), prompt_end)
+        return Characters(index, start, self._end(index, trained, start, limit), prompt_end)
 
     def _start(
         self,
@@ -249,13 +248,12 @@ class _Rendering:
         probe = {"role": "assistant", **texts}
         parts = self._render([*self.messages[:index], probe]).split(_PROBE)
         gap = self.whole[masked.end : lead.start]
-        closed = len(parts) == 3 and gap.startswith(parts[1])
-        return masked.end + len(parts[1]) if closed else lead.start
+        closed = common_length(gap, parts[1]) if len(parts) == 3 else 0
+        return self.template.token_edge(self.whole, masked.end + closed) if closed else lead.start
 
-    def _end(self, index: int, trained: Sequence[Located], limit: int) -> int:
-        calls = self.messages[index].get("tool_calls", ())
-        if calls:
-            return self._end_of_calls(index, trained, limit)
+    def _end(self, index: int, trained: Sequence[Located], start: int, limit: int) -> int:
+        if self.messages[index].get("tool_calls"):
+            return self._end_of_calls(index, trained, start, limit)
         last = trained[-1].end
         token = self.template.token_at(self.whole, last)
         if token in self._ends:
@@ -270,11 +268,18 @@ class _Rendering:
         more = self.template.further_ends(self.shape.as_parts, bool(self.tools))
         return end + len(more) if self.whole.startswith(more, end) else end
 
-    def _end_of_calls(self, index: int, trained: Sequence[Located], limit: int) -> int:
+    def _end_of_calls(self, index: int, trained: Sequence[Located], start: int, limit: int) -> int:
         shown = self._render(self.messages[: index + 1])
         is_prefix = self.whole.startswith(shown)
         stop = min(limit, len(shown)) if is_prefix else limit
-        last = self._arguments_end(index, trained, stop)
+        calls = self.messages[index]["tool_calls"]
+        named = (each for each in trained if each.piece.kind == "name")
+        names = [(e.start, e.end) for e in sorted(named, key=lambda each: each.piece.call)]
+        try:
+            last = all_arguments_end(self.whole, calls, names, start, stop)
+        except TemplateMismatch as mismatch:
+            raise TemplateMismatch(f"message {index}: {mismatch}") from mismatch
+        last = max(last, *(each.end for each in trained))
         ends = [at + len(t) for t in self._ends if (at := self.whole.find(t, last, stop)) >= 0]
         if not ends and is_prefix:
             tail = self.whole[last:stop]
@@ -287,34 +292,27 @@ class _Rendering:
         following = [each["content"].strip() for each in self.messages[index + 1 : index + 2]]
         if not ends or any(text and text in self.whole[last : min(ends)] for text in following):
             raise TemplateMismatch(f"message {index}: its tool calls have no end")
-        end = self._after_ends(min(ends))
-        return end + len(self._further_end_of_calls(index, last, end))
+        return self._end_before_result(index, last, self._after_ends(min(ends)))
 
-    def _further_end_of_calls(self, index: int, last: int, end: int) -> str:
-        """The tokens after a call's end token that end every call, whatever follows; '' mostly."""
+    def _end_before_result(self, index: int, last: int, end: int) -> int:
+        """One past the tokens after `last` that end a call whatever follows.
+
+        Some families write the result into the same turn: what ends that turn ends no call.
+        """
         shown = self.whole[end : len(self._render(self.messages[: index + 1]))]
         more = self.template.tokens_before_header(shown, self.shape.as_parts, bool(self.tools))
-        if not more:
-            return ""
-        call_id = self.messages[index]["tool_calls"][-1].get("id", "")
-        result = {"role": "tool", "content": _PROBE, "tool_call_id": call_id}
-        followed = self._render([*self.messages[: index + 1], result])
-        return more if self.whole[last:end] + more in followed else ""
-
-    def _arguments_end(self, index: int, trained: Sequence[Located], stop: int) -> int:
-        """One past the last piece, each call's arguments seen beside its name."""
-        before, last = trained[0].start, max(each.end for each in trained)
-        for number, call in enumerate(self.messages[index]["tool_calls"]):
-            names = [each for each in trained if each.piece.kind == "name"]
-            name = next(each for each in names if each.piece.call == number)
-            others = [each.start for each in names if each.piece.call > number]
-            until = min([*others, stop])
-            arguments = parsed_arguments(call["function"].get("arguments"))
-            end = arguments_end(self.whole, name.end, until, arguments)
-            if end is None and arguments_end(self.whole, before, name.start, arguments) is None:
-                raise TemplateMismatch(
-                    f"message {index}: a tool call's arguments are left out by the template"
-                )
-            before = end or name.end
-            last = max(last, before)
-        return last
+        call = self.messages[index]["tool_calls"][-1]
+        result = {
+            "role": "tool",
+            "content": _PROBE,
+            "tool_call_id": call.get("id", ""),
+            "name": call["function"]["name"],
+        }
+        try:
+            followed = self._render([*self.messages[: index + 1], result])
+        except TemplateMismatch:  # it takes no results, or not that one
+            return end
+        said = self.whole[last:end]
+        if followed.startswith(self.whole[:last]) and not followed.startswith(said, last):
+            return last + common_length(said, followed[last:])
+        return end + len(more) if more and said + more in followed else end

@@ -24,6 +24,10 @@ from shared.prompts.rows import Message
 FIXED_DATE = datetime.datetime(2024, 7, 26)
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _PART = re.compile(r"""\{['"]type['"]: ?['"](?:text|thinking)['"]""")
+# json.dumps' own, compact, and the indented ones of chat APIs.
+_SPACINGS: tuple[dict[str, Any], ...] = (
+    {}, {"separators": (",", ":")}, {"indent": 2}, {"indent": 4},
+)  # fmt: skip
 _PROBE = tuple(f"Zq0x{number}qZ" for number in range(4))
 
 
@@ -82,8 +86,7 @@ class Shape:
         arguments = parsed_arguments(function.get("arguments"))
         is_text = isinstance(arguments, str)
         if self.arguments_as_text and not is_text:
-            raw = function.get("arguments")
-            arguments = raw if isinstance(raw, str) else json.dumps(arguments, ensure_ascii=False)
+            arguments = arguments_text(function.get("arguments"), arguments)
         elif is_text and not self.arguments_as_text:
             raise TemplateMismatch("a tool call's arguments are no JSON object")
         return {**call, "function": {**function, "arguments": arguments}}
@@ -104,6 +107,22 @@ def parsed_arguments(raw: Any) -> Any:
     except (ValueError, RecursionError):
         return raw
     return value if isinstance(value, dict) else raw
+
+
+def arguments_text(raw: Any, arguments: dict[str, Any]) -> str:
+    """A tool call's arguments as JSON text, spaced and escaped as `raw` is where Python can do so.
+
+    Worked example: `{ "n" : 1.50 }` has a spelling of its own, and becomes `{"n": 1.5}`.
+
+    Args:
+        raw: what the row has, a text or not.
+        arguments: what is to be spelled: the same, or other texts in their place.
+    """
+    original = parsed_arguments(raw)
+    for spacing, ascii_only in itertools.product(_SPACINGS, (False, True)):
+        if json.dumps(original, ensure_ascii=ascii_only, **spacing) == raw:
+            return json.dumps(arguments, ensure_ascii=ascii_only, **spacing)
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 def shapes_for(messages: Sequence[Message], *, asks_for_none: bool = True) -> Iterator[Shape]:

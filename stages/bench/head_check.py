@@ -55,6 +55,25 @@ def check(folder: Path, target: TargetConfig) -> list[str]:
     return [*_check_vocabulary(head, target), *_check_aux_layers(head, target), *_meant(head)]
 
 
+def check_numbers(folder: Path) -> None:
+    """Refuse a head that would draft the same token always; costs one reading of its weights.
+
+    Raises:
+        UserError: a tensor holds NaN or infinity.
+    """
+    head = read_head(folder)
+    broken = [
+        name for name, tensor in head.tensors().items() if not tensor.float().isfinite().all()
+    ]
+    if broken:
+        raise misread(
+            head,
+            f"{', '.join(sorted(broken)[:5])}: NaN or infinity",
+            "Export the head again, from a checkpoint before its loss was NaN.",
+            tensors=sorted(broken),
+        )
+
+
 def _check_target(head: Head, target: TargetConfig) -> None:
     found = (head.config["vocab_size"], head.target_hidden_size)
     expected = (target.vocab_size, target.hidden_size)

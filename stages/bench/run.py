@@ -19,6 +19,7 @@ from shared.artifacts.artifact import Artifact
 from shared.artifacts.checksums import require_unchanged
 from shared.artifacts.manifest import require_parent
 from shared.contracts.bench_report import read_report
+from shared.conversations.switches import require_switches
 from shared.errors import UserError
 from shared.io import files
 from shared.paths import require_input
@@ -138,6 +139,7 @@ def find_subject(config: BenchConfig) -> Subject:
     lineage.require_same_template(subject.head, config)
     folder = target.locate(config.run.target, config.workspace, revision=config.run.target_revision)
     require_chat_template(folder, config.run.chat_template, config.workspace)
+    require_switches(folder, config.run, config.workspace)
     subject.inputs |= template_inputs(folder, config.run, config.workspace)
     subject.target = folder
     subject.inputs["target"] = target.weights_hash(folder)
@@ -182,6 +184,8 @@ def _measure(
 
     plan = plans.plan_of(config, subject.target, conversations)
     drafters = plans.drafters_of(config, subject.head)
+    if subject.head is not None:
+        head_check.check_numbers(subject.head)
     status = Status(config.paths.status("bench"), period_s=0.0)
     results: dict[str, dict[str, Any]] = {}
     for number, (name, speculative) in enumerate(drafters.items()):

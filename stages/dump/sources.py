@@ -129,7 +129,11 @@ class PlainRows(RowSource):
                 accounting.skip(prompt.sample_id, refused.reason, refused.detail)
 
     def require_target(self, target_folder: Path, target_hash: str) -> None:
+        # Here, not above: other sources need no template.
+        from shared.conversations.switches import require_switches
+
         require_chat_template(target_folder, self.run.chat_template, self.workspace)
+        require_switches(target_folder, self.run, self.workspace)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ import itertools
 import logging
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from shared.conversations.reader import REASONING_ENDS, ConversationReader, Refused
+from shared.conversations.reader import ConversationReader, Refused
+from shared.conversations.switches import require_reasoning_end
 from shared.errors import RetryableError, UserError
 from shared.prompts.rows import Prompt
 from shared.runtime.gpus import visible_gpus
@@ -139,25 +139,6 @@ def _of_tokenizer(
         return (), None
     tokenizer = load_tokenizer(target, trust_remote_code=config.run.trust_remote_code)
     if drops:
-        _require_reasoning_end(tokenizer, config, target)
+        require_reasoning_end(tokenizer, config.reasoning_end, target)
     end = tokenizer(config.reasoning_end, add_special_tokens=False)["input_ids"] if drops else ()
     return tuple(end), SpecialTokens(tokenizer) if skips else None
-
-
-def _require_reasoning_end(tokenizer: Any, config: SynthConfig, target: Path) -> None:
-    """Refuse a mark that this target never writes: all of its reasoning would be trained on.
-
-    Raises:
-        UserError: the tokenizer has the mark of another family instead.
-    """
-    known = tokenizer.get_added_vocab()
-    others = [mark for mark in REASONING_ENDS if mark in known]
-    others += ["<|channel|>final<|message|>"] * ("<|channel|>" in known)
-    if others and not any(token in config.reasoning_end for token in known):
-        raise UserError(
-            f"synth.reasoning_end: expected what ends the reasoning of {target}, probably "
-            f"{others[0]}, found {config.reasoning_end!r}, which is no token of it.",
-            code="reasoning-end",
-            remedy=f"Set synth.reasoning_end to {others[0]!r}, or run.reasoning to keep.",
-            facts={"reasoning_end": config.reasoning_end, "known": others},
-        )

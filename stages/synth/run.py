@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.artifacts.artifact import Artifact
+from shared.conversations.reader import LEFT_OUT
+from shared.conversations.switches import require_switches
 from shared.errors import RetryableError
 from shared.io import files
 from shared.prompts.rows import Prompt
@@ -26,7 +28,7 @@ from stages.synth import mixture, parts
 from stages.synth.config import SynthConfig
 
 # Rows that are left out on purpose; every other refusal is a failure.
-_SKIPPED = {"too_long", SPECIAL_TOKEN}
+_SKIPPED = {"too_long", LEFT_OUT, SPECIAL_TOKEN}
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ def run(config: SynthConfig) -> None:
     target.read_config(target_folder, trust_remote_code=config.run.trust_remote_code)
     if config.server_args.get("tokenizer-mode") != "mistral":  # which brings its own rendering
         require_chat_template(target_folder, config.run.chat_template, config.workspace)
+        require_switches(target_folder, config.run, config.workspace)
     inputs |= template_inputs(target_folder, config.run, config.workspace)
     inputs["target"] = target.weights_hash(target_folder)
     inputs["tokenizer"] = tokenizer_hash(target_folder)

@@ -16,13 +16,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from shared.config import RunConfig
 from shared.contracts.head_variant import named_variant
+from shared.conversations.switches import require_reasoning_end, require_switches
 from shared.errors import UserError
 from shared.paths import RunPaths, find_input
 from shared.prompts import sources
 from shared.prompts.rows import BadRow
 from shared.prompts.sources import Source
 from shared.runtime import compiler
+from shared.target.tokenizer import load_tokenizer
 from shared.vllm.http import Address
 from shared.vllm.server import is_healthy
 from shared.vllm.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_within
@@ -65,13 +68,14 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
         found += _versions(step, machine)
         found += _inputs(step, paths.workspace)
         found += _endpoints(step)
+        found += _reasoning(step, paths.workspace)
     found += _compiler(left, machine)
     found += _shared_memory(left, machine)
     found += pair.problems(steps, machine, is_local=True)
     found += _served_variant(left)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         found += target_problems(name, left, paths, machine, _bench_vllm(left))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def problems_of_containers(
@@ -85,6 +89,7 @@ def problems_of_containers(
     left = [step for step in steps if not step.done]
     for step in left:
         yield from _inputs(step, paths.workspace)
+        yield from _reasoning(step, paths.workspace)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         if find_input(name, paths.workspace) is not None:
             yield from target_problems(name, left, paths, machine)
@@ -263,6 +268,23 @@ def _rows(source: Source, workspace: Path, label: str) -> Iterator[str]:
             f"none ({found or 'it is empty'})",
             "synth's README names the forms that a row may have; `columns` maps other names.",
         )
+
+
+def _reasoning(step: Step, workspace: Path) -> Iterator[str]:
+    """What the target's template or tokenizer does not follow of the run's settings."""
+    renders = step.stage in ("synth", "bench") or step.settings.get("conversations")
+    folder = find_input(step.target, workspace)
+    if folder is None or not renders or step.settings.get("endpoint"):
+        return
+    run = RunConfig.model_validate(step.run)
+    try:
+        require_switches(folder, run, workspace)
+        answers = step.stage == "synth" and step.settings["mode"] != "keep"
+        if answers and run.reasoning == "drop":
+            tokenizer = load_tokenizer(folder, trust_remote_code=run.trust_remote_code)
+            require_reasoning_end(tokenizer, step.settings["reasoning_end"], folder)
+    except UserError as error:
+        yield str(error)
 
 
 def _endpoints(step: Step) -> Iterator[str]:

@@ -95,6 +95,12 @@ def ids_that_could_be_offsets(config: Config, weights: Weights) -> None:
     weights["t2d"] = torch.zeros_like(weights["t2d"]).index_fill(0, marked, 1)
 
 
+def ids_that_nothing_contradicts(config: Config, weights: Weights) -> None:
+    """The same without `t2d`, which engines do not need."""
+    ids_that_could_be_offsets(config, weights)
+    del weights["t2d"]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -108,6 +114,7 @@ def ids_that_could_be_offsets(config: Config, weights: Weights) -> None:
         (twice, "1 twice"),
         (halved, "one a draft token"),
         (ids_that_could_be_offsets, "other target ids than t2d marks"),
+        (ids_that_nothing_contradicts, "as absolute ids do"),
         (nested_only([1, 3, 4]), r"whose output it is, \[2, 4, 5\], else \[1, 3, 4\]"),
         (set_config(eagle_aux_hidden_state_layer_ids=[2, 5, 4]), "not ascending"),
         (set_config(eagle_aux_hidden_state_layer_ids=[2, 4, 9]), "within the target's 8 layers"),
@@ -120,6 +127,16 @@ def test_a_certain_misreading_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=told):
         head.check(changed(made, tmp_path / "head", change), target)
+
+
+def test_numbers_that_are_none_are_refused(made: Path, tmp_path: Path) -> None:
+    head.check_numbers(made / "whole")
+
+    def change(config: Config, weights: Weights) -> None:
+        weights["fc.weight"][0, 0] = torch.nan
+
+    with pytest.raises(UserError, match=r"fc\.weight: NaN or infinity"):
+        head.check_numbers(changed(made, tmp_path / "head", change))
 
 
 @pytest.mark.parametrize(

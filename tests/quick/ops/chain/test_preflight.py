@@ -20,6 +20,7 @@ from shared.runtime import compiler
 from stages.ops.chain import preflight
 from stages.ops.chain.machine import Machine
 from tests.quick.ops.chain.recipes import CONFIG, GIB, TENSORS, problems, steps
+from tests.quick.shared.conversations.gallery import FOLDER, tokenizer_of
 
 
 @pytest.fixture
@@ -167,6 +168,7 @@ def test_an_endpoint_is_asked_for_its_health_as_its_stage_takes_it(
         ({"bench": {"prompts": "none.jsonl"}}, "bench.prompts: expected a file"),
         ({"dump": {"states": "nowhere"}}, "dump.states: expected a folder at .*/nowhere"),
         ({"synth": {"endpoints": ["http://127.0.0.1:9"]}}, "a server at http://127.0.0.1:9, found"),
+        ({"run": {"chat_template_kwargs": {"enable": 1}}}, "found enable, which it does not read"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_named(
@@ -174,6 +176,16 @@ def test_a_recipe_that_cannot_work_is_named(
 ) -> None:
     (found,) = problems(steps(workspace, changes), workspace)
     assert re.search(message, found)
+
+
+def test_reasoning_that_would_be_trained_on_is_named(workspace: Path) -> None:
+    tokenizer_of(FOLDER / "seed-oss.jinja").save_pretrained(workspace / "model")
+    dropped = {"run": {"reasoning": "drop"}}
+    (found,) = problems(steps(workspace, dropped), workspace)
+    assert "synth.reasoning_end: expected what ends the reasoning" in found
+    assert problems(steps(workspace, {**dropped, "synth": {"mode": "keep"}}), workspace) == []
+    ends = {"synth": {"reasoning_end": "</seed:think>"}}
+    assert problems(steps(workspace, dropped | ends), workspace) == []
 
 
 def test_a_target_without_what_it_needs_is_named(workspace: Path) -> None:

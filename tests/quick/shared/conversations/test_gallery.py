@@ -2,10 +2,12 @@
 """What is trained of five conversations under each family's template, to the character."""
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 import yaml
+from tokenizers.normalizers import NFC
 
 from shared.config import RunConfig
 from shared.conversations.reader import ConversationReader, Refused
@@ -97,6 +99,56 @@ def test_arguments_in_pythons_spelling_are_not_trained() -> None:
     prompt = Prompt("words", (Turn((words,), calling),))
     spans = trained("prints-arguments", prompt)
     assert spans == [['town town<tool_call>town\n{"town": "town"}</tool_call><|eos|>']]
+
+
+@pytest.mark.parametrize("text", ["<think>Hm", " [THINK]Hm.", "<|START_THINKING|>Hm"])
+def test_reasoning_that_was_cut_is_no_answer(text: str) -> None:
+    prompt = Prompt("cut", (Turn(({"role": "user", "content": "q"},), _answer_of(text)),))
+    for reasoning in ("drop", "disable"):
+        assert trained("zephyr", prompt, reasoning) == "message 1: its reasoning has no end"
+    assert trained("zephyr", prompt) == [[f"{text}</s>"]]
+
+
+def test_reasoning_in_the_text_and_beside_it_is_said_once() -> None:
+    asked = Turn(({"role": "user", "content": "q"},))
+    twice = _answer_of("<think>\nHm.\n</think>\n\nNo.", reasoning_content="Hm.")
+    prompt = Prompt("twice", (dataclasses.replace(asked, answer=twice),))
+    (once,) = trained("qwen3", prompt)[0]
+    assert once == "<think>\nHm.\n</think>\n\nNo.<|im_end|>"
+    assert trained("qwen3", prompt, "drop") == [["No.<|im_end|>"]]
+    other = dataclasses.replace(asked, answer={**twice, "reasoning_content": "Well."})
+    told = "in an answer's text and beside it"
+    assert trained("qwen3", Prompt("two", (other,))) == told
+
+
+def test_a_call_after_masked_reasoning_keeps_its_marks() -> None:
+    asked, last = ROWS["tools"].turns
+    assert asked.answer is not None
+    thought = dataclasses.replace(asked, answer={**asked.answer, "reasoning_content": "Hm."})
+    prompt = dataclasses.replace(ROWS["tools"], turns=(thought, last))
+    (spans,) = trained("gpt-oss", prompt, "drop")
+    assert spans == trained("gpt-oss", ROWS["tools"])[0]
+
+
+def test_arguments_in_a_spelling_of_their_own_reach_a_template_that_joins_them() -> None:
+    asked, last = ROWS["tools"].turns
+    spelled = '{ "town" : "Ly\\u006fn", "days": 2.50, "at": {"Zone": 1, "area": "x"} }'
+    for raw in (spelled, json.dumps(json.loads(spelled), indent=2)):
+        function = {"name": "weather", "arguments": raw}
+        call = {"id": "functions.weather:0", "type": "function", "function": function}
+        turn = Turn(asked.asked, _answer_of("", tool_calls=[call]))
+        prompt = dataclasses.replace(ROWS["tools"], turns=(turn, last))
+        (spans,) = trained("deepseek-v3", prompt)
+        assert json.loads(spans[0].split("```")[1].removeprefix("json")) == json.loads(spelled)
+
+
+def test_a_letter_in_two_forms_is_one_to_a_tokenizer_that_joins_them() -> None:
+    tokenizer = tokenizer_of(FOLDER / "chatml.jinja")
+    tokenizer.backend_tokenizer.normalizer = NFC()
+    prompt = Prompt("nfd", (Turn(({"role": "user", "content": "q"},), _answer_of("cafe\u0301")),))
+    (row,) = ConversationReader(tokenizer, RunConfig(target="t"), "skip").rows(prompt)
+    ((start, end),) = row.loss_spans
+    assert tokenizer.decode(row.input_ids[start:end]) == "caf\u00e9<|im_end|>"
 
 
 def _answer_of(text: str, **more: object) -> dict[str, object]:
