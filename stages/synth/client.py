@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 # How the supported versions of vLLM refuse a prompt that is too long.
 _TOO_LONG = ("context length", "maximum model length")
 
+# A running server's generation_config.json must not decide how the answers are sampled.
+_PLAIN_SAMPLING = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
 
 class BusyError(Exception):
     """429 or 5xx: a retry of the same request may succeed."""
@@ -130,6 +133,7 @@ class Client:
             "top_p": top_p,
             "seed": request_seed(config, prompt.sample_id, turn),
             "return_token_ids": True,
+            **_PLAIN_SAMPLING,
         }
         if config.run.template_kwargs:
             options["chat_template_kwargs"] = config.run.template_kwargs

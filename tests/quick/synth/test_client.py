@@ -34,6 +34,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.tokens = list(probe["input_ids"])
         self.words = ""
         self.max_tokens: list[int] = []
+        self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -41,6 +42,7 @@ class Server(http.server.ThreadingHTTPServer):
             return 200, {"data": [{"id": "m", "max_model_len": LONGEST}]}
         if path == "/tokenize":
             return 200, {"tokens": self.tokens}
+        self.bodies.append(body)
         self.max_tokens.append(body["max_tokens"])
         if body["max_tokens"] > LONGEST:
             return 400, {"error": {"message": TOO_MANY.format(body["max_tokens"])}}
@@ -106,6 +108,13 @@ def test_no_more_tokens_are_asked_for_than_a_row_may_have(server: Server) -> Non
     for max_tokens in ("1024", "16"):
         assert asked(server, max_tokens=max_tokens).rows
     assert server.max_tokens == [LONGEST, 16]
+
+
+def test_a_running_servers_own_sampling_does_not_apply(server: Server) -> None:
+    """What vLLM takes from a target's generation_config.json where a request does not say it."""
+    assert asked(server).rows
+    plain = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert plain.items() <= server.bodies[0].items()
 
 
 @pytest.mark.parametrize(
