@@ -66,6 +66,7 @@ _REQUEST = re.compile(
     # A conversation, printed; its rows may be numbered.
     r"|^\W*(?i:(?:(?:row|sample|turn|example) )?\d+\W+)?"
     r"(?i:user|assistant|human|gpt|prompt|question|answer)\W*: "
+    r"|^\W*(?i:row|sample|example|output|response|completion|generated)(?: \d+)?: ?['\"]"
 )
 _IGNORED = re.compile(r"Exception ignored (?:in|on)\b")
 EXCEPTION = re.compile(
@@ -76,7 +77,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][\w.]*(?:\[[^\]]*\])?(?::\s|:?$)")
 ERROR = re.compile(
     r"\b(?:ERROR|FATAL|CRITICAL|SEVERE)\b"
     r"|\b(?:Fatal Python error|Segmentation fault|Bus error|core dumped|terminate called|panic:|panicked at)"
-    r"|(?:^|\s)(?:fatal|error|fatal error)\s*: |^Error(?:: | (?!rates?\b))|\[error\]"
+    r"|(?:^|\s)(?:fatal|error|fatal error)\s*: (?!-?\d+\.\d)|^Error(?:: | (?!rates?\b))|\[error\]"
     r"|^\W*(?:Killed|Aborted|Terminated)\s*$|: Killed\s*$|: \d+ (?:Killed|Aborted|Segmentation)"
     r"|[Ee]xit(?:ed)? (?:with )?(?:exit )?(?:code|status):? [1-9]|exit(?:ed with)? code=[1-9]"
     r"|^\s*Warning\s+[A-Z]\w+\s+(?!from)\S+|^\s*Exit Code:\s+[1-9]"  # kubectl describe
@@ -207,7 +208,8 @@ def _prefix(texts: Sequence[str]) -> "re.Pattern[str]":
             continue
         before = re.sub(r"(?:\([^()]*\b(?:pid|ip)=[^()]*\) *)+$", "", text[: anchor.start()])
         own, gap = before.rstrip(), before[len(before.rstrip()) :]
-        if own and not re.search(rf"\b{_LEVEL}\b", own):
+        is_quoted = own.endswith(("'", '"'))
+        if own and not is_quoted and not re.search(rf"\b{_LEVEL}\b", own):
             shape = re.sub(r"(?:\\\s)+", r"\\s*+", re.escape(own))
             # A line of white space alone may have lost it; what a frame is indented by stays.
             shapes[re.sub(r"\d+", r"\\d++", shape) + f"(?:{gap})?"] += 1
