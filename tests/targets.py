@@ -37,19 +37,31 @@ _EXPERTS = {
     "n_group": 1,
     "topk_group": 1,
 }
+# Where the engine computes in bfloat16, no expert's choice hangs on a rounding: all are taken.
+_ALL_EXPERTS = _EXPERTS | {"num_experts_per_tok": 4}
+_CHOSEN = _EXPERTS | {"num_experts_per_tok": 1, "intermediate_size_mlp": 96}
+_LAYERWISE = {
+    "final_logit_softcapping": 3.0,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 512,
+    "global_head_dim": 64,
+}
+_CORRECTED = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # as published with these
 _LATENT = {
+    "rms_norm_eps": 1e-6,  # their inner norms know no other, whatever config.json says
     "q_lora_rank": 20,
     "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,  # which is the head_dim of config.json, and of the draft head
+    "v_head_dim": 32,
     "num_key_value_heads": 4,
 }
+_INDEXED = {"index_topk": 128, "index_head_dim": 64, "index_n_heads": 2}
 _LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
+    "linear_key_head_dim": 128,  # as published: vLLM's kernel on a CPU takes few others
+    "linear_value_head_dim": 128,
 }
 _VISION = {
     "hidden_size": 32,
@@ -87,9 +99,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family({"tie_word_embeddings": True}),
     "qwen3": Family(),
     "qwen3_moe": Family(_EXPERTS),
-    "qwen3_next": Family(_EXPERTS | _LINEAR),
+    "qwen3_next": Family(_ALL_EXPERTS | _LINEAR),
     "qwen3_5_text": Family(_LINEAR),
-    "qwen3_5_moe_text": Family(_EXPERTS | _LINEAR),
+    "qwen3_5_moe_text": Family(_ALL_EXPERTS | _LINEAR),
     "gemma": Family(),
     "gemma2": Family({"final_logit_softcapping": 3.0}),
     "gemma3_text": Family(),
@@ -101,9 +113,9 @@ FAMILIES: dict[str, Family] = {
     "olmo": Family(),
     "olmo2": Family(),
     "granite": Family({"logits_scaling": 4.0}),
-    "mixtral": Family(_EXPERTS),
-    "deepseek_v3": Family(_EXPERTS | _LATENT | {"first_k_dense_replace": 1, "head_dim": 8}),
-    "gpt_oss": Family(_EXPERTS),
+    "mixtral": Family({"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": Family(_EXPERTS | _LATENT | _CORRECTED | {"first_k_dense_replace": 1}),
+    "gpt_oss": Family(_EXPERTS | {"rms_norm_eps": 1e-5}),  # vLLM knows no other
     "starcoder2": Family({"norm_epsilon": 0.01}),
     "stablelm": Family(),
     "smollm3": Family(),
@@ -112,39 +124,84 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family(),
     "seed_oss": Family(),
     "minicpm3": Family(_LATENT | {"dim_model_base": 16}),
-    "minimax_m2": Family(_EXPERTS),
-    "lfm2": Family(),
+    "minimax_m2": Family(
+        _EXPERTS | {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}
+    ),
+    "lfm2": Family({"layer_types": ["conv", "full_attention"] * (NUM_LAYERS // 2)}),
     "nanochat": Family({"final_logit_softcapping": 3.0}),
     "falcon": Family(),
+    "gpt2": Family({"n_embd": 128, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 256}),
+    "opt": Family({"ffn_dim": 96, "word_embed_proj_dim": 128}),
     "mpt": Family({"d_model": 128, "n_heads": 4, "n_layers": NUM_LAYERS, "max_seq_len": 256}),
-    "gpt_neox": Family(),
+    "gpt_neox": Family({"num_key_value_heads": 4}),
     "phi": Family(),
+    "afmoe": Family(
+        _EXPERTS
+        | {
+            "num_shared_experts": 1,
+            "mup_enabled": True,
+            "score_func": "sigmoid",
+            "route_norm": True,
+        }
+    ),
+    "apertus": Family(),
+    "arcee": Family(),
+    "cohere2_moe": Family(_EXPERTS | {"num_shared_experts": 1, "logit_scale": 0.25}),
+    "deepseek_v2": Family(_EXPERTS | _LATENT | {"first_k_dense_replace": 1}),
+    "deepseek_v32": Family(
+        _EXPERTS | _LATENT | _CORRECTED | _INDEXED | {"first_k_dense_replace": 1}
+    ),
+    "gemma4_text": Family(_LAYERWISE),
+    "glm_moe_dsa": Family(
+        _EXPERTS | _LATENT | _CORRECTED | _INDEXED | {"first_k_dense_replace": 1}
+    ),
+    "granite_swa": Family({"logits_scaling": 4.0, "sliding_window": 16}),
+    "kimi_linear": Family(
+        _EXPERTS | _LATENT | {"q_lora_rank": None, "linear_head_dim": 32, "linear_num_heads": 4}
+    ),
+    "laguna": Family(_EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "llama4_text": Family(_CHOSEN),
+    "mimo_v2_flash": Family(
+        _EXPERTS
+        | {
+            "v_head_dim": 32,
+            # vLLM reads these, as they are published; the class has others of its own.
+            "hybrid_layer_pattern": [0, 1, 1, 1, 1, 0, 1, 1],
+            "moe_layer_freq": [0] + [1] * (NUM_LAYERS - 1),
+            "layernorm_epsilon": 0.01,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_head_dim": 32,
+            "swa_v_head_dim": 32,
+            "sliding_window_size": 128,
+            "add_swa_attention_sink_bias": True,
+            "rope_theta": 5e6,
+            "swa_rope_theta": 1e4,
+            "partial_rotary_factor": 0.334,
+        }
+    ),
+    "nemotron_h": Family(
+        {
+            "layers_block_type": ["mamba", "mlp", "attention", "mlp"] * (NUM_LAYERS // 4),
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 32,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+        }
+    ),
     "qwen2_vl": Family({"rope_parameters": _SECTIONS}, is_vision=True),
     "qwen2_5_vl": Family({"rope_parameters": _SECTIONS}, is_vision=True),
     "qwen3_vl": Family({"rope_parameters": _SECTIONS}, is_vision=True),
+    "qwen3_vl_moe": Family(_EXPERTS | {"rope_parameters": _SECTIONS}, is_vision=True),
     "qwen3_5": Family(_LINEAR, is_vision=True),
+    "qwen3_5_moe": Family(_ALL_EXPERTS | _LINEAR, is_vision=True),
     "gemma3": Family(is_vision=True),
+    "gemma4": Family(_LAYERWISE, is_vision=True),
+    "llama4": Family(_CHOSEN, is_vision=True),
     "llava": Family(text_type="llama", is_vision=True),
     "internvl": Family({"tie_word_embeddings": False}, text_type="qwen2", is_vision=True),
     "mistral3": Family(text_type="mistral", is_vision=True),
 }
-
-
-# What vLLM runs a family by when a head is served to it: its own class, or transformers' for want of
-# another (auto), its wrapper around transformers' class where its own has no hooks, or nothing.
-_SERVED_BY = {
-    "auto": (
-        "llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "phi3",
-        "olmo", "olmo2", "granite", "deepseek_v3", "gpt_oss", "starcoder2", "smollm3",
-        "ernie4_5", "seed_oss", "minicpm3", "minimax_m2", "nanochat", "gpt_neox",
-    ),
-    "transformers": (
-        "gemma", "gemma2", "gemma3_text", "glm4", "glm4_moe", "cohere", "cohere2", "mixtral",
-        "stablelm", "nemotron", "exaone4", "lfm2",
-    ),
-    "": ("falcon", "mpt", ),
-}  # fmt: skip
-SERVED = {name: how for how, names in _SERVED_BY.items() for name in names}
 
 
 def make(name: str, folder: Path, *, seed: int = 0) -> PreTrainedModel:

@@ -105,6 +105,20 @@ def loadable_class(target: TargetConfig) -> type[PreTrainedModel]:
     return model_class(target, _inner(class_config(target)))
 
 
+def has_inner(target: TargetConfig, names: tuple[str, ...]) -> bool:
+    """Whether the class without its lm_head, e.g. LlamaModel, has an attribute of one of the names.
+
+    Raises:
+        UserError: no class for it, or its class does not take it.
+    """
+    found = loadable_class(target)
+    try:
+        inner = probe.build(found, _inner(class_config(target))).base_model
+    except CLASS_ERRORS as error:
+        raise _refused(target, error) from error
+    return any(hasattr(inner, name) for name in names)
+
+
 def settings(target: TargetConfig) -> dict[str, Any]:
     """The text part's settings: what config.json says, and its class's own values for the rest.
 

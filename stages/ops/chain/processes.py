@@ -58,6 +58,18 @@ class Step:
         return str(original or self.run["target"])
 
 
+def uses_vllm(step: Step) -> bool:
+    """Whether a stage starts vLLM on this machine."""
+    served = step.settings.get("endpoints") or step.settings.get("endpoint")
+    return (
+        step.stage != "train"
+        and not served
+        and step.settings.get("backend") not in ("hf", "trtllm")
+        and step.settings.get("mode") != "keep"
+        and not step.settings.get("states")
+    )
+
+
 def run_paths(recipe: Path, workspace: Path) -> RunPaths:
     """Where the recipe's run lies.
 

@@ -12,14 +12,12 @@ import yaml
 
 from shared.errors import UserError
 from shared.target.model import TargetConfig, parse_config
+from stages.ops.chain.served import keeps_states
 
 DATA = Path(__file__).with_name("data")
 # Names under which configs give the number of experts, and of those that a token meets.
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _ACTIVE = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token")
-# Keys and layer types of layers that keep a state instead of keys and values.
-_STATE_KEYS = ("mamba_num_heads", "mamba_d_state", "mamba_n_heads", "hybrid_override_pattern")
-_STATE_KINDS = ("linear_attention", "mamba", "conv", "recurrent")
 
 
 def read_data(name: str) -> Any:
@@ -93,10 +91,7 @@ class Architecture:
     @property
     def is_hybrid(self) -> bool:
         """Whether some layers keep a state instead of keys and values."""
-        kinds = [*(self.text.get("layer_types") or ()), *(self.text.get("layers_block_type") or ())]
-        return any(self.text.get(key) for key in _STATE_KEYS) or any(
-            str(kind).startswith(_STATE_KINDS) for kind in kinds
-        )
+        return keeps_states(self.text)
 
     @property
     def kinds(self) -> list[str]:

@@ -164,7 +164,7 @@ def observe(
         max_model_len: also the token budget of a step, so that no prompt is chunked.
         speculative: more keys for speculative_config. `{"rejection_sample_method": "synthetic",
             "synthetic_acceptance_rates": [..K..]}` accepts drafts of a random head at known rates.
-        engine_args: more keywords for vllm.LLM, such as skip_tokenizer_init.
+        engine_args: more keywords for vllm.LLM, such as skip_tokenizer_init, or another dtype.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -178,7 +178,6 @@ def observe(
     }
     llm = LLM(
         model=str(target),
-        dtype="float32",
         enforce_eager=True,
         seed=0,
         max_model_len=max_model_len,
@@ -188,7 +187,7 @@ def observe(
         enable_chunked_prefill=False,
         disable_log_stats=False,
         speculative_config=drafting,
-        **(engine_args or {}),
+        **{"dtype": "float32", **(engine_args or {})},
     )
     executor: Any = llm.llm_engine.model_executor  # in-process engines only
     recorder = _Recorder()

@@ -11,6 +11,7 @@ from shared.errors import UserError
 from shared.io.safetensors_files import list_tensors
 from shared.target.adapter import OutputLayer, output_layer
 from shared.target.model import TargetConfig, read_config
+from stages.ops.chain.served import how_served, needs_gpu
 from stages.ops.plan.architecture import understand
 from stages.ops.plan.placement import dump_backend
 from tests import targets
@@ -25,10 +26,12 @@ row a tiny target with random weights is made, and its logits are rebuilt from i
 
 Backend: `vllm` where vLLM has EAGLE-3 hooks for the class; `hf` where the states come from transformers.
 
-Served: how vLLM 0.32 takes a draft head that was trained on that tiny target, by its own loader of the
-head (2026-11-28): by its class of the target (yes), by its wrapper around transformers' class, which
-`bench.engine_args: {model_impl: transformers}` asks for, or not at all. The dry run tells which. Empty:
-not tried, as vision targets want torchvision there.
+Served: how vLLM 0.32 takes a draft head for it, as the dry run judges from config.json and transformers'
+class: by its class of the target (yes), by its wrapper around transformers' class, which
+`bench.engine_args: {model_impl: transformers}` asks for, or not at all. "On GPUs" is what vLLM cannot run
+on a CPU beside a draft head; no GPU has run it yet. Engine tests hold each row to vLLM: its loader takes the
+head, or refuses it; its engine drafts, and hands the head the states that transformers' class computes, or
+fails. Vision models want torchvision beside vLLM; no engine has drafted for one yet.
 
 | model_type | class | final norm | lm_head | logits | backend | served |
 |---|---|---|---|---|---|---|
@@ -64,8 +67,11 @@ def row(name: str, folder: Path) -> str:
     config = read_config(folder)
     architecture = understand(config.whole, str(folder / "config.json"))
     backend, _ = dump_backend(architecture)
-    cells = f"{name} | {architecture.name} | {describe(folder, config)}"
-    served = _SERVED[targets.SERVED[name]] if name in targets.SERVED else ""
+    facts = describe(folder, config)
+    cells = f"{name} | {architecture.name} | {facts}"
+    served = "" if facts.startswith("refused") else _SERVED[how_served(config)]
+    if served not in ("", "no") and needs_gpu(config, with_head=True):
+        served += ", on GPUs"
     return f"| {cells} | {backend} | {served} |"
 
 
