@@ -68,8 +68,9 @@ class Trainer:
         head.to(self.device)
         head.recompute_activations = config.recompute_activations
         head.lm_head.requires_grad_(config.train_lm_head)
+        status = Status(config.paths.status(config.process_name))
         dataset.set_in_vocab(
-            in_vocab_shares(dataset, head, tensors, folder / "in_vocab", accelerator)
+            in_vocab_shares(dataset, head, tensors, folder / "in_vocab", accelerator, status)
         )
         target = _target_output(tensors, head, accelerator)
         self.needs_blocks = not is_fused(target.lm_head)  # the kernels need none

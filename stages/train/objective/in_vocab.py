@@ -3,14 +3,15 @@
 
 It is 0 where the target's argmax is outside, which says that the token carries no loss.
 
-It needs a product with the target's whole lm_head, which would be the largest of a training step. So
-it is computed shard by shard before training, divided among the ranks, and kept in train's folder.
+It needs a product with the target's whole lm_head, 2 H V FLOP a token, which would be the largest of
+a training step. So it is computed shard by shard before training, divided among the ranks, and kept in
+train's folder.
 """
 
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from shared.contracts.hidden_states import Shard
 from shared.contracts.row_files import RowFile
 from shared.errors import RetryableError, UserError
 from shared.io.tensor_files import is_dense, load_tensors, save_tensors
+from shared.runtime.process import stop_if_requested
+from shared.runtime.status import Status
 from shared.target.tensors import TargetTensors
 from stages.train.data.dataset import Dataset
 from stages.train.model import DraftHead
-from stages.train.objective.target_output import TargetOutput, shares_in_vocab
+from stages.train.objective.target_output import CHUNK_ROWS, SharesInVocab, TargetOutput
 
-LOG_EVERY_S = 10.0
+_SAVED = "no step was made yet; what was computed for whole files is kept"
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ def in_vocab_shares(
     tensors: TargetTensors,
     folder: Path,
     accelerator: Accelerator,
+    status: Status,
 ) -> Sequence[Tensor]:
     """For each shard [T] float16, 0 at tokens that no answer holds. Every rank calls it.
 
@@ -46,27 +50,55 @@ def in_vocab_shares(
     Raises:
         UserError: a shard is damaged.
         RetryableError: another rank's are not there.
+        Stopped: a signal asked for it.
     """
     if dataset.followed:
         return _SharesOnArrival(dataset, head, tensors, folder, accelerator)
     own = range(accelerator.process_index, len(dataset.shards), accelerator.num_processes)
     if head.config.draft_vocab_size == head.config.vocab_size:
-        for index in own:
+        for done, index in enumerate(own):
+            stop_if_requested(_SAVED)
+            status.progress(done, len(own), "checked files")
             dataset.require_unchanged(index)
         return [torch.ones(len(shard.input_ids)).half() for shard in dataset.shards]
-    key, whole = _key(head), _whole_output(tensors, accelerator)
-    logged_s = time.monotonic()
-    for done, index in enumerate(own):
-        path = _path(folder, index)
-        if time.monotonic() - logged_s > LOG_EVERY_S:
-            logged_s = time.monotonic()
-            logger.info("checked the target's tokens of %d of %d files", done, len(own))
-        if _read(path, key, dataset.shards[index]) is None:
-            dataset.require_unchanged(index)  # this is the first pass over the file
-            shares = _shares(dataset.shards[index], head, whole, accelerator.device)
-            save_tensors(path, {"vocabulary": key, "shares": shares})
+    key = _key(head)
+    missing = [i for i in own if _read(_path(folder, i), key, dataset.shards[i]) is None]
+    if missing:
+        find = SharesInVocab(_whole_output(tensors, accelerator), head.t2d.to(accelerator.device))
+        _make(dataset, missing, find, folder, key, status)
+        del find  # its buffers
     accelerator.wait_for_everyone()
     return [_require(_path(folder, i), key, shard) for i, shard in enumerate(dataset.shards)]
+
+
+def _make(
+    dataset: Dataset,
+    missing: Sequence[int],
+    find: SharesInVocab,
+    folder: Path,
+    key: str,
+    status: Status,
+) -> None:
+    """Compute and keep those of some shards."""
+    total, done = sum(int(dataset.shards[index].loss_mask.sum()) for index in missing), 0
+    logger.info(
+        "before the first step: the target's probability of the draft vocabulary at %d answer "
+        "tokens, once for these states",
+        total,
+    )
+    started_s = time.monotonic()
+
+    def tell(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        stop_if_requested(_SAVED)
+        status.progress(done, total, "answer tokens")
+
+    for index in missing:
+        dataset.require_unchanged(index)  # this is the first pass over the file
+        shares = _shares(dataset.shards[index], find, tell)
+        save_tensors(_path(folder, index), {"vocabulary": key, "shares": shares})
+    logger.info("%.0f s; they are kept in %s", time.monotonic() - started_s, folder)
 
 
 class _SharesOnArrival(Sequence[Tensor]):
@@ -81,10 +113,11 @@ class _SharesOnArrival(Sequence[Tensor]):
         accelerator: Accelerator,
     ) -> None:
         self._shards, self._folder = dataset.shards, folder
-        self._head, self._accelerator = head, accelerator
+        self._accelerator = accelerator
         self._is_full = head.config.draft_vocab_size == head.config.vocab_size
-        self._key = "" if self._is_full else _key(head)
-        self._whole = _whole_output(tensors, accelerator)
+        if not self._is_full:
+            whole, inside = _whole_output(tensors, accelerator), head.t2d.to(accelerator.device)
+            self._key, self._find = _key(head), SharesInVocab(whole, inside)
         self._made: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -101,7 +134,7 @@ class _SharesOnArrival(Sequence[Tensor]):
             return torch.ones(len(shard.input_ids)).half()
         if (cached := _read(path, self._key, shard)) is not None:
             return cached
-        shares = _shares(shard, self._head, self._whole, self._accelerator.device)
+        shares = _shares(shard, self._find)
         if self._accelerator.is_main_process:
             save_tensors(path, {"vocabulary": self._key, "shares": shares})
         return shares
@@ -151,11 +184,16 @@ def _read(path: Path, key: str, shard: Shard | RowFile) -> Tensor | None:
 
 
 def _shares(
-    shard: Shard | RowFile, head: DraftHead, whole: TargetOutput, device: torch.device
+    shard: Shard | RowFile, find: SharesInVocab, tell: Callable[[int], None] = lambda _: None
 ) -> Tensor:
-    """[T] float16; only answer tokens are ever scored, so only they take the product."""
-    answer = shard.loss_mask.bool()
-    shares = torch.zeros(len(answer), dtype=torch.float16)
-    finals = shard.final()[answer].to(device)
-    shares[answer] = shares_in_vocab(finals, whole, head.t2d.to(device)).half().cpu()
+    """[T] float16; only answer tokens are ever scored, so only they take the product.
+
+    Args:
+        tell: called with the number of tokens that were done.
+    """
+    shares = torch.zeros(len(shard.loss_mask), dtype=torch.float16)
+    finals = shard.final()
+    for rows in shard.loss_mask.nonzero().flatten().split(CHUNK_ROWS):
+        shares[rows] = find(finals[rows]).half().cpu()
+        tell(len(rows))
     return shares

@@ -7,6 +7,7 @@ Shapes: 30 target tokens, 12 draft tokens where not all, hidden size 16, aux lay
 import dataclasses
 import json
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,9 @@ from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_variant import named_variant
 from shared.errors import RetryableError, Stopped, UserError
 from shared.io import files
+from shared.runtime import process
 from shared.runtime.process import stop_requested
+from shared.runtime.status import Status, read_status
 from shared.target.tensors import FinalNorm, TargetTensors
 from stages.train.config import TrainConfig
 from stages.train.data.dataset import Dataset
@@ -247,13 +250,20 @@ def rank_of(count: int) -> Any:
     )
 
 
+def shares_of(
+    found: Dataset, head: Any, tensors: TargetTensors, folder: Path, *, ranks: int = 1
+) -> Any:
+    status = Status(folder / "status.json", period_s=0.0)
+    return in_vocab_shares(found, head, tensors, folder / "flags", rank_of(ranks), status)
+
+
 @pytest.mark.parametrize("config", [CONFIG, WHOLE], ids=["partial", "whole"])
 @pytest.mark.parametrize("damaged", [0, 1])
 def test_every_shard_is_held_to_its_checksum(
     tmp_path: Path, damaged: int, config: HeadConfig
 ) -> None:
     found, head, tensors = dataset(tmp_path), make_head(config), random_tensors()
-    flags = in_vocab_shares(found, head, tensors, tmp_path / "flags", rank_of(1))
+    flags = shares_of(found, head, tensors, tmp_path, ranks=1)
     assert [len(part) for part in flags] == [len(shard.input_ids) for shard in found.shards]
     shutil.rmtree(tmp_path / "flags", ignore_errors=True)
     path = tmp_path / hidden_states.shard_name(damaged)
@@ -261,13 +271,35 @@ def test_every_shard_is_held_to_its_checksum(
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{path.name}: expected the SHA-256"):
-        in_vocab_shares(found, head, tensors, tmp_path / "flags", rank_of(1))
+        shares_of(found, head, tensors, tmp_path, ranks=1)
 
 
 def test_flags_that_another_rank_wrote_elsewhere_may_be_there_later(tmp_path: Path) -> None:
     found, head, tensors = dataset(tmp_path), make_head(), random_tensors()
     with pytest.raises(RetryableError, match=r"00001\.pt: expected the numbers .* another rank"):
-        in_vocab_shares(found, head, tensors, tmp_path / "flags", rank_of(2))
-    in_vocab_shares(found, head, tensors, tmp_path / "flags", rank_of(1))
-    flags = in_vocab_shares(found, head, tensors, tmp_path / "flags", rank_of(2))
+        shares_of(found, head, tensors, tmp_path, ranks=2)
+    shares_of(found, head, tensors, tmp_path, ranks=1)
+    flags = shares_of(found, head, tensors, tmp_path, ranks=2)
     assert len(flags) == len(found.shards)
+
+
+def test_what_comes_before_the_first_step_is_told_and_made_once(tmp_path: Path) -> None:
+    found, head, tensors = dataset(tmp_path), make_head(), random_tensors()
+    first = shares_of(found, head, tensors, tmp_path)
+    told = read_status(tmp_path / "status.json")["progress"]
+    assert (told["done"], told["total"], told["unit"]) == (72, 72, "answer tokens")
+    (tmp_path / "status.json").unlink()
+    again = shares_of(found, head, tensors, tmp_path)
+    assert not (tmp_path / "status.json").exists(), "it was computed twice"
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("config", [CONFIG, WHOLE], ids=["partial", "whole"])
+def test_a_stop_before_the_first_step_is_heard(
+    tmp_path: Path, config: HeadConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, asked = dataset(tmp_path), threading.Event()
+    asked.set()
+    monkeypatch.setattr(process, "_stop", asked)
+    with pytest.raises(Stopped, match="no step was made yet"):
+        shares_of(found, make_head(config), random_tensors(), tmp_path)

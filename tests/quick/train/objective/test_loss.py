@@ -13,7 +13,7 @@ from stages.train.objective.loss import (
     step_weights,
     ttt_loss,
 )
-from stages.train.objective.target_output import TargetOutput, shares_in_vocab
+from stages.train.objective.target_output import SharesInVocab, TargetOutput
 from tests import reference
 from tests.quick.train.objective.test_maths import gradients, make_case, reference_loss
 
@@ -132,13 +132,14 @@ def test_the_target_s_share_of_the_draft_vocabulary() -> None:
     assert 0 < expected.count(0.0) < 11
     for rows in (1, 4, 100):
         whole = TargetOutput(FinalNorm(norm, 1e-6), lm_head, softcap=2.0)
-        shares = shares_in_vocab(finals, whole, inside, chunk_rows=rows)
+        find = SharesInVocab(whole, inside)
+        shares = torch.cat([find(part) for part in finals.split(rows)])
         assert shares.tolist() == pytest.approx(expected, abs=1e-3)
     plain = TargetOutput(lambda states: states, torch.eye(3))  # type: ignore[arg-type]
     p = torch.tensor([[0.5, 0.3, 0.2]]).log()
     for last, share in ((True, 0.7), (False, 0.0)):
         inside = torch.tensor([last, not last, True])
-        assert shares_in_vocab(p, plain, inside).tolist() == pytest.approx([share], abs=1e-3)
+        assert SharesInVocab(plain, inside)(p).tolist() == pytest.approx([share], abs=1e-3)
 
 
 def test_the_gradient_of_lm_head_adds_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

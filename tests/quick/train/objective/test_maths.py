@@ -23,7 +23,7 @@ from stages.train.objective.loss import (
     combine,
     ttt_loss,
 )
-from stages.train.objective.target_output import TargetOutput, shares_in_vocab
+from stages.train.objective.target_output import SharesInVocab, TargetOutput
 from tests import reference
 
 CONFIG = HeadConfig(
@@ -108,7 +108,8 @@ def make_case(
     norm = FinalNorm(target["norm"], config.rms_norm_eps)
     whole = TargetOutput(norm, target["lm_head"], **output)
     finals = torch.cat([d.finals for d in documents])
-    shares = shares_in_vocab(finals, whole, torch.isin(torch.arange(config.vocab_size), token_ids))
+    inside = torch.isin(torch.arange(config.vocab_size), token_ids)
+    shares = SharesInVocab(whole, inside)(finals)
     rows = TargetOutput(norm, target["lm_head"][token_ids], **output)
     batch = pack(documents, shares)
     return Case(head, batch, rows, documents, target, token_ids)
