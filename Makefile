@@ -62,9 +62,11 @@ REAL_night := --domain broad --num_prompts 5000 --num_held_out 96
 
 .PHONY: real
 real: setup ## The chain on a pretrained model, SmolLM2-135M: TIER=quarter or night, PROMPTS=file.jsonl for your own.
+	@[ -f compose/recipes/smollm2/$(TIER).yaml ] \
+	  || { echo "TIER: expected quarter or night, found $(TIER)"; exit 2; }
 	$(PY) -m stages.demo real-target $(WORKSPACE)/targets/smollm2-$(TIER) $(REAL_$(TIER)) \
 	  $(if $(PROMPTS),--prompts $(PROMPTS))
-	$(PY) -m stages.ops run --recipe compose/recipes/smollm2/$(TIER).yaml
+	$(PY) -m stages.ops run --recipe compose/recipes/smollm2/$(TIER).yaml $(OPTIONS)
 
 .PHONY: images
 images: ## Build the images of the four stages and ops; FLAVOUR=gpu or cpu.

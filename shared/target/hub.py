@@ -35,14 +35,22 @@ def require_id(name: str, workspace: Path, *, label: str = "run.target") -> None
         )
 
 
-def fetch(name: str, revision: str | None, *, label: str = "run.target") -> Path:
-    """All files of a model, in the hub's cache.
+def fetch(
+    name: str,
+    revision: str | None,
+    *,
+    label: str = "run.target",
+    patterns: list[str] | None = None,
+) -> Path:
+    """A model's files, all or those that a pattern matches, in the hub's cache.
 
     Raises:
         UserError, RetryableError: as `fetch_config`.
     """
     with _asking(name, revision, label):
-        return Path(huggingface_hub.snapshot_download(name, revision=revision))
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
+        )
 
 
 def fetch_config(name: str, revision: str | None) -> Path:

@@ -90,7 +90,7 @@ def _shared_out(
         raise UserError(
             f"{given}: expected at least {2 * held_out} rows, found {len(lines)}.",
             code="prompts-too-few",
-            remedy=f"Half of them at most may be held out: give more, or a --held_out below "
+            remedy=f"Half of them at most may be held out: give more, or a --num_held_out below "
             f"{held_out}.",
         )
     random.Random(seed).shuffle(lines)

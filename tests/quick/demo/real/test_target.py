@@ -1,12 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GGUF file's names and row order against transformers' own: no network, no package."""
+"""A GGUF file's names and row order against transformers' own; a model out of the hub's cache."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.demo.real.target import _LAYER_NAMES, _in_halves, _saved_name
+from shared.errors import RetryableError, UserError
+from stages.demo.real.target import (
+    _LAYER_NAMES,
+    PACKAGED,
+    _from_hub,
+    _in_halves,
+    _saved_name,
+    make_real_target,
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache with one model, offline."""
+    snapshot = tmp_path / "cache" / "models--acme--small" / "snapshots" / "c0ffee"
+    (snapshot / "onnx").mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("c0ffee")
+    for name in ("config.json", "model.safetensors", "onnx/config.json"):
+        (snapshot / name).write_text(name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_a_model_of_the_hub_is_copied_without_its_other_formats(cache: Path) -> None:
+    out = cache / "target"
+    found = make_real_target(out, model="acme/small", revision=None)
+    assert (found.source, found.revision) == ("acme/small", "c0ffee")
+    assert {p.name for p in out.iterdir()} == {"config.json", "model.safetensors", "target.json"}
+    assert make_real_target(out, model="acme/small", revision=None) == found
+    with pytest.raises(UserError, match=r"expected acme/other at .*, found acme/small"):
+        make_real_target(out, model="acme/other", revision=None)
+
+
+def test_the_package_stands_for_its_own_model_alone(cache: Path) -> None:
+    assert _from_hub(cache, PACKAGED, None) is None
+    for model, revision in (("acme/other", None), (PACKAGED, "0" * 40)):
+        with pytest.raises(RetryableError, match=model):
+            make_real_target(cache / "other", model=model, revision=revision)
 
 
 def test_every_tensor_of_a_llama_has_its_name() -> None:
