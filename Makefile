@@ -52,7 +52,7 @@ $(VENV)/.installed-cpu: requirements.lock
 	touch $@
 
 .PHONY: demo
-demo: setup ## All four stages on a small target made on the spot; less than nine minutes on two cores.
+demo: setup ## All four stages on a small target made on the spot; less than eight minutes on two cores.
 	$(PY) -m stages.demo make-target $(WORKSPACE)/targets/demo
 	$(PY) -m stages.ops run --recipe compose/recipes/demo/recipe.yaml
 

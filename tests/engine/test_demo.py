@@ -21,7 +21,7 @@ from tests.engine.conftest import RECIPE, Demo
 
 pytestmark = pytest.mark.engine
 
-LIMIT_S = 15 * 60  # less than nine minutes on two cores that do nothing else
+LIMIT_S = 15 * 60  # less than eight minutes on two cores that do nothing else
 
 
 def test_the_demo_reaches_its_bars_in_time(demo: Demo) -> None:
