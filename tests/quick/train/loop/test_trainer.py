@@ -195,13 +195,19 @@ def test_a_training_ends_on_a_plateau_and_so_does_a_resumed_one(tmp_path: Path) 
     assert again.history.path.read_text() == kept
 
 
-def test_what_another_rank_was_asked_stops_this_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = trainer(tmp_path)
+def stopped_at_2(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """A training that all ranks agreed to stop after step 2."""
+    training = trainer(folder)
     monkeypatch.setattr(training, "_all_agree_to_stop", lambda: training.step == 2)
     with pytest.raises(Stopped, match="step 2 is saved"):
         training.run()
+    return training
+
+
+def test_what_another_rank_was_asked_stops_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = stopped_at_2(tmp_path, monkeypatch)
     assert not stop_requested()
     state = checkpoint.load(training.checkpoints.folder / checkpoint.LATEST)
     assert state is not None and state["step"] == 2
@@ -211,10 +217,7 @@ def test_a_training_goes_on_with_the_best_that_its_state_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the two links, a later state is the best one, which was not the latest yet."""
-    first = trainer(tmp_path)
-    monkeypatch.setattr(first, "_all_agree_to_stop", lambda: first.step == 2)
-    with pytest.raises(Stopped):
-        first.run()
+    first = stopped_at_2(tmp_path, monkeypatch)
     expected, folder = best_step(first), first.checkpoints.folder
     shutil.copy(folder / "step_00000002.pt", folder / "step_00000003.pt")
     files.write_link(folder / checkpoint.BEST, "step_00000003.pt")
@@ -227,10 +230,7 @@ def test_a_training_goes_on_with_the_best_that_its_state_names(
 def test_a_training_of_another_variant_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = trainer(tmp_path)
-    monkeypatch.setattr(first, "_all_agree_to_stop", lambda: first.step == 2)
-    with pytest.raises(Stopped):
-        first.run()
+    stopped_at_2(tmp_path, monkeypatch)
     newer = make_head(dataclasses.replace(CONFIG, variant=named_variant("eagle3.1")))
     with pytest.raises(
         UserError, match=r"others: \['fc_norm.0.weight'.* Set train.variant"
