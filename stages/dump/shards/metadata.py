@@ -9,7 +9,6 @@ layer ids, that the final state is before the norm, and the hashes of the target
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from shared.target import model as targets
 from shared.target.model import TargetConfig
 from shared.target.tokenizer import tokenizer_hash
 from stages.dump.config import DumpConfig
+from stages.dump.job import Job
 from stages.dump.plan import Plan
-from stages.dump.sources import RowSource
 
 METADATA = (hidden_states.DATA_CONFIG, hidden_states.TOKEN_FREQ)
 _TEMPLATE_NOTE = "Token ids and answer spans are the server's own, or the target's chat template's"
@@ -101,14 +100,8 @@ def _model(config: DumpConfig, target_config: TargetConfig) -> dict[str, Any]:
     }
 
 
-def _data_config(
-    config: DumpConfig,
-    target_config: TargetConfig,
-    aux_layers: tuple[int, ...],
-    plan: Plan,
-    source: RowSource,
-    sidecars: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+def _data_config(job: Job, plan: Plan, sidecars: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    config, source = job.config, job.source
     made = provenance.collect(argv=sys.argv, engine=plan.backend)
     num_samples = plan.samples - sum(len(facts["failed"]) for facts in sidecars)
     return {
@@ -121,7 +114,7 @@ def _data_config(
             "package_versions": made["packages"],
             "gpu": made["accelerator"],
         },
-        "model": _model(config, target_config),
+        "model": _model(config, job.target),
         "data": {
             "train_data_path": config.states or config.conversations or "synth",
             "parents": {name: parent["fingerprint"] for name, parent in source.parents.items()},
@@ -134,30 +127,22 @@ def _data_config(
             "chat_template_note": _TEMPLATE_NOTE,
         },
         "hidden_states": {
-            "layer_ids": [*aux_layers, target_config.num_layers],
+            "layer_ids": [*job.aux_layers, job.target.num_layers],
             "description": "The states that feed the draft head, then the target's final state",
-            "aux_layer_ids": list(aux_layers),
+            "aux_layer_ids": list(job.aux_layers),
             "layer_id_convention": layers.LAYER_ID_CONVENTION,
             "final_hidden": "prenorm",
             "dtype": config.state_dtype,
         },
         "generation": {"backend": plan.backend, "engine_args": config.engine_args},
-        "format": _format(config, len(aux_layers) + 1, target_config.hidden_size),
+        "format": _format(config, len(job.aux_layers) + 1, job.target.hidden_size),
     }
 
 
-def write_metadata(
-    folder: Path,
-    config: DumpConfig,
-    target_config: TargetConfig,
-    aux_layers: tuple[int, ...],
-    plan: Plan,
-    source: RowSource,
-    sidecars: Sequence[Mapping[str, Any]],
-) -> list[str]:
+def write_metadata(job: Job, plan: Plan, sidecars: Sequence[Mapping[str, Any]]) -> list[str]:
     """Write both files; returns their names. `sidecars` are those of the plan's shards, in order."""
-    data_config = _data_config(config, target_config, aux_layers, plan, source, sidecars)
-    files.write_json(folder / hidden_states.DATA_CONFIG, data_config)
-    counts = answer_counts(plan, target_config.vocab_size, sidecars)
-    save_tensors(folder / hidden_states.TOKEN_FREQ, counts)
+    data_config = _data_config(job, plan, sidecars)
+    files.write_json(job.folder / hidden_states.DATA_CONFIG, data_config)
+    counts = answer_counts(plan, job.target.vocab_size, sidecars)
+    save_tensors(job.folder / hidden_states.TOKEN_FREQ, counts)
     return list(METADATA)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifacts import window
-from shared.artifacts.artifact import Artifact
 from shared.artifacts.checksums import first_changed
 from shared.artifacts.manifest import read_manifest
 from shared.artifacts.unfinished import LOCK
@@ -32,12 +31,11 @@ from shared.runtime.log import Every
 from shared.runtime.peer import Peer
 from shared.runtime.process import lock, stop_if_requested
 from shared.runtime.status import Status
-from shared.target.model import TargetConfig
 from stages.dump.config import DumpConfig
+from stages.dump.job import Job
 from stages.dump.plan import Plan, ShardPlan
 from stages.dump.shards.metadata import METADATA, write_metadata
 from stages.dump.shards.writer import read_sidecar, read_sidecar_file
-from stages.dump.sources import RowSource
 
 _POLL_S = 0.1
 _TELL_EVERY_S = 2.0
@@ -45,22 +43,14 @@ _TELL_EVERY_S = 2.0
 logger = logging.getLogger(__name__)
 
 
-def offer(
-    artifact: Artifact,
-    config: DumpConfig,
-    target_config: TargetConfig,
-    aux_layers: tuple[int, ...],
-    plan: Plan,
-    source: RowSource,
-    facts: Mapping[str, Any],
-) -> None:
+def offer(job: Job, plan: Plan, facts: Mapping[str, Any]) -> None:
     """Tell train what will be here: a manifest beside the states' description, written once.
 
     Args:
         facts: of the artifact's manifest that are known before any state is.
     """
-    folder = artifact.folder
-    facts = {**facts, "window_shards": config.window_shards}
+    folder, artifact = job.folder, job.artifact
+    facts = {**facts, "window_shards": job.config.window_shards}
     with lock(folder / f"{LOCK}-window", wait=True):
         found = read_manifest(folder, window.OFFER)
         if (
@@ -71,7 +61,7 @@ def offer(
         ):
             return
         planned = [{"tokens": shard.tokens, "failed": []} for shard in plan.shards]
-        write_metadata(folder, config, target_config, aux_layers, plan, source, planned)
+        write_metadata(job, plan, planned)
         rows = [shard.read() for shard in plan.shards]
         window.write_rows(
             folder,
