@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is the rule for batch size and learning rate a good one?   python -m tests.perf.grid WORKSPACE
+"""Is the rule for batch size and learning rate a good one?   python -m tests.perf.grid WORKSPACE RUN
 
-In: the workspace of a finished demo, which is only read. Out: for each number of samples a Markdown
+In: a workspace with a finished run, which is only read. Out: for each number of samples a Markdown
 table of the best walked acceptance length over three batch sizes and three learning rates, and with
-both left at `auto`, on the same held-out samples. The last line is JSON: what the rule chose, and its
-share of the grid's best. A cell trains in a process of one thread, two at a time: an hour on two cores.
+both left at `auto`, on the same held-out samples. The last line is JSON: every cell, and which share
+of the grid's best the rule's choice has. A cell trains in a process of one thread, two at a time.
 """
 
 import argparse
@@ -38,36 +38,35 @@ def walks(run: Path) -> dict[int, float]:
 
 
 @contextlib.contextmanager
-def trained(workspace: Path, recipe: dict[str, Any], **environment: str) -> Iterator[Path]:
-    """The run of a training by `recipe` on the demo's dump, for the length of the block."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        (place / "targets").symlink_to((workspace / "targets").resolve())
-        (place / "demo").mkdir()
+def trained(folder: Path, recipe: dict[str, Any], **environment: str) -> Iterator[Path]:
+    """The run of a training by `recipe` on the dump of the run in `folder`, for the length of the block."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        (place / "targets").symlink_to((folder.parent / "targets").resolve())
+        (place / folder.name).mkdir()
         for stage in ("synth", "dump"):
-            (place / "demo" / stage).symlink_to((workspace / "demo" / stage).resolve())
+            (place / folder.name / stage).symlink_to((folder / stage).resolve())
         (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         command = [sys.executable, "-m", "stages.train", "--recipe", str(place / "recipe.yaml")]
         subprocess.run(
-            [*command, "--workspace", folder],
+            [*command, "--workspace", temporary],
             cwd=ROOT,
             env={**os.environ, **environment},
             check=True,
         )
-        yield place / "demo"
+        yield place / folder.name
 
 
-def train(workspace: Path, samples: int, epochs: int, cell: Cell) -> dict[str, Any]:
+def train(folder: Path, samples: int, epochs: int, cell: Cell) -> dict[str, Any]:
     """The best walk of one training, its steps, and the batch size and rate that it used."""
-    recipe: dict[str, Any] = yaml.safe_load((workspace / "demo" / "recipe.yaml").read_text())
+    recipe: dict[str, Any] = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["train"] = {
         "epochs": epochs,
         "max_samples": samples,
         "batch_tokens": cell[0],
         "learning_rate": cell[1],
-        "mixed_precision": "no",
     }
-    with trained(workspace, recipe, OMP_NUM_THREADS="1") as run:
+    with trained(folder, recipe, OMP_NUM_THREADS="1") as run:
         manifest = json.loads((run / "train" / "manifest.json").read_text())
         used = {name: manifest["config"][name] for name in ("batch_tokens", "learning_rate")}
         best = max(walks(run).values())
@@ -95,7 +94,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("workspace", type=Path)
-    parser.add_argument("--samples", type=int, nargs="+", default=[285, 1140])
+    parser.add_argument("run")
+    parser.add_argument("--samples", type=int, nargs="+", default=[238, 475, 950])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--results", type=Path, help="Keep finished cells here, and continue.")
     options = parser.parse_args()
@@ -105,7 +105,10 @@ def main() -> None:
     cells: list[Cell] = [*((batch, rate) for batch in BATCHES for rate in RATES), AUTO]
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         waiting = {
-            pool.submit(train, options.workspace, samples, options.epochs, cell): (samples, cell)
+            pool.submit(train, options.workspace / options.run, samples, options.epochs, cell): (
+                samples,
+                cell,
+            )
             for samples in options.samples
             for cell in cells
             if str((samples, *cell)) not in kept
