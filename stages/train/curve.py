@@ -5,10 +5,13 @@ In: a finished dump. Out: one run `<name>-curve-<samples>` for each share, train
 recipe makes on all rows, so that they differ in their data alone; `<name>/curve.json`; a table. Cost: one
 training for each share. A second call goes on behind those that are done.
 
-The forecast is AL(n) = L - b n^-c, L at most K + 1, fitted to the best walk of each training.
+The forecast is AL(n) = L - b n^-c, L at most K + 1, fitted to the best walk of each training: the mean over
+the exponents c, each weighted by how likely the walks are by its fit. The fit that is best by itself follows
+the walks' noise where there are as few of them.
 
-Worked example (the demo's, K = 3): 75, 150 and 300 samples reach 2.75, 3.15 and 3.34. Each doubling adds
-0.47 of what the one before it added, so c = 1.08 and L = 3.52, and 1,140 samples are forecast to reach 3.47.
+Worked example (K = 3): 75, 150 and 300 samples reach 2.75, 3.15 and 3.34. Each doubling adds 0.47 of what
+the one before it added, so the best fit has c = 1.08 and L = 3.52, and reaches 3.47 at 1,140 samples; smaller
+exponents, nearly as likely, reach more. The forecast is 3.50.
 """
 
 import dataclasses
@@ -29,8 +32,7 @@ from stages.train.config import CurveConfig, TrainConfig, rank
 from stages.train.loop import budget
 
 EXPONENTS = np.linspace(0.2, 1.5, 53)  # of fits that are tried
-# A walk over some tens of samples is no better known than this.
-WALK_NOISE = 0.03
+WALK_NOISE = 0.05  # standard error of a walk over some tens of samples
 _BAR_CHARS = 40  # for the longest AL there can be, K + 1
 
 logger = logging.getLogger(__name__)
@@ -118,9 +120,10 @@ def _bar(length: float, depth: int, ink: str = "█") -> str:
 def forecast(lengths: Mapping[int, float], samples: int, most: int) -> tuple[float, float, float]:
     """(AL at `samples`, and the lowest and highest of the fits that are about as good as the best one)."""
     tried = list(_fits(lengths, most))
-    best = min(tried, key=lambda fit: fit.error)
-    good = [fit.at(samples) for fit in tried if fit.error <= max(2 * best.error, WALK_NOISE)]
-    return best.at(samples), min(good), max(good)
+    errors, found = np.array([[fit.error, fit.at(samples)] for fit in tried]).T
+    weights = np.exp(-len(lengths) / 2 * (errors**2 - errors.min() ** 2) / WALK_NOISE**2)
+    good = found[errors <= max(2 * errors.min(), WALK_NOISE)]
+    return float(weights @ found / weights.sum()), float(good.min()), float(good.max())
 
 
 def _fits(lengths: Mapping[int, float], most: int) -> Iterator[Fit]:
