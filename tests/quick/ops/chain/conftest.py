@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from stages.ops.chain import preflight
 from tests.quick.ops.chain.recipes import CONFIG, TENSORS, write
 
 
@@ -22,3 +23,14 @@ def workspace(tmp_path: Path) -> Path:
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     write(tmp_path, {})
     return tmp_path
+
+
+@pytest.fixture
+def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages' packages, but torch for CUDA."""
+    found = preflight._installed
+
+    def installed(python: str) -> dict[str, str]:
+        return {**found(python), "torch": "2.13.0+cu130"}
+
+    monkeypatch.setattr(preflight, "_installed", installed)

@@ -23,8 +23,8 @@ from tests.quick.compose.test_kubernetes import (
     render,
     validate,
 )
-from tests.quick.ops.plan.test_plan import CONFIGS as MODELS
-from tests.quick.ops.plan.test_plan import plan_of
+from tests.quick.ops.plan.well_known import CONFIGS as MODELS
+from tests.quick.ops.plan.well_known import plan_of
 
 STAGES = ("synth", "dump", "train", "bench")
 

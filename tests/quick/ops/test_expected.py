@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The acceptance length to expect, by what others have published."""
+
+import pytest
+
+from stages.ops.expected import expectation, gate, published
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden_size", "expected"),
+    [
+        (
+            50_000,
+            4096,
+            ["AL 1.94 from 50,000 rows x 5 epochs (Qwen2.5-7B, ", "AL 2.82 from 508,000"],
+        ),
+        (
+            2_000,
+            2048,
+            ["AL 1.89 from 5,000 rows x 5 epochs at K = 3 (Qwen3-8B, "],
+        ),  # the best of 5,000
+        (
+            10**6,
+            4096,
+            ["AL 2.82 from 508,000 rows x 2 epochs at K = 5 (Qwen3-8B, speculators pull"],
+        ),
+        (900, 4096, []),  # too few to compare
+        (5_000, 576, []),  # too small a target
+        (None, 4096, []),
+    ],
+)
+def test_the_expected_length_quotes_the_figures_next_to_the_rows(
+    rows: int | None, hidden_size: int, expected: list[str]
+) -> None:
+    line = expectation(rows, 2, hidden_size)
+    assert line.count("AL ") == len(expected) and bool(line) == bool(expected)
+    for part in expected:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden_size", "expected"),
+    [
+        (50_000, 4096, 1.7),  # 0.9 x 1.94
+        (400_000, 4096, 1.7),
+        (20_000, 2048, 1.3),  # 0.9 x 1.45, the lowest of 5,000
+        (2_000, 2048, 1.3),  # fewer than any figure's
+        (600_000, 4096, 2.1),  # 0.9 x 2.817 is above bench's own
+        (900, 4096, None),
+        (5_000, 576, None),
+    ],
+)
+def test_bench_requires_less_than_others_reached(
+    rows: int, hidden_size: int, expected: float | None
+) -> None:
+    assert gate(rows, hidden_size) == expected
+
+
+def test_published_figures_name_their_source() -> None:
+    for row in published():
+        assert row["source"]
+        assert 1 <= row["acceptance_length"] <= row.get("k", 7) + 1
