@@ -175,14 +175,13 @@ class DraftHead(nn.Module):
                 is meaningless, and the caller masks it.
             documents: `attention_blocks(slots, offsets)`, if made before.
         """
-        layer, variant = self.midlayer, self.config.variant
         rows = torch.arange(len(states), device=tokens.device)
         starts = offsets[torch.bucketize(rows, offsets, right=True) - 1]
-        attend = _attention(slots, starts, offsets, documents, variant.window)
+        attend = _attention(slots, starts, offsets, documents, self.config.variant.window)
         positions = rows - starts
-        embedding_half, state_half = layer.self_attn.halves()
+        embedding_half, state_half = self.midlayer.self_attn.halves()
         embeddings = self._as_input(F.embedding(tokens, self.embed_tokens))
-        by_token = F.linear(layer.input_layernorm(embeddings), embedding_half)
+        by_token = F.linear(self.midlayer.input_layernorm(embeddings), embedding_half)
         residual = self.fc(self._normed_aux(self._as_input(states)))  # [T, H]
         outputs: list[Tensor] = []
         step_0: tuple[Tensor, ...] = ()
@@ -190,10 +189,8 @@ class DraftHead(nn.Module):
         for step in range(num_steps):
             inputs = (rows + 1 + step).clamp(max=len(tokens) - 1)
             # index_select has a far cheaper backward than indexing with brackets.
-            normed = layer.hidden_norm(residual)
-            residual = normed if variant.norm_before_residual else residual
-            projected = F.linear(normed, state_half)
-            projected = projected + by_token.index_select(0, inputs)
+            embedded = by_token.index_select(0, inputs)
+            residual, projected = self._before_attention(residual, embedded, state_half)
             query, key, value = self._heads(projected, positions + step)
             if step == 0:
                 # Every slot is a key at step 0; after that only the requested slots run.
@@ -202,9 +199,7 @@ class DraftHead(nn.Module):
                 rows, positions = slots, positions[slots]
             else:
                 chain += [key, value]
-            attended = attend(query, *step_0, *chain)
-            residual = self._after_attention(residual, attended)
-            residual = self.norm(residual) if variant.norm_output else residual
+            residual = self._after_attention(residual, attend(query, *step_0, *chain))
             outputs.append(residual)
         return outputs
 
@@ -229,13 +224,26 @@ class DraftHead(nn.Module):
             return x.to(torch.get_autocast_dtype(kind))
         return x.to(self.fc.weight.dtype)
 
+    def _before_attention(
+        self, residual: Tensor, embedded: Tensor, state_half: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual [n, H], and what query, key and value are made of [n, (Hq + 2 Hkv) d].
+
+        Args:
+            embedded: [n, (Hq + 2 Hkv) d] the embeddings' part of the latter.
+        """
+        normed = self.midlayer.hidden_norm(residual)
+        residual = normed if self.config.variant.norm_before_residual else residual
+        return residual, F.linear(normed, state_half) + embedded
+
     def _after_attention(self, residual: Tensor, attended: Tensor) -> Tensor:
-        if not (self.recompute_activations and torch.is_grad_enabled()):
-            return self.midlayer.after_attention(residual, attended)
-        output: Tensor = checkpoint(
-            self.midlayer.after_attention, residual, attended, use_reentrant=False
-        )
-        return output
+        """[R, H] the step's output, as the next step is fed it."""
+        finish = self.midlayer.after_attention
+        if self.recompute_activations and torch.is_grad_enabled():
+            output: Tensor = checkpoint(finish, residual, attended, use_reentrant=False)
+        else:
+            output = finish(residual, attended)
+        return self.norm(output) if self.config.variant.norm_output else output
 
     def _heads(self, projected: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n, (Hq + 2 Hkv) d] to rotated query [n, Hq, d], rotated key and value [n, Hkv, d]."""

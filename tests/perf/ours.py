@@ -7,7 +7,6 @@ from accelerate import Accelerator
 from shared.contracts.head_config import HeadConfig
 from shared.target.tensors import FinalNorm
 from stages.train.data.batch import Batch
-from stages.train.loop.distributed import product_dtype
 from stages.train.loop.optimizer import make_optimizer
 from stages.train.loop.step import TrainingStep, train_step
 from stages.train.model import DraftHead
@@ -29,7 +28,7 @@ class Ours:
             head_config(shape), embed_tokens=target["target.embed_tokens"], d2t=tensors.pop("d2t")
         )
         head.load_state_dict(tensors, strict=False)
-        rows = target["target.lm_head"].to(device, product_dtype(self.accelerator))
+        rows = target["target.lm_head"].to(device, dtype)
         norm = FinalNorm(target["target.norm"].to(device), problem.EPS)
         output = TargetOutput(norm, rows)
         if without:

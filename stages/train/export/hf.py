@@ -56,9 +56,8 @@ def export_head(
         OutputError: the tensors are not exactly those that engines load.
     """
     config = config_json(head.config, dtype=dtype)
-    rename: Callable[[str], str] = str
+    rename: Callable[[str], str] = str if target_architectures is None else speculators_name
     if target_architectures is not None:
-        rename = speculators_name
         config = speculators_config(
             head.config,
             dtype=dtype,

@@ -124,11 +124,6 @@ def _faster_precision(device: torch.device) -> str:
     return "bf16" if is_faster else "no"
 
 
-def product_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype of matrix products."""
-    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-
-
 def joined(accelerator: Accelerator, step: TrainingStep, how: str) -> nn.Module:
     """The step as a module that exchanges its gradients with the other ranks."""
     step.to(accelerator.device)

@@ -72,10 +72,8 @@ class Trainer:
         dataset.set_in_vocab(
             in_vocab_shares(dataset, head, tensors, folder / "in_vocab", accelerator, status)
         )
-        target = _target_output(tensors, head, accelerator)
-        self.needs_blocks = not is_fused(target.lm_head)  # the kernels need none
-        steps, decay = config.ttt_steps, config.loss_decay
-        step = TrainingStep(head, target, num_steps=steps, decay=decay, loss=config.loss)
+        step = _training_step(config, tensors, head, accelerator)
+        self.needs_blocks = not is_fused(step.target.lm_head)  # the kernels need none
         self.module = distributed.joined(accelerator, step, config.distributed)
         self.optimizer = make_optimizer(
             self.module,
@@ -93,7 +91,7 @@ class Trainer:
         self.history = History(folder / "history.jsonl", accelerator)
         self.step = 0
         self.best: dict[str, float] = {"value": -math.inf, "step": 0, "is_walked": False}
-        self.losses = Losses(accelerator, self.history, decay)
+        self.losses = Losses(accelerator, self.history, config.loss_decay)
         self.walked = math.nan
         self.saved_step = -1
 
@@ -133,18 +131,7 @@ class Trainer:
         batches = self._batches(lambda: self.following.tell(status, self.step, self.total_steps))
         with self.following.waiting(self._save_and_wait):
             for samples, micros in zip(self._remaining_steps(), batches, strict=True):
-                loss, sums = train_step(
-                    self.accelerator,
-                    self.module,
-                    self.optimizer,
-                    micros,
-                    num_steps=self.config.ttt_steps,
-                    max_grad_norm=self.config.max_grad_norm,
-                    profile=self.config.profile_ranges,
-                )
-                self.scheduler.step()
-                self.step += 1
-                self.losses.add(loss, sums, samples)
+                self._take_step(micros, samples)
                 tokens += sum(sample.num_tokens for sample in samples)
                 self._after_step()
                 self._show(status, tokens / (time.monotonic() - started_s))
@@ -167,6 +154,20 @@ class Trainer:
             seconds=round(time.monotonic() - started_s, 1) if self.step > started_step else 0.0,
             mixed_precision=str(self.accelerator.mixed_precision),
         )
+
+    def _take_step(self, micros: list[Batch], samples: list[Sample]) -> None:
+        loss, sums = train_step(
+            self.accelerator,
+            self.module,
+            self.optimizer,
+            micros,
+            num_steps=self.config.ttt_steps,
+            max_grad_norm=self.config.max_grad_norm,
+            profile=self.config.profile_ranges,
+        )
+        self.scheduler.step()
+        self.step += 1
+        self.losses.add(loss, sums, samples)
 
     def _show(self, status: Status, tokens_per_s: float) -> None:
         losses = self.losses
@@ -301,17 +302,9 @@ class Trainer:
         logger.info("continuing from step %d of %d", self.step, self.total_steps)
 
 
-def _target_output(
-    tensors: TargetTensors, head: DraftHead, accelerator: Accelerator
-) -> TargetOutput:
-    """The target's distribution over the draft vocabulary."""
-    device = accelerator.device
-    rows = head.to_target_ids(torch.arange(head.config.draft_vocab_size, device=device))
-    # In mixed precision its products are in bf16, as in the served target.
-    dtype = distributed.product_dtype(accelerator)
-    return TargetOutput(
-        norm=tensors.norm.to(device),
-        lm_head=tensors.lm_head.to(device)[rows].to(dtype),
-        logit_scale=tensors.logit_scale,
-        softcap=tensors.softcap,
-    )
+def _training_step(
+    config: TrainConfig, tensors: TargetTensors, head: DraftHead, accelerator: Accelerator
+) -> TrainingStep:
+    target = TargetOutput.of(tensors, accelerator, head.token_ids())
+    steps, decay = config.ttt_steps, config.loss_decay
+    return TrainingStep(head, target, num_steps=steps, decay=decay, loss=config.loss)

@@ -64,7 +64,7 @@ def in_vocab_shares(
     key = _key(head)
     missing = [i for i in own if _read(_path(folder, i), key, dataset.shards[i]) is None]
     if missing:
-        find = SharesInVocab(_whole_output(tensors, accelerator), head.t2d.to(accelerator.device))
+        find = SharesInVocab(TargetOutput.of(tensors, accelerator), head.t2d.to(accelerator.device))
         _make(dataset, missing, find, folder, key, status)
         del find  # its buffers
     accelerator.wait_for_everyone()
@@ -116,7 +116,7 @@ class _SharesOnArrival(Sequence[Tensor]):
         self._accelerator = accelerator
         self._is_full = head.config.draft_vocab_size == head.config.vocab_size
         if not self._is_full:
-            whole, inside = _whole_output(tensors, accelerator), head.t2d.to(accelerator.device)
+            whole, inside = TargetOutput.of(tensors, accelerator), head.t2d.to(accelerator.device)
             self._key, self._find = _key(head), SharesInVocab(whole, inside)
         self._made: dict[int, Tensor] = {}
 
@@ -142,16 +142,6 @@ class _SharesOnArrival(Sequence[Tensor]):
 
 def _key(head: DraftHead) -> str:
     return hashlib.sha256(head.d2t.cpu().numpy().tobytes()).hexdigest()
-
-
-def _whole_output(tensors: TargetTensors, accelerator: Accelerator) -> TargetOutput:
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    return TargetOutput(
-        norm=tensors.norm.to(accelerator.device),
-        lm_head=tensors.lm_head.to(accelerator.device, dtype),
-        logit_scale=tensors.logit_scale,
-        softcap=tensors.softcap,
-    )
 
 
 def _require(path: Path, key: str, shard: Shard | RowFile) -> Tensor:

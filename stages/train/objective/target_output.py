@@ -9,9 +9,10 @@ import threading
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor
 
-from shared.target.tensors import FinalNorm
+from shared.target.tensors import FinalNorm, TargetTensors
 from stages.train.kernels.precision import at_least_float32
 
 # Of `SharesInVocab`: at 150,000 tokens they are 150 MiB of float32.
@@ -33,6 +34,26 @@ class TargetOutput:
     lm_head: Tensor
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    @classmethod
+    def of(
+        cls, tensors: TargetTensors, accelerator: Accelerator, token_ids: Tensor | None = None
+    ) -> "TargetOutput":
+        """On the accelerator's device; in mixed precision with products in bf16, as where it is served.
+
+        Args:
+            token_ids: [D] the target's ids of the draft vocabulary; None for all tokens.
+        """
+        rows = tensors.lm_head
+        if token_ids is not None:
+            rows = rows[token_ids.to(rows.device)]
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        return cls(
+            norm=tensors.norm.to(accelerator.device),
+            lm_head=rows.to(accelerator.device, dtype),
+            logit_scale=tensors.logit_scale,
+            softcap=tensors.softcap,
+        )
 
     def products(self, finals: Tensor) -> Tensor:
         """[C, H] states to [C, D] products with lm_head, in its dtype, without scale and softcap."""
