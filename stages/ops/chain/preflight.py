@@ -98,11 +98,14 @@ def problems_of_containers(
 
 def _served_variant(left: Sequence[Step]) -> Iterator[str]:
     """An older vLLM drops the norms of a head of EAGLE-3.1."""
-    version = vllm_version(_packages("bench")) if any(s.stage == "bench" for s in left) else ""
-    train = next((step for step in left if step.stage == "train"), None)
-    if not version or train is None or train.settings.get("init_from"):
+    by_stage = {step.stage: step for step in left}
+    train, bench = by_stage.get("train"), by_stage.get("bench")
+    if not train or not bench or train.settings["init_from"] or bench.settings["head"]:
         return
-    if named_variant(train.settings.get("variant")).fc_norm and not is_within(version, _FC_NORM):
+    version = vllm_version(_packages("bench")) if uses_vllm(bench) else ""
+    if not version:
+        return
+    if named_variant(train.settings["variant"]).fc_norm and not is_within(version, _FC_NORM):
         yield problem(
             "train.variant",
             f"a head that bench's vLLM serves; EAGLE-3.1 needs vLLM {_FC_NORM}",
@@ -123,7 +126,7 @@ def _packages(stage: str) -> dict[str, str]:
         return {}
 
 
-def uses_trtllm(step: Step) -> bool:
+def _uses_trtllm(step: Step) -> bool:
     """Whether a stage starts TensorRT-LLM on this machine."""
     return step.settings.get("backend") == "trtllm" and not step.settings.get("states")
 
@@ -185,7 +188,7 @@ def _versions(step: Step, machine: Machine) -> Iterator[str]:
     for name, floor in _FLOORS[step.stage].items():
         if name == "vllm" and not uses_vllm(step):
             continue
-        if name == "tensorrt-llm" and not uses_trtllm(step):
+        if name == "tensorrt-llm" and not _uses_trtllm(step):
             continue
         names = _NAMES.get(name, (name,))
         version = next((installed[each] for each in names if each in installed), None)

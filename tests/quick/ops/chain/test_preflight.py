@@ -148,6 +148,16 @@ def test_a_vllm_that_would_drop_the_newer_norms_is_named(
     assert problems(steps(workspace, {"train": {"variant": "eagle3"}}), workspace) == []
 
 
+@pytest.mark.parametrize("other", [{"endpoint": "http://127.0.0.1:9"}, {"head": "model"}])
+def test_a_vllm_that_the_new_head_is_not_served_by_may_be_older(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
+) -> None:
+    found = preflight._installed
+    monkeypatch.setattr(preflight, "_installed", lambda p: {**found(p), "vllm": "0.31.1+cpu"})
+    lines = problems(steps(workspace, {"bench": other}), workspace)
+    assert not any("EAGLE-3.1" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
