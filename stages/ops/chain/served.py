@@ -81,7 +81,7 @@ def _without_hooks(step: Step, config: TargetConfig) -> Iterator[str]:
     options = step.settings["engine_args"]
     asks = "transformers" in (options.get("model_impl"), options.get("model-impl"))
     if how == "auto" and not asks:
-        if _is_vision(config):
+        if is_vision(config):
             logger.warning(
                 "bench: vLLM's class %s hands out hidden states, but no head was tried beside a vision "
                 "model yet",
@@ -102,7 +102,7 @@ def _without_hooks(step: Step, config: TargetConfig) -> Iterator[str]:
         )
     if obstacle and (asks or name not in table["without"]):
         found = f"{name}: vLLM {table['vllm']}'s wrapper around transformers' class {obstacle}"
-    elif name in table["removed"]:
+    elif is_gone:
         found = f"{name}, which is no longer in vLLM {table['vllm']}"
     else:
         found = f"{name}, which does not in vLLM {table['vllm']}"
@@ -164,7 +164,7 @@ def wrapper_obstacle(config: TargetConfig) -> str:
     """
     from shared.target.classes import has_inner, loadable_class
 
-    if _is_vision(config):
+    if is_vision(config):
         return "names no text model of a vision model"
     if keeps_states(config.known_settings):
         return "runs no layers that keep a state"
@@ -181,7 +181,8 @@ def wrapper_obstacle(config: TargetConfig) -> str:
     return ""
 
 
-def _is_vision(config: TargetConfig) -> bool:
+def is_vision(config: TargetConfig) -> bool:
+    """Whether it is the text model of a vision model."""
     return any(isinstance(part.get("vision_config"), dict) for part in config.parts)
 
 

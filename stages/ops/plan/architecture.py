@@ -12,7 +12,7 @@ import yaml
 
 from shared.errors import UserError
 from shared.target.model import TargetConfig, parse_config
-from stages.ops.chain.served import keeps_states
+from stages.ops.chain.served import architecture, is_latent, is_vision, keeps_states
 
 DATA = Path(__file__).with_name("data")
 # Names under which configs give the number of experts, and of those that a token meets.
@@ -47,7 +47,7 @@ class Architecture:
     @property
     def name(self) -> str:
         """The class that serves it."""
-        return str((self.raw.get("architectures") or ["unknown"])[0])
+        return architecture(self.target) or "unknown"
 
     @property
     def num_heads(self) -> int:
@@ -73,11 +73,11 @@ class Architecture:
 
     @property
     def is_mla(self) -> bool:
-        return bool(self.text.get("kv_lora_rank"))
+        return is_latent(self.target)
 
     @property
     def is_vlm(self) -> bool:
-        return any(isinstance(part.get("vision_config"), dict) for part in self.target.parts)
+        return is_vision(self.target)
 
     @property
     def window(self) -> int | None:

@@ -3,8 +3,9 @@
 
 import pytest
 
-from stages.ops.plan.architecture import read_data
-from tests.quick.ops.plan.well_known import plan_of
+from stages.ops.plan.architecture import read_data, understand
+from stages.ops.plan.placement import dump_backend
+from tests.quick.ops.plan.well_known import config_of, plan_of
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,13 @@ def test_how_many_gpus_hold_it(name: str, gpu: str, stages: tuple[int, int, int]
     assert plan.weights.bytes
     share = plan.weights.bytes / (found.tensor_parallel * found.pipeline_parallel)
     assert share <= 0.75 * read_data("gpus.yaml")[gpu]["memory_gib"] * 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    # Of the latter vLLM computes keys and values.
+    [("DeepseekV3ForCausalLM", "hf"), ("MiniCPM3ForCausalLM", "vllm")],
+)
+def test_latent_attention_is_captured_with_transformers(name: str, backend: str) -> None:
+    raw = {**config_of("llama-3.2-1b-instruct"), "architectures": [name], "kv_lora_rank": 256}
+    assert dump_backend(understand(raw, "m"))[0] == backend
