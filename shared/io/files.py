@@ -38,12 +38,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
 
 
-def printable(name: object) -> str:
-    """A file's name as text that every log and file can hold: other characters as escapes.
+def printable(text: object) -> str:
+    r"""`text` on one line that every log and file can hold: other characters as escapes.
 
-    Names are bytes, and need be neither UTF-8 nor one line.
+    They could steer a terminal or forge a line; and names of files are bytes, and need not be UTF-8.
+
+    Worked example: ESC, "[31m", newline, "x" becomes r"\x1b[31m\nx".
     """
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(name))
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text))
 
 
 def not_writable(path: Path, error: OSError) -> UserError:

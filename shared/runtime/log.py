@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shared.errors import EyrieError
+from shared.io.files import printable
 
 FORMAT = "%(asctime)s %(levelname)s {stage} %(message)s"
 SHOW_ENGINE = "EYRIE_SHOW_ENGINE"
@@ -29,19 +30,6 @@ _CONTINUED = b"    "
 _OUR_LOGGERS = {"shared", "stages", "__main__", "root"}
 _REPLAY = b"\0replay\n"  # in the pipe: now show what was kept from the terminal
 _KEPT_LINES = 60  # an engine's two tracebacks
-
-
-def printable(text: str) -> str:
-    r"""`text` on one line, without what could steer a terminal or forge a line.
-
-    Worked example: ESC, "[31m", newline, "x" becomes r"\x1b[31m\nx".
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
-        for letter in text
-    )
 
 
 def format_error(error: EyrieError) -> str:

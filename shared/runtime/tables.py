@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.runtime.log import printable
+from shared.io.files import printable
 
 
 def cell(value: object, style: str = "") -> Text:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from shared.runtime.log import printable
+from shared.io.files import printable
 
 P = ParamSpec("P")
 Row = Mapping[str, Any]

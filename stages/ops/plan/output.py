@@ -9,7 +9,7 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from shared.runtime.log import printable
+from shared.io.files import printable
 from shared.runtime.tables import cell
 from shared.vllm.batch import requests_in_flight
 from stages.ops.chain import sizes

@@ -18,7 +18,7 @@ from rich import filesize
 
 from shared.errors import UserError
 from shared.io import files
-from shared.runtime.log import printable
+from shared.io.files import printable
 from stages.ops.chain import sizes
 from stages.ops.chain.processes import SOURCE_ROOT
 from stages.ops.config import PlanConfig

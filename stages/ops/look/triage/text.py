@@ -9,8 +9,8 @@ import json
 import re
 from typing import Any
 
+from shared.io.files import printable
 from shared.paths import STAGES
-from shared.runtime.log import printable
 from stages.ops.look.triage.diagnosis import UNKNOWN, Diagnosis, Outcome
 from stages.ops.look.triage.last_attempt import read_last_attempt
 from stages.ops.look.triage.log_lines import Line

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.errors import EyrieError
-from shared.runtime.log import printable
+from shared.io.files import printable
 from shared.runtime.tables import cell
 
 PASS, FAIL, SKIP, UNKNOWN = "PASS", "FAIL", "SKIP", "UNKNOWN"
