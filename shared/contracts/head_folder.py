@@ -201,10 +201,10 @@ def draft_token_ids(head: Head, vocab_size: int) -> list[int]:
             _OFFSETS,
         )
     t2d = head.tensor("t2d")  # [V], true for the draft vocabulary; engines do not read it
-    if t2d is not None and t2d.any() and t2d.flatten().nonzero().flatten().tolist() != sorted(ids):
-        raise misread(head, "d2t gives other target ids than t2d marks", _OFFSETS)
-    is_marked = t2d is not None and bool(t2d.any())
-    if not is_marked and len(ids) >= _MANY and bool((d2t[1:] > d2t[:-1]).all()):
+    if t2d is not None and t2d.any():
+        if t2d.flatten().nonzero().flatten().tolist() != sorted(ids):
+            raise misread(head, "d2t gives other target ids than t2d marks", _OFFSETS)
+    elif len(ids) >= _MANY and bool((d2t[1:] > d2t[:-1]).all()):
         # Offsets stay equal wherever two neighbouring ids are both drafted.
         raise misread(
             head, "d2t rises from each draft token to the next, as absolute ids do", _OFFSETS

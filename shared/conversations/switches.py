@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a target's chat template and tokenizer do not follow of a run's settings about reasoning.
+"""Settings about reasoning that a target's chat template or tokenizer would ignore.
 
-A template passes over a variable that it does not read, and vLLM passes over it too: a misspelt
+A template ignores a variable that it does not read, and vLLM says nothing: a misspelt
 `enable_thinking`, or `reasoning: disable` for a target that always reasons, would change nothing and
 nobody would see it. Costs milliseconds: the template is parsed, not rendered.
 """

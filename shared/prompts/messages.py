@@ -83,8 +83,8 @@ def _tool_calls(raw: Any) -> list[Message]:
     for each in calls:
         call = from_json(each, "tool_calls")
         function = call.get("function", call) if isinstance(call, dict) else None
-        named = isinstance(function, dict) and isinstance(function.get("name"), str)
-        if not isinstance(function, dict) or not named or not function["name"].strip():
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str) or not name.strip():
             raise Unusable("broken_tool_calls", call)
         filled = (key for key, value in function.items() if value and not isinstance(value, int))
         if unread := [str(key) for key in filled if key not in _CALL_KEYS]:
@@ -94,7 +94,7 @@ def _tool_calls(raw: Any) -> list[Message]:
         )
         if not isinstance(arguments, str):  # the API's own form is JSON text
             arguments = to_json(arguments, "tool_calls")
-        spelled = {"name": encodable(function["name"]), "arguments": encodable(arguments)}
+        spelled = {"name": encodable(name), "arguments": encodable(arguments)}
         call_id = _id(call.get("id"))
         result.append({"id": call_id, "type": "function", "function": spelled})
     return result
