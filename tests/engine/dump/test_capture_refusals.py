@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config
 
 from shared.config import build
-from shared.errors import EyrieError, RetryableError, UserError
+from shared.errors import EyrieError, RetryableError, Stopped, UserError
+from shared.runtime import process
 from shared.target import model as targets
 from stages.dump.backends.base import Row
 from stages.dump.backends.choose import choose
@@ -40,16 +41,33 @@ from tests.models import tiny_llama, tiny_tokenizer
 pytestmark = pytest.mark.engine
 
 
-def test_dead_engine_is_retryable_and_leaves_no_spool(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("is_asked_to_stop", "outcome", "message"),
+    [
+        (False, RetryableError, "the vLLM engine died"),
+        # Ctrl-C ends the engine too, often before it has handed over another row.
+        (True, Stopped, "stopped by a signal; every whole shard is saved"),
+    ],
+)
+def test_dead_engine_is_retryable_and_leaves_no_spool(
+    is_asked_to_stop: bool,
+    outcome: type[EyrieError],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "_stop", threading.Event())
     target = tiny_llama(tmp_path / "target", max_length_tokens=MAX_LENGTH_TOKENS)
     spool = tmp_path / "spool"
     with (
-        pytest.raises(RetryableError, match="the vLLM engine died"),
+        pytest.raises(outcome, match=message),
         VllmCapture(**settings(target), max_num_batched_tokens=256, spool=spool) as capture,
     ):
         (core,) = (p for p in multiprocessing.active_children() if "EngineCore" in p.name)
         results = capture.run([Row(ids) for ids in make_rows((200,) * 400)])
         next(results)
+        if is_asked_to_stop:
+            process._stop.set()
         # Without a chance to say anything, as the kernel does when memory is out.
         core.kill()
         list(results)
@@ -70,8 +88,8 @@ def test_a_killed_start_is_told_from_a_refused_one(
     told: str, code: int, kind: type[Exception]
 ) -> None:
     with pytest.raises(EyrieError) as raised, starting("tiny"):
-        process = multiprocessing.get_context("fork").Process(target=_leave, args=(code,))
-        process.start()
+        left = multiprocessing.get_context("fork").Process(target=_leave, args=(code,))
+        left.start()
         time.sleep(0.3)  # as an engine's process, it is there for a while
         raise RuntimeError(f"Engine core initialization failed. Failed core proc(s): {told}")
     assert type(raised.value) is kind
@@ -98,10 +116,10 @@ def test_an_engine_killed_while_it_starts_is_retryable(tmp_path: Path) -> None:
 
 def _kill_engine_core() -> None:
     for _ in range(3000):  # importing vLLM on a busy machine takes a while
-        for process in multiprocessing.active_children():
-            if "EngineCore" in process.name:
+        for child in multiprocessing.active_children():
+            if "EngineCore" in child.name:
                 time.sleep(0.5)
-                process.kill()
+                child.kill()
                 return
         time.sleep(0.05)
 
