@@ -314,5 +314,6 @@ class _Rendering:
             return end
         said = self.whole[last:end]
         if followed.startswith(self.whole[:last]) and not followed.startswith(said, last):
-            return last + common_length(said, followed[last:])
+            common = common_length(said, followed[last:])
+            return self.template.token_edge(self.whole, last + common)
         return end + len(more) if more and said + more in followed else end

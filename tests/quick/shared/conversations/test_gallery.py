@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +129,15 @@ def test_a_call_after_masked_reasoning_keeps_its_marks() -> None:
     prompt = dataclasses.replace(ROWS["tools"], turns=(thought, last))
     (spans,) = trained("gpt-oss", prompt, "drop")
     assert spans == trained("gpt-oss", ROWS["tools"])[0]
+
+
+def test_a_call_ends_at_a_token_s_edge_before_a_result_in_its_own_turn(tmp_path: Path) -> None:
+    """What ends the turn and what begins the result share their first letters, but no token."""
+    written = (FOLDER / "apertus.jinja").read_text()
+    marked = written.replace("'[' + m.content + ']'", "'<|assistant_result|>' + m.content")
+    (tmp_path / "marked.jinja").write_text(marked)
+    found = trained(str(tmp_path / "marked"), ROWS["tools"])
+    assert marked != written and found == EXPECTED["apertus"]["tools"]
 
 
 def test_arguments_in_a_spelling_of_their_own_reach_a_template_that_joins_them() -> None:
