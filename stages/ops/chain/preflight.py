@@ -54,6 +54,7 @@ _FLOORS = {
     "train": {"torch": ">=2", "accelerate": ">=1.10", "safetensors": ">=0.5"},
     "bench": {"vllm": ">=0.28", "matplotlib": ">=3.9"},
 }
+# The vLLM that reads a head's norms of the aux states.
 _FC_NORM = ">=0.32"
 _LIST_VERSIONS = (
     "import importlib.metadata as m, json\n"
@@ -79,21 +80,19 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
     return list(dict.fromkeys(found))
 
 
-def problems_of_containers(
-    steps: Sequence[Step], paths: RunPaths, machine: Machine
-) -> Iterator[str]:
+def problems_of_containers(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[str]:
     """As `problems`, but for what only an image can tell: packages, its network, its cache."""
-    yield from containers.problems(paths)
-    yield from _workspace(paths)  # the recipe is kept there, from here
-    yield from _artifacts(steps)
-    yield from pair.problems(steps, machine, is_local=False)
     left = [step for step in steps if not step.done]
+    # The recipe is kept in the workspace, from here.
+    found = [*containers.problems(paths), *_workspace(paths), *_artifacts(steps)]
+    found += pair.problems(steps, machine, is_local=False)
     for step in left:
-        yield from _inputs(step, paths.workspace)
-        yield from _reasoning(step, paths.workspace)
+        found += _inputs(step, paths.workspace)
+        found += _reasoning(step, paths.workspace)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         if find_input(name, paths.workspace) is not None:
-            yield from target_problems(name, left, paths, machine, lambda _: {})
+            found += target_problems(name, left, paths, machine, lambda _: {})
+    return list(dict.fromkeys(found))
 
 
 def _served_variant(left: Sequence[Step]) -> Iterator[str]:

@@ -94,7 +94,7 @@ def look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
     steps = processes.steps(config, config.stages, paths)
     machine = look()
     look_for = preflight.problems if config.by == "processes" else preflight.problems_of_containers
-    found = list(look_for(steps, paths, machine)) if config.preflight else []
+    found = look_for(steps, paths, machine) if config.preflight else []
     if config.preflight and not found and config.by == "processes":
         found = processes.refused_heads(config, steps)
     if config.dry_run or not found:

@@ -5,7 +5,6 @@ Judged by config.json, by `hooks.yaml` and by transformers' class of the target:
 second. bench asks vLLM itself before its engine starts.
 """
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -36,12 +35,12 @@ def problem(label: str, expected: str, found: str, remedy: str) -> str:
 def served_problems(
     users: Sequence[Step], config: TargetConfig, machine: Machine, packages: Packages
 ) -> Iterator[str]:
-    """What vLLM would refuse in the stages that start it, the first of each stage."""
+    """What vLLM would refuse in the stages that start it, one line of each at most."""
     table = read_hooks()
     for step in filter(uses_vllm, users):
         installed = packages(step.stage)
         if vllm_version(installed) in ("", table["vllm"]):
-            yield from itertools.islice(_of_step(step, config, machine, installed), 1)
+            yield from _of_step(step, config, machine, installed)
 
 
 def vllm_version(installed: Mapping[str, str]) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from shared.paths import RunPaths
 from shared.runtime import compiler
-from stages.ops.chain import preflight
+from stages.ops.chain import containers, preflight
 from stages.ops.chain.machine import Machine
-from tests.quick.ops.chain.recipes import GIB, problems, steps
+from tests.quick.ops.chain.recipes import CPU, GIB, problems, steps
 from tests.quick.shared.conversations.gallery import FOLDER, tokenizer_of
 
 
@@ -113,6 +114,16 @@ def test_a_recipe_that_cannot_work_is_named(
 ) -> None:
     (found,) = problems(steps(workspace, changes), workspace)
     assert re.search(message, found)
+
+
+def test_what_holds_for_several_stages_is_said_once(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "problems", lambda _: [])
+    misspelt, paths = {"run": {"chat_template_kwargs": {"enable": 1}}}, RunPaths(workspace, "run")
+    for look_for in (preflight.problems, preflight.problems_of_containers):
+        (line,) = look_for(steps(workspace, misspelt), paths, CPU)
+        assert "found enable, which it does not read" in line
 
 
 def test_reasoning_that_would_be_trained_on_is_named(workspace: Path) -> None:
