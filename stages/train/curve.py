@@ -6,8 +6,8 @@ recipe makes on all rows, so that they differ in their data alone; `<name>/curve
 training for each share. A second call goes on behind those that are done.
 
 The forecast is AL(n) = L - b n^-c, L at most K + 1, fitted to the best walk of each training: the mean over
-the exponents c, each weighted by how likely the walks are by its fit. The fit that is best by itself follows
-the walks' noise where there are as few of them.
+the exponents c, each weighted by how likely the walks are by its fit. The best fit alone would follow
+the noise of so few walks.
 
 Worked example (K = 3): 75, 150 and 300 samples reach 2.75, 3.15 and 3.34. Each doubling adds 0.47 of what
 the one before it added, so the best fit has c = 1.08 and L = 3.52, and reaches 3.47 at 1,140 samples; smaller
