@@ -109,7 +109,7 @@ def run_case(accelerator: Accelerator, how: str, case: str, folder: Path) -> Non
     target = TargetOutput(norm, torch.randn(21, 16).to(device))
     step = TrainingStep(head, target, num_steps=NUM_STEPS, decay=0.8)
     module = distributed.joined(accelerator, step, how)
-    optimizer = make_optimizer(module, learning_rate=1e-2)
+    optimizer = make_optimizer(module, learning_rate=1e-2, muon=torch.float32)
     loss, sums = train_step(
         accelerator, module, optimizer, micros, num_steps=NUM_STEPS, max_grad_norm=1e9
     )

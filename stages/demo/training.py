@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the demo's target learns: batches of dialogues, its optimizers and the steps, in some minutes."""
+"""How the demo's target learns: batches of dialogues, its optimizer and the steps, in some minutes."""
 
 import functools
 import itertools
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from shared.muon import MuonAdamW
 from shared.runtime.process import stop_if_requested
 from shared.runtime.processor import faster_dtype
 from stages.demo.dialogues import Dialogue
 from stages.demo.model import END, opened
-from stages.demo.muon import Muon
 
 _BATCHES_A_BUCKET = 2
 _IGNORED = -100
@@ -57,22 +57,18 @@ def batches(
             yield ids, labels
 
 
-def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def build_optimizer(model: LlamaForCausalLM) -> MuonAdamW:
     """Muon for the layers' matrices, AdamW for the embedding and the norms.
 
     After 100 steps of Muon the loss is where AdamW alone brings it after 350.
     """
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [
-        Muon(
-            inner,
-            lr=0.01,
-            weight_decay=0.05,
-            dtype=faster_dtype(),
-        ),
-        torch.optim.AdamW(outer, lr=0.008, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    groups = [
+        {"params": inner, "muon": True, "lr": 0.01, "weight_decay": 0.05},
+        {"params": outer, "muon": False, "lr": 0.008, "weight_decay": 0.0},
     ]
+    return MuonAdamW(groups, dtype=faster_dtype(), betas=(0.9, 0.95), fused=True)
 
 
 def _rate(step: int, *, steps: int) -> float:
@@ -83,9 +79,9 @@ def _rate(step: int, *, steps: int) -> float:
 
 def train(model: LlamaForCausalLM, data: Iterator[Batch], *, steps: int) -> float:
     """Train `model` in place; returns the mean loss (nats an answer token) of the last tenth."""
-    optimizers = build_optimizers(model)
+    optimizer = build_optimizer(model)
     rate = functools.partial(_rate, steps=steps)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
     losses: list[float] = []
     started_s = logged_s = time.monotonic()
@@ -100,10 +96,9 @@ def train(model: LlamaForCausalLM, data: Iterator[Batch], *, steps: int) -> floa
         loss = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][counted])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
         losses.append(loss.item())
         seen_tokens += ids.numel()
         if time.monotonic() - logged_s > _LOG_EVERY_S or step in (1, steps):

@@ -39,7 +39,7 @@ class TrainConfig(StageConfig):
         "Data": "dump_of follow patience_s max_samples holdout_fraction max_holdout_samples",
         "Model": "variant layer draft_window ttt_steps loss loss_decay intermediate_size num_layers "
         "init_from init_vocabulary train_lm_head",
-        "Optimization": "epochs batch_tokens learning_rate warmup_steps plateau_fraction schedule "
+        "Optimization": "epochs batch_tokens optimizer learning_rate warmup_steps plateau_fraction schedule "
         "min_lr_fraction beta1 beta2 weight_decay max_grad_norm",
         "Speed": "mixed_precision micro_batch_tokens distributed recompute_activations "
         "profile_ranges",
@@ -57,9 +57,13 @@ class TrainConfig(StageConfig):
         "Tokens per optimizer step, over all ranks and micro-batches; auto: by the tokens of the dump "
         "and the epochs, 512 to 16,384.",
     )
+    optimizer: Literal["adamw", "muon"] = identity(
+        "adamw",
+        "muon: Muon for the matrices of fc and of the layer, AdamW for lm_head and the norms.",
+    )
     learning_rate: Annotated[float, pydantic.Field(gt=0)] | Literal["auto"] = identity(
         "auto",
-        "Peak learning rate of AdamW; auto: by the hidden size, lower for a warm start.",
+        "Peak learning rate; auto: by the hidden size, lower for a warm start.",
     )
     warmup_steps: int | None = identity(
         None,
@@ -82,7 +86,7 @@ class TrainConfig(StageConfig):
     )
     beta1: float = identity(0.9, "Beta 1 of AdamW.", ge=0, lt=1)
     beta2: float = identity(0.95, "Beta 2 of AdamW.", ge=0, lt=1)
-    weight_decay: float = identity(0.0, "Weight decay of AdamW.", ge=0)
+    weight_decay: float = identity(0.0, "Weight decay, of Muon too.", ge=0)
     max_grad_norm: float = identity(1.0, "Gradients are clipped to this norm.", gt=0)
     ttt_steps: int = identity(
         4, "TTT steps: depth of the trained chain. At least the draft length to be served.", ge=1

@@ -30,7 +30,10 @@ OURS: dict[str, dict[str, str]] = {
     "eagle3": {"variant": "eagle3"},
     "eagle3.1": {"variant": "eagle3.1"},
     "eagle3.1-lk_hybrid": {"variant": "eagle3.1", "loss": "lk_hybrid"},
-    "eagle3.1-3-steps": {"variant": "eagle3.1", "ttt_steps": "3"},  # as many as speculators' default
+    "eagle3.1-3-steps": {
+        "variant": "eagle3.1",
+        "ttt_steps": "3",
+    },  # as many as speculators' default
 }
 # speculators at its own defaults but for the batch: ours, so that both make as many steps of the same tokens;
 # the same in the time of our first case; and its own 8,192 tokens a step.

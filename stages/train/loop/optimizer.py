@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW over the trained weights, and the schedule of the learning rate."""
+"""AdamW over the trained weights, or Muon over the layer's matrices; the schedule of the learning rate."""
 
 import math
 
 import torch
 from torch import nn
+
+from shared.muon import MuonAdamW
 
 
 def make_optimizer(
@@ -14,12 +16,28 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.0,
     fused: bool = True,
+    muon: torch.dtype | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW; `fused` makes one pass over memory, the plain version about seven."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        trained, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused
-    )
+    """AdamW over what is trained.
+
+    Args:
+        fused: one pass over memory; the plain version makes about seven.
+        muon: the dtype of the products by which Muon moves the matrices of fc and of the layer; lm_head,
+            whose rows are tokens, and the norms stay AdamW's. None: AdamW for all.
+    """
+    trained = [each for each in module.parameters() if each.requires_grad]
+    settings = {"lr": learning_rate, "weight_decay": weight_decay}
+    if muon is None:
+        return torch.optim.AdamW(trained, betas=betas, fused=fused, **settings)
+    matrices = [
+        each.weight
+        for name, each in module.named_modules()
+        if isinstance(each, nn.Linear) and name.rpartition(".")[2] != "lm_head"
+    ]
+    known = {id(each) for each in matrices}
+    others = [each for each in trained if id(each) not in known]
+    groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
+    return MuonAdamW(groups, dtype=muon, betas=betas, fused=fused, **settings)
 
 
 def lr_factor(schedule: str, step: int, *, total: int, warmup: int, minimum: float) -> float:
