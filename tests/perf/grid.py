@@ -25,7 +25,7 @@ from shared.artifacts.history import read_curves
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCHES = (512, 2048, 8192)
-RATES = (7e-4, 2e-3, 6e-3)
+RATES = {"adamw": (7e-4, 2e-3, 6e-3), "muon": (2e-3, 6e-3, 2e-2)}
 AUTO = ("auto", "auto")
 
 Cell = tuple[Any, Any]  # batch_tokens, learning_rate
@@ -57,10 +57,11 @@ def trained(folder: Path, recipe: dict[str, Any], **environment: str) -> Iterato
         yield place / folder.name
 
 
-def train(folder: Path, samples: int, epochs: int, cell: Cell) -> dict[str, Any]:
+def train(folder: Path, optimizer: str, samples: int, epochs: int, cell: Cell) -> dict[str, Any]:
     """The best walk of one training, its steps, and the batch size and rate that it used."""
     recipe: dict[str, Any] = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["train"] = {
+        "optimizer": optimizer,
         "epochs": epochs,
         "max_samples": samples,
         "batch_tokens": cell[0],
@@ -73,11 +74,11 @@ def train(folder: Path, samples: int, epochs: int, cell: Cell) -> dict[str, Any]
         return {"al": round(best, 3), "steps": manifest["facts"]["steps"], **used}
 
 
-def table(samples: int, found: dict[Cell, dict[str, Any]]) -> str:
+def table(samples: int, rates: tuple[float, ...], found: dict[Cell, dict[str, Any]]) -> str:
     """The grid of one number of samples as a Markdown table, the rule's own cell last."""
-    rows = [[f"{samples:,} samples", *(f"rate {rate:g}" for rate in RATES)], ["---"] * 4]
+    rows = [[f"{samples:,} samples", *(f"rate {rate:g}" for rate in rates)], ["---"] * 4]
     for batch in BATCHES:
-        cells = [found[batch, rate] for rate in RATES]
+        cells = [found[batch, rate] for rate in rates]
         rows.append(
             [f"{batch} tokens, {cells[0]['steps']} steps", *(f"{c['al']:.2f}" for c in cells)]
         )
@@ -97,15 +98,17 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--samples", type=int, nargs="+", default=[238, 475, 950])
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--optimizer", choices=[*RATES], default="adamw")
     parser.add_argument("--results", type=Path, help="Keep finished cells here, and continue.")
     options = parser.parse_args()
     kept: dict[str, Any] = {}
     if options.results and options.results.exists():
         kept = json.loads(options.results.read_text())
-    cells: list[Cell] = [*((batch, rate) for batch in BATCHES for rate in RATES), AUTO]
+    rates, folder = RATES[options.optimizer], options.workspace / options.run
+    cells: list[Cell] = [*((batch, rate) for batch in BATCHES for rate in rates), AUTO]
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         waiting = {
-            pool.submit(train, options.workspace / options.run, samples, options.epochs, cell): (
+            pool.submit(train, folder, options.optimizer, samples, options.epochs, cell): (
                 samples,
                 cell,
             )
@@ -121,7 +124,7 @@ def main() -> None:
     shares = {}
     for samples in options.samples:
         found = {cell: kept[str((samples, *cell))] for cell in cells}
-        sys.stdout.write(table(samples, found) + "\n")
+        sys.stdout.write(table(samples, rates, found) + "\n")
         best = max(found[cell]["al"] for cell in cells if cell != AUTO)
         shares[samples] = round(found[AUTO]["al"] / best, 3)
     sys.stdout.write(json.dumps({"share_of_best": shares, "cells": kept}) + "\n")
