@@ -80,7 +80,7 @@ class Trainer:
             learning_rate=float(config.learning_rate),
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
-            muon=distributed.product_dtype(accelerator) if config.optimizer == "muon" else None,
+            muon=step.target.lm_head.dtype if config.optimizer == "muon" else None,
         )
         self.total_steps = sum(1 for _ in self._steps())
         self.warmup_steps = budget.warmup_steps(config, self.total_steps)
