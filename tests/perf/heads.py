@@ -30,6 +30,7 @@ OURS: dict[str, dict[str, str]] = {
     "eagle3": {"variant": "eagle3"},
     "eagle3.1": {"variant": "eagle3.1"},
     "eagle3.1-lk_hybrid": {"variant": "eagle3.1", "loss": "lk_hybrid"},
+    "eagle3.1-muon": {"variant": "eagle3.1", "optimizer": "muon"},
     "eagle3.1-3-steps": {
         "variant": "eagle3.1",
         "ttt_steps": "3",

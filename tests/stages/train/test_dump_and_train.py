@@ -128,6 +128,16 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert tokens[0] == tokens[1], "of all steps, those before the interruption too"
 
 
+def test_an_interrupted_training_by_muon_does_so_too(workspace: Path, tmp_path: Path) -> None:
+    write_recipe(workspace, **TRAIN, optimizer="muon")
+    whole = tmp_path / "whole"
+    shutil.copytree(workspace, whole)
+    assert run(whole, "train").returncode == 0
+    assert interrupt_after_a_checkpoint(workspace, signal.SIGKILL) == -9
+    assert run(workspace, "train").returncode == 0
+    assert furthest(whole, workspace) == 0.0
+
+
 @pytest.mark.soak
 def test_several_threads_end_with_the_same_weights_too(
     workspace: Path, dumped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
