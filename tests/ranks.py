@@ -4,6 +4,7 @@
 Writes for each case the step's loss, counts, unclipped gradients and new weights, gathered.
 """
 
+import dataclasses
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch.distributed.tensor import DTensor
 
 from shared.contracts.head_config import HeadConfig
+from shared.contracts.head_variant import named_variant
 from shared.target.tensors import FinalNorm
 from stages.train.data.batch import Batch
 from stages.train.data.dataset import Sample, split_step
@@ -39,13 +41,18 @@ CONFIG = HeadConfig(
     max_position_embeddings=128,
     aux_layers=(1, 2, 4),
 )
+P_EAGLE = dataclasses.replace(
+    CONFIG, variant=named_variant("eagle3.1", parallel=True), mask_token=29
+)
 NUM_STEPS = 3
 # Lengths of the documents of one step, and tokens of a micro-batch.
 CASES = {
     "uneven": ((31, 5, 17, 2, 9), 200),
     "micro-batches": ((31, 5, 17, 2, 9, 12), 20),
     "more ranks than documents": ((23,), 200),
+    "p-eagle": ((23,), 200),  # a rank whose batch is silent has a gradient of the mask too
 }
+CONFIGS = dict.fromkeys(CASES, CONFIG) | {"p-eagle": P_EAGLE}
 
 
 class Documents:
@@ -101,7 +108,7 @@ def run_case(accelerator: Accelerator, how: str, case: str, folder: Path) -> Non
     device = accelerator.device
     micros = [micro.planned(NUM_STEPS).to(device) for micro in micros]
     torch.manual_seed(0)
-    head = DraftHead(CONFIG, embed_tokens=torch.randn(30, 16), d2t=torch.full((21,), 4))
+    head = DraftHead(CONFIGS[case], embed_tokens=torch.randn(30, 16), d2t=torch.full((21,), 4))
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)

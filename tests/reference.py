@@ -26,6 +26,7 @@ class Shape:
     eps: float
     norms: frozenset[str] = frozenset()  # the flags of a HeadVariant that are set
     window: int | None = None  # positions that attention sees
+    mask_token: int | None = None  # of a P-EAGLE head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,8 @@ def chain(
 ) -> list[Tensor]:
     """The pre-norm outputs [H] of one slot's chain, as long as its next tokens exist.
 
-    With `norm_output` the next step is fed what the final norm makes of them.
+    With `norm_output` the next step is fed what the final norm makes of them. A `parallel` head is fed
+    the same mask at each step after the first, so its tokens do not matter.
     """
     keys, values, outputs, positions = [], [], [], []
     for t in range(slot + 1):  # step-0 keys of this slot and of those before it
@@ -141,7 +143,13 @@ def chain(
         state = outputs[-1] if step else from_aux(weights, shape, document.states[slot])
         if step and "norm_output" in shape.norms:
             state = rms_norm(state, weights["norm.weight"], shape.eps)
-        x = layer_input(weights, shape, embed[document.tokens[slot + 1 + step]], state)
+        token = document.tokens[slot + 1 + step]
+        if step and "parallel" in shape.norms:
+            state, token = (
+                from_aux(weights, shape, weights["mask_hidden"].view(-1)),
+                shape.mask_token,
+            )
+        x = layer_input(weights, shape, embed[token], state)
         if step:
             keys.append(project(weights, shape, "k_proj", x, slot + step))
             values.append(project(weights, shape, "v_proj", x, slot + step))

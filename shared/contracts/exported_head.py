@@ -13,7 +13,12 @@ from torch import Tensor
 
 from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_folder import read_head
-from shared.contracts.head_variant import QWEN3_ARCHITECTURE, HeadVariant, read_variant
+from shared.contracts.head_variant import (
+    MASK_TOKEN,
+    QWEN3_ARCHITECTURE,
+    HeadVariant,
+    read_variant,
+)
 from shared.contracts.layers import to_output_ids
 from shared.errors import FOREIGN_ERRORS, OutputError, UserError
 from shared.io.files import require_file
@@ -61,6 +66,8 @@ def config_json(config: HeadConfig, *, dtype: str) -> dict[str, Any]:
     }
     if scaling:
         fields["rope_scaling"] = rope
+    if variant.parallel:  # vLLM itself is told by its `speculative_config`
+        fields |= {"parallel_drafting": True, MASK_TOKEN: config.mask_token}
     return fields | stated_norms(variant) | stated_window(variant)
 
 
@@ -103,6 +110,8 @@ def expected_tensors(config: HeadConfig) -> dict[str, tuple[int, ...]]:
         shapes["input_norm.weight"] = (num_inputs * config.target_hidden_size,)
     if variant.fc_norm:
         shapes |= {f"fc_norm.{i}.weight": (config.target_hidden_size,) for i in range(num_inputs)}
+    if variant.parallel:
+        shapes["mask_hidden"] = (1, num_inputs * config.target_hidden_size)
     if variant.qk_norm:
         for name in ("q_norm", "k_norm"):
             shapes[f"midlayer.self_attn.{name}.weight"] = (config.head_dim,)

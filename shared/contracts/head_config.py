@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shared.contracts.head_variant import CLASSIC, HeadVariant
+from shared.contracts.head_variant import CLASSIC, HeadVariant, stated_mask_token
 from shared.contracts.rope import resolve_rope
 from shared.errors import UserError
 
@@ -18,7 +18,8 @@ MAX_HEAD_DIM = 256  # of vLLM's attention backends
 class HeadConfig:
     """The shape of a draft head. SiLU and no biases: engines load nothing else.
 
-    `aux_layers` are in vLLM's numbering: id i is the state entering layer i of the target.
+    `aux_layers` are in vLLM's numbering: id i is the state entering layer i of the target. `mask_token`
+    is the target's id whose embedding a parallel head is fed after its first step; other heads have none.
     """
 
     hidden_size: int
@@ -35,12 +36,15 @@ class HeadConfig:
     aux_layers: tuple[int, ...]
     rope_scaling: dict[str, Any] | None = None
     variant: HeadVariant = CLASSIC
+    mask_token: int | None = None
 
     def __post_init__(self) -> None:
         wrong = {
             name: value
             for name, value in vars(self).items()
-            if isinstance(value, int | float) and not (value > 0 and math.isfinite(value))
+            if isinstance(value, int | float)
+            and name != "mask_token"
+            and not (value > 0 and math.isfinite(value))
         }
         if wrong:
             raise _refusal(
@@ -56,6 +60,12 @@ class HeadConfig:
             )
         if not 0 < self.draft_vocab_size <= self.vocab_size:
             raise draft_vocab_too_large(self.draft_vocab_size, self.vocab_size)
+        tokens = range(self.vocab_size) if self.variant.parallel else (None,)
+        if self.mask_token not in tokens:
+            raise _refusal(
+                f"expected a mask token below {self.vocab_size} if and only if the head drafts in "
+                f"parallel, found {self.mask_token}."
+            )
         if self.hidden_size != self.target_hidden_size:
             raise _refusal(
                 f"expected the target's hidden size {self.target_hidden_size}, since engines share "
@@ -71,6 +81,7 @@ class HeadConfig:
         attention = 2 * size * (queries + 2 * keys) + queries * size
         mlp, norms = 3 * size * self.intermediate_size, 4 * size
         aux_norms = int(self.variant.fc_norm) + int(self.variant.norm_before_fc)
+        aux_norms += int(self.variant.parallel)  # mask_hidden is as wide
         norms += aux_norms * len(self.aux_layers) * self.target_hidden_size
         norms += 2 * self.head_dim * int(self.variant.qk_norm)
         return fc + attention + mlp + norms + self.draft_vocab_size * size
@@ -90,6 +101,10 @@ class HeadConfig:
         The target's shape, made legal where no Llama head may have it: attention heads that divide
         the hidden size, full rotary, a rope type that transformers and vLLM read alike.
 
+        The mask token of a parallel head is the one that `raw` states, else the last id of the
+        vocabulary: mostly a reserved token or padding of the embedding, which no text holds. A token of
+        texts would do as well, since the state beside it tells the mask apart.
+
         Raises:
             UserError: a size is missing or no number, or the rope type is unknown.
         """
@@ -98,6 +113,9 @@ class HeadConfig:
             heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
             head_dim = int(raw.get("head_dim") or hidden // heads)
             theta, scaling = resolve_rope(raw, head_dim)
+            mask_token = stated_mask_token(raw) if variant.parallel else None
+            if variant.parallel and mask_token is None:
+                mask_token = int(raw["vocab_size"]) - 1
             return cls(
                 hidden_size=hidden,
                 target_hidden_size=int(raw.get("target_hidden_size") or hidden),
@@ -113,6 +131,7 @@ class HeadConfig:
                 max_position_embeddings=int(raw["max_position_embeddings"]),
                 aux_layers=tuple(aux_layers),
                 variant=variant,
+                mask_token=mask_token,
             )
 
 

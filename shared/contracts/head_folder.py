@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from shared.contracts.head_variant import stated_mask_token
 from shared.errors import UserError
 from shared.io.files import read_json
 from shared.io.records import Shape, require_shape
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Positive = Annotated[int, Field(gt=0)]
+MASK_HIDDEN = "mask_hidden"  # the tensor that a P-EAGLE head alone has
 _MANY = 64  # draft tokens, among so many of which some are neighbours in the target's vocabulary
 _OFFSETS = "Absolute ids are not offsets: subtract arange(draft_vocab_size)."
 # What trainers leave beside the weights, and vLLM passes over.
@@ -111,6 +113,8 @@ def our_name(name: str) -> str:
 def read_head(folder: Path) -> Head:
     """A head's config, flat as vLLM makes it, and its tensors' shapes; costs milliseconds.
 
+    `parallel_drafting` is true in it for every P-EAGLE head: those of other makers may not say so.
+
     Raises:
         UserError: no config or weights, or no EAGLE-3 head.
     """
@@ -121,7 +125,7 @@ def read_head(folder: Path) -> Head:
     kind = raw.get("speculators_model_type")
     if kind is not None:
         inner = raw.get("transformer_layer_config")
-        if kind != "eagle3" or not isinstance(inner, dict):
+        if kind not in ("eagle3", "peagle") or not isinstance(inner, dict):
             raise _no_head(folder, f"speculators_model_type {kind!r}")
         outer = {key: value for key, value in raw.items() if value is not None}
         raw = {**inner, **{key: outer[key] for key in outer.keys() - {"eagle_config"}}}
@@ -131,6 +135,8 @@ def read_head(folder: Path) -> Head:
     shapes: dict[str, list[int]] = {}
     for path in weight_files(folder):
         shapes |= _read_shapes(path)
+    if kind == "peagle" or any(MASK_HIDDEN in name for name in shapes):
+        raw = {**raw, "parallel_drafting": True}
     return Head(folder, "eagle3" if kind is None else "speculators", raw, shapes)
 
 
@@ -168,6 +174,26 @@ def misread(
         remedy=remedy,
         facts={"head": str(head.folder), **facts},
     )
+
+
+def require_mask(head: Head) -> None:
+    """Refuse a P-EAGLE head that lacks a half of its mask, the state or the token.
+
+    Raises:
+        UserError: vLLM would refuse it only once its engine starts.
+    """
+    if not head.config.get("parallel_drafting"):
+        return
+    if not any(MASK_HIDDEN in name for name in head.shapes):
+        raise misread(head, f"it drafts in parallel and has no tensor {MASK_HIDDEN}")
+    token, size = stated_mask_token(head.config), head.config["vocab_size"]
+    if token is None or not 0 <= token < size:
+        raise misread(
+            head,
+            f"it has a {MASK_HIDDEN}, and config.json must name the mask token beside it, an id below "
+            f"{size}; found {token}",
+            "Set pard_token in its config.json to the token that it was trained with.",
+        )
 
 
 def draft_token_ids(head: Head, vocab_size: int) -> list[int]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.contracts.head_folder import Head, draft_token_ids, misread, read_head
+from shared.contracts.head_folder import Head, draft_token_ids, misread, read_head, require_mask
 from shared.contracts.head_variant import read_variant
 from shared.errors import RetryableError, UserError
 from shared.io import files
@@ -30,6 +30,7 @@ _DROPPED_WITHOUT_LOSS = ("t2d", "rotary_emb.", "rotary_pos_emb.")
 _HINTS = {
     "input_norm": "norm_before_fc says whether there is an input_norm.",
     "fc_norm": "fc_norm says whether there are such norms.",
+    "mask_hidden": "vLLM reads a mask_hidden only with bench.speculative_args.parallel_drafting: true.",
     "q_norm": "A layer with q_norm and k_norm needs model_type qwen3, any other has none.",
     "k_norm": "A layer with q_norm and k_norm needs model_type qwen3, any other has none.",
     "_proj.bias": "attention_bias and mlp_bias say whether there are biases.",
@@ -52,7 +53,13 @@ def check(folder: Path, target: TargetConfig) -> list[str]:
     head = read_head(folder)
     _check_target(head, target)
     _check_names(head)
+    require_mask(head)
     return [*_check_vocabulary(head, target), *_check_aux_layers(head, target), *_meant(head)]
+
+
+def needed_settings(folder: Path) -> dict[str, Any]:
+    """What vLLM's `speculative_config` must say of this head, since vLLM does not read it from there."""
+    return {"parallel_drafting": True} if read_head(folder).config.get("parallel_drafting") else {}
 
 
 def check_numbers(folder: Path) -> None:

@@ -183,9 +183,11 @@ def _measure(
     from stages.bench.measure import measurement
 
     plan = plans.plan_of(config, subject.target, conversations)
-    drafters = plans.drafters_of(config, subject.head)
+    own = {}
     if subject.head is not None:
         head_check.check_numbers(subject.head)
+        own = head_check.needed_settings(subject.head)
+    drafters = plans.drafters_of(config, subject.head, own)
     status = Status(config.paths.status("bench"), period_s=0.0)
     results: dict[str, dict[str, Any]] = {}
     for number, (name, speculative) in enumerate(drafters.items()):

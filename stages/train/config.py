@@ -37,10 +37,10 @@ class TrainConfig(StageConfig):
     )
     groups: ClassVar[Mapping[str, str]] = {
         "Data": "dump_of follow patience_s max_samples holdout_fraction max_holdout_samples",
-        "Model": "variant layer draft_window ttt_steps loss loss_decay intermediate_size num_layers "
-        "init_from init_vocabulary train_lm_head",
-        "Optimization": "epochs batch_tokens optimizer learning_rate warmup_steps plateau_fraction schedule "
-        "min_lr_fraction beta1 beta2 weight_decay max_grad_norm",
+        "Model": "variant layer draft_window parallel_drafting ttt_steps loss loss_decay "
+        "intermediate_size num_layers init_from init_vocabulary train_lm_head",
+        "Optimization": "epochs batch_tokens optimizer learning_rate warmup_steps plateau_fraction "
+        "schedule min_lr_fraction beta1 beta2 weight_decay max_grad_norm",
         "Speed": "mixed_precision micro_batch_tokens distributed recompute_activations "
         "profile_ranges",
         "Output": "walk_tokens eval_every_steps checkpoint_every_minutes checkpoint_every_steps "
@@ -117,6 +117,11 @@ class TrainConfig(StageConfig):
         "Positions that the head's attention sees, for texts longer than it was trained on; default: "
         "all, or what init_from has.",
         ge=16,
+    )
+    parallel_drafting: bool | None = identity(
+        None,
+        "true: P-EAGLE: one forward pass drafts all tokens (vLLM alone, given parallel_drafting too); "
+        "default: false, or what init_from does.",
     )
     num_layers: int = identity(1, "Decoder layers of the head; engines serve only 1.", ge=1)
     init_from: str | None = identity(
@@ -221,6 +226,14 @@ class TrainConfig(StageConfig):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _masked_steps(self) -> "TrainConfig":
+        if self.parallel_drafting and self.ttt_steps < 2:
+            raise ValueError(
+                "parallel_drafting needs ttt_steps above 1: the first step has no mask"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _redraws_of_a_head(self) -> "TrainConfig":
         if self.init_vocabulary == "redraw" and self.init_from is None:
             raise ValueError("init_vocabulary redraw needs init_from, the head whose it is")
@@ -251,7 +264,8 @@ class CheckHeadConfig(TrainConfig):
     """
 
     groups: ClassVar[Mapping[str, str]] = {
-        "Model": "init_from variant layer draft_window intermediate_size ttt_steps walk_tokens"
+        "Model": "init_from variant layer draft_window parallel_drafting intermediate_size ttt_steps "
+        "walk_tokens"
     }
     lists_all: ClassVar[bool] = False
 
@@ -286,8 +300,8 @@ class ExportConfig(TrainConfig):
     groups: ClassVar[Mapping[str, str]] = {
         "Export": "checkpoint format output push_to export_dtype walk_tokens",
         "Data": "dump_of follow patience_s",
-        "Model, as it was trained": "variant layer draft_window intermediate_size init_from "
-        "init_vocabulary",
+        "Model, as it was trained": "variant layer draft_window parallel_drafting intermediate_size "
+        "init_from init_vocabulary",
     }
     lists_all: ClassVar[bool] = False
 

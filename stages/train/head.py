@@ -44,7 +44,9 @@ def build(
             raw,
             aux_layers=aux_layers,
             draft_vocab_size=draft.size,
-            variant=named_variant(config.variant, config.layer, config.draft_window),
+            variant=named_variant(
+                config.variant, config.layer, config.draft_window, config.parallel_drafting
+            ),
             where=target_config.folder / "config.json",
         )
     )

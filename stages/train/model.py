@@ -23,6 +23,15 @@ norm (`norm_output`), which lm_head reads too. The same slot, with n_i the norms
     1     norm(layer's output of step 0)
     2     norm(layer's output of step 1)
 
+P-EAGLE (`parallel`) feeds nothing back: each step after the first is fed a mask m, fc of the learnt
+aux states `mask_hidden`, and the embedding of the mask token. No step waits for another, so an engine
+drafts all K tokens in one forward pass. The same slot:
+
+    step  state fed in       embedding   rotary position  attends to (step-0 slots; own chain)
+    0     fc(g2)             x3          2                0 1 2
+    1     m                  mask token  3                0 1 2; step 1
+    2     m                  mask token  4                0 1 2; steps 1, 2
+
 Shapes: T packed tokens, N documents, R requested slots, K TTT steps, A aux layers, H hidden size,
 V target vocabulary, D draft vocabulary, Hq / Hkv query / key heads, d head size.
 """
@@ -115,6 +124,8 @@ class DraftHead(nn.Module):
             self.fc_norm = nn.ModuleList(
                 RMSNorm(aux_size, config.rms_norm_eps) for _ in range(num_aux)
             )
+        if config.variant.parallel:
+            self.mask_hidden = nn.Parameter(torch.randn(1, num_aux * aux_size))
         self.fc = nn.Linear(num_aux * aux_size, config.hidden_size, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -180,17 +191,24 @@ class DraftHead(nn.Module):
         attend = _attention(slots, starts, offsets, documents, self.config.variant.window)
         positions = rows - starts
         embedding_half, state_half = self.midlayer.self_attn.halves()
-        embeddings = self._as_input(F.embedding(tokens, self.embed_tokens))
-        by_token = F.linear(self.midlayer.input_layernorm(embeddings), embedding_half)
+        by_token = self._by_token(tokens, embedding_half)
         residual = self.fc(self._normed_aux(self._as_input(states)))  # [T, H]
+        mask = (
+            self._mask(embedding_half, state_half)
+            if self.config.variant.parallel and num_steps > 1
+            else ()
+        )
         outputs: list[Tensor] = []
         step_0: tuple[Tensor, ...] = ()
         chain: list[Tensor] = []
         for step in range(num_steps):
-            inputs = (rows + 1 + step).clamp(max=len(tokens) - 1)
-            # index_select has a far cheaper backward than indexing with brackets.
-            embedded = by_token.index_select(0, inputs)
-            residual, projected = self._before_attention(residual, embedded, state_half)
+            if step and mask:
+                residual, projected = (x.expand(len(rows), -1) for x in mask)
+            else:
+                inputs = (rows + 1 + step).clamp(max=len(tokens) - 1)
+                # index_select has a far cheaper backward than indexing with brackets.
+                embedded = by_token.index_select(0, inputs)
+                residual, projected = self._before_attention(residual, embedded, state_half)
             query, key, value = self._heads(projected, positions + step)
             if step == 0:
                 # Every slot is a key at step 0; after that only the requested slots run.
@@ -207,6 +225,17 @@ class DraftHead(nn.Module):
         """What lm_head reads: the outputs [..., H] of any step after the final norm."""
         normed: Tensor = outputs if self.config.variant.norm_output else self.norm(outputs)
         return normed
+
+    def _by_token(self, tokens: Tensor, embedding_half: Tensor) -> Tensor:
+        """[n, (Hq + 2 Hkv) d] projected embeddings of token ids [n]."""
+        embeddings = self._as_input(F.embedding(tokens, self.embed_tokens))
+        return F.linear(self.midlayer.input_layernorm(embeddings), embedding_half)
+
+    def _mask(self, embedding_half: Tensor, state_half: Tensor) -> tuple[Tensor, Tensor]:
+        """`_before_attention` of the mask, one row: slots and steps differ in its rotation alone."""
+        token = torch.full((1,), self.config.mask_token or 0, device=self.embed_tokens.device)
+        state = self.fc(self._normed_aux(self._as_input(self.mask_hidden)))
+        return self._before_attention(state, self._by_token(token, embedding_half), state_half)
 
     def _normed_aux(self, states: Tensor) -> Tensor:
         """[T, A*H] aux states as fc reads them."""

@@ -6,7 +6,7 @@ the tokenisation of the prompts. Near max_model_len vLLM drafts zeros and counts
 row is computed and its end gets 3 K more positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,9 @@ def plan_of(config: BenchConfig, folder: Path | None, conversations: list[Conver
     )
 
 
-def drafters_of(config: BenchConfig, head: Path | None) -> dict[str, Speculative]:
+def drafters_of(
+    config: BenchConfig, head: Path | None, own: Mapping[str, Any] | None = None
+) -> dict[str, Speculative]:
     """How each engine drafts, by the engine's name.
 
     The heads come first, since one that the engine refuses must not cost a baseline. Names are
@@ -211,6 +213,7 @@ def drafters_of(config: BenchConfig, head: Path | None) -> dict[str, Speculative
 
     Args:
         head: the head's folder; None where existing servers are measured.
+        own: what vLLM must be told of this head beside its folder.
     """
     if head is None:
         depth = config.num_speculative_tokens[0]
@@ -222,6 +225,7 @@ def drafters_of(config: BenchConfig, head: Path | None) -> dict[str, Speculative
             "method": "eagle3",
             "model": str(head),
             "num_speculative_tokens": depth,
+            **(own or {}),
             **config.speculative_args,
         }
     if config.compare_ngram:

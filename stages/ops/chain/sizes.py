@@ -46,7 +46,12 @@ def head_config(
         raw,
         aux_layers=layers.resolve_aux_layers(run["aux_layers"], config.num_layers),
         draft_vocab_size=run["draft_vocab_size"],
-        variant=named_variant(train.get("variant"), train.get("layer"), train.get("draft_window")),
+        variant=named_variant(
+            train.get("variant"),
+            train.get("layer"),
+            train.get("draft_window"),
+            train.get("parallel_drafting"),
+        ),
     )
 
 

@@ -127,6 +127,11 @@ def _engines(config: HeadConfig) -> str:
     """Which engines serve this variant."""
     if config.variant == CLASSIC:
         return "SGLang takes it with `--speculative-algorithm EAGLE3`."
+    if config.variant.parallel:
+        return (
+            "One forward pass drafts all tokens, which vLLM must be told by `parallel_drafting`; norms "
+            "and a window need vLLM 0.32 or later. No other engine was seen to serve such a head."
+        )
     return (
         "Its norms or its window need vLLM 0.32 or later, or an engine that reads the same keys of "
         "config.json; one that does not know them ignores them without a word, and accepts less."
@@ -143,9 +148,10 @@ def model_card(
     template_kwargs: Mapping[str, Any],
 ) -> str:
     """README.md of the exported folder: what it is, how to serve it, how it was made."""
-    speculative = json.dumps(
-        {"method": "eagle3", "model": name, "num_speculative_tokens": num_draft_tokens}
-    )
+    settings = {"method": "eagle3", "model": name, "num_speculative_tokens": num_draft_tokens}
+    if config.variant.parallel:
+        settings["parallel_drafting"] = True
+    speculative = json.dumps(settings)
     switches = ""
     if template_kwargs:
         switches = f" --default-chat-template-kwargs '{json.dumps(dict(template_kwargs))}'"

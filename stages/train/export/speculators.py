@@ -12,6 +12,7 @@ from shared.contracts.exported_head import config_json, stated_norms, stated_win
 from shared.contracts.head_config import HeadConfig
 
 VERSION = "0.9.0"  # of the speculators library whose layout this is
+_ARCHITECTURES = {"eagle3": "Eagle3Speculator", "peagle": "PEagleSpeculator"}
 _LAYER_KEYS = (
     "model_type",
     "hidden_size",
@@ -40,10 +41,13 @@ def speculators_config(
     num_draft_tokens: int,
 ) -> dict[str, Any]:
     """The whole config.json; the decoder layer's part is an allow-list of our own keys."""
-    ours = config_json(config, dtype=dtype)
+    ours, kind = config_json(config, dtype=dtype), "eagle3"
+    mask: dict[str, Any] = {}
+    if config.variant.parallel:
+        kind, mask = "peagle", {"mask_token_id": config.mask_token}
     return {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
+        "architectures": [_ARCHITECTURES[kind]],
+        "speculators_model_type": kind,
         "speculators_version": VERSION,
         "dtype": dtype,
         "draft_vocab_size": config.draft_vocab_size,
@@ -51,15 +55,18 @@ def speculators_config(
         "norm_before_residual": config.variant.norm_before_residual,
         "norm_before_fc": False,
         **stated_norms(config.variant),
+        **mask,
         "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
         "transformer_layer_config": {
             **{key: ours[key] for key in _LAYER_KEYS},
             **stated_window(config.variant),
-            # vLLM merges this part alone into what it reads, and expects three without it.
+            # vLLM merges this part alone into what it reads. It knows P-EAGLE's norms from here only,
+            # and expects three aux states without their number.
+            **(stated_norms(config.variant) if mask else {}),
             "num_aux_hidden_states": len(config.aux_layers),
         },
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": kind,
             "proposal_methods": [
                 {"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}
             ],

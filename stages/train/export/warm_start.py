@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`init_from`: a training starts from the weights of a finished head.
 
-Any one-layer EAGLE-3 or EAGLE-3.1 head that vLLM serves can be started from, in our layout, NVIDIA
+Any one-layer EAGLE-3, EAGLE-3.1 or P-EAGLE head that vLLM serves can be started from, in our layout, NVIDIA
 ModelOpt's or the speculators library's; what train does not make is refused by name. This is no
 resume: step, optimizer and data position start anew. The head's own shape, norms and rotary embedding
 are kept, and so is its vocabulary, since it says what the rows of lm_head mean. `init_vocabulary: redraw`
@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.contracts.head_folder import Head, draft_token_ids, read_head, weight_files
+from shared.contracts.head_folder import (
+    MASK_HIDDEN,
+    Head,
+    draft_token_ids,
+    read_head,
+    require_mask,
+    weight_files,
+)
 from shared.contracts.head_variant import HeadVariant, named_variant, read_variant
 from shared.errors import UserError
 from shared.io import files
@@ -33,7 +40,6 @@ _MADE: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "parallel_drafting": False,
     "quantization_config": None,
 }
 
@@ -90,6 +96,7 @@ def load(
 
     head = read_head(_folder(config))
     _require_made(head)
+    require_mask(head)
     _require_aux_layers(head, list(aux_layers), list(default_aux_layers))
     shape = HeadConfig.from_json(
         _DEFAULTS | head.config,
@@ -99,7 +106,7 @@ def load(
         where=head.folder / "config.json",
     )
     _require_variant(head, shape.variant, config)
-    _require_wide(head, shape.variant.window, config)
+    _require_depth(head, shape.variant, config)
     _require_sizes(head, shape, config, *embed_tokens.shape)
     tensors = _own_tensors(head, embed_tokens, lm_head)
     _require_tensors(head, shape, tensors)
@@ -175,28 +182,33 @@ def _require_made(head: Head) -> None:
 
 
 def _require_variant(head: Head, found: HeadVariant, config: TrainConfig) -> None:
-    """The head is what `train.variant` and `train.layer` ask for, where they ask."""
-    asked = named_variant(config.variant, config.layer, config.draft_window)
+    """The head is what the settings of its kind ask for, where they ask."""
+    parallel = found.parallel if config.parallel_drafting is None else config.parallel_drafting
+    asked = named_variant(config.variant, config.layer, config.draft_window, parallel)
     names = [] if config.variant is None else ["norm_before_fc", "fc_norm", "norm_output"]
     names += [] if config.layer is None else ["qk_norm"]
     names += [] if config.draft_window is None else ["window"]
+    names += [] if config.parallel_drafting is None else ["parallel"]
     other = {
         name: value for name in names if (value := getattr(found, name)) != getattr(asked, name)
     }
     if other:
         raise _unfit(
             head,
-            f"it has {other}, which train.variant {config.variant}, train.layer {config.layer} and "
-            f"train.draft_window {config.draft_window} do not make",
+            f"it has {other}, which train.variant {config.variant}, train.layer {config.layer}, "
+            f"train.draft_window {config.draft_window} and train.parallel_drafting "
+            f"{config.parallel_drafting} do not make",
             "Leave them out: the head keeps its own.",
         )
 
 
-def _require_wide(head: Head, window: int | None, config: TrainConfig) -> None:
-    """The window shows every step its whole chain."""
-    deepest = max(config.ttt_steps, config.walk_tokens)
+def _require_depth(head: Head, variant: HeadVariant, config: TrainConfig) -> None:
+    """The window shows every step its whole chain, and a mask is trained."""
+    deepest, window = max(config.ttt_steps, config.walk_tokens), variant.window
     if window is not None and window <= deepest:
         raise _unfit(head, f"its window of {window} positions is not above {deepest} steps")
+    if variant.parallel and config.ttt_steps < 2:
+        raise _unfit(head, "it drafts in parallel", "Set train.ttt_steps above 1.")
 
 
 def _require_sizes(
@@ -248,6 +260,8 @@ def _own_tensors(head: Head, embed_tokens: "Tensor", lm_head: "Tensor") -> "dict
     import torch
 
     tensors = {name: tensor for name, tensor in head.tensors().items() if name != "t2d"}
+    if MASK_HIDDEN in tensors:  # [1, 1, A*H] elsewhere
+        tensors[MASK_HIDDEN] = tensors[MASK_HIDDEN].reshape(1, -1)
     own = tensors.pop("embed_tokens.weight", None)
     if own is not None and not (
         own.shape == embed_tokens.shape

@@ -227,8 +227,8 @@ def restore_state(
         raise UserError(
             f"the latest checkpoint: expected the tensors of this head, found others: {differing[:6]}.",
             code="checkpoint-of-another-variant",
-            remedy="Set train.variant and train.layer to those of the run that wrote it, or give "
-            "--overwrite to begin anew.",
+            remedy="Set train.variant, train.layer and train.parallel_drafting to those of the run that "
+            "wrote it, or give --overwrite to begin anew.",
             facts={"differing": differing},
         )
     states.set_state_dict(

@@ -129,6 +129,27 @@ def test_a_certain_misreading_is_refused(
         head.check(changed(made, tmp_path / "head", change), target)
 
 
+def masked(config: Config, weights: Weights) -> None:
+    weights["mask_hidden"] = torch.ones(1, 3 * config["hidden_size"])
+
+
+def test_a_p_eagle_head_is_drafted_with_in_parallel(
+    made: Path, target: TargetConfig, tmp_path: Path
+) -> None:
+    """AutoModel's and speculators' name for the token, and no other sign than the tensor."""
+
+    def change(config: Config, weights: Weights) -> None:
+        masked(config, weights)
+        config["mask_token_id"] = 0
+
+    folder = changed(made, tmp_path / "head", change)
+    assert head.check(folder, target) == []
+    assert head.needed_settings(folder) == {"parallel_drafting": True}
+    assert head.needed_settings(made / "whole") == {}
+    with pytest.raises(UserError, match="must name the mask token beside it"):
+        head.check(changed(made, tmp_path / "tokenless", masked), target)
+
+
 def test_numbers_that_are_none_are_refused(made: Path, tmp_path: Path) -> None:
     head.check_numbers(made / "whole")
 

@@ -15,7 +15,14 @@ from shared.errors import UserError
 from stages.train.model import DraftHead
 from tests import reference
 from tests.heads import draft_logits
-from tests.quick.train.objective.test_maths import CONFIG, VARIANTS, make_case, make_head, shape_of
+from tests.quick.train.objective.test_maths import (
+    CONFIG,
+    VARIANTS,
+    config_of,
+    make_case,
+    make_head,
+    shape_of,
+)
 
 
 def test_the_worked_example_of_eagle_3_1() -> None:
@@ -40,6 +47,33 @@ def test_the_worked_example_of_eagle_3_1() -> None:
         scaled = (output[0] / head.norm.weight).square().mean()
         assert scaled.item() == pytest.approx(1, abs=1e-4), "not the normed state"
     torch.testing.assert_close(logits, outputs[0] @ head.lm_head.weight.t())
+
+
+def test_the_worked_example_of_p_eagle() -> None:
+    """model.py's last table, slot 2: what later steps are fed, and what they see."""
+    head = make_head(config_of(VARIANTS["p-eagle"]))
+    tokens = torch.tensor([3, 7, 1, 2, 8, 5])  # 3 is the mask token
+    states = torch.randn(6, 36, requires_grad=True)
+    head.embed_tokens = head.embed_tokens.clone().requires_grad_()
+    offsets, slot = torch.tensor([0, 6]), torch.tensor([2])
+    fed: list[Tensor] = []
+    head.fc.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
+    outputs = head(tokens, states, offsets=offsets, slots=slot, num_steps=3)
+    assert torch.equal(fed[1], head.mask_hidden)
+    for step, output in enumerate(outputs):
+        inputs = (states, head.embed_tokens, head.mask_hidden)
+        to_states, to_embeddings, to_mask = torch.autograd.grad(
+            output.sum(), inputs, retain_graph=True, materialize_grads=True
+        )
+        assert to_states.abs().sum(1).nonzero().flatten().tolist() == [0, 1, 2]
+        assert to_embeddings.abs().sum(1).nonzero().flatten().tolist() == sorted(
+            {7, 1, 2} | ({3} if step else set())
+        )
+        assert bool(to_mask.any()) == (step > 0)
+    later = tokens.clone()
+    later[4:] = 0  # what the head drafts is nothing that it is fed
+    again = head(later, states, offsets=offsets, slots=slot, num_steps=3)
+    torch.testing.assert_close(again, outputs, atol=0, rtol=0)
 
 
 def test_the_worked_example_of_a_chain() -> None:
@@ -188,6 +222,25 @@ def test_rope_is_read_in_both_spellings() -> None:
     assert plain.rope_scaling is None
 
 
+def test_the_mask_token_is_the_stated_one_else_the_last() -> None:
+    sizes = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 100,
+        "max_position_embeddings": 256,
+    }
+    found = [
+        HeadConfig.from_json(
+            sizes | stated, aux_layers=(2,), draft_vocab_size=9, variant=VARIANTS["p-eagle"]
+        ).mask_token
+        for stated in ({}, {"pard_token": 0}, {"ptd_token_id": 7, "mask_token_id": 8})
+    ]
+    assert found == [99, 0, 8]
+    plain = HeadConfig.from_json(sizes | {"pard_token": 0}, aux_layers=(2,), draft_vocab_size=9)
+    assert plain.mask_token is None
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
@@ -196,9 +249,12 @@ def test_rope_is_read_in_both_spellings() -> None:
         ({"num_attention_heads": 8}, "head-shape"),
         ({"head_dim": 5}, "head-shape"),
         ({"target_hidden_size": 16}, "head-shape"),
+        ({"mask_token": 0}, "head-shape"),
+        ({"variant": VARIANTS["p-eagle"]}, "head-shape"),
+        ({"variant": VARIANTS["p-eagle"], "mask_token": 9}, "head-shape"),
     ],
 )
-def test_a_head_that_engines_cannot_serve_is_refused(changes: dict[str, int], code: str) -> None:
+def test_a_head_that_engines_cannot_serve_is_refused(changes: dict[str, Any], code: str) -> None:
     with pytest.raises(UserError) as refused:
         dataclasses.replace(CONFIG, **changes)
     assert refused.value.code == code

@@ -62,7 +62,7 @@ def test_two_ranks_give_the_single_process_s_loss_and_gradients(
     assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
     assert found["in_vocab_slots"] == expected["in_vocab_slots"]
     assert found["gradients"].keys() == expected["gradients"].keys()
-    assert len(expected["gradients"]) == 13
+    assert len(expected["gradients"]) == (17 if case == "p-eagle" else 13)
     for name, gradient in expected["gradients"].items():
         assert relative(found["gradients"][name], gradient) < TOLERANCE, name
     for name, weight in expected["weights"].items():

@@ -85,13 +85,14 @@ def test_every_combination_is_a_load_and_the_first_is_the_gates() -> None:
 def test_the_engines_of_a_sweep() -> None:
     flags = {"num_speculative_tokens": "[3,5]", "compare_ngram": "true"}
     config = build(BenchConfig, {"target": "x", "speculative_args": "{a: 1}", **flags})
-    drafters = plans.drafters_of(config, Path("/head"))
+    drafters = plans.drafters_of(config, Path("/head"), {"parallel_drafting": True})
     assert list(drafters) == ["head", "head-k5", "ngram", "ngram-k5", "baseline"]
     assert [plans.depth_of(speculative) for speculative in drafters.values()] == [3, 5, 3, 5, 0]
     assert drafters["head-k5"] == {
         "method": "eagle3",
         "model": "/head",
         "num_speculative_tokens": 5,
+        "parallel_drafting": True,
         "a": 1,
     }
     assert "a" not in (drafters["ngram"] or {})

@@ -161,6 +161,14 @@ VARIANTS = {
             "use_sliding_window": True,
         },
     ),
+    "p-eagle": (
+        named_variant("eagle3", parallel=True),
+        {"parallel_drafting": True, "pard_token": 29},
+    ),
+    "p-eagle-norms": (
+        named_variant("eagle3.1", parallel=True),
+        {"fc_norm": True, "parallel_drafting": True, "pard_token": 29},
+    ),
     "speculators": (
         HeadVariant(norm_before_fc=True, norm_before_residual=True),
         {"norm_before_fc": True, "norm_before_residual": True},
@@ -172,7 +180,9 @@ VARIANTS = {
 def test_a_variant_states_its_flags_and_loads_back(tmp_path: Path, name: str) -> None:
     variant, flags = VARIANTS[name]
     classic = export(make_head(), tmp_path / "classic")
-    head = make_head(dataclasses.replace(CONFIG, variant=variant))
+    head = make_head(
+        dataclasses.replace(CONFIG, variant=variant, mask_token=29 if variant.parallel else None)
+    )
     assert export(head, tmp_path / "head") == classic | flags
     assert load_head(tmp_path / "head", head.embed_tokens).config == head.config
     weights = load_file(tmp_path / "head" / "model.safetensors")
@@ -184,7 +194,7 @@ def test_a_variant_states_its_flags_and_loads_back(tmp_path: Path, name: str) ->
     config = tmp_path / "head" / "config.json"
     config.write_text(json.dumps(classic))
     if name != "window":  # which has no tensor: without its keys it is a classic head
-        with pytest.raises(OutputError, match="norm"):
+        with pytest.raises(OutputError, match=r"norm|pard_token"):
             check_export(tmp_path / "head")
 
 
@@ -216,6 +226,14 @@ def test_the_card_has_a_command_that_parses(tmp_path: Path) -> None:
     }
     assert '"steps": 7' in card
     assert "--default-chat-template-kwargs" not in words
+
+
+def test_the_cards_command_drafts_as_the_head_does(tmp_path: Path) -> None:
+    variant = named_variant(parallel=True)
+    export(make_head(dataclasses.replace(CONFIG, variant=variant, mask_token=0)), tmp_path / "head")
+    card = (tmp_path / "head" / "README.md").read_text()
+    words = shlex.split(next(line for line in card.splitlines() if "vllm serve" in line))
+    assert json.loads(words[words.index("--speculative-config") + 1])["parallel_drafting"] is True
 
 
 def test_the_cards_command_has_the_template_switches_of_the_training(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_head_keeps_its_own_rope_and_eps(place: Path, tmp_path: Path) -> None:
         (lambda c: c["eagle_config"].update(norm_before_fc=True), "input_norm.weight: None"),
         (lambda c: c.update(architectures=["Eagle3Qwen3ForCausalLM"]), "self_attn.k_norm.weight"),
         (lambda c: c.update(architectures=["Qwen3ForCausalLM"]), "self_attn.k_norm.weight"),
-        (lambda c: c.update(parallel_drafting=True), "'parallel_drafting': True"),
+        (lambda c: c.update(hidden_act="gelu"), "'hidden_act': 'gelu'"),
         (lambda c: c.update(num_hidden_layers=2), "'num_hidden_layers': 2"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[2, 4, 5]), r"aux layers \[2, 4, 5\]"),
         (lambda c: c.update(vocab_size=600), "'vocabulary': 600"),
@@ -171,6 +171,61 @@ def test_a_head_keeps_its_own_norms(place: Path, tmp_path: Path) -> None:
     again = start(place, str(tmp_path / "theirs"))
     assert again.config.variant == expected
     assert same(again, head)
+
+
+def test_a_p_eagle_head_keeps_its_mask(place: Path, tmp_path: Path) -> None:
+    def parallel(config: Config) -> None:
+        config.update(fc_norm=True, pard_token=7)
+
+    norms = {f"fc_norm.{i}.weight": torch.full((128,), 1.0 + i) for i in range(3)}
+    mask = torch.arange(3 * 128).float().view(1, 1, -1)  # as speculators writes it
+    name = changed(place, tmp_path / "head", parallel, **norms, mask_hidden=mask)
+    head = start(place, name)
+    assert head.config.variant == HeadVariant(fc_norm=True, parallel=True)
+    assert head.config.mask_token == 7
+    assert torch.equal(head.mask_hidden, mask[0])
+    for flags in ({}, {"parallel_drafting": "true"}):
+        assert same(start(place, name, variant="eagle3.1", **flags), head)
+    for name_of, flags in ((name, {"parallel_drafting": "false"}), (name, {"ttt_steps": "1"})):
+        with pytest.raises(UserError, match="parallel") as refused:
+            start(place, name_of, **flags)
+        assert refused.value.code == "warm-start-unfit"
+    with pytest.raises(UserError, match=r"train\.parallel_drafting True"):
+        start(place, "ours", parallel_drafting="true")
+    for names in (None, []):  # our layout and speculators'
+        out = tmp_path / ("ours" if names is None else "theirs")
+        export_head(
+            head, out, target="t", target_architectures=names, provenance={}, dtype="float32"
+        )
+        again = start(place, str(out))
+        assert again.config == head.config
+        assert same(again, head)
+
+
+@pytest.mark.parametrize(
+    ("change", "tensors", "reported"),
+    [
+        (lambda c: c.update(parallel_drafting=True), {}, "no tensor mask_hidden"),
+        (lambda c: None, {"mask_hidden": torch.ones(1, 384)}, "found None"),
+        (lambda c: c.update(pard_token=512), {"mask_hidden": torch.ones(1, 384)}, "found 512"),
+    ],
+)
+def test_half_a_mask_is_refused(
+    place: Path,
+    tmp_path: Path,
+    change: Callable[[Config], None],
+    tensors: dict[str, torch.Tensor],
+    reported: str,
+) -> None:
+    with pytest.raises(UserError, match=reported) as refused:
+        start(place, changed(place, tmp_path / "head", change, **tensors))
+    assert refused.value.code == "head-misread"
+
+
+def test_parallel_drafting_needs_a_second_step() -> None:
+    flags = {"target": "t", "parallel_drafting": "true", "ttt_steps": "1"}
+    with pytest.raises(UserError, match="parallel_drafting needs ttt_steps above 1"):
+        build(TrainConfig, flags)
 
 
 def test_a_head_keeps_its_own_window(place: Path, tmp_path: Path) -> None:

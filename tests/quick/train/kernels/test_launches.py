@@ -4,6 +4,7 @@
 The Triton kernels are operators with a number of launches of their own; views launch nothing.
 """
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.contracts.head_config import HeadConfig
+from shared.contracts.head_variant import named_variant
 from shared.target.tensors import FinalNorm
 from stages.train.data.batch import Batch
 from stages.train.model import DraftHead
@@ -61,7 +63,11 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step_on_meta(documents: int, tokens: int, num_steps: int) -> int:
+EAGLE_3_1 = dataclasses.replace(LLAMA_1B, variant=named_variant())
+P_EAGLE = dataclasses.replace(LLAMA_1B, variant=named_variant(parallel=True), mask_token=128255)
+
+
+def step_on_meta(documents: int, tokens: int, num_steps: int, config: HeadConfig = LLAMA_1B) -> int:
     """Launches of forward, loss and backward of one batch that is on the device.
 
     In float32, since meta tensors have no autocast; its casts are about 100 launches more.
@@ -71,7 +77,7 @@ def step_on_meta(documents: int, tokens: int, num_steps: int) -> int:
     with torch.device("meta"):
         states = torch.empty(total, 4, 2048, dtype=torch.bfloat16)
         embeddings = torch.empty(128256, 2048, dtype=torch.bfloat16)
-        head = DraftHead(LLAMA_1B, embed_tokens=embeddings, d2t=torch.empty(32000).long())
+        head = DraftHead(config, embed_tokens=embeddings, d2t=torch.empty(32000).long())
         target = TargetOutput(
             FinalNorm(torch.empty(2048), 1e-5), torch.empty(32000, 2048).bfloat16()
         )
@@ -98,6 +104,11 @@ def test_a_step_never_waits_and_launches_little(
     assert (
         100 < step_on_meta(documents, tokens, num_steps) <= 1300
     )  # 200 for casts, clipping and AdamW
+
+
+def test_a_parallel_head_launches_less() -> None:
+    """Its later steps project one row, and look up no token."""
+    assert 100 < step_on_meta(4, 300, 4, P_EAGLE) < step_on_meta(4, 300, 4, EAGLE_3_1)
 
 
 def test_a_wait_would_be_seen() -> None:

@@ -124,6 +124,7 @@ def shape_of(config: HeadConfig) -> reference.Shape:
         config.rms_norm_eps,
         frozenset(name for name, is_set in vars(config.variant).items() if is_set),
         config.variant.window,
+        config.mask_token,
     )
 
 
@@ -195,12 +196,22 @@ VARIANTS = {
     "eagle3.1-qwen3": named_variant("eagle3.1", "qwen3"),
     "norm-before-fc-and-residual": HeadVariant(norm_before_fc=True, norm_before_residual=True),
     "window": HeadVariant(window=4),
+    "p-eagle": named_variant("eagle3", parallel=True),
+    "p-eagle-norms-qwen3-window": named_variant("eagle3.1", "qwen3", 4, parallel=True),
+    "p-eagle-norm-before-residual": HeadVariant(
+        norm_before_fc=True, norm_before_residual=True, parallel=True
+    ),
 }
+
+
+def config_of(variant: HeadVariant) -> HeadConfig:
+    """CONFIG with a variant; a mask token that texts here hold too."""
+    return dataclasses.replace(CONFIG, variant=variant, mask_token=3 if variant.parallel else None)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_is_the_reference_s(name: str) -> None:
-    config = dataclasses.replace(CONFIG, variant=VARIANTS[name])
+    config = config_of(VARIANTS[name])
     case = make_case(config, lengths=(1, 8, 4), answer_share=1.0)
     loss, sums = ttt_loss(case.head, case.batch, case.output, num_steps=3, decay=0.8)
     loss.backward()
@@ -279,8 +290,12 @@ def test_a_guess_outside_the_vocabulary_carries_no_loss_and_is_a_miss() -> None:
     assert not without.in_vocab_slots.any()
 
 
-def test_a_batch_in_which_nothing_counts_gives_zero_and_zero_gradients() -> None:
-    case = make_case(answer_share=-1.0)
+@pytest.mark.parametrize("variant", [HeadVariant(), VARIANTS["p-eagle"]], ids=lambda v: v.name)
+def test_a_batch_in_which_nothing_counts_gives_zero_and_zero_gradients(
+    variant: HeadVariant,
+) -> None:
+    """Every weight has a gradient: DDP waits for that of each."""
+    case = make_case(config_of(variant), answer_share=-1.0)
     loss, sums = ttt_loss(case.head, case.batch, case.output, num_steps=3, decay=0.8)
     loss.backward()
     assert loss.item() == 0.0
@@ -303,8 +318,10 @@ def test_no_grad_and_a_frozen_lm_head_take_no_gradient_of_it() -> None:
     assert case.head.fc.weight.grad.any()
 
 
-def test_mixed_precision_stays_close() -> None:
-    config = dataclasses.replace(CONFIG, hidden_size=64, target_hidden_size=64, head_dim=16)
+@pytest.mark.parametrize("variant", [HeadVariant(), VARIANTS["p-eagle"]], ids=lambda v: v.name)
+def test_mixed_precision_stays_close(variant: HeadVariant) -> None:
+    sizes = {"hidden_size": 64, "target_hidden_size": 64, "head_dim": 16}
+    config = dataclasses.replace(config_of(variant), **sizes)
     case = make_case(config, lengths=(40, 30, 20))
     loss, _ = ttt_loss(case.head, case.batch, case.output, num_steps=3, decay=0.8)
     loss.backward()
