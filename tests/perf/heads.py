@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from stages.bench.figures.summary import acceptance_length_interval
+from stages.bench.head_check import needed_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 K, MAX_TOKENS, SEED = 3, 160, 0
@@ -31,10 +32,8 @@ OURS: dict[str, dict[str, str]] = {
     "eagle3.1": {"variant": "eagle3.1"},
     "eagle3.1-lk_hybrid": {"variant": "eagle3.1", "loss": "lk_hybrid"},
     "eagle3.1-muon": {"variant": "eagle3.1", "optimizer": "muon"},
-    "eagle3.1-3-steps": {
-        "variant": "eagle3.1",
-        "ttt_steps": "3",
-    },  # as many as speculators' default
+    "eagle3.1-3-steps": {"variant": "eagle3.1", "ttt_steps": "3"},  # as many as speculators' default
+    "p-eagle": {"variant": "eagle3.1", "parallel_drafting": "true"},
 }
 # speculators at its own defaults but for the batch: ours, so that both make as many steps of the same tokens;
 # the same in the time of our first case; and its own 8,192 tokens a step.
@@ -146,6 +145,7 @@ def acceptance(target: Path, head: Path, held_out: Path, prompts: int) -> Row:
     """
     from vllm import LLM, SamplingParams
 
+    drafting = {"method": "eagle3", "model": str(head), "num_speculative_tokens": K}
     llm = LLM(
         model=str(target),
         dtype="float32",
@@ -155,7 +155,7 @@ def acceptance(target: Path, head: Path, held_out: Path, prompts: int) -> Row:
         gpu_memory_utilization=0.2,
         enforce_eager=True,
         disable_log_stats=False,
-        speculative_config={"method": "eagle3", "model": str(head), "num_speculative_tokens": K},
+        speculative_config=drafting | needed_settings(head),
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     requests: list[Row] = []

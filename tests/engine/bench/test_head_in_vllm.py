@@ -56,7 +56,8 @@ def check(workspace: Path, folder: Path, work: Path, **flags: str) -> None:
     config = build(BenchConfig, settings)
     prompt = Prompt("p", (Turn(({"role": "user", "content": "Why?"},)),))
     plan = plans.plan_of(config, workspace / "tiny", [plans.conversation_of(prompt)])
-    speculative = plans.drafters_of(config, folder)["head"]
+    own = head_check.needed_settings(folder)
+    speculative = plans.drafters_of(config, folder, own)["head"]
     assert speculative
     work.mkdir(exist_ok=True)
     head_check.check_in_vllm(plan, folder, speculative, work)
@@ -97,6 +98,11 @@ def both(*changes: Change) -> Change:
             each(config, weights)
 
     return change
+
+
+def parallel(width: int) -> Change:
+    """A P-EAGLE head with a mask of so many values."""
+    return both(flags(pard_token=0), add(mask_hidden=[1, width]))
 
 
 def prefixed(config: Config, weights: Weights) -> None:
@@ -142,6 +148,8 @@ def shorter_mlp(config: Config, weights: Weights) -> None:
         (flags(fc_norm=True), "fc_norm.0.weight"),
         (add(fc_norm__0__weight=[H]), "fc_norm.0.weight"),
         (flags(eagle_config={"use_aux_hidden_state": False}), "fc.weight"),
+        (parallel(H), "mask_hidden is refused"),
+        (both(parallel(3 * H), drop("norm.weight")), "allocated"),
     ],
 )
 def test_what_vllm_would_make_up_or_drop_is_refused_by_name(
@@ -172,6 +180,8 @@ def biased(config: Config, weights: Weights) -> None:
         ),
         ("whole", both(flags(norm_before_fc=True), add(input_norm__weight=[3 * H]))),
         ("whole", add(embed_tokens__weight=[512, H])),
+        ("whole", parallel(3 * H)),
+        ("full", parallel(3 * H)),
         ("whole", drop("t2d")),
     ],
 )
@@ -209,6 +219,13 @@ def test_both_layouts_that_train_writes_fit_for_any_number_of_aux_layers(
         (out / "config.json").write_text(json.dumps(written))
         with pytest.raises(UserError, match=r"fc.weight is (refused|not read)"):
             check(place, out, tmp_path / "work")
+
+
+def test_a_mask_that_the_options_leave_out_is_told(place: Path, tmp_path: Path) -> None:
+    folder = changed(place, tmp_path / "head", parallel(3 * H))
+    with pytest.raises(UserError, match=r"mask_hidden is not read .*speculative_args") as refused:
+        check(place, folder, tmp_path / "work", speculative_args="{parallel_drafting: false}")
+    assert refused.value.code == "head-misread"
 
 
 def test_options_that_vllm_does_not_have(place: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ with its own loader. Its paged attention alone, which needs an engine, is replac
 that sees what vLLM's layer says: all earlier positions, or its window of them.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from shared.contracts.head_variant import HeadVariant, named_variant
 from shared.io.files import read_json
 from shared.target import model as targets
 from shared.target.tensors import read_tensors
+from stages.bench.head_check import needed_settings
 from stages.train.export.hf import export_head
 from stages.train.model import DraftHead
 from tests.engine.process_group import single_process_group
@@ -55,6 +57,8 @@ def random_head(target: Path, variant: HeadVariant) -> DraftHead:
         draft_vocab_size=128,
         variant=variant,
     )
+    if variant.parallel:  # a token of the texts too: the state beside it tells the mask apart
+        config = dataclasses.replace(config, mask_token=77)
     torch.manual_seed(0)
     embeddings = read_tensors(targets.read_config(target)).embed_tokens.float()
     head = DraftHead(config, embed_tokens=embeddings, d2t=torch.arange(128) * 2)
@@ -103,8 +107,10 @@ class Served:
             process_weights_after_loading,
         )
         from vllm.utils.torch_utils import set_default_torch_dtype
+        from vllm.v1.worker.gpu.spec_decode.utils import get_parallel_drafting_token_id
 
-        options = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": K}
+        options: dict[str, Any] = {"method": "eagle3", "model": str(folder)}
+        options |= {"num_speculative_tokens": K, **needed_settings(folder)}
         self.config = EngineArgs(
             model=str(target),
             dtype="float32",
@@ -122,6 +128,10 @@ class Served:
             process_weights_after_loading(
                 self.model, speculative.draft_model_config, torch.device("cpu")
             )
+        self.mask_token: int | None = None
+        if speculative.parallel_drafting:
+            served = speculative.draft_model_config.hf_config
+            self.mask_token = get_parallel_drafting_token_id(served)
         self.layer = self.model.model.layers[0].self_attn
         self.attention = self.layer.attn
 
@@ -135,6 +145,13 @@ class Served:
         inputs, positions = tokens[1 : last + 2], torch.arange(last + 1)
         with set_current_vllm_config(self.config):
             fed = self.model.combine_hidden_states(states)
+            if self.mask_token is not None:
+                mask = self.model.combine_hidden_states(self.model.mask_hidden.view(-1))
+                inputs = torch.cat((inputs, torch.full((K - 1,), self.mask_token)))
+                fed = torch.cat((fed, mask.expand(K - 1, -1)))
+                output, _ = self.model(inputs, torch.arange(last + K), fed)
+                logits: Tensor = self.model.compute_logits(output[last:])
+                return logits
             for step in range(K):
                 output, fed = self.model(inputs, positions, fed)
                 found.append(self.model.compute_logits(output[-1:]))
@@ -180,6 +197,10 @@ VARIANTS = {
     "window": named_variant("eagle3", None, 16),
     "eagle3.1-qwen3-window": named_variant("eagle3.1", "qwen3", 16),
     "norm-before-fc-and-residual": HeadVariant(norm_before_fc=True, norm_before_residual=True),
+    "p-eagle": named_variant("eagle3", parallel=True),
+    "p-eagle-norms-window": named_variant("eagle3.1", None, 16, parallel=True),
+    "p-eagle-norms-qwen3": named_variant("eagle3.1", "qwen3", parallel=True),
+    "p-eagle-norm-before-fc": HeadVariant(norm_before_fc=True, parallel=True),
 }
 
 
@@ -214,5 +235,14 @@ def test_a_wrong_flag_is_caught(target: Path, tmp_path: Path, wrong: dict[str, A
         with pytest.raises(Exception, match="fc_norm"):
             apart(target, tmp_path / "head", head)
         return
+    worst, _ = apart(target, tmp_path / "head", head)
+    assert worst > 100 * TOLERANCE
+
+
+def test_another_mask_token_is_caught(target: Path, tmp_path: Path) -> None:
+    head = random_head(target, VARIANTS["p-eagle"])
+    as_ours(head, tmp_path / "head")
+    config: dict[str, Any] = read_json(tmp_path / "head" / "config.json")
+    (tmp_path / "head" / "config.json").write_text(json.dumps(config | {"pard_token": 78}))
     worst, _ = apart(target, tmp_path / "head", head)
     assert worst > 100 * TOLERANCE
