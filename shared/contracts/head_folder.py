@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Positive = Annotated[int, Field(gt=0)]
+TokenId = Annotated[int, Field(ge=0)]
 MASK_HIDDEN = "mask_hidden"  # the tensor that a P-EAGLE head alone has
 _MANY = 64  # draft tokens, among so many of which some are neighbours in the target's vocabulary
 _OFFSETS = "Absolute ids are not offsets: subtract arange(draft_vocab_size)."
@@ -43,6 +44,10 @@ class _Config(Shape):
     architectures: list[str] | None = None
     layer_types: list[str] | None = None
     sliding_window: Positive | None = None
+    parallel_drafting: bool | None = None
+    mask_token_id: TokenId | None = None
+    pard_token: TokenId | None = None
+    ptd_token_id: TokenId | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def require_mask(head: Head) -> None:
     if not any(MASK_HIDDEN in name for name in head.shapes):
         raise misread(head, f"it drafts in parallel and has no tensor {MASK_HIDDEN}")
     token, size = stated_mask_token(head.config), head.config["vocab_size"]
-    if token is None or not 0 <= token < size:
+    if token is None or token >= size:
         raise misread(
             head,
             f"it has a {MASK_HIDDEN}, and config.json must name the mask token beside it, an id below "

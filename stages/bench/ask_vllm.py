@@ -101,9 +101,8 @@ def _borrow_embedding(config: VllmConfig) -> None:
 def _load(model: Any, shapes: dict[str, list[int]]) -> tuple[dict[str, str], list[str], _Watcher]:
     """(tensors that vLLM refuses and why, tensors that it does not read whole, what it wrote)."""
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    mask: Any = getattr(
-        model, "mask_hidden", None
-    )  # of a P-EAGLE head: vLLM loads no tensor without it
+    # Of a P-EAGLE head; without it vLLM loads no other tensor.
+    mask: Any = getattr(model, "mask_hidden", None)
     refused: dict[str, str] = {}
     watcher = _Watcher()
     for name, tensor in tensors.items():  # one by one, so that a refusal has a name

@@ -49,6 +49,7 @@ class Subject:
     head: Path | None = None
     parents: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    drafting: dict[str, Any] = field(default_factory=dict)  # what vLLM must be told of the head
     warnings: list[str] = field(default_factory=list)
 
     def require_unchanged(self) -> None:
@@ -100,7 +101,11 @@ def run(config: BenchConfig) -> None:
         results = _measure(config, subject, conversations, artifact.folder)
         measured_s = time.monotonic() - started_s
         result = report.build(
-            config, results, measured=subject.measured(), warnings=subject.warnings
+            config,
+            results,
+            measured=subject.measured(),
+            warnings=subject.warnings,
+            drafting=subject.drafting,
         )
         result["seconds"] = round(measured_s, 1)
         if subject.parents:  # a head from elsewhere was not made by this run
@@ -145,6 +150,7 @@ def find_subject(config: BenchConfig) -> Subject:
     subject.inputs["target"] = target.weights_hash(folder)
     subject.inputs["tokenizer"] = tokenizer_hash(folder)
     subject.warnings = head_check.check(subject.head, target.read_config(folder))
+    subject.drafting = head_check.needed_settings(subject.head)
     return subject
 
 
@@ -183,11 +189,9 @@ def _measure(
     from stages.bench.measure import measurement
 
     plan = plans.plan_of(config, subject.target, conversations)
-    own = {}
+    drafters = plans.drafters_of(config, subject.head, subject.drafting)
     if subject.head is not None:
         head_check.check_numbers(subject.head)
-        own = head_check.needed_settings(subject.head)
-    drafters = plans.drafters_of(config, subject.head, own)
     status = Status(config.paths.status("bench"), period_s=0.0)
     results: dict[str, dict[str, Any]] = {}
     for number, (name, speculative) in enumerate(drafters.items()):

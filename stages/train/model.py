@@ -125,7 +125,7 @@ class DraftHead(nn.Module):
                 RMSNorm(aux_size, config.rms_norm_eps) for _ in range(num_aux)
             )
         if config.variant.parallel:
-            self.mask_hidden = nn.Parameter(torch.randn(1, num_aux * aux_size))
+            self.mask_hidden = nn.Parameter(INIT_STD * torch.randn(1, num_aux * aux_size))
         self.fc = nn.Linear(num_aux * aux_size, config.hidden_size, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -42,12 +42,14 @@ def build(
     *,
     measured: Mapping[str, Any],
     warnings: Sequence[str] = (),
+    drafting: Mapping[str, Any] | None = None,
 ) -> Report:
     """The whole report but for its gates.
 
     Args:
         results: the raw measurement under each engine's name.
         measured: what was measured, by fingerprint and hash.
+        drafting: what vLLM must be told of the head beside its folder.
 
     Raises:
         OutputError: vLLM's counters contradict each other.
@@ -70,7 +72,9 @@ def build(
         "vllm_version": results["head"]["vllm_version"],
         **first,
         "sweep": sweep,
-        "best": [{**best, "serve": serve_line(config, best)} for best in _best(sweep)],
+        "best": [
+            {**best, "serve": serve_line(config, best, drafting or {})} for best in _best(sweep)
+        ],
         "lossless": plain.get("lossless"),
         "warnings": [*warnings, *_lossy(config), *_cautions(first, sweep)],
         "measured": dict(measured),
@@ -130,7 +134,7 @@ def _best(sweep: Sequence[Report]) -> list[Report]:
     return [{key: row[key] for key in kept} for row in loads.values()]
 
 
-def serve_line(config: BenchConfig, best: Report) -> str | None:
+def serve_line(config: BenchConfig, best: Report, own: Mapping[str, Any]) -> str | None:
     """The command that serves the target at a load: with the head and this K, or alone where that is faster.
 
     None for an endpoint, which is served already.
@@ -141,7 +145,8 @@ def serve_line(config: BenchConfig, best: Report) -> str | None:
     if best["speedup"] is None or best["speedup"] >= 1:
         drafting = {"method": "eagle3", "model": config.head or str(config.paths.export)}
         drafting["num_speculative_tokens"] = best["num_speculative_tokens"]
-        words += ["--speculative-config", json.dumps(drafting | config.speculative_args)]
+        settings = {**drafting, **own, **config.speculative_args}
+        words += ["--speculative-config", json.dumps(settings)]
     if switches := config.run.template_kwargs:
         words += ["--default-chat-template-kwargs", json.dumps(switches)]
     if config.run.chat_template:

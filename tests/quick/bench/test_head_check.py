@@ -148,6 +148,8 @@ def test_a_p_eagle_head_is_drafted_with_in_parallel(
     assert head.needed_settings(made / "whole") == {}
     with pytest.raises(UserError, match="must name the mask token beside it"):
         head.check(changed(made, tmp_path / "tokenless", masked), target)
+    with pytest.raises(UserError, match="mask_token_id"):
+        read_head(changed(made, tmp_path / "wordy", set_config(mask_token_id="a word")))
 
 
 def test_numbers_that_are_none_are_refused(made: Path, tmp_path: Path) -> None:

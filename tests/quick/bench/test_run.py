@@ -2,11 +2,14 @@
 """What makes another benchmark of one that is done: the whole stage, but for engines and figures."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from shared.config import build
 from shared.errors import UserError
@@ -73,6 +76,31 @@ def test_a_second_row_of_the_same_id_is_skipped_and_counted(workspace: Path) -> 
         "skipped": {"duplicate_id": 1},
         "failed": {},
     }
+
+
+def test_a_p_eagle_head_is_measured_and_served_in_parallel(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM does not read from the head that it drafts so."""
+    tensors = load_file(workspace / "head" / "model.safetensors")
+    shutil.copytree(workspace / "head", workspace / "masked")
+    save_file(tensors | {"mask_hidden": torch.ones(1, 384)}, workspace / "masked/model.safetensors")
+    settings = json.loads((workspace / "head" / "config.json").read_text())
+    (workspace / "masked" / "config.json").write_text(json.dumps(settings | {"pard_token": 0}))
+    asked: dict[str, Any] = {}
+
+    def measured(_: Any, name: str, speculative: Any, *__: Any, **___: Any) -> Any:
+        asked[name] = speculative
+        return MEASURED[name]
+
+    monkeypatch.setattr(measurement, "measure", measured)
+    monkeypatch.setattr(html, "render", lambda _: "drawn elsewhere")
+    run(config(workspace, name="parallel", head="masked"))
+    assert asked["head"]["parallel_drafting"] is True
+    (best,) = json.loads((workspace / "parallel" / "bench" / "report.json").read_text())["best"]
+    words = shlex.split(best["serve"])
+    served = json.loads(words[words.index("--speculative-config") + 1])
+    assert served == asked["head"] | {"model": "masked"}
 
 
 def test_the_same_is_measured_once(workspace: Path) -> None:
