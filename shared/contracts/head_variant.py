@@ -58,9 +58,10 @@ def named_variant(
 ) -> HeadVariant:
     """The variant of `train.variant`, `train.layer`, `train.draft_window`, `train.parallel_drafting`.
 
-    A parallel head feeds no state back, so of EAGLE-3.1's norms it has those of the aux states alone.
+    A parallel head has no norms by default, as P-EAGLE was published. It feeds no state back, so of
+    EAGLE-3.1's norms it can have those of the aux states alone.
     """
-    base = _BY_NAME[variant or "eagle3.1"]
+    base = _BY_NAME[variant or ("eagle3" if parallel else "eagle3.1")]
     return dataclasses.replace(
         base,
         norm_output=base.norm_output and not parallel,

@@ -105,7 +105,8 @@ class TrainConfig(StageConfig):
     variant: Literal["eagle3", "eagle3.1"] | None = identity(
         None,
         "eagle3.1: a norm for each aux state, and the normed output fed to the next step (vLLM 0.32 "
-        "or later); eagle3: neither, for other engines; default: eagle3.1, or what init_from is.",
+        "or later); eagle3: neither, for other engines; default: eagle3.1 (with parallel_drafting "
+        "eagle3), or what init_from is.",
     )
     layer: Literal["llama", "qwen3"] | None = identity(
         None,

@@ -33,7 +33,8 @@ OURS: dict[str, dict[str, str]] = {
     "eagle3.1-lk_hybrid": {"variant": "eagle3.1", "loss": "lk_hybrid"},
     "eagle3.1-muon": {"variant": "eagle3.1", "optimizer": "muon"},
     "eagle3.1-3-steps": {"variant": "eagle3.1", "ttt_steps": "3"},  # as many as speculators' default
-    "p-eagle": {"variant": "eagle3.1", "parallel_drafting": "true"},
+    "p-eagle": {"variant": "eagle3", "parallel_drafting": "true"},
+    "p-eagle-norms": {"variant": "eagle3.1", "parallel_drafting": "true"},
 }
 # speculators at its own defaults but for the batch: ours, so that both make as many steps of the same tokens;
 # the same in the time of our first case; and its own 8,192 tokens a step.

@@ -104,7 +104,8 @@ def _served_variant(left: Sequence[Step]) -> Iterator[str]:
     version = vllm_version(_packages("bench")) if uses_vllm(bench) else ""
     if not version:
         return
-    if named_variant(train.settings["variant"]).fc_norm and not is_within(version, _FC_NORM):
+    asked = named_variant(train.settings["variant"], parallel=train.settings["parallel_drafting"])
+    if asked.fc_norm and not is_within(version, _FC_NORM):
         yield problem(
             "train.variant",
             f"a head that bench's vLLM serves; EAGLE-3.1 needs vLLM {_FC_NORM}",

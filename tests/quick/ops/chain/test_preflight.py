@@ -157,6 +157,7 @@ def test_a_vllm_that_would_drop_the_newer_norms_is_named(
     (told,) = problems(steps(workspace), workspace)
     assert "bench's vLLM serves; EAGLE-3.1 needs vLLM >=0.32, found vLLM 0.31.1" in told
     assert problems(steps(workspace, {"train": {"variant": "eagle3"}}), workspace) == []
+    assert problems(steps(workspace, {"train": {"parallel_drafting": True}}), workspace) == []
 
 
 @pytest.mark.parametrize("other", [{"endpoint": "http://127.0.0.1:9"}, {"head": "model"}])

@@ -64,7 +64,9 @@ class Counter(TorchDispatchMode):
 
 
 EAGLE_3_1 = dataclasses.replace(LLAMA_1B, variant=named_variant())
-P_EAGLE = dataclasses.replace(LLAMA_1B, variant=named_variant(parallel=True), mask_token=128255)
+P_EAGLE = dataclasses.replace(
+    LLAMA_1B, variant=named_variant("eagle3.1", parallel=True), mask_token=128255
+)
 
 
 def step_on_meta(documents: int, tokens: int, num_steps: int, config: HeadConfig = LLAMA_1B) -> int:
