@@ -32,10 +32,8 @@ OURS: dict[str, dict[str, str]] = {
     "eagle3.1": {"variant": "eagle3.1"},
     "eagle3.1-lk_hybrid": {"variant": "eagle3.1", "loss": "lk_hybrid"},
     "eagle3.1-muon": {"variant": "eagle3.1", "optimizer": "muon"},
-    "eagle3.1-3-steps": {
-        "variant": "eagle3.1",
-        "ttt_steps": "3",
-    },  # as many as speculators' default
+    # As many TTT steps as speculators' default.
+    "eagle3.1-3-steps": {"variant": "eagle3.1", "ttt_steps": "3"},
     "p-eagle": {"variant": "eagle3", "parallel_drafting": "true"},
     "p-eagle-norms": {"variant": "eagle3.1", "parallel_drafting": "true"},
 }
