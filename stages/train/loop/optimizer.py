@@ -2,6 +2,7 @@
 """AdamW over the trained weights, or Muon over the layer's matrices; the schedule of the learning rate."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +27,14 @@ def make_optimizer(
             whose rows are tokens, and the norms stay AdamW's. None: AdamW for all.
     """
     trained = [each for each in module.parameters() if each.requires_grad]
-    settings = {"lr": learning_rate, "weight_decay": weight_decay}
+    settings: dict[str, Any] = {
+        "lr": learning_rate,
+        "weight_decay": weight_decay,
+        "betas": betas,
+        "fused": fused,
+    }
     if muon is None:
-        return torch.optim.AdamW(trained, betas=betas, fused=fused, **settings)
+        return torch.optim.AdamW(trained, **settings)
     matrices = [
         each.weight
         for name, each in module.named_modules()
@@ -37,7 +43,7 @@ def make_optimizer(
     known = {id(each) for each in matrices}
     others = [each for each in trained if id(each) not in known]
     groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
-    return MuonAdamW(groups, dtype=muon, betas=betas, fused=fused, **settings)
+    return MuonAdamW(groups, dtype=muon, **settings)
 
 
 def lr_factor(schedule: str, step: int, *, total: int, warmup: int, minimum: float) -> float:
