@@ -65,7 +65,7 @@ real: setup ## The chain on a pretrained model, SmolLM2-135M: TIER=quarter or ni
 	@[ -f compose/recipes/smollm2/$(TIER).yaml ] \
 	  || { echo "TIER: expected quarter or night, found $(TIER)"; exit 2; }
 	$(PY) -m stages.demo real-target $(WORKSPACE)/targets/smollm2-$(TIER) $(REAL_$(TIER)) \
-	  $(if $(PROMPTS),--prompts $(PROMPTS))
+	  $(if $(PROMPTS),--prompts $(PROMPTS)) $(filter --overwrite,$(OPTIONS))
 	$(PY) -m stages.ops run --recipe compose/recipes/smollm2/$(TIER).yaml $(OPTIONS)
 
 .PHONY: images

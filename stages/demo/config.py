@@ -50,3 +50,4 @@ class RealTargetConfig(CommandConfig):
     num_prompts: int = pydantic.Field(480, description="Prompts for synth.", ge=1)
     num_held_out: int = pydantic.Field(48, description="Prompts for bench, never trained on.", ge=1)
     seed: int = pydantic.Field(0, description="Seed of the prompts.")
+    overwrite: bool = pydantic.Field(False, description="Put these prompts in the place of others.")

@@ -42,5 +42,6 @@ def run_real(config: RealTargetConfig) -> None:
         rows=config.num_prompts,
         held_out=config.num_held_out,
         seed=config.seed,
+        overwrite=config.overwrite,
     )
     logger.info("target at %s, from %s", config.out, found.source)

@@ -19,10 +19,12 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shared.artifacts import provenance
 from shared.contracts.bench_report import SCHEMA_VERSION
+from shared.paths import find_input
 from stages.bench.config import BenchConfig
 from stages.bench.figures import figures
 from stages.bench.measure.plans import engine_name
@@ -137,20 +139,24 @@ def _best(sweep: Sequence[Report]) -> list[Report]:
 def serve_line(config: BenchConfig, best: Report, own: Mapping[str, Any]) -> str | None:
     """The command that serves the target at a load: with the head and this K, or alone where that is faster.
 
-    None for an endpoint, which is served already.
+    It holds in every folder: local files by their whole paths. None for an endpoint, which is served
+    already.
     """
     if config.endpoint:
         return None
-    words = ["vllm", "serve", config.run.target]
+    words = ["vllm", "serve", _whole_path(config, config.run.target)]
     if best["speedup"] is None or best["speedup"] >= 1:
-        drafting = {"method": "eagle3", "model": config.head or str(config.paths.export)}
+        drafting = {
+            "method": "eagle3",
+            "model": _whole_path(config, config.head or config.paths.export),
+        }
         drafting["num_speculative_tokens"] = best["num_speculative_tokens"]
         settings = {**drafting, **own, **config.speculative_args}
         words += ["--speculative-config", json.dumps(settings)]
     if switches := config.run.template_kwargs:
         words += ["--default-chat-template-kwargs", json.dumps(switches)]
     if config.run.chat_template:
-        words += ["--chat-template", config.run.chat_template]
+        words += ["--chat-template", _whole_path(config, config.run.chat_template)]
     if config.tensor_parallel_size > 1:
         words += ["--tensor-parallel-size", str(config.tensor_parallel_size)]
     for name, value in config.engine_args.items():
@@ -158,6 +164,12 @@ def serve_line(config: BenchConfig, best: Report, own: Mapping[str, Any]) -> str
         shown = value if isinstance(value, str) else json.dumps(value)
         words += [f"--no-{flag}"] if value is False else [f"--{flag}", shown]
     return shlex.join(words)
+
+
+def _whole_path(config: BenchConfig, name: str | Path) -> str:
+    """The whole path of a file in the workspace or here; a hub id as it is."""
+    found = find_input(str(name), config.workspace)
+    return str(name) if found is None else str(found.absolute())
 
 
 def _lossy(config: BenchConfig) -> list[str]:

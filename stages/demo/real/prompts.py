@@ -28,12 +28,20 @@ _MAX_TRIES = 200
 
 
 def write_prompts(
-    folder: Path, *, given: Path | None, domain: Domain, rows: int, held_out: int, seed: int
+    folder: Path,
+    *,
+    given: Path | None,
+    domain: Domain,
+    rows: int,
+    held_out: int,
+    seed: int,
+    overwrite: bool = False,
 ) -> None:
     """Both files in `folder`.
 
     Raises:
-        UserError: `given` cannot be read, or has fewer rows than are held out.
+        UserError: `given` cannot be read or has fewer than twice the rows that are held out, or other
+            prompts are there and `overwrite` is false: a run may have been made of them.
     """
     training: Sequence[str]
     testing: Sequence[str]
@@ -42,8 +50,20 @@ def write_prompts(
         testing = list(itertools.islice(written(domain, seed=seed, is_held_out=True), held_out))
     else:
         training, testing = _shared_out(given, rows, held_out, seed)
-    for name, lines in (("prompts.jsonl", training), ("held_out.jsonl", testing)):
-        write_text(folder / name, "".join(line + "\n" for line in lines))
+    files = {
+        folder / name: "".join(line + "\n" for line in lines)
+        for name, lines in (("prompts.jsonl", training), ("held_out.jsonl", testing))
+    }
+    for path, text in files.items():
+        if path.exists() and not overwrite and path.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"{path}: expected these prompts or none, found others, of an earlier run.",
+                code="other-prompts",
+                remedy="make real OPTIONS=--overwrite puts these in their place and makes the run anew; "
+                "make real WORKSPACE=another-folder keeps both.",
+            )
+    for path, text in files.items():
+        write_text(path, text)
 
 
 def written(domain: Domain, *, seed: int, is_held_out: bool) -> Iterator[str]:
@@ -86,12 +106,25 @@ def _shared_out(
             code="prompts-unreadable",
             remedy="Give a file with one JSON object per line.",
         ) from error
+    for number, line in enumerate(lines, start=1):
+        if not _is_object(line):
+            raise UserError(
+                f"{given}: expected a JSON object on each line, found row {number}: {line[:80]!r}.",
+                code="prompts-unreadable",
+                remedy='Give rows like {"id": ..., "prompt": ...} or {"messages": [...]}.',
+            )
     if len(lines) < 2 * held_out:
         raise UserError(
             f"{given}: expected at least {2 * held_out} rows, found {len(lines)}.",
             code="prompts-too-few",
-            remedy=f"Half of them at most may be held out: give more, or a --num_held_out below "
-            f"{held_out}.",
+            remedy="Half of them at most may be held out: give more.",
         )
     random.Random(seed).shuffle(lines)
     return lines[held_out : held_out + rows], lines[:held_out]
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

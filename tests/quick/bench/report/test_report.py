@@ -3,6 +3,7 @@
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +75,18 @@ def test_an_engine_without_counts_by_request_is_read_by_category() -> None:
         length = head["categories"][name]["acceptance"]["acceptance_length"]
         assert length == whole["categories"][name]["acceptance"]["acceptance_length"]
     assert head["acceptance"]["acceptance_length_interval"] is None
+
+
+def test_the_command_names_local_files_by_their_whole_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is typed wherever the operator happens to be, and a target of a recipe lies in the workspace."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("there/tiny", "there/run/export"):
+        (tmp_path / name).mkdir(parents=True)
+    words = shlex.split(made(config(workspace="there", name="run"))["best"][0]["serve"])
+    assert words[2] == str(tmp_path / "there" / "tiny")
+    assert json.loads(words[4])["model"] == str(tmp_path / "there" / "run" / "export")
 
 
 def test_each_load_has_a_command_that_serves_it() -> None:

@@ -39,3 +39,27 @@ def test_a_users_rows_are_shared_out(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         write_prompts(tmp_path, **{**wanted, "held_out": 16})  # type: ignore[arg-type]
     assert refused.value.code == "prompts-too-few"
+
+
+def test_prompts_of_an_earlier_run_are_not_replaced_unasked(tmp_path: Path) -> None:
+    wanted = {"given": None, "domain": "narrow", "rows": 20, "held_out": 8, "seed": 0}
+    write_prompts(tmp_path, **wanted)  # type: ignore[arg-type]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    write_prompts(tmp_path, **wanted)  # type: ignore[arg-type]
+    for other in ({"seed": 1}, {"held_out": 9}):
+        with pytest.raises(UserError) as refused:
+            write_prompts(tmp_path, **{**wanted, **other})  # type: ignore[arg-type]
+        assert refused.value.code == "other-prompts"
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write_prompts(tmp_path, **{**wanted, "seed": 1}, overwrite=True)  # type: ignore[arg-type]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} != before
+
+
+@pytest.mark.parametrize("broken", ["{half", "[1, 2]", '"text"'])
+def test_a_row_that_is_no_object_is_named(tmp_path: Path, broken: str) -> None:
+    given = tmp_path / "mine.jsonl"
+    rows = [json.dumps({"prompt": f"p{i}"}) for i in range(30)]
+    given.write_text("\n".join([*rows[:6], broken, *rows[6:]]))
+    with pytest.raises(UserError, match="row 7") as refused:
+        write_prompts(tmp_path, given=given, domain="narrow", rows=9, held_out=8, seed=0)
+    assert refused.value.code == "prompts-unreadable"
