@@ -113,7 +113,7 @@ def _of_training(lineage: Report) -> list[tuple[str, str]]:
             (svg, "Weighted over the TTT steps; it keeps falling after acceptance peaked.")
         )
     if lineage.get("walks"):
-        title, unit = "Walked acceptance length", "acceptance length (tokens per target step)"
+        title, unit = "Walked acceptance length", "acceptance length (tokens per drafted step)"
         svg = plots.over_steps(lineage["walks"], title, unit)
         drawn.append((svg, "On held-out answers while training; this head is the best checkpoint."))
     return drawn

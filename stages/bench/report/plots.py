@@ -118,7 +118,7 @@ def by_category(axes: Axes, series: Series) -> None:
         axes.legend(loc="lower right")
     axes.set(
         title="Acceptance length by category",
-        xlabel="acceptance length (tokens per target step)",
+        xlabel="acceptance length (tokens per drafted step)",
         ylabel="category",
     )
 

@@ -186,7 +186,7 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
 
 TITLES = {
     "Acceptance by position": ("position in the draft (token)", "share of drafts (0 to 1)"),
-    "Acceptance length by category": ("acceptance length (tokens per target step)", "category"),
+    "Acceptance length by category": ("acceptance length (tokens per drafted step)", "category"),
     "Throughput over concurrency": (
         "concurrency (requests in flight)",
         "output (tokens per second)",
@@ -195,7 +195,7 @@ TITLES = {
     "Training loss": ("step of the training", "soft cross-entropy (nats)"),
     "Walked acceptance length": (
         "step of the training",
-        "acceptance length (tokens per target step)",
+        "acceptance length (tokens per drafted step)",
     ),
 }
 
