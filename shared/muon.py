@@ -86,6 +86,9 @@ class MuonAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
+            state["step"] = torch.tensor(
+                0.0
+            )  # torch's AdamW wants one in every state that it loads
         state["momentum"].lerp_(grad, 1 - _MOMENTUM)
         return torch.lerp(grad, state["momentum"], _MOMENTUM)  # type: ignore[arg-type]
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Muon beside AdamW, against torch's own Muon and AdamW."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -34,7 +36,31 @@ def test_each_group_takes_torchs_own_steps(shape: tuple[int, int]) -> None:
             optimizer.step()
     assert (matrix - muon).norm() < 0.02 * (muon - start).norm()
     assert torch.equal(other, adamw)
-    assert {*ours.state[matrix]} == {"momentum"}
+
+
+def test_a_saved_state_goes_on_to_the_same_weights() -> None:
+    def made(start: torch.Tensor) -> tuple[Parameter, Parameter, MuonAdamW]:
+        matrix, other = Parameter(start.clone()), Parameter(start[0].clone())
+        groups = [{"params": [matrix], "muon": True}, {"params": [other], "muon": False}]
+        return matrix, other, MuonAdamW(groups, dtype=torch.float32, lr=0.1)
+
+    def step(parts: tuple[Parameter, Parameter, MuonAdamW], grad: torch.Tensor) -> None:
+        parts[0].grad, parts[1].grad = grad.clone(), grad[0].clone()
+        parts[2].step()
+
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = (torch.randn(16, 24, generator=generator) for _ in range(4))
+    whole = made(start)
+    for grad in grads[:2]:
+        step(whole, grad)
+    again = made(whole[0].detach())
+    with torch.no_grad():
+        again[1].copy_(whole[1])
+    again[2].load_state_dict(copy.deepcopy(whole[2].state_dict()))
+    for each in (whole, again):
+        step(each, grads[2])
+    assert torch.equal(whole[0], again[0])
+    assert torch.equal(whole[1], again[1])
 
 
 def test_matrices_of_one_shape_do_not_mix() -> None:

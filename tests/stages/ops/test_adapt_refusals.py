@@ -54,10 +54,10 @@ def test_a_dry_run_splits_the_traffic_and_shows_the_plan(workspace: Path) -> Non
 def test_a_head_that_train_cannot_start_from_is_refused(workspace: Path) -> None:
     write_random_head(workspace / "odd", target=workspace / "tiny", draft_vocab_size=128)
     path = workspace / "odd" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "parallel_drafting": True}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_bias": True}))
     done = adapt(workspace, "odd")
     assert done.returncode == 2
-    assert "a kind of head that train does not make: {'parallel_drafting': True}" in done.stderr
+    assert "a kind of head that train does not make: {'attention_bias': True}" in done.stderr
     assert not (workspace / "new" / "synth").exists()
     assert not (workspace / "new-before" / "bench").exists()
 
