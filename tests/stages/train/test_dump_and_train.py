@@ -27,6 +27,8 @@ from tests.stages.train.trainings import (
 )
 
 TRAIN = {"epochs": 12, "eval_every_steps": 20, "checkpoint_every_steps": 4}
+# Of losses from 8 down to 0.001: sums in another order, of bfloat16 products where a processor has them.
+CURVE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,7 @@ def test_another_number_of_threads_goes_on_with_the_same_curve(
     interrupt_after_a_checkpoint(workspace, signal.SIGKILL)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert run(workspace, "train").returncode == 0
-    assert losses(workspace) == pytest.approx(losses(trained), rel=1e-3)
+    assert losses(workspace) == pytest.approx(losses(trained), rel=1e-3, abs=CURVE)
 
 
 def test_other_numbers_of_ranks_go_on_with_the_same_curve(workspace: Path, trained: Path) -> None:
@@ -183,7 +185,7 @@ def test_other_numbers_of_ranks_go_on_with_the_same_curve(workspace: Path, train
         kill_once_there(start_ranks(workspace, num_ranks), states / f"step_{step:08d}.pt")
     assert [process.wait(timeout=120) for process in start_ranks(workspace, 2)] == [0, 0]
     assert len(losses(trained)) > 5
-    assert losses(workspace) == pytest.approx(losses(trained), rel=1e-3)
+    assert losses(workspace) == pytest.approx(losses(trained), rel=1e-3, abs=CURVE)
 
 
 def test_another_dtype_exports_again_and_trains_nothing(trained: Path, workspace: Path) -> None:
