@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.contracts.head_config import HeadConfig
-from shared.contracts.head_folder import read_head
+from shared.contracts.head_folder import MASK_HIDDEN, read_head
 from shared.contracts.head_variant import (
     MASK_TOKEN,
     QWEN3_ARCHITECTURE,
@@ -111,7 +111,7 @@ def expected_tensors(config: HeadConfig) -> dict[str, tuple[int, ...]]:
     if variant.fc_norm:
         shapes |= {f"fc_norm.{i}.weight": (config.target_hidden_size,) for i in range(num_inputs)}
     if variant.parallel:
-        shapes["mask_hidden"] = (1, num_inputs * config.target_hidden_size)
+        shapes[MASK_HIDDEN] = (1, num_inputs * config.target_hidden_size)
     if variant.qk_norm:
         for name in ("q_norm", "k_norm"):
             shapes[f"midlayer.self_attn.{name}.weight"] = (config.head_dim,)

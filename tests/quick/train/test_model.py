@@ -194,20 +194,22 @@ def test_draft_logits_of_every_slot_are_the_reference_s() -> None:
         torch.testing.assert_close(logits[:, slot], expected, atol=1e-5, rtol=1e-5)
 
 
+SIZES = {  # of a config.json
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+    "max_position_embeddings": 256,
+}
+
+
 def test_rope_is_read_in_both_spellings() -> None:
-    sizes = {
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "intermediate_size": 96,
-        "vocab_size": 100,
-        "max_position_embeddings": 256,
-    }
     scaling = {"rope_type": "linear", "factor": 2.0}
     older = HeadConfig.from_json(
-        sizes | {"rope_theta": 5e5, "rope_scaling": scaling}, aux_layers=(2,), draft_vocab_size=9
+        SIZES | {"rope_theta": 5e5, "rope_scaling": scaling}, aux_layers=(2,), draft_vocab_size=9
     )
     newer = HeadConfig.from_json(
-        sizes | {"rope_parameters": scaling | {"rope_theta": 5e5}},
+        SIZES | {"rope_parameters": scaling | {"rope_theta": 5e5}},
         aux_layers=(2,),
         draft_vocab_size=9,
     )
@@ -215,7 +217,7 @@ def test_rope_is_read_in_both_spellings() -> None:
     assert (older.rope_theta, older.rope_scaling) == (5e5, scaling)
     assert (older.head_dim, older.num_key_value_heads) == (16, 4)
     plain = HeadConfig.from_json(
-        sizes | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         aux_layers=(2,),
         draft_vocab_size=9,
     )
@@ -223,21 +225,14 @@ def test_rope_is_read_in_both_spellings() -> None:
 
 
 def test_the_mask_token_is_the_stated_one_else_the_last() -> None:
-    sizes = {
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "intermediate_size": 96,
-        "vocab_size": 100,
-        "max_position_embeddings": 256,
-    }
     found = [
         HeadConfig.from_json(
-            sizes | stated, aux_layers=(2,), draft_vocab_size=9, variant=VARIANTS["p-eagle"]
+            SIZES | stated, aux_layers=(2,), draft_vocab_size=9, variant=VARIANTS["p-eagle"]
         ).mask_token
         for stated in ({}, {"pard_token": 0}, {"ptd_token_id": 7, "mask_token_id": 8})
     ]
     assert found == [99, 0, 8]
-    plain = HeadConfig.from_json(sizes | {"pard_token": 0}, aux_layers=(2,), draft_vocab_size=9)
+    plain = HeadConfig.from_json(SIZES | {"pard_token": 0}, aux_layers=(2,), draft_vocab_size=9)
     assert plain.mask_token is None
 
 
