@@ -114,16 +114,16 @@ def main() -> None:
             )
             for samples in options.samples
             for cell in cells
-            if str((samples, *cell)) not in kept
+            if str((options.optimizer, samples, *cell)) not in kept
         }
         for done in concurrent.futures.as_completed(waiting):
             samples, cell = waiting[done]
-            kept[str((samples, *cell))] = done.result()
+            kept[str((options.optimizer, samples, *cell))] = done.result()
             if options.results:
                 options.results.write_text(json.dumps(kept, indent=1))
     shares = {}
     for samples in options.samples:
-        found = {cell: kept[str((samples, *cell))] for cell in cells}
+        found = {cell: kept[str((options.optimizer, samples, *cell))] for cell in cells}
         sys.stdout.write(table(samples, rates, found) + "\n")
         best = max(found[cell]["al"] for cell in cells if cell != AUTO)
         shares[samples] = round(found[AUTO]["al"] / best, 3)
