@@ -168,8 +168,7 @@ def serve_line(config: BenchConfig, best: Report, own: Mapping[str, Any]) -> str
 
 def _whole_path(config: BenchConfig, name: str | Path) -> str:
     """The whole path of a file in the workspace or here; a hub id as it is."""
-    found = find_input(str(name), config.workspace)
-    return str(name) if found is None else str(found.absolute())
+    return str(find_input(str(name), config.workspace) or name)
 
 
 def _lossy(config: BenchConfig) -> list[str]:
