@@ -18,7 +18,8 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from shared import config as configs
@@ -182,8 +183,18 @@ def _run(
     return int(result or errors.EXIT_DONE)
 
 
-def launch(stage: str, commands: Commands, argv: Sequence[str] | None = None) -> NoReturn:
-    """Parse, validate, run, and leave with the outcome's exit code."""
+def launch(
+    stage: str,
+    commands: Commands,
+    argv: Sequence[str] | None = None,
+    *,
+    unlogged: Collection[str] = (),
+) -> NoReturn:
+    """Parse, validate, run, and leave with the outcome's exit code.
+
+    Args:
+        unlogged: commands that only answer: they do none of a run's work, and leave nothing there.
+    """
     start_logging(stage)
     try:
         command, config = _parse(stage, commands, sys.argv[1:] if argv is None else argv)
@@ -200,7 +211,8 @@ def launch(stage: str, commands: Commands, argv: Sequence[str] | None = None) ->
     name = config.process_name
     recipe = str(config.recipe.absolute()) if config.recipe else None
     Status.about = {"num_shards": config.share.count, "recipe": recipe}
-    with logged_to(config.paths.log(name)) as replay:
+    log = Path(os.devnull) if command in unlogged else config.paths.log(name)
+    with logged_to(log, is_quiet=config.is_quiet) as replay:
         if is_stage:  # one log holds every attempt: this line tells them apart
             logger.info("begin: process %d", os.getpid())
         status = Status(config.paths.status(name)) if is_stage else None

@@ -57,9 +57,19 @@ def kind_of(field: FieldInfo) -> str:
 
 
 class Section(pydantic.BaseModel):
-    """A strict, frozen part of a recipe."""
+    """A strict, frozen part of a recipe; its numbers are finite, since JSON has no others."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _is_finite_within(cls, value: Any) -> Any:
+        """Also where a mapping holds anything."""
+        if (found := next(recipe_yaml.not_finite(value), None)) is not None:
+            raise ValueError(f"expected finite numbers, found another at {found}")
+        return value
 
 
 # The keys of `run` that decide what the target's server answers: synth and bench consume them.
@@ -103,7 +113,7 @@ class RunConfig(Section):
     chat_template_kwargs: dict[str, Any] = identity(
         {}, "Variables for the chat template, the same wherever a stage renders it."
     )
-    seed: int = identity(0, "Seed of everything random.")
+    seed: int = identity(0, "Seed of everything random.", ge=0, lt=2**32)
     trust_remote_code: bool = identity(
         False, "Run the target's own Python code in every stage. Only for a target that you trust."
     )
@@ -173,6 +183,11 @@ class StageConfig(CommandConfig):
         """What this process's log and status file are called."""
         share = self.share
         return self.section if share.count == 1 else f"{self.section}-{share.index}"
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether another process on this terminal reports the same work."""
+        return False
 
     def identity(self) -> dict[str, Any]:
         """The resolved identity keys that this stage consumes, as `section.key` -> JSON value."""
@@ -259,7 +274,8 @@ def _refuse(
             is_secret = isinstance(problem.get("ctx", {}).get("error"), SecretValueError)
             shown = problem["loc"] and not is_secret
             found = f", found {reprlib.repr(problem['input'])}" if shown else ""
-            lines.append(f"{where or 'settings'}: {problem['msg']}{found} (from {source}).")
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where or 'settings'}: {message}{found} (from {source}).")
     return UserError(
         "\n".join(lines),
         code="setting-invalid",

@@ -9,11 +9,13 @@
 
 import contextlib
 import dataclasses
+import re
 from pathlib import Path
 
 from shared.errors import UserError
 
 STAGES = ("synth", "dump", "train", "bench")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,11 @@ class RunPaths:
         return self.root / "status" / f"{stage}.json"
 
 
+def is_hub_id(value: str) -> bool:
+    """Whether a value has the form of a hub's organisation/name; a path may have it too."""
+    return _HUB_ID.fullmatch(value) is not None
+
+
 def find_input(value: str, workspace: Path) -> Path | None:
     """The existing path that a recipe's `value` means, or None.
 
@@ -62,17 +69,22 @@ def find_input(value: str, workspace: Path) -> Path | None:
     return None
 
 
+def places(value: str, workspace: Path) -> str:
+    """Where `find_input` looks, for a message."""
+    looked_at = (workspace / value, Path(value).absolute())
+    return " or ".join(dict.fromkeys(map(str, looked_at)))
+
+
 def require_input(value: str, workspace: Path, *, label: str) -> Path:
     """As `find_input`, for what must exist.
 
     Raises:
-        UserError: nothing is there; the message names both places looked at.
+        UserError: nothing is there; the message names the places looked at.
     """
     found = find_input(value, workspace)
     if found is None:
         raise UserError(
-            f"{label}: expected a file or folder at {workspace / value} or {Path(value).absolute()}, "
-            "found neither.",
+            f"{label}: expected a file or folder at {places(value, workspace)}, found none.",
             code="input-missing",
             remedy="Correct the path. Relative paths are taken from the workspace, then from the "
             "current folder.",

@@ -7,6 +7,7 @@ refused with the keys named, and nothing is deleted in silence; several processe
 """
 
 import contextlib
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -228,6 +229,7 @@ class Artifact:
             yield
 
     def _clear(self) -> None:
+        json.dumps(self.identity, allow_nan=False)  # what cannot be recorded replaces nothing
         # The manifest goes first: a half-deleted artifact must not look complete.
         (self.folder / MANIFEST).unlink(missing_ok=True)
         clear_unfinished(self.folder)

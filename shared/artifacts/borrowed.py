@@ -42,8 +42,8 @@ def refuse_borrowed(folder: Path) -> None:
         )
 
 
-def borrow_dump(paths: RunPaths, owner: str) -> None:
-    """Link this run's dump, and the answers that it was made from, to those of run `owner`.
+def require_lender(paths: RunPaths, owner: str) -> None:
+    """Refuse to borrow from run `owner`; nothing is linked yet.
 
     Raises:
         UserError: `owner` is no other run with a dump, or this run has a dump or answers of its own.
@@ -59,16 +59,25 @@ def borrow_dump(paths: RunPaths, owner: str) -> None:
     for stage in _STAGES:
         own, link = paths.stage(stage), f"../{owner}/{stage}"
         found = str(own.readlink()) if own.is_symlink() else None
-        if found == link:
-            continue
         # Another rank may make the link meanwhile: a link that was not there is that one.
-        if found is not None or (own.exists() and not own.is_symlink()):
+        if found not in (None, link) or (found is None and own.exists() and not own.is_symlink()):
             raise UserError(
                 f"train.dump_of is {owner}, but this run has a folder of its own at {own}.",
                 code="dump-of-beside-own",
                 remedy="Leave out dump_of, or give this run another run.name.",
                 facts={"dump_of": owner, "folder": str(own)},
             )
-        if RunPaths(paths.workspace, owner).stage(stage).is_dir():
+
+
+def borrow_dump(paths: RunPaths, owner: str) -> None:
+    """Link this run's dump, and the answers that it was made from, to those of run `owner`.
+
+    Raises:
+        UserError: as `require_lender`.
+    """
+    require_lender(paths, owner)
+    for stage in _STAGES:
+        own = paths.stage(stage)
+        if not own.is_symlink() and RunPaths(paths.workspace, owner).stage(stage).is_dir():
             own.parent.mkdir(parents=True, exist_ok=True)
-            files.write_link(own, link)
+            files.write_link(own, f"../{owner}/{stage}")

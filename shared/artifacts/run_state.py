@@ -9,13 +9,14 @@ leaves a status that says "running" for ever. On the same host its process id te
 host its heartbeat tells: a process that lives touches its status file every few seconds.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from shared.runtime.status import SILENT_AFTER_S, read_status
 _LONGEST_WAIT_S = 86_400.0
 _OF_PROGRESS = ("done", "total", "unit", "left_s")
 ENDED_BADLY = ("failed", "died", "stopped", "unreadable")
+# What the chain and the stages write into a run's folder; each alone makes it one.
+_MARKS = ("recipe.yaml", "status/*.json", f"*/{MANIFEST}")
 # The worst first: a stage of several processes is what its worst process is.
 _BY_URGENCY = ("failed", "died", "unreadable", "running", "stopped", "to do", "done")
 
@@ -186,19 +189,26 @@ class RunState:
         return worst
 
 
-def find_run(name: str, workspace: Path) -> RunPaths:
+def find_run(
+    name: str, workspace: Path, *, is_other: Callable[[Path], bool] = lambda _: False
+) -> RunPaths:
     """The run that a name in the workspace, or a folder, means.
+
+    Args:
+        is_other: whether a folder is another thing that the caller takes.
 
     Raises:
         UserError: there is none.
     """
-    for folder in (workspace / name, Path(name)):
-        if folder.is_dir():
-            absolute = folder.absolute()
-            return RunPaths(absolute.parent, absolute.name)
-    marks = ("*/recipe.yaml", "*/status/*.json", f"*/*/{MANIFEST}")
+    for folder in (workspace / name, Path(name)) if name else ():
+        with contextlib.suppress(OSError, ValueError):  # what can be no file's name
+            if folder.is_dir() and (_is_run(folder) or is_other(folder)):
+                absolute = folder.absolute()
+                return RunPaths(absolute.parent, absolute.name)
     found = {
-        path.relative_to(workspace).parts[0] for mark in marks for path in workspace.glob(mark)
+        path.relative_to(workspace).parts[0]
+        for mark in _MARKS
+        for path in workspace.glob(f"*/{mark}")
     }
     raise UserError(
         f"expected the folder of a run at {workspace / name}, found none.",
@@ -206,6 +216,10 @@ def find_run(name: str, workspace: Path) -> RunPaths:
         remedy=nearest(name, sorted(found)) if found else "There is no run in this workspace.",
         facts={"run": name, "workspace": str(workspace), "runs": sorted(found)},
     )
+
+
+def _is_run(folder: Path) -> bool:
+    return any(next(folder.glob(mark), None) is not None for mark in _MARKS)
 
 
 def _position(name: str) -> int:

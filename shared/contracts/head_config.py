@@ -75,16 +75,21 @@ class HeadConfig:
     @property
     def num_parameters(self) -> int:
         """Weights of its own: fc, the layer, norms, lm_head. The embedding is the target's."""
-        size, queries = self.hidden_size, self.num_attention_heads * self.head_dim
-        keys = self.num_key_value_heads * self.head_dim
-        fc = size * len(self.aux_layers) * self.target_hidden_size
-        attention = 2 * size * (queries + 2 * keys) + queries * size
-        mlp, norms = 3 * size * self.intermediate_size, 4 * size
+        size, norms = self.hidden_size, 4 * self.hidden_size
         aux_norms = int(self.variant.fc_norm) + int(self.variant.norm_before_fc)
         aux_norms += int(self.variant.parallel)  # mask_hidden is as wide
         norms += aux_norms * len(self.aux_layers) * self.target_hidden_size
         norms += 2 * self.head_dim * int(self.variant.qk_norm)
-        return fc + attention + mlp + norms + self.draft_vocab_size * size
+        return self.num_matrix_parameters + norms + self.draft_vocab_size * size
+
+    @property
+    def num_matrix_parameters(self) -> int:
+        """Weights of the matrices of fc and of the layer."""
+        size, queries = self.hidden_size, self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        fc = size * len(self.aux_layers) * self.target_hidden_size
+        attention = 2 * size * (queries + 2 * keys) + queries * size
+        return fc + attention + 3 * size * self.intermediate_size
 
     @classmethod
     def from_json(

@@ -5,7 +5,7 @@ In: a folder in our layout, NVIDIA ModelOpt's or the speculators library's. Out:
 milliseconds, since weights are read only when they are asked for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +27,8 @@ _MANY = 64  # draft tokens, among so many of which some are neighbours in the ta
 _OFFSETS = "Absolute ids are not offsets: subtract arange(draft_vocab_size)."
 # What trainers leave beside the weights, and vLLM passes over.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
+# Parts of names that follow from config.json or from d2t: engines pass over such tensors.
+DROPPED_WITHOUT_LOSS = ("t2d", "rotary_emb.", "rotary_pos_emb.")
 
 
 class _Nested(Shape):
@@ -140,9 +142,15 @@ def read_head(folder: Path) -> Head:
     shapes: dict[str, list[int]] = {}
     for path in weight_files(folder):
         shapes |= _read_shapes(path)
+    head = Head(folder, "eagle3" if kind is None else "speculators", raw, shapes)
+    for name in shapes:
+        if (ours := our_name(name)) != name and ours in shapes:
+            raise misread(
+                head, f"it has both {name} and {ours}, of which engines keep the last one read"
+            )
     if kind == "peagle" or any(MASK_HIDDEN in name for name in shapes):
-        raw = {**raw, "parallel_drafting": True}
-    return Head(folder, "eagle3" if kind is None else "speculators", raw, shapes)
+        return replace(head, config={**raw, "parallel_drafting": True})
+    return head
 
 
 def _no_head(folder: Path, found: str) -> UserError:
@@ -178,6 +186,24 @@ def misread(
         code="head-misread",
         remedy=remedy,
         facts={"head": str(head.folder), **facts},
+    )
+
+
+def require_fc(head: Head) -> None:
+    """Refuse what lacks the tensor that every EAGLE-3 head has, or has it under a longer name.
+
+    Raises:
+        UserError: with the names that are there.
+    """
+    if any(name.startswith("fc.") for name in head.shapes):
+        return
+    longer = [name for name in head.shapes if ".fc." in name]
+    first = sorted(head.shapes)[:3]
+    raise misread(
+        head,
+        f"it has no fc.weight, which combines the aux layers' states; found {longer or first}",
+        "Rename its tensors (without that prefix)." if longer else "Give an EAGLE-3 head.",
+        found=longer or first,
     )
 
 

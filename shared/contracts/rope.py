@@ -6,7 +6,8 @@ gives the same table in transformers' LlamaRotaryEmbedding and in vLLM's get_rop
 from scratch, so it need not rotate as its target does; trainer and engine only have to agree. Types
 whose table depends on the length served (longrope, dynamic), on a part of the head (proportional,
 partial_rotary_factor) or on image positions (mrope) therefore become the plain type with the same
-theta. A type with an unknown name is refused.
+theta. A type with an unknown name is refused. A head that was trained already rotates as it does:
+`not_kept` names what would change.
 """
 
 import math
@@ -20,9 +21,13 @@ _ALIASES = {
     "deepseek_yarn": "yarn",
     "telechat3-yarn": "yarn",
 }
+_ORIGINAL = "original_max_position_embeddings"
 # These become the plain type.
 _NOT_FIXED = {"default", "longrope", "dynamic", "ntk", "proportional", "xdrope", "openpangu"}
 _THETA_KEYS = ("rope_theta", "rotary_emb_base", "global_rope_theta", "rope_base", "rotary_base")
+# What else vLLM reads of a rope: another width, positions in an image, other frequencies.
+_WIDTHS = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
+_OTHERS = ("rope_dim", "mrope_section", "xdrope_section", "use_fope")
 # Softmax temperature per log of the stretch: YaRN's and TeleChat's.
 _YARN_COEFFICIENT, _TELECHAT_COEFFICIENT = 0.1, 0.07
 
@@ -53,6 +58,52 @@ def resolve_rope(raw: Mapping[str, Any], head_dim: int) -> tuple[float, dict[str
     else:
         raise ValueError(f"the unknown rope type {named!r}")
     return theta, scaling
+
+
+def not_kept(raw: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """What a head's config.json states of its rope and `resolve_rope` changes; empty for the same table.
+
+    Worked example: {"type": "yarn", "factor": 2, "original_max_position_embeddings": 1024} with 4096
+    positions gives those two numbers and the 4096: vLLM's table would have 2048 rows, so it becomes plain.
+
+    Raises:
+        ValueError, TypeError, KeyError: as `resolve_rope`.
+    """
+    _, scaling = resolve_rope(raw, head_dim)
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    stated = {**raw, **rope}
+    found = {key: stated[key] for key in _WIDTHS if stated.get(key) not in (None, 1)}
+    found |= {key: rope[key] for key in _OTHERS if rope.get(key)}
+    # vLLM's one layer takes the dict as it is, and finds no theta in it.
+    found |= {key: value for key, value in rope.items() if isinstance(value, Mapping)}
+    names = _names_not_kept(stated, is_plain=scaling is None)
+    return found | {key: stated[key] for key in names if stated.get(key) is not None}
+
+
+def _names_not_kept(stated: Mapping[str, Any], *, is_plain: bool) -> tuple[str, ...]:
+    """The keys of a rope type whose table in vLLM is not the one that it is resolved to."""
+    key = "rope_type" if stated.get("rope_type") else "type"
+    named = str(stated.get(key) or "default").lower()
+    rope_type, mscales = (
+        _ALIASES.get(named, named),
+        (stated.get("mscale"), stated.get("mscale_all_dim")),
+    )
+    names: tuple[str, ...] = ()
+    if stated.get("rope_theta") is None:
+        names = _THETA_KEYS[1:]  # of targets; a head's is read as `rope_theta` alone
+    if rope_type == "default":
+        return (*names, "alpha") if stated.get("alpha") != 1 else names
+    if rope_type == "dynamic":  # transformers' depends on the length only beyond all positions
+        return names if stated.get("alpha") else (*names, "max_trained_positions")
+    if rope_type in _NOT_FIXED:
+        return (*names, key)
+    # Nothing is stretched by 1, so that the plain type has the same table.
+    stretch = {stated.get("factor"), stated.get("attention_factor")}
+    if rope_type == "yarn" and is_plain and stretch - {None, 1}:
+        return (*names, "factor", "attention_factor", _ORIGINAL, "max_position_embeddings")
+    if named == "deepseek_yarn":  # vLLM's takes an mscale alone, and no attention_factor
+        return (*names, "attention_factor", *(() if all(mscales) else ("mscale", "mscale_all_dim")))
+    return names
 
 
 def _rope_dict(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -125,11 +176,10 @@ def _llama3(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def _original(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
     """The length before scaling. Phi-3 states it beside the dict, which transformers prefers."""
-    key = "original_max_position_embeddings"
-    for value in (raw.get(key), rope.get(key), raw["max_position_embeddings"]):
+    for value in (raw.get(_ORIGINAL), rope.get(_ORIGINAL), raw["max_position_embeddings"]):
         if value is not None:
-            return _positive(key, value)
-    raise KeyError(key)
+            return _positive(_ORIGINAL, value)
+    raise KeyError(_ORIGINAL)
 
 
 def _number(rope: Mapping[str, Any], key: str, default: float | None = None) -> float:

@@ -38,11 +38,8 @@ def require_switches(folder: Path, run: RunConfig, workspace: Path) -> None:
     is_disabled = run.reasoning == "disable"
     if not run.chat_template_kwargs and not is_disabled:
         return
-    found = find_template(folder, run.chat_template, workspace)
-    sources = [found] if isinstance(found, str) else list(found.values())
-    try:
-        known = {name for source in sources for name in _variables(source)}
-    except TemplateError:  # rendering tells where it is broken
+    sources = _sources(folder, run, workspace)
+    if (known := template_variables(folder, run, workspace)) is None:
         return
     if unread := sorted(run.chat_template_kwargs.keys() - known):
         raise UserError(
@@ -68,6 +65,23 @@ def require_switches(folder: Path, run: RunConfig, workspace: Path) -> None:
             "set run.reasoning to drop",
             ", ".join(run.template_kwargs),
         )
+
+
+def template_variables(folder: Path, run: RunConfig, workspace: Path) -> set[str] | None:
+    """What the run's chat template reads; None of a broken one: rendering tells where.
+
+    Raises:
+        UserError: there is no such template.
+    """
+    try:
+        return {name for each in _sources(folder, run, workspace) for name in _variables(each)}
+    except TemplateError:
+        return None
+
+
+def _sources(folder: Path, run: RunConfig, workspace: Path) -> list[str]:
+    found = find_template(folder, run.chat_template, workspace)
+    return [found] if isinstance(found, str) else list(found.values())
 
 
 def require_reasoning_end(tokenizer: Any, end: str, target: Path) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe's YAML: plain values, each key once, no alias inside what another alias may repeat."""
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -44,6 +45,20 @@ def parse(text: str) -> Any:
     # What the loader's own constructors raise for a broken date, number or flag.
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise RecipeError(f"a value that cannot be read: {error!r}") from error
+
+
+def not_finite(value: Any, at: str = "") -> Iterator[str]:
+    """Where in a list or mapping infinity or NaN stands, as `key.0.key`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield at
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            below = f"{at}.{key}".lstrip(".")
+            yield from not_finite(key, below)
+            yield from not_finite(inner, below)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from not_finite(inner, f"{at}.{index}".lstrip("."))
 
 
 def _refuse_nested_aliases(text: str) -> None:

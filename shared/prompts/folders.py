@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shared.errors import UserError
 from shared.io import files
-from shared.paths import find_input
+from shared.paths import find_input, places
 from shared.prompts import formats
 from shared.prompts.subsets import chosen_subset
 from shared.prompts.text_files import unreadable
@@ -58,26 +58,36 @@ def find(
     Raises:
         UserError: there are no files, several splits and none chosen, or no such split.
     """
-    path = find_input(pattern, workspace)
-    if path is None:
-        listed = _in_glob(pattern, workspace)
-    elif path.is_dir():
-        listed = list(_of_subset(path, subset, label))
-    else:
-        listed = [DataFile(path, files.printable(path.name), _split_of(Path(path.name)))]
+    listed = listed_files(pattern, workspace, label=label, subset=subset)
     found = [each for each in listed if not each.why_not]
     unread = [each for each in listed if each.why_not]
     if not found:
         raise UserError(
             f"{label}: expected a file, a folder or a glob with files of "
-            f"{', '.join(formats.FORMATS)} at {workspace / pattern} or {Path(pattern).absolute()}, or "
-            "a hub data set (owner/name), "
+            f"{', '.join(formats.FORMATS)} at {places(pattern, workspace)}, or a hub data set "
+            "(owner/name), "
             f"found {', '.join(f'{each.name} ({each.why_not})' for each in unread[:5]) or 'none'}.",
             code="prompts-not-found",
             remedy=f"Correct the path, or mount the folder that holds it. {_content(workspace)}",
             facts={"path": pattern},
         )
     return _of_split(found, split, f"{label}: {pattern}"), unread
+
+
+def listed_files(
+    pattern: str, workspace: Path, *, label: str, subset: str | None = None
+) -> list[DataFile]:
+    """Every file that a path means, sorted, those that are not read as data marked.
+
+    Raises:
+        UserError: a folder cannot be read, or the subset is not there.
+    """
+    path = find_input(pattern, workspace)
+    if path is None:
+        return _in_glob(pattern, workspace)
+    if path.is_dir():
+        return list(_of_subset(path, subset, label))
+    return [DataFile(path, files.printable(path.name), _split_of(Path(path.name)))]
 
 
 def _content(workspace: Path) -> str:

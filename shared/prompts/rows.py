@@ -86,6 +86,11 @@ class Prompt:
         end = len(self.conversation) - (self.turns[-1].answer is not None)
         return self.conversation[:end]
 
+    @property
+    def opening(self) -> str:
+        """What comes before its first answer, tools included: equal for chats that begin alike."""
+        return json.dumps([self.turns[0].asked, self.tools], sort_keys=True)
+
     def renamed(self, sample_id: str) -> "Prompt":
         """The same prompt under another id."""
         return dataclasses.replace(self, sample_id=sample_id)

@@ -9,7 +9,6 @@ import collections
 import functools
 import hashlib
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,14 +17,12 @@ import pydantic
 from shared.config import Section, identity
 from shared.errors import UserError
 from shared.io import files
-from shared.paths import find_input
+from shared.paths import find_input, is_hub_id
 from shared.prompts import folders, formats, hub
 from shared.prompts.columns import COLUMNS
 from shared.prompts.content import Unusable
 from shared.prompts.rows import BadRow, Prompt, parse_row, short_hash
 from shared.runtime.status import Accounting
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +69,7 @@ def _hub_source(source: Source, workspace: Path) -> Source | None:
     if source.path in NAMED:
         chosen = source.model_dump(exclude_unset=True, exclude={"path"})
         return Source.model_validate({**NAMED[source.path], **chosen})
-    return source if _HUB_ID.fullmatch(source.path) else None
+    return source if is_hub_id(source.path) else None
 
 
 def is_on_hub(source: Source, workspace: Path) -> bool:

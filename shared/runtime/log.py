@@ -25,7 +25,7 @@ from shared.io.files import printable
 FORMAT = "%(asctime)s %(levelname)s {stage} %(message)s"
 SHOW_ENGINE = "EYRIE_SHOW_ENGINE"
 # How a record of ours begins; each further line of it begins with four spaces.
-_OURS = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ [A-Z]+ [a-z]+ ")
+_OURS = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (?P<level>[A-Z]+) [a-z]+ ")
 _CONTINUED = b"    "
 _OUR_LOGGERS = {"shared", "stages", "__main__", "root"}
 _REPLAY = b"\0replay\n"  # in the pipe: now show what was kept from the terminal
@@ -73,8 +73,9 @@ def start_logging(stage: str) -> None:
 class _Copier:
     """What comes out of the pipe: all of it for the log, our own records for the terminal."""
 
-    def __init__(self, source: int, terminal: int, log: int) -> None:
+    def __init__(self, source: int, terminal: int, log: int, is_quiet: bool) -> None:
         self._source, self._terminal, self._log = source, terminal, log
+        self._is_quiet = is_quiet
         self._shows_all = os.environ.get(SHOW_ENGINE, "0") not in ("", "0")
         self._is_ours = False
         self._hidden: collections.deque[bytes] = collections.deque(maxlen=_KEPT_LINES)
@@ -103,7 +104,10 @@ class _Copier:
         _write(self._terminal, b"".join(shown))
 
     def _belongs_to_us(self, line: bytes) -> bool:
-        self._is_ours = bool(_OURS.match(line)) or (self._is_ours and line.startswith(_CONTINUED))
+        if begun := _OURS.match(line):
+            self._is_ours = not (self._is_quiet and begun["level"] == b"INFO")
+        elif not line.startswith(_CONTINUED):
+            self._is_ours = False
         return self._is_ours
 
 
@@ -115,11 +119,12 @@ def _write(sink: int, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def logged_to(path: Path) -> Iterator[Callable[[], None]]:
+def logged_to(path: Path, *, is_quiet: bool = False) -> Iterator[Callable[[], None]]:
     """Keep what this process and its children print in `path`, for the length of the block.
 
-    The terminal gets our own records. Gives a function that shows the last lines of the others there,
-    for a stage whose engine failed.
+    The terminal gets our own records, and of a process that `is_quiet` only warnings and errors: another
+    one reports the same work. Gives a function that shows the last of what the terminal did not get, for
+    a stage whose engine failed.
     Where the folder cannot be written the stage still runs; its own write will name the fault.
     """
     try:
@@ -136,7 +141,7 @@ def logged_to(path: Path) -> Iterator[Callable[[], None]]:
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.close(sink)
-    copier = threading.Thread(target=_Copier(source, stderr, log).run, daemon=True)
+    copier = threading.Thread(target=_Copier(source, stderr, log, is_quiet).run, daemon=True)
     copier.start()
 
     def replay() -> None:

@@ -25,18 +25,21 @@ _LIBC = ctypes.CDLL(None)
 _stop = threading.Event()
 # What was saved, while a stop signal is to raise at once (`stopping_at_once`).
 _at_once: list[str] = []
+_RAISE_AGAIN_S = 2.0
 
 
 def _ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
     _stop.set()
     if _at_once:
+        # A library may swallow it, as around an optional import: an alarm raises it again.
+        signal.setitimer(signal.ITIMER_REAL, _RAISE_AGAIN_S)
         raise stopped(_at_once[-1])
 
 
 def catch_stop_signals() -> None:
     """From now on SIGTERM and Ctrl-C set a flag that the stage's loops look at."""
-    signal.signal(signal.SIGTERM, _ask_to_stop)
-    signal.signal(signal.SIGINT, _ask_to_stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, _ask_to_stop)
 
 
 def stop_requested() -> bool:
@@ -69,6 +72,7 @@ def stopping_at_once(saved: str) -> Iterator[None]:
         yield
     finally:
         _at_once.pop()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def stopped(saved: str) -> Stopped:
@@ -84,7 +88,7 @@ def is_alive(pid: int) -> bool:
     """Whether a process of this machine runs; a zombie does not."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # a number above every process's
         return False
     except PermissionError:  # somebody else's, so alive
         return True

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
@@ -34,9 +34,14 @@ SILENT_AFTER_S = 45.0
 logger = logging.getLogger(__name__)
 
 
+# Bounds within which a reader may compute: a file is anybody's.
+_Count = Annotated[int, pydantic.Field(ge=0, le=1 << 62)]
+_Time = Annotated[float, pydantic.Field(ge=0, le=1e11)]
+
+
 class _Progress(Shape):
-    done: int | None = None
-    total: int | None = None
+    done: _Count | None = None
+    total: _Count | None = None
     unit: str = ""
     left_s: float | None = None
 
@@ -49,11 +54,11 @@ class _Error(Shape):
 
 
 class _Record(Shape):
-    state: str
+    state: Literal["running", "done", "failed", "stopped"]
     pid: int
     host: str
-    started_s: float
-    updated_s: float
+    started_s: _Time
+    updated_s: _Time
     num_shards: int | None = None
     recipe: str | None = None
     exit_code: int | None = None
@@ -219,14 +224,15 @@ class Status:
             threading.Thread(target=self._beat, daemon=True, name="eyrie-beat").start()
 
     def progress(self, done: int, total: int, unit: str, **facts: Any) -> None:
-        """Tell how far the work is; at most once a period it is logged and written.
+        """Tell how far the work is; it is logged and written at most once a period, and at the end.
 
         The time left is told once ten, and as many as are `in_flight` at once, or a tenth of all are
         done: while the first requests of a server all run, hardly any has ended.
         """
         now = time.monotonic()
         self._first = self._first or (now, done)
-        if not self._due():
+        is_end = done == total and self._last.get("progress", {}).get("done") != done
+        if not (self._due() or is_end):
             return
         began_s, began_with = self._first
         made = done - began_with

@@ -81,7 +81,7 @@ def model_class(target: TargetConfig, config: PreTrainedConfig) -> type[PreTrain
                 raise _refused(target, error) from error
             return found
     mappings = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
-    if config.get_text_config(decoder=True) is not config:
+    if _text_config(target, config) is not config:
         mappings.reverse()
     for mapping in mappings:
         if type(config) in mapping:
@@ -125,7 +125,7 @@ def settings(target: TargetConfig) -> dict[str, Any]:
     Raises:
         UserError: as `class_config`.
     """
-    config = _inner(class_config(target)).get_text_config(decoder=True)
+    config = _text_config(target, _inner(class_config(target)))
     known = config.to_dict()
     known |= {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
     return known | {key: value for key, value in target.raw.items() if value is not None}
@@ -142,7 +142,7 @@ def class_facts(target: TargetConfig) -> ClassFacts:
     """
     config = _inner(class_config(target))
     outer = model_class(target, config)
-    text = config.get_text_config(decoder=True)
+    text = _text_config(target, config)
     try:
         if text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
             facts = probe.probe(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text)
@@ -155,6 +155,21 @@ def class_facts(target: TargetConfig) -> ClassFacts:
             remedy="Choose another target.",
             facts={"class": outer.__name__},
         ) from error
+    except CLASS_ERRORS as error:
+        raise _refused(target, error) from error
+
+
+def _text_config(target: TargetConfig, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config's text part, which may be the config itself.
+
+    Raises:
+        UserError: its class takes no text part, and config.json has one.
+    """
+    try:
+        found: Any = config.get_text_config(decoder=True)
+        if isinstance(found, PreTrainedConfig):
+            return found
+        raise TypeError(f"a {type(found).__name__} as text_config")
     except CLASS_ERRORS as error:
         raise _refused(target, error) from error
 

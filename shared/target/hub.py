@@ -10,6 +10,7 @@ from huggingface_hub import errors as hub
 
 from shared.errors import RetryableError, UserError
 from shared.io.safetensors_files import TensorInfo
+from shared.paths import places
 
 _NOT_THERE = (
     hub.RepositoryNotFoundError,
@@ -27,8 +28,8 @@ def require_id(name: str, workspace: Path, *, label: str = "run.target") -> None
     """
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(
-            f"{label}: expected a model's folder at {workspace / name} or {Path(name).absolute()}, "
-            "or a hub id (organisation/name); found neither.",
+            f"{label}: expected a model's folder at {places(name, workspace)}, or a hub id "
+            "(organisation/name); found neither.",
             code="target-not-found",
             remedy="Correct the name, or mount the folder.",
             facts={"target": name},

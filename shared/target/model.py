@@ -8,8 +8,9 @@ What it computes between its last layer and its logits is `adapter.py`'s, its to
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from shared.paths import find_input
 # Where configs of vision and speech models keep that of the model that answers in text.
 _TEXT_PARTS = ("thinker_config", "text_config", "llm_config", "language_config", "language_model")
 _SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
+# What everybody looks up by its name, or item by item.
+_KINDS = {"model_type": str, "architectures": list, "layer_types": list, "layers_block_type": list}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,8 @@ def parse_config(whole: object, path: Path, *, trust_remote_code: bool = False) 
     if not isinstance(whole, dict):
         raise _misshapen(path, "a model's config", whole)
     whole = {key: _plain(value) for key, value in whole.items()}
-    *_, raw = _text_parts(whole)
+    *_, raw = parts = list(_text_parts(whole))
+    _require_kinds(parts, path)
     if raw.get("text_config") is not None:  # `_text_parts` follows a dict
         raise _misshapen(path, "the text model's settings as text_config", raw["text_config"])
     config = TargetConfig(
@@ -157,6 +161,13 @@ def parse_config(whole: object, path: Path, *, trust_remote_code: bool = False) 
     return dataclasses.replace(
         config, num_layers=num_layers, hidden_size=hidden_size, vocab_size=vocab_size
     )
+
+
+def _require_kinds(parts: Iterable[Mapping[str, Any]], path: Path) -> None:
+    for part, (name, kind) in itertools.product(parts, _KINDS.items()):
+        if not isinstance(part.get(name), kind | None):
+            expected = "a list" if kind is list else "text"
+            raise _misshapen(path, f"{expected} as {name}", part[name])
 
 
 def _misshapen(path: Path, expected: str, found: object) -> UserError:
@@ -190,15 +201,19 @@ def _text_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
             return
 
 
-def weights_hash(folder: Path) -> str:
-    """A hash that changes when the target does: names, sizes, headers and edges of each file.
+def weights_hash(folder: Path, paths: Iterable[Path] | None = None) -> str:
+    """A hash that changes when the model does: config.json, and each file's name, size, header and edges.
 
     Reading 140 GB for a fingerprint would take minutes on every start; a safetensors header holds
-    every name, shape and place, and the first and last MiB of the data stand for the rest.
+    every name, shape and place, and the first and last MiB of the data stand for the rest. The end of a
+    pickle holds the checksums of its parts.
+
+    Args:
+        paths: of the weights, if not every safetensors file of the folder.
     """
     require_file(folder / "config.json")
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")) if paths is None else paths:
         require_file(path)
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())

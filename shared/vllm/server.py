@@ -12,6 +12,7 @@ import collections
 import contextlib
 import http.client
 import json
+import logging
 import os
 import secrets
 import subprocess
@@ -45,6 +46,8 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+logger = logging.getLogger(__name__)
+
 
 def is_healthy(base_url: str) -> bool:
     """Whether a server answers /health."""
@@ -60,6 +63,7 @@ class ChildServer:
 
     def __init__(self, process: "subprocess.Popen[bytes]", port: int, api_key: str) -> None:
         self._process = process
+        self._started_s = time.monotonic()
         self.base_url = f"http://127.0.0.1:{port}"
         self.api_key = api_key
         self._lines: collections.deque[bytes] = collections.deque(maxlen=_KEPT_LINES)
@@ -113,6 +117,7 @@ class ChildServer:
                     facts={"timeout_s": timeout_s},
                 )
             time.sleep(_POLL_S)
+        logger.info("the server is ready after %.0f s", time.monotonic() - self._started_s)
 
 
 @contextlib.contextmanager
@@ -122,9 +127,13 @@ def start_server(
     """A server for the length of the block; its own processes are ended after it.
 
     Args:
-        options: vLLM's own names (`max-model-len`); None and false are left out, true is a flag.
+        options: vLLM's own names (`max-model-len`); None is left out.
         environment: on top of this process's.
     """
+    logger.info(
+        "starting the vLLM server for %s: usually about a minute; a large target takes longer",
+        options.get("model"),
+    )
     port, api_key = free_port(), secrets.token_urlsafe(32)
     inherited = {**_ENVIRONMENT, _CPU_CACHE: "1", **os.environ}
     if "kv-cache-memory-bytes" in options:  # the variable would overrule the option in silence
@@ -137,14 +146,14 @@ def start_server(
         "port": port,
         "disable-uvicorn-access-log": True,
         # Compiling for a CPU takes longer than most runs there.
-        "enforce-eager": is_cpu,
+        "enforce-eager": is_cpu or None,
     }
     if is_cpu and cpu.starts_in_one_process(map(options.get, _RANKS), variables):
         own["distributed-executor-backend"] = cpu.ONE_PROCESS_EXECUTOR
         # As vLLM does it: a core for the server itself. Small steps take half as long again without.
         variables.setdefault("OMP_NUM_THREADS", str(max(1, cpu.num_cpus() - 1)))
     process = subprocess.Popen(
-        [sys.executable, "-m", _MODULE, *_flags(own | dict(options))],
+        [sys.executable, "-m", _MODULE, *flags(own | dict(options))],
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -163,12 +172,21 @@ def _has_accelerator(environment: Mapping[str, str]) -> bool:
     return not is_hidden and any(path.exists() for path in _ACCELERATORS)
 
 
-def _flags(options: Mapping[str, Any]) -> list[str]:
-    flags = []
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """The words of a command line for options by vLLM's own names, as vLLM's parser takes them.
+
+    Worked example: {"enforce-eager": True, "async-scheduling": False, "seed": None, "device-ids": [0, 1]}
+    become `--enforce-eager --no-async-scheduling --device-ids 0 1`.
+    """
+    words: list[str] = []
     for name, value in options.items():
-        if value is True:
-            flags.append(f"--{name}")
-        elif value is not False and value is not None:
-            text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-            flags += [f"--{name}", text]
-    return flags
+        if value is True or value is False:
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            each = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(_word, each)]
+    return words
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)

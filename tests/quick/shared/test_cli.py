@@ -128,7 +128,7 @@ def test_flag_over_recipe_over_default(tmp_path: Path) -> None:
     built = configs.build(
         TrainConfig, {"recipe": str(recipe), "epochs": "7", "aux_layers": "2,4,5"}
     )
-    assert (built.epochs, built.learning_rate, built.ttt_steps) == (7, 1e-3, 4)
+    assert (built.epochs, built.learning_rate, built.ttt_steps) == (7, 1e-3, 3)
     assert (built.run.seed, built.run.aux_layers) == (3, (2, 4, 5))
 
 

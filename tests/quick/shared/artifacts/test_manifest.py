@@ -2,6 +2,7 @@
 """Artifacts: whole files, manifests, refusals, locks, row accounting."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -148,6 +149,15 @@ def test_overwrite_replaces(tmp_path: Path) -> None:
     with artifact.work():
         assert not (artifact.folder / "part.txt").exists()
         assert read_manifest(artifact.folder) is None
+
+
+def test_overwrite_keeps_the_old_where_the_new_cannot_be_recorded(tmp_path: Path) -> None:
+    old = finished(tmp_path)
+    config = synth_config(tmp_path, overwrite="true").model_copy(update={"temperature": math.inf})
+    with pytest.raises(ValueError, match="not JSON compliant"), Artifact(old.folder, config).work():
+        pass
+    assert read_manifest(old.folder)
+    assert (old.folder / "part.txt").read_text() == "rows"
 
 
 def test_overwrite_replaces_what_cannot_be_read(tmp_path: Path) -> None:

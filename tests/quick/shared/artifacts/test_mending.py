@@ -149,7 +149,7 @@ def test_a_link_on_a_read_only_folder_is_the_users(
 def test_a_full_disk_in_an_export_is_the_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    from tests.quick.train.export.test_export import make_head
+    from tests.quick.train.export.small_head import make_head
 
     def refuse(*_: Any, **__: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")

@@ -11,7 +11,7 @@ from pathlib import Path
 from shared.runtime.log import logged_to, start_logging
 
 start_logging("dump")
-with logged_to(Path(sys.argv[1])) as replay:
+with logged_to(Path(sys.argv[1]), is_quiet=sys.argv[2] == "is quiet") as replay:
     logging.getLogger("stages").info("begin\\na second line")
     logging.getLogger("vllm.platforms").warning("a library's record")
     # As vLLM's processes do: past Python's logging, with bars and half lines.
@@ -55,6 +55,12 @@ def test_the_terminal_gets_our_records_and_the_log_everything(tmp_path: Path) ->
     assert "\n    a second line\n" in shown
     kept = (tmp_path / "log").read_text()
     assert all(words in kept for words in ("dump begin", "dump the end", *NOISE))
+
+
+def test_of_a_quiet_process_the_terminal_gets_errors_only(tmp_path: Path) -> None:
+    shown = say(tmp_path / "log", "is quiet")
+    assert [line.partition("Z ")[2] for line in shown.splitlines()] == ["ERROR dump the end"]
+    assert "INFO dump begin\n    a second line\n" in (tmp_path / "log").read_text()
 
 
 def test_where_an_engine_failed_its_last_lines_are_shown_before_the_error(tmp_path: Path) -> None:

@@ -28,3 +28,19 @@ def test_the_time_left_is_told_after_the_first_wave(
     status.progress(done, total, "rows", in_flight=in_flight)
     progress = json.loads((tmp_path / "synth.json").read_text())["progress"]
     assert (progress["left_s"] is not None) == is_told
+
+
+def test_the_last_progress_is_told_whenever_it_comes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A training's last walk, a second after the line before; told once, though it is asked again."""
+    caplog.set_level("INFO")
+    status = Status(tmp_path / "train.json", period_s=3600.0)
+    status.started()
+    status.progress(970, 974, "steps", walked_al="2.692")
+    assert "progress" not in json.loads((tmp_path / "train.json").read_text())
+    for _ in range(3):
+        status.progress(974, 974, "steps", walked_al="2.726")
+    assert caplog.text.count("steps=974/974") == 1
+    progress = json.loads((tmp_path / "train.json").read_text())["progress"]
+    assert (progress["done"], progress["walked_al"]) == (974, "2.726")

@@ -103,6 +103,27 @@ def test_an_engine_of_one_rank_on_a_cpu_is_one_process(
     assert executor() is None
 
 
+def test_options_become_words_that_vllm_parses() -> None:
+    """`--enforce-eager true` it does not, nor a list as JSON."""
+    options = {
+        "enforce-eager": True,
+        "async-scheduling": False,
+        "seed": None,
+        "max-num-seqs": 8,
+        "cudagraph-capture-sizes": [1, 8],
+        "compilation-config": {"level": 3},
+        "lora-modules": [{"name": "a"}],
+    }
+    assert server.flags(options) == [
+        "--enforce-eager",
+        "--no-async-scheduling",
+        *("--max-num-seqs", "8"),
+        *("--cudagraph-capture-sizes", "1", "8"),
+        *("--compilation-config", '{"level": 3}'),
+        *("--lora-modules", '{"name": "a"}'),
+    ]
+
+
 def test_the_key_is_in_no_process_list(probed: Path) -> None:
     found = started(probed, {"enable-log-requests": True, "max-model-len": None})
     key = found["environment"]["VLLM_API_KEY"]
@@ -111,3 +132,14 @@ def test_the_key_is_in_no_process_list(probed: Path) -> None:
     assert found["flags"][found["flags"].index("--host") + 1] == "127.0.0.1"
     assert "--enable-log-requests" in found["flags"]
     assert "--max-model-len" not in found["flags"]
+
+
+def test_a_start_is_told_and_its_end_too(
+    probed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(server.ChildServer, "is_healthy", lambda _: True)
+    with server.start_server({"model": "models/small"}) as child:
+        assert "starting the vLLM server for models/small: usually about a minute" in caplog.text
+        child.wait_until_ready(stage="bench", timeout_s=60)
+    assert "the server is ready after 0 s" in caplog.text
