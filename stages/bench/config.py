@@ -7,7 +7,16 @@ from typing import Annotated, Any, ClassVar
 
 import pydantic
 
-from shared.config import SERVED_KEYS, CommandConfig, StageConfig, identity, operational
+from shared.config import (
+    SERVED_KEYS,
+    CommandConfig,
+    SecretValueError,
+    StageConfig,
+    identity,
+    is_plain_url,
+    operational,
+)
+from shared.contracts.dtypes import Dtype
 from shared.prompts.sources import Source
 
 Counts = tuple[Annotated[int, pydantic.Field(ge=1)], ...]
@@ -61,10 +70,9 @@ class BenchConfig(StageConfig):
         (0.0,), "Sampling temperature; one or a list; 0 is greedy.", min_length=1
     )
     max_tokens: Counts = identity((256,), "Longest answer in tokens; one or a list.", min_length=1)
-    dtype: str = identity(
+    dtype: Dtype = identity(
         "auto",
-        "dtype of the engine: bfloat16, float16, float32, or auto: the weights', or float32 on a CPU "
-        "that is faster in it.",
+        "dtype of the engine; auto: the weights', or float32 on a CPU that is faster in it.",
     )
     compare_baseline: bool = identity(
         True,
@@ -107,6 +115,16 @@ class BenchConfig(StageConfig):
     def _a_path_is_a_source(cls, value: object) -> object:
         return {"path": value} if isinstance(value, str) else value
 
+    @pydantic.field_validator("endpoint", "baseline_endpoint", mode="before")
+    @classmethod
+    def _address_holds_no_secret(cls, url: object, info: pydantic.ValidationInfo) -> object:
+        if url is not None and not (isinstance(url, str) and is_plain_url(url)):
+            raise SecretValueError(
+                "expected http://host:port without credentials, which would stand in logs and in the "
+                f"report; a key comes from $EYRIE_{str(info.field_name).upper()}_KEY"
+            )
+        return url
+
     @pydantic.field_validator(
         "num_speculative_tokens", "concurrency", "temperature", "max_tokens", mode="before"
     )
@@ -137,6 +155,11 @@ class BenchConfig(StageConfig):
         if self.min_gain_over_ngram is not None and not self.compare_ngram:
             raise ValueError("min_gain_over_ngram needs compare_ngram")
         return self
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """`engine_args` by the names of vLLM's flags."""
+        return {name.replace("_", "-"): value for name, value in self.engine_args.items()}
 
     @property
     def measured_through(self) -> str:

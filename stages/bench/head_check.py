@@ -16,7 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.contracts.head_folder import Head, draft_token_ids, misread, read_head, require_mask
+from shared.contracts.head_folder import (
+    DROPPED_WITHOUT_LOSS,
+    Head,
+    draft_token_ids,
+    misread,
+    read_head,
+    require_fc,
+    require_mask,
+)
 from shared.contracts.head_variant import read_variant
 from shared.errors import RetryableError, UserError
 from shared.io import files
@@ -25,7 +33,6 @@ from shared.runtime.process import die_with_parent, end_group, stop_if_requested
 from shared.target.model import TargetConfig
 from stages.bench.measure.plans import Plan
 
-_DROPPED_WITHOUT_LOSS = ("t2d", "rotary_emb.", "rotary_pos_emb.")
 # What to look at, by a part of the name that does not fit.
 _HINTS = {
     "input_norm": "norm_before_fc says whether there is an input_norm.",
@@ -52,7 +59,7 @@ def check(folder: Path, target: TargetConfig) -> list[str]:
     """
     head = read_head(folder)
     _check_target(head, target)
-    _check_names(head)
+    require_fc(head)
     require_mask(head)
     return [*_check_vocabulary(head, target), *_check_aux_layers(head, target), *_meant(head)]
 
@@ -98,20 +105,6 @@ def _check_target(head: Head, target: TargetConfig) -> None:
             "target_hidden_size is null, which vLLM multiplies",
             "Remove the key from config.json, or set it to the target's hidden size.",
         )
-
-
-def _check_names(head: Head) -> None:
-    """What every EAGLE-3 head has is there, and not under a longer name."""
-    if any(name.startswith("fc.") for name in head.shapes):
-        return
-    longer = [name for name in head.shapes if ".fc." in name]
-    first = sorted(head.shapes)[:3]
-    raise misread(
-        head,
-        f"it has no fc.weight, which combines the aux layers' states; found {longer or first}",
-        "Rename its tensors (without that prefix)." if longer else "Give an EAGLE-3 head.",
-        found=longer or first,
-    )
 
 
 def _check_vocabulary(head: Head, target: TargetConfig) -> list[str]:
@@ -268,7 +261,7 @@ def _check_options(plan: Plan, answer: dict[str, Any], depth: int) -> None:
 
 def _check_parameters(head: Head, answer: dict[str, Any]) -> None:
     dropped = [
-        name for name in answer["dropped"] if not any(p in name for p in _DROPPED_WITHOUT_LOSS)
+        name for name in answer["dropped"] if not any(p in name for p in DROPPED_WITHOUT_LOSS)
     ]
     unwritten = answer["unwritten"]
     if answer["is_quantised"]:  # scales that the file leaves out have a neutral value

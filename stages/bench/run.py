@@ -19,13 +19,14 @@ from shared.artifacts.artifact import Artifact
 from shared.artifacts.checksums import require_unchanged
 from shared.artifacts.manifest import require_parent
 from shared.contracts.bench_report import read_report
+from shared.contracts.head_folder import weight_files
 from shared.conversations.switches import require_switches
 from shared.errors import UserError
 from shared.io import files
 from shared.paths import require_input
 from shared.prompts import sources
 from shared.prompts.sources import Source
-from shared.runtime.status import Accounting, Status
+from shared.runtime.status import Accounting
 from shared.target import model as target
 from shared.target.templates import require_chat_template, template_inputs
 from shared.target.tokenizer import tokenizer_hash
@@ -33,6 +34,7 @@ from stages.bench import head_check
 from stages.bench.config import BenchConfig, CompareConfig
 from stages.bench.measure import plans
 from stages.bench.measure.loads import Conversation
+from stages.bench.measure.progress import Progress
 from stages.bench.report import gates, limits, lineage, report
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -68,6 +70,13 @@ class Subject:
             {"head_fingerprint": train["fingerprint"], "training": train["facts"]} if train else {}
         )
         return {**known, **self.inputs}
+
+    def serving(self, config: BenchConfig) -> dict[str, Any]:
+        """What a server must be told of the target; nothing of one that runs already."""
+        # Here, not above: a benchmark that is done already must not wait for torch.
+        from stages.bench.measure.server import target_options
+
+        return {} if self.target is None else target_options(config, self.target)
 
 
 def run(config: BenchConfig) -> None:
@@ -106,6 +115,7 @@ def run(config: BenchConfig) -> None:
             measured=subject.measured(),
             warnings=subject.warnings,
             drafting=subject.drafting,
+            serving=subject.serving(config),
         )
         result["seconds"] = round(measured_s, 1)
         if subject.parents:  # a head from elsewhere was not made by this run
@@ -129,7 +139,6 @@ def find_subject(config: BenchConfig) -> Subject:
         UserError: missing, of another target, or certain to be misread by vLLM.
     """
     if config.endpoint:
-        plans.check_urls(config)
         return Subject(inputs={"endpoint": config.endpoint})
     subject = Subject()
     if config.head is None:
@@ -140,7 +149,7 @@ def find_subject(config: BenchConfig) -> Subject:
         subject.head = target.locate(
             config.head, config.workspace, revision=config.head_revision, label="bench.head"
         )
-        subject.inputs["head"] = target.weights_hash(subject.head)
+        subject.inputs["head"] = target.weights_hash(subject.head, weight_files(subject.head))
     lineage.require_same_template(subject.head, config)
     folder = target.locate(config.run.target, config.workspace, revision=config.run.target_revision)
     require_chat_template(folder, config.run.chat_template, config.workspace)
@@ -192,10 +201,10 @@ def _measure(
     drafters = plans.drafters_of(config, subject.head, subject.drafting)
     if subject.head is not None:
         head_check.check_numbers(subject.head)
-    status = Status(config.paths.status("bench"), period_s=0.0)
+    progress = Progress(config.paths.status("bench"), plan, len(drafters))
     results: dict[str, dict[str, Any]] = {}
-    for number, (name, speculative) in enumerate(drafters.items()):
-        status.progress(number, len(drafters), "engines", measuring=name, loads=len(plan.loads))
+    for name, speculative in drafters.items():
+        progress.begins(name)
         heads = {key: raw for key, raw in results.items() if key.startswith("head")}
         others = heads if name == "baseline" else {}
         check = None
@@ -204,7 +213,13 @@ def _measure(
                 head_check.check_in_vllm, plan, subject.head, speculative or {}, folder / "raw"
             )
         results[name] = measurement.measure(
-            plan, name, speculative, folder, others=others, while_starting=check
+            plan,
+            name,
+            speculative,
+            folder,
+            others=others,
+            on_answered=progress.answered,
+            while_starting=check,
         )
     return results
 

@@ -43,6 +43,7 @@ def throughput(measured: Mapping[str, Any]) -> Entry:
     spent_s = sum(request["latency_s"] for request in requests)
     return {
         "requests": len(requests),
+        "cut": sum(request["finish_reason"] == "length" for request in requests),
         "output_tokens": tokens,
         "wall_s": wall_s,
         "tokens_per_s": tokens / wall_s,

@@ -177,18 +177,6 @@ def decode_steps(counters: Counters, *, output_tokens: int) -> int:
     return counters.num_drafts + max(0, output_tokens - 1 - drafted)
 
 
-def needed_model_len(prompt_tokens: int, *, max_tokens: int, num_speculative_tokens: int) -> int:
-    """The max_model_len below which vLLM no longer drafts in earnest towards an answer's end.
-
-        prompt + max_tokens + 3 K
-
-    The drafter runs while `tokens + K drafts + K <= max_model_len`, otherwise the step's draft is K
-    times token 0 and is counted all the same. Asynchronous scheduling assumes that the drafts in
-    flight, K more, are accepted.
-    """
-    return prompt_tokens + max_tokens + 3 * num_speculative_tokens
-
-
 def first_divergence(left: Sequence[int], right: Sequence[int]) -> int | None:
     """The first index at which two token lists differ; None where they are equal.
 

@@ -6,17 +6,17 @@ position, and whether it is a tie. After a first divergence the two texts are di
 nothing is compared beyond it, nor a later turn whose prompt already differs.
 
 A verification scores K+1 tokens of a row in one pass where plain decoding scores one, and bf16
-rounds differently in another batch shape. So a divergence is a *tie* where the two tokens are the
-target's top two in that very context and their gap is no larger than the noise that batch shapes
-alone make. The plain engine measures both. Every divergent context is scored once, alone. The noise is
-measured on all of them and some others, in four shapes: as a prompt's end and as the end of a
-short decode, each alone and together with the others (256 at a time). It is the largest change of a context's
-top-two gap between the shapes. A wrong token is nearly never among the top two, so it is caught
-however large the noise is.
+rounds differently in another batch shape. So a divergence is a *tie* where the gap of the two tokens in
+that very context is no larger than the noise that batch shapes alone make, and where they are the target's
+top two, or neither is further behind its best than the noise: logits of 16 and more are multiples of 1/8 in
+bf16, so three tokens may well share the top. The plain engine measures gaps and noise. Every divergent
+context is scored once, alone. The noise is measured on all of them and some others, in four shapes: as a
+prompt's end and as the end of a short decode, each alone and together with the others (256 at a time). It is
+the largest change of a context's top-two gap between the shapes. A wrong token is nearly never among the
+top two, nor within a logit of the best, so it is caught however large the noise is.
 
 Worked example: baseline [5, 6, 7], head [5, 9, 7]: position 1, context = prompt + [5]. Logprobs
-there: 6 at -0.70, 9 at -0.72; gap 0.02. Noise 0.05: a tie. With noise 0.01, or with 9 not among the
-top two: wrong.
+there: 6 at -0.70, 9 at -0.72; gap 0.02. Noise 0.05: a tie, also if 8 is at -0.69. With noise 0.01: wrong.
 """
 
 import math
@@ -32,6 +32,7 @@ MAX_IN_FLIGHT = 256  # requests together, at most; the noise is measured on ever
 MORE_CONTEXTS = 16  # undisturbed answers scored too, so that few divergences give a fair noise
 MIN_TOGETHER = 8  # few contexts are repeated, so that together is another batch than alone
 TOP = 5  # logprobs requested
+MAX_BEHIND = 1.0  # logits; further behind no rounding puts a third token
 
 Logprobs = Mapping[int, float]  # token id -> logprob, the TOP best
 
@@ -208,8 +209,10 @@ def _top_two(best: Logprobs) -> tuple[int, int]:
 
 
 def _verdict(divergence: Divergence, best: Logprobs, noise: float) -> Divergence:
-    pair = (divergence.baseline_token, divergence.head_token)
-    among = pair[0] in best and pair[1] in best
-    gap = abs(best[pair[0]] - best[pair[1]]) if among else None  # type: ignore[index]
-    tie = gap is not None and gap <= noise and set(pair) == set(_top_two(best))
-    return replace(divergence, gap=gap, verdict="tie" if tie else "wrong")
+    pair = {divergence.baseline_token, divergence.head_token}
+    found = [logprob for token, logprob in best.items() if token in pair]
+    if len(found) < len(pair):
+        return replace(divergence, gap=None, verdict="wrong")
+    gap, behind = max(found) - min(found), max(best.values()) - min(found)
+    is_near = pair == set(_top_two(best)) or behind <= min(noise, MAX_BEHIND)
+    return replace(divergence, gap=gap, verdict="tie" if gap <= noise and is_near else "wrong")

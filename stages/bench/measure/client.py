@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -142,13 +142,26 @@ class Server:
         return reading
 
     def play(
-        self, conversations: Sequence[Conversation], load: Load, *, max_tokens: int
+        self,
+        conversations: Sequence[Conversation],
+        load: Load,
+        *,
+        max_tokens: int,
+        on_answered: Callable[[], None] = lambda: None,
     ) -> list[Row]:
-        """Every conversation, `load.concurrency` at a time; rows in the conversations' order."""
-        return asyncio.run(self._play(conversations, load, max_tokens))
+        """Every conversation, `load.concurrency` at a time; rows in the conversations' order.
+
+        Args:
+            on_answered: called after each conversation.
+        """
+        return asyncio.run(self._play(conversations, load, max_tokens, on_answered))
 
     async def _play(
-        self, conversations: Sequence[Conversation], load: Load, max_tokens: int
+        self,
+        conversations: Sequence[Conversation],
+        load: Load,
+        max_tokens: int,
+        on_answered: Callable[[], None],
     ) -> list[Row]:
         rows: list[list[Row]] = [[] for _ in conversations]
         waiting = iter(range(len(conversations)))
@@ -156,6 +169,7 @@ class Server:
         async def worker(session: aiohttp.ClientSession) -> None:
             for index in waiting:
                 await self._converse(session, conversations[index], load, max_tokens, rows[index])
+                on_answered()
 
         async with self._session() as session:
             workers = [asyncio.create_task(worker(session)) for _ in range(load.concurrency)]

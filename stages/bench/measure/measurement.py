@@ -23,7 +23,7 @@ from shared.io import files
 from shared.runtime.process import stop_if_requested
 from shared.vllm.http import Address
 from stages.bench.lossless import judge as lossless
-from stages.bench.measure import plans
+from stages.bench.measure import machine, plans
 from stages.bench.measure.client import Server
 from stages.bench.measure.loads import Conversation, Load
 from stages.bench.measure.plans import Plan, Speculative
@@ -53,6 +53,7 @@ class _Measurement:
     plan: Plan
     depth: int
     folder: Path
+    on_answered: Callable[[], None]
 
     def warm_up(self, load: Load) -> bool:
         """Whether the server counts drafts by request."""
@@ -91,7 +92,9 @@ class _Measurement:
         before = self.server.read_idle()
         files.write_text(self.folder / "raw" / f"{label}.before.prom", before.text)
         started_s = time.perf_counter()
-        rows = self.server.play(conversations, load, max_tokens=load.max_tokens)
+        rows = self.server.play(
+            conversations, load, max_tokens=load.max_tokens, on_answered=self.on_answered
+        )
         wall_s = time.perf_counter() - started_s
         after = self.server.read_idle(answered=before.answered + len(rows))
         files.write_text(self.folder / "raw" / f"{label}.after.prom", after.text)
@@ -113,18 +116,22 @@ def measure(
     folder: Path,
     *,
     others: Mapping[str, Raw],
+    on_answered: Callable[[], None] = lambda: None,
     while_starting: Callable[[], None] | None = None,
 ) -> Raw:
     """The raw measurement of one engine, also written to `folder`.
 
     Args:
         others: the drafting engines' raw measurements where this is the baseline.
+        on_answered: called after each conversation that is measured.
         while_starting: a check that runs beside the start of a server of our own.
 
     Raises:
         UserError: the server refuses the plan, or is not what the recipe says.
         RetryableError: it does not answer, died, or is used by somebody else.
     """
+    # Before this engine's own start, so that whatever works is somebody else's; an endpoint is elsewhere.
+    busy_share = None if plan.config.endpoint else machine.busy_share()
     started_s = time.perf_counter()
     depth = plans.depth_of(speculative)
     with _address(plan, name, speculative, while_starting) as address:
@@ -136,7 +143,7 @@ def measure(
         )
         version = server.connect()
         start_s = time.perf_counter() - started_s
-        measurement = _Measurement(server, name, plan, depth, folder)
+        measurement = _Measurement(server, name, plan, depth, folder, on_answered)
         measurement.check_drafts()
         measured = []
         by_request = all(_is_by_request(other) for other in others.values())
@@ -145,7 +152,8 @@ def measure(
             if speculative:
                 by_request = counts
             measured.append(measurement.measure(index, load, one_loop=by_request))
-        raw: Raw = {"vllm_version": version, "start_s": start_s, "loads": measured}
+        raw: Raw = {"vllm_version": version, "start_s": start_s, "busy_share": busy_share}
+        raw["loads"] = measured
         if others:
             raw["lossless"] = lossless.judged(raw, others, server.score)
     files.write_json(folder / "raw" / f"{name}.json", raw)

@@ -11,23 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.config import is_plain_url
 from shared.conversations.template import ChatTemplate
 from shared.errors import UserError
 from shared.prompts.rows import Prompt
 from shared.target import model as target
 from shared.target.tokenizer import load_chat_tokenizer
+from shared.vllm.measured_rows import TURN_SLACK_TOKENS, WARMUP_TEXTS, needed_model_len
 from stages.bench.config import BenchConfig
-from stages.bench.figures.metrics import needed_model_len
 from stages.bench.measure.loads import Conversation, Load, Message, loads_of
 
-# Never measured: they only make the engine allocate and compile what it will need.
-WARMUP_TEXTS = ("Hello there.", "What is the capital of a country?", "Tell me something short.")
 WARMUP_TOKENS = 16  # enough for several drafts and verifications, and for a CUDA graph's first use
 UNCATEGORISED = "uncategorised"
 _MIN_BATCH = 8  # so that the logit noise between batch sizes can be measured at concurrency 1
 _HISTORY_ROOM = 4
-_TURN_SLACK_TOKENS = 16  # a template's words around an answer that becomes history
 
 Speculative = dict[str, Any] | None  # vLLM's speculative_config; None is the plain target
 
@@ -134,30 +130,12 @@ def _longest_row(
     for conversation in [*conversations, *warmup()]:
         asked = [message for step in conversation.steps for message in step]
         tokens = len(template.prompt_ids(asked, conversation.tools))
-        history = (len(conversation.steps) - 1) * (answer + _TURN_SLACK_TOKENS)
+        history = (len(conversation.steps) - 1) * (answer + TURN_SLACK_TOKENS)
         if limit is not None:
             check_room(conversation.id, tokens + history, answer, depth, limit)
         own = needed_model_len(tokens, max_tokens=answer, num_speculative_tokens=depth)
         longest = max(longest, own + _HISTORY_ROOM * history)
     return longest if limit is None else min(longest, limit)
-
-
-def check_urls(config: BenchConfig) -> None:
-    """Refuse an address that the client cannot use or that must not be written down.
-
-    Raises:
-        UserError: it has no scheme, or carries credentials; they are not repeated.
-    """
-    for name in ("endpoint", "baseline_endpoint"):
-        url = getattr(config, name)
-        if url is not None and not is_plain_url(url):
-            raise UserError(
-                f"bench.{name}: expected http://host:port without credentials, which would stand in "
-                "the report.",
-                code="endpoint-address",
-                remedy=f"Give the address alone, and the key in $EYRIE_{name.upper()}_KEY.",
-                facts={"setting": f"bench.{name}"},
-            )
 
 
 def _check_batch(config: BenchConfig) -> None:
@@ -166,8 +144,7 @@ def _check_batch(config: BenchConfig) -> None:
     Raises:
         UserError: with both numbers.
     """
-    names = {name.replace("-", "_"): value for name, value in config.engine_args.items()}
-    limit, wanted = names.get("max_num_seqs"), max(config.concurrency)
+    limit, wanted = config.engine_options.get("max-num-seqs"), max(config.concurrency)
     if isinstance(limit, int) and limit < wanted:
         raise UserError(
             f"bench.engine_args: max_num_seqs {limit} holds fewer requests than bench.concurrency "

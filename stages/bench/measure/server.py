@@ -3,6 +3,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from shared.errors import RetryableError
@@ -17,33 +18,37 @@ from stages.bench.measure.plans import Plan, Speculative
 _MIN_TOKEN_BUDGET = 8192  # tokens per step; vLLM warns below it when it drafts
 
 
+def target_options(config: BenchConfig, target: Path) -> dict[str, Any]:
+    """What a server must be told of the target, to measure it and to serve it afterwards."""
+    template = (config.paths.root / "chat_template.jinja").absolute()
+    return {
+        "trust-remote-code": config.run.trust_remote_code or None,
+        "dtype": compute_dtype(config.dtype, read_config(target)),
+        "chat-template": template_file(target, config.run, config.workspace, template),
+    }
+
+
 def options(plan: Plan, speculative: Speculative) -> dict[str, Any]:
     """The server's options: equal for all drafters except for the drafting itself."""
     config, target = plan.config, plan.target
     if target is None:
         raise ValueError("existing servers are measured: none is to be started")
-    template = config.paths.root / "chat_template.jinja"
     values: dict[str, Any] = {
         "model": target,
-        "trust-remote-code": config.run.trust_remote_code,
-        "dtype": compute_dtype(config.dtype, read_config(target)),
+        **target_options(config, target),
         "tensor-parallel-size": config.tensor_parallel_size,
         "max-model-len": plan.max_model_len,
         "max-num-seqs": plan.max_num_seqs,
         "max-num-batched-tokens": max(plan.max_model_len, _MIN_TOKEN_BUDGET),
-        "no-enable-chunked-prefill": True,
+        "enable-chunked-prefill": False,
         # A cached prefix would be computed once and then served free of charge to the next drafter.
-        "no-enable-prefix-caching": True,
+        "enable-prefix-caching": False,
         "seed": config.run.seed,
-        "chat-template": template_file(target, config.run, config.workspace, template),
     }
     if speculative:
         values["speculative-config"] = speculative
         values["per-request-spec-decode-metrics"] = "summary"
-    for name, value in config.engine_args.items():
-        flag = name.replace("_", "-")
-        values |= {f"no-{flag}": True} if value is False else {flag: value}
-    return values
+    return values | config.engine_options
 
 
 @contextlib.contextmanager

@@ -81,13 +81,17 @@ def render(report: Report) -> str:
     figures = [
         (plots.by_position(drafters), "How often a draft is still right at each position."),
         (plots.by_category(head), "On which prompts drafting pays; whiskers: 95 % interval."),
-        (
-            plots.over_concurrency({**row, "line": _line(row)} for row in load),
-            "The larger the batch, the less idle compute a draft can use.",
-        ),
     ]
-    if "baseline" in report:
-        heads = [row for row in load if row["drafter"] == "head"]
+    # A figure over one value is a point, and the tables have it.
+    if _varies(load, "concurrency"):
+        figures.append(
+            (
+                plots.over_concurrency({**row, "line": _line(row)} for row in load),
+                "The larger the batch, the less idle compute a draft can use.",
+            )
+        )
+    heads = [row for row in load if row["drafter"] == "head"]
+    if "baseline" in report and _varies(heads, "num_speculative_tokens"):
         figures.append(
             (
                 plots.over_depth(heads),
@@ -104,15 +108,19 @@ def render(report: Report) -> str:
     )
 
 
+def _varies(rows: Iterable[Report], axis: str) -> bool:
+    return len({row[axis] for row in rows}) > 1
+
+
 def _of_training(lineage: Report) -> list[tuple[str, str]]:
     """The curves of the training, where the run has them."""
     drawn = []
-    if lineage.get("loss"):
+    if len(lineage.get("loss") or ()) > 1:
         svg = plots.over_steps(lineage["loss"], "Training loss", "soft cross-entropy (nats)")
         drawn.append(
             (svg, "Weighted over the TTT steps; it keeps falling after acceptance peaked.")
         )
-    if lineage.get("walks"):
+    if len(lineage.get("walks") or ()) > 1:
         title, unit = "Walked acceptance length", "acceptance length (tokens per drafted step)"
         svg = plots.over_steps(lineage["walks"], title, unit)
         drawn.append((svg, "On held-out answers while training; this head is the best checkpoint."))

@@ -15,25 +15,22 @@
 Figures as in `figures`; an interval is [low, high] at 95 %, or null where it cannot be computed.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from shared.artifacts import provenance
 from shared.contracts.bench_report import SCHEMA_VERSION
 from shared.paths import find_input
+from shared.vllm.server import flags
 from stages.bench.config import BenchConfig
 from stages.bench.figures import figures
 from stages.bench.measure.plans import engine_name
+from stages.bench.report.cautions import busy, cautions, lossy
 
 Raw = Mapping[str, Any]
 
-# vLLM's methods that keep the target's distribution. Of others (`synthetic` in vLLM 0.32) the report warns.
-EXACT_VERIFIERS = ("standard", "block")
-_MAX_QUEUED_SHARE = 0.1  # of the requests' time
 _ACCEPTANCE = ("acceptance_length", "acceptance_length_interval", "acceptance_rate")
 Report = dict[str, Any]
 
@@ -45,6 +42,7 @@ def build(
     measured: Mapping[str, Any],
     warnings: Sequence[str] = (),
     drafting: Mapping[str, Any] | None = None,
+    serving: Mapping[str, Any] | None = None,
 ) -> Report:
     """The whole report but for its gates.
 
@@ -52,6 +50,7 @@ def build(
         results: the raw measurement under each engine's name.
         measured: what was measured, by fingerprint and hash.
         drafting: what vLLM must be told of the head beside its folder.
+        serving: what a server must be told of the target beside its name.
 
     Raises:
         OutputError: vLLM's counters contradict each other.
@@ -75,10 +74,11 @@ def build(
         **first,
         "sweep": sweep,
         "best": [
-            {**best, "serve": serve_line(config, best, drafting or {})} for best in _best(sweep)
+            {**best, "serve": serve_line(config, best, drafting or {}, serving or {})}
+            for best in _best(sweep)
         ],
         "lossless": plain.get("lossless"),
-        "warnings": [*warnings, *_lossy(config), *_cautions(first, sweep)],
+        "warnings": [*warnings, *lossy(config), *busy(results), *cautions(first, sweep)],
         "measured": dict(measured),
         "provenance": provenance.collect(argv=sys.argv),
     }
@@ -136,7 +136,9 @@ def _best(sweep: Sequence[Report]) -> list[Report]:
     return [{key: row[key] for key in kept} for row in loads.values()]
 
 
-def serve_line(config: BenchConfig, best: Report, own: Mapping[str, Any]) -> str | None:
+def serve_line(
+    config: BenchConfig, best: Report, own: Mapping[str, Any], serving: Mapping[str, Any]
+) -> str | None:
     """The command that serves the target at a load: with the head and this K, or alone where that is faster.
 
     It holds in every folder: local files by their whole paths. None for an endpoint, which is served
@@ -144,73 +146,35 @@ def serve_line(config: BenchConfig, best: Report, own: Mapping[str, Any]) -> str
     """
     if config.endpoint:
         return None
-    words = ["vllm", "serve", _whole_path(config, config.run.target)]
+    name, revision = _source(config, config.run.target, config.run.target_revision)
+    options: dict[str, Any] = {"revision": revision}
     if best["speedup"] is None or best["speedup"] >= 1:
-        drafting = {
-            "method": "eagle3",
-            "model": _whole_path(config, config.head or config.paths.export),
-        }
-        drafting["num_speculative_tokens"] = best["num_speculative_tokens"]
-        settings = {**drafting, **own, **config.speculative_args}
-        words += ["--speculative-config", json.dumps(settings)]
-    if switches := config.run.template_kwargs:
-        words += ["--default-chat-template-kwargs", json.dumps(switches)]
-    if config.run.chat_template:
-        words += ["--chat-template", _whole_path(config, config.run.chat_template)]
-    if config.tensor_parallel_size > 1:
-        words += ["--tensor-parallel-size", str(config.tensor_parallel_size)]
-    for name, value in config.engine_args.items():
-        flag = name.replace("_", "-")
-        shown = value if isinstance(value, str) else json.dumps(value)
-        words += [f"--no-{flag}"] if value is False else [f"--{flag}", shown]
-    return shlex.join(words)
+        options["speculative-config"] = _drafting(config, best, own)
+    options |= {
+        "default-chat-template-kwargs": config.run.template_kwargs or None,
+        **serving,
+        "tensor-parallel-size": config.tensor_parallel_size,
+        **config.engine_options,
+    }
+    defaults = {"dtype": "auto", "tensor-parallel-size": 1}
+    options = {key: each for key, each in options.items() if each != defaults.get(key)}
+    return shlex.join(["vllm", "serve", name, *flags(options)])
 
 
-def _whole_path(config: BenchConfig, name: str | Path) -> str:
-    """The whole path of a file in the workspace or here; a hub id as it is."""
-    return str(find_input(str(name), config.workspace) or name)
+def _drafting(config: BenchConfig, best: Report, own: Mapping[str, Any]) -> dict[str, Any]:
+    """`speculative_config` with the head and the K of a load."""
+    name, revision = _source(config, str(config.head or config.paths.export), config.head_revision)
+    return {
+        "method": "eagle3",
+        "model": name,
+        **({"revision": revision} if revision else {}),
+        "num_speculative_tokens": best["num_speculative_tokens"],
+        **own,
+        **config.speculative_args,
+    }
 
 
-def _lossy(config: BenchConfig) -> list[str]:
-    """What a verifier that is not exact means for the figures."""
-    method = config.speculative_args.get("rejection_sample_method", EXACT_VERIFIERS[0])
-    if method in EXACT_VERIFIERS:
-        return []
-    return [
-        f"The verifier is lossy: rejection_sample_method {method!r} accepts tokens that the target alone "
-        "would not give. The acceptance length and the speed-up are not those of equal answers."
-    ]
-
-
-def _cautions(first: Mapping[str, Report], sweep: Sequence[Report]) -> list[str]:
-    """What an operator must not overlook in the figures themselves."""
-    head = first["head"]
-    found = []
-    if head.get("speedup") is not None and head["speedup"] < 1:
-        found.append(
-            f"Drafting costs more than it saves here (speed-up {head['speedup']:.2f}){_cost(head)}: on a "
-            "small target or a busy machine a draft takes as long as the steps that it saves."
-        )
-    if head["acceptance"]["acceptance_length_interval"] is None:
-        found.append(
-            "No interval for the acceptance length: too few prompts, or no counts by request."
-        )
-    for row in sweep:
-        if row["queued_share"] > _MAX_QUEUED_SHARE:
-            found.append(
-                f"{row['drafter']} at concurrency {row['concurrency']}: requests spent "
-                f"{row['queued_share']:.0%} of their time in the server's queue, so the load in the "
-                "batch was lower. The server's max_num_seqs or KV cache is too small for it."
-            )
-    if "baseline" not in first:
-        found.append("No baseline was measured: there is no speed-up, and nothing was compared.")
-    return found
-
-
-def _cost(head: Report) -> str:
-    """What a step with its draft costs: tokens per step / speed-up plain steps."""
-    steps = head.get("tokens_per_step")
-    if steps is None:
-        return ""
-    cost = steps / head["speedup"]
-    return f"; a step with its draft takes as long as {cost:.1f} plain ones, and gives {steps:.1f} tokens"
+def _source(config: BenchConfig, name: str, revision: str | None) -> tuple[str, str | None]:
+    """The whole path of what lies in the workspace or here; a hub id as it is, with its revision."""
+    found = find_input(name, config.workspace)
+    return (name, revision) if found is None else (str(found), None)

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from shared.config import build
 from shared.errors import UserError
+from shared.target.model import weights_hash
 from stages.bench.config import BenchConfig
 from stages.bench.measure import measurement
 from stages.bench.report import html
-from stages.bench.run import run
+from stages.bench.run import find_subject, run
 from tests.heads import write_random_head
 from tests.measurements import baseline_requests, engine, head_requests, lossless, under_load
 from tests.models import tiny_llama
@@ -125,3 +126,20 @@ def test_another_chat_template_makes_other_prompts(workspace: Path) -> None:
     path = workspace / "tiny" / "chat_template.jinja"
     path.write_text("Be brief. " + path.read_text())
     refused(held_against(workspace), "input.tokenizer")
+
+
+def test_a_head_in_pickles_is_told_from_another(workspace: Path) -> None:
+    def digest() -> str:
+        return find_subject(config(workspace)).inputs["head"]
+
+    head = workspace / "head"
+    assert digest() == weights_hash(head)  # benches that are done keep their identity
+    weights = load_file(head / "model.safetensors")
+    (head / "model.safetensors").unlink()
+    torch.save(weights, head / "pytorch_model.bin")
+    (head / "training_args.bin").write_bytes(b"no weights")
+    before = digest()
+    assert before == digest()
+    weights["fc.weight"][0, 0] += 1
+    torch.save(weights, head / "pytorch_model.bin")
+    assert digest() != before

@@ -14,7 +14,6 @@ from stages.bench.figures.metrics import (
     decode_steps,
     delta,
     first_divergence,
-    needed_model_len,
     total,
 )
 
@@ -124,12 +123,6 @@ def test_decode_steps() -> None:
     assert decode_steps(TEN, output_tokens=28) == 10
     # N-gram: 2 drafts with 3 hits yield 5 tokens, the other 14 of 20 - 1 took a step each.
     assert decode_steps(Counters(2, 6, 3, (2, 1, 0)), output_tokens=20) == 16
-
-
-def test_needed_model_len() -> None:
-    # 33 prompt tokens, 31 new ones, 3 x 3 for drafts and what asynchronous scheduling assumes.
-    assert needed_model_len(33, max_tokens=31, num_speculative_tokens=3) == 73
-    assert needed_model_len(33, max_tokens=31, num_speculative_tokens=0) == 64
 
 
 @pytest.mark.parametrize(

@@ -19,16 +19,22 @@ def row(name: str, token_ids: list[int], **more: Any) -> dict[str, Any]:
 
 
 class Target:
-    """Always answers 6 before 9 by `gap`; a decode in company shifts the gap by `noise`."""
+    """Always answers 6 before 9 by `gap`; a decode in company shifts the gap by `noise`.
 
-    def __init__(self, *, gap: float = 0.02, noise: float = 0.05) -> None:
-        self.gap, self.noise = gap, noise
+    Where `ahead` is given, 8 is before both by as much, and the shift is its own too.
+    """
+
+    def __init__(
+        self, *, gap: float = 0.02, noise: float = 0.05, ahead: float | None = None
+    ) -> None:
+        self.gap, self.noise, self.ahead = gap, noise, ahead
         self.asked: list[tuple[int, int]] = []
 
     def __call__(self, probes: list[Probe], concurrency: int) -> list[Scored]:
         self.asked.append((len(probes), concurrency))
         shift = self.noise if concurrency > 1 else 0.0
-        best = {6: -0.70, 9: -0.70 - self.gap - shift, 7: -3.0, 1: -4.0, 2: -5.0}
+        best = {6: -0.70, 9: -0.70 - self.gap - shift, 7: -3.0, 1: -4.0}
+        best |= {2: -5.0} if self.ahead is None else {8: -0.70 + self.ahead + shift}
         return [
             Scored([BASELINE[0]] * probe.num_tokens, [best] * probe.num_tokens) for probe in probes
         ]
@@ -46,6 +52,12 @@ def verdict(head: list[int], **target: float) -> tuple[str, float | None]:
 def test_the_docstring_example() -> None:
     assert verdict(HEAD, gap=0.02, noise=0.05) == ("tie", pytest.approx(0.02))
     assert verdict(HEAD, gap=0.02, noise=0.01)[0] == "wrong"
+
+
+def test_three_tokens_may_share_the_top() -> None:
+    assert verdict(HEAD, gap=0.02, noise=0.05, ahead=0.01) == ("tie", pytest.approx(0.02))
+    assert verdict(HEAD, gap=0.0, noise=0.05, ahead=0.06)[0] == "wrong"
+    assert verdict(HEAD, gap=0.0, noise=50.0, ahead=1.01)[0] == "wrong"
 
 
 def test_a_token_that_is_not_among_the_top_two_is_wrong_however_noisy() -> None:

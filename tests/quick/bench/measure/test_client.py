@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The client against servers that are busy, or no vLLM: real HTTP, canned texts."""
 
+import functools
 import http.server
 import json
 import threading
@@ -142,7 +143,10 @@ def test_a_long_answer_is_read_whole_and_the_template_gets_its_switches(serve) -
     lines = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in (first, end))
     server = serve(completions=[f"{lines}data: [DONE]\n\n"])
     server._template_kwargs = {"enable_thinking": False}
-    (row,) = server.play([ASKED], Load(1, 0.5, 8), max_tokens=8)
+    answered: list[bool] = []
+    told = functools.partial(answered.append, True)
+    (row,) = server.play([ASKED], Load(1, 0.5, 8), max_tokens=8, on_answered=told)
+    assert answered == [True]
     assert row["token_ids"] == [7, 8]
     assert len(row["prompt_token_ids"]) == 100_000
     (body,) = server.canned.bodies

@@ -12,6 +12,7 @@ from shared.conversations.template import ChatTemplate
 from shared.errors import UserError
 from shared.prompts.rows import Prompt, parse_row
 from shared.prompts.sources import Source, read_source
+from shared.vllm.server import flags
 from stages.bench.config import BenchConfig
 from stages.bench.measure import plans
 from stages.bench.measure.loads import Load, loads_of
@@ -162,12 +163,13 @@ def test_a_load_above_the_engines_batch_is_refused(workspace: Path) -> None:
 def test_a_switched_off_option_is_switched_off(workspace: Path) -> None:
     from stages.bench.measure.server import options
 
-    own = "{async_scheduling: false, seed: 7}"
+    own = "{async_scheduling: false, seed: 7, enable_prefix_caching: true}"
     made = plan(workspace, [{"prompt": "Why?"}], engine_args=own, max_tokens="16")
-    flags = options(made, None)
-    assert flags["no-async-scheduling"] is True
-    assert "async-scheduling" not in flags
-    assert flags["seed"] == 7
+    words = flags(options(made, None))
+    assert "--no-async-scheduling" in words and "--async-scheduling" not in words
+    assert "--enable-prefix-caching" in words and "--no-enable-prefix-caching" not in words
+    assert "--no-enable-chunked-prefill" in words
+    assert words[words.index("--seed") + 1] == "7"
 
 
 def test_the_runs_chat_template_is_the_servers(workspace: Path) -> None:
@@ -181,6 +183,21 @@ def test_the_runs_chat_template_is_the_servers(workspace: Path) -> None:
     own.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     made = plan(workspace, [{"prompt": "Why?"}], max_tokens="16", chat_template="own.jinja")
     assert options(made, None)["chat-template"] == own
+
+
+def test_a_named_chat_template_is_written_and_its_path_is_whole(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the command to serve the head has it, which is typed in another folder."""
+    from stages.bench.measure.server import options
+
+    monkeypatch.chdir(workspace)
+    named = workspace / "tiny" / "additional_chat_templates" / "tool_use.jinja"
+    named.parent.mkdir()
+    named.write_text("named")
+    made = plan(Path(), [{"prompt": "Why?"}], max_tokens="16", chat_template="tool_use")
+    template = options(made, None)["chat-template"]
+    assert template.is_absolute() and template.read_text() == "named"
 
 
 def test_the_prompt_that_is_too_long_is_named(workspace: Path) -> None:

@@ -27,7 +27,11 @@ def results(**more: Any) -> dict[str, Any]:
     }
 
 
-def made(settings: BenchConfig | None = None, **more: Any) -> dict[str, Any]:
-    found = report.build(settings or config(), results(**more), measured={"prompts": "abc"})
+def made(
+    settings: BenchConfig | None = None, *, serving: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    found = report.build(
+        settings or config(), results(**more), measured={"prompts": "abc"}, serving=serving
+    )
     found["gates"] = gates.judge(settings or config(), found, None)
     return found

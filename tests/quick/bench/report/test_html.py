@@ -24,6 +24,7 @@ from tests.measurements import (
     request,
     under_load,
 )
+from tests.quick.bench.report import reports
 
 CHROMIUM = shutil.which("chromium")
 IN_CI = bool(os.environ.get("CI") or os.environ.get("EYRIE_CI"))
@@ -48,7 +49,13 @@ LINEAGE = {
             "reasons": {"too_long": 2},
             "bytes": 1_234_567,
             "seconds": 61.5,
-            "facts": {"steps": 30, "final_loss": 0.125},
+            "facts": {
+                "tokens": 889630,
+                "steps": 30,
+                "best_step": 30,
+                "walked_acceptance_length": 2.75,
+                "final_loss": 0.125,
+            },
             "finished": "2026-01-02T03:04:05+00:00",
             "settings": {"run.seed": 0, "learning_rate": 0.0001, "optimizer": "<adamw>"},
             "fingerprint": "f" * 64,
@@ -152,6 +159,9 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
         text = view.locator("body").inner_text()
         settings = view.locator("details").first.text_content()
         wide = view.evaluate("document.documentElement.scrollWidth")
+        cut = view.eval_on_selector_all(
+            ".card", "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+        )
     assert "The walk <stopped>. Next. More prompts." in text
     assert len(shown) > 100
     for path, digits, scale, shown_text, visible in shown:
@@ -182,6 +192,7 @@ def test_the_page_shows_the_reports_own_numbers(tmp_path: Path) -> None:
     assert "torch 2.13.0 in eyrie/train:0.1.0" in text
     assert "learning_rate0.0001optimizer<adamw>" in "".join(settings.split())
     assert wide <= 1180
+    assert cut == []
 
 
 TITLES = {
@@ -267,6 +278,16 @@ def test_a_page_without_a_baseline_draws_no_speedup() -> None:
     assert "Speed-up over draft length" not in text
     assert "nothing was compared" in text
     assert "How the head was made" not in text
+
+
+def test_one_load_draws_no_curve_of_a_single_point() -> None:
+    found = reports.made()
+    found["lineage"] = {**LINEAGE, "walks": [[15, 1.5]]}
+    text = html.render(found)
+    assert "Acceptance by position" in text
+    assert "Training loss" in text
+    for missing in ("over concurrency", "over draft length", "Walked", "every other load"):
+        assert missing not in text
 
 
 def test_what_is_no_report_cannot_be_compared(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def test_each_load_has_a_command_that_serves_it() -> None:
     flags = {
         "head": "org/head",
         "speculative_args": "{draft_tensor_parallel_size: 1}",
-        "engine_args": "{model_impl: transformers, enable_prefix_caching: false, max_num_seqs: 8}",
+        "engine_args": "{model_impl: transformers, enable_prefix_caching: false, max_num_seqs: 8, "
+        "enforce_eager: true, cudagraph_capture_sizes: [1, 8], max_logprobs: null}",
         "reasoning": "disable",
     }
     words = shlex.split(made(config(**flags))["best"][0]["serve"])
@@ -111,7 +112,32 @@ def test_each_load_has_a_command_that_serves_it() -> None:
         *("--model-impl", "transformers"),
         "--no-enable-prefix-caching",
         *("--max-num-seqs", "8"),
+        "--enforce-eager",
+        *("--cudagraph-capture-sizes", "1", "8"),
     ]
+
+
+def test_the_command_serves_the_weights_that_were_measured() -> None:
+    flags = {"target": "org/target", "target_revision": "v1", "head": "org/head"}
+    told = {"trust-remote-code": True, "dtype": "float16", "chat-template": Path("/run/a.jinja")}
+    chosen = config(**flags, head_revision="v2", engine_args="{dtype: float32}")
+    words = shlex.split(made(chosen, serving=told)["best"][0]["serve"])
+    assert words[:5] == ["vllm", "serve", "org/target", "--revision", "v1"]
+    assert json.loads(words[6])["revision"] == "v2"
+    assert words[7:] == [
+        "--trust-remote-code",
+        *("--dtype", "float32"),
+        *("--chat-template", "/run/a.jinja"),
+    ]
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    for name in ("tiny", "head"):
+        (tmp_path / name).mkdir()
+    flags = {"target_revision": "v1", "head": "head", "head_revision": "v2"}
+    words = shlex.split(made(config(workspace=str(tmp_path), **flags))["best"][0]["serve"])
+    assert "--revision" not in words
+    assert "revision" not in json.loads(words[4])
 
 
 def test_where_drafting_costs_more_than_it_saves_the_command_serves_the_target_alone() -> None:
@@ -227,6 +253,43 @@ def test_a_load_that_waited_in_the_queue_is_reported_as_such() -> None:
     (warning,) = (text for text in found["warnings"] if "queue" in text)
     assert warning.startswith("head at concurrency 6: requests spent 50% of their time")
     assert not any("queue" in text for text in made()["warnings"])
+
+
+def test_a_busy_machine_is_named() -> None:
+    crowded = [
+        engine(under_load(rows, wall_s=6.0), busy_share=share, **more)
+        for rows, share, more in (
+            (head_requests(), 0.62, {}),
+            (head_requests(), 0.2, {}),
+            (baseline_requests(), 0.31, {"lossless": lossless()}),
+        )
+    ]
+    found = made(**dict(zip(("head", "ngram", "baseline"), crowded, strict=True)))
+    (told,) = [text for text in found["warnings"] if "Other processes" in text]
+    assert told.startswith(
+        "Other processes were using CPU cores of this machine (62% of them before head was started, "
+        "31% of them before baseline was started), which makes tokens/s"
+    )
+    assert told in terminal.sentences(found)
+    assert not any("Other processes" in text for text in made()["warnings"])
+
+
+@pytest.mark.parametrize(("cut", "is_told"), [(3, True), (1, True), (0, False)])
+def test_answers_that_are_cut_are_counted(cut: int, is_told: bool) -> None:
+    rows = baseline_requests()
+    rows = [{**row, "finish_reason": "length"} for row in rows[:cut]] + rows[cut:]
+    plain = engine(under_load(rows, wall_s=12.0), lossless=lossless())
+    found = made(baseline=plain)
+    assert found["baseline"]["cut"] == cut
+    told = [text for text in found["warnings"] if "max_tokens" in text]
+    if not is_told:
+        assert told == []
+        return
+    assert told == [
+        f"{cut} of the 4 answers without a drafter are cut at max_tokens 256: the figures hold "
+        "for the first 256 tokens of an answer. Raise bench.max_tokens to measure whole answers."
+    ]
+    assert told[0] in terminal.sentences(found)
 
 
 def test_a_category_has_no_speedup_of_its_own_in_a_larger_batch() -> None:
