@@ -14,4 +14,5 @@ if __name__ == "__main__":
             "curve": (CurveConfig, "stages.train.curve:run"),
             "vocab": (VocabConfig, "stages.train.run:run_vocab"),
         },
+        unlogged=("check-head",),
     )

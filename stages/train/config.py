@@ -10,6 +10,7 @@ import pydantic
 from shared.config import StageConfig, identity, operational
 
 RANK_VARIABLE = "RANK"  # as torchrun and accelerate set it
+LOCAL_RANK_VARIABLE = "LOCAL_RANK"
 
 
 def rank() -> int:
@@ -58,12 +59,13 @@ class TrainConfig(StageConfig):
         "and the epochs, 512 to 16,384.",
     )
     optimizer: Literal["adamw", "muon"] = identity(
-        "adamw",
-        "muon: Muon for the matrices of fc and of the layer, AdamW for lm_head and the norms.",
+        "muon",
+        "muon: Muon for the matrices of fc and of the layer, AdamW for lm_head and the norms; adamw: "
+        "AdamW for all.",
     )
     learning_rate: Annotated[float, pydantic.Field(gt=0)] | Literal["auto"] = identity(
         "auto",
-        "Peak learning rate; auto: by the hidden size, lower for a warm start.",
+        "Peak learning rate; auto: by the hidden size and the optimizer, lower for a warm start.",
     )
     warmup_steps: int | None = identity(
         None,
@@ -87,9 +89,11 @@ class TrainConfig(StageConfig):
     beta1: float = identity(0.9, "Beta 1 of AdamW.", ge=0, lt=1)
     beta2: float = identity(0.95, "Beta 2 of AdamW.", ge=0, lt=1)
     weight_decay: float = identity(0.0, "Weight decay, of Muon too.", ge=0)
-    max_grad_norm: float = identity(1.0, "Gradients are clipped to this norm.", gt=0)
+    max_grad_norm: float = identity(
+        1.0, "Gradients are clipped to this norm; a large one, such as 1e9, clips nothing.", gt=0
+    )
     ttt_steps: int = identity(
-        4, "TTT steps: depth of the trained chain. At least the draft length to be served.", ge=1
+        3, "TTT steps: depth of the trained chain. At least the draft length to be served.", ge=1
     )
     loss: Literal["cross_entropy", "lk", "tv", "lk_hybrid"] = identity(
         "cross_entropy",
@@ -100,7 +104,7 @@ class TrainConfig(StageConfig):
         0.9, "The loss of TTT step k has the weight loss_decay**k.", gt=0, le=1
     )
     intermediate_size: int | None = identity(
-        None, "Width of the head's MLP; default: the target's."
+        None, "Width of the head's MLP; default: the target's.", ge=1
     )
     variant: Literal["eagle3", "eagle3.1"] | None = identity(
         None,
@@ -168,7 +172,9 @@ class TrainConfig(StageConfig):
         "are made in this run's folder; then ops run --only train,bench.",
     )
     micro_batch_tokens: int | None = operational(
-        None, "Tokens per forward pass of a rank; fewer need less memory, with the same result."
+        None,
+        "Tokens per forward pass of a rank; fewer need less memory, with the same result.",
+        ge=8,
     )
     distributed: Literal["ddp", "fsdp2"] = operational(
         "ddp", "ddp: each rank holds the whole training state; fsdp2: each holds a part of it."
@@ -245,6 +251,11 @@ class TrainConfig(StageConfig):
         """Rank 0 logs as `train`, the others as `train-rank<N>`."""
         return f"train-rank{rank()}" if rank() else "train"
 
+    @property
+    def is_quiet(self) -> bool:
+        """On each node its first rank reports the step of all ranks."""
+        return int(os.environ.get(LOCAL_RANK_VARIABLE) or 0) > 0
+
 
 class VocabConfig(TrainConfig):
     """Makes the draft vocabulary from dump's token counts and logs its share of the answers.
@@ -284,6 +295,15 @@ class CurveConfig(TrainConfig):
     shares: tuple[Annotated[float, pydantic.Field(gt=0, le=1)], ...] = operational(
         (0.125, 0.25, 0.5, 1.0), "Shares of the training samples; at least three.", min_length=3
     )
+
+    @pydantic.field_validator("follow")
+    @classmethod
+    def _reads_a_whole_dump(cls, follow: bool) -> bool:
+        if follow:
+            raise ValueError(
+                "a curve reads a finished dump several times, and follow one as it is made"
+            )
+        return follow
 
     @property
     def process_name(self) -> str:

@@ -3,7 +3,7 @@
 
 In: a finished dump. Out: one run `<name>-curve-<samples>` for each share, trained for as many steps as the
 recipe makes on all rows, so that they differ in their data alone; `<name>/curve.json`; a table. Cost: one
-training for each share. A second call goes on behind those that are done.
+training for each share. A second call skips those that are done.
 
 The forecast is AL(n) = L - b n^-c, L at most K + 1, fitted to the best walk of each training: the mean over
 the exponents c, each weighted by how likely the walks are by its fit. The best fit alone would follow
@@ -17,13 +17,13 @@ exponents, nearly as likely, reach more. The forecast is 3.50.
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from rich.table import Table
 
 from shared.artifacts.history import read_curves
-from shared.errors import OutputError
+from shared.errors import OutputError, UserError
 from shared.io import files
 from shared.runtime import tables
 from shared.runtime.tables import cell
@@ -63,7 +63,7 @@ def run(config: CurveConfig) -> None:
     whole = budget.resolved(config, parent, target_config.hidden_size)
     rows = budget.training_rows(config, parent)
     lengths: dict[int, float] = {}
-    for samples in sorted({max(1, round(share * rows)) for share in config.shares}):
+    for samples in sample_counts(config.shares, rows):
         settings = _settings(whole, samples, rows)
         logger.info("%d of %d samples: run %s", samples, rows, settings.run.name)
         training.run(settings)
@@ -77,6 +77,24 @@ def run(config: CurveConfig) -> None:
         lengths[samples] = max(length for _, length in walks)
     if rank() == 0:
         _report(config, rows, lengths)
+
+
+def sample_counts(shares: Sequence[float], rows: int) -> list[int]:
+    """The shares as numbers of samples, ascending.
+
+    Raises:
+        UserError: they come to fewer than three, through which every curve would go.
+    """
+    counts = sorted({max(1, round(share * rows)) for share in shares})
+    if len(counts) < 3:
+        raise UserError(
+            f"train.shares: expected three different numbers of samples or more, found {counts} of "
+            f"{rows} training samples.",
+            code="curve-shares",
+            remedy="Set train.shares to three or more different shares, or dump more rows.",
+            facts={"samples": counts, "rows": rows},
+        )
+    return counts
 
 
 def _settings(whole: CurveConfig, samples: int, rows: int) -> TrainConfig:
@@ -118,12 +136,18 @@ def _bar(length: float, depth: int, ink: str = "█") -> str:
 
 
 def forecast(lengths: Mapping[int, float], samples: int, most: int) -> tuple[float, float, float]:
-    """(AL at `samples`, and the lowest and highest of the fits that are about as good as the best one)."""
+    """(AL at `samples`, and the lowest and highest of the fits that are about as good as the best one).
+
+    They are apart by what the walks scatter around the best fit at least: where more data did not help,
+    all fits are their mean.
+    """
     tried = list(_fits(lengths, most))
     errors, found = np.array([[fit.error, fit.at(samples)] for fit in tried]).T
     weights = np.exp(-len(lengths) / 2 * (errors**2 - errors.min() ** 2) / WALK_NOISE**2)
     good = found[errors <= max(2 * errors.min(), WALK_NOISE)]
-    return float(weights @ found / weights.sum()), float(good.min()), float(good.max())
+    mean, scatter = float(weights @ found / weights.sum()), max(WALK_NOISE, float(errors.min()))
+    low, high = min(good.min(), mean - scatter), max(good.max(), mean + scatter)
+    return mean, max(1.0, float(low)), min(float(most), float(high))
 
 
 def _fits(lengths: Mapping[int, float], most: int) -> Iterator[Fit]:

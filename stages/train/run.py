@@ -19,6 +19,7 @@ from shared.artifacts.manifest import MANIFEST, require_parent
 from shared.contracts import hidden_states, layers
 from shared.errors import RetryableError, UserError
 from shared.io import files
+from shared.paths import find_input
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
@@ -60,6 +61,9 @@ def run(config: TrainConfig) -> None:
 def _train_and_record(
     config: TrainConfig, parent: dict[str, Any], target_config: TargetConfig, training: Artifact
 ) -> None:
+    from stages.train.loop.distributed import require_trackers
+
+    require_trackers(config)  # before an older training is cleared
     is_main = rank() == 0
     with training.work() if is_main else contextlib.nullcontext(True) as is_needed:
         if not is_needed:
@@ -111,11 +115,12 @@ def run_export(config: ExportConfig) -> None:
     path = named.get(config.checkpoint) or Path(config.checkpoint)
     head, step = heads.of_checkpoint(config, target_config, folder, path)
     out = Path(config.output or config.paths.root / f"export-{config.format}").absolute()
-    require_replaceable(out)
+    require_replaceable(out, config.paths.export)
     card = {"checkpoint": path.name, "step": step, "dump": parent["facts"]}
     card["settings"] = config.identity()
     options: dict[str, Any] = {
         "target": config.run.target,
+        "target_folder": find_input(config.run.target, config.workspace),
         "provenance": card,
         "dtype": config.export_dtype,
         "num_draft_tokens": config.walk_tokens,
@@ -247,6 +252,7 @@ def _export(
         head,
         folder / "head",
         target=config.run.target,
+        target_folder=find_input(config.run.target, config.workspace),
         provenance=card,
         dtype=config.export_dtype,
         num_draft_tokens=config.walk_tokens,

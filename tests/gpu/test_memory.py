@@ -13,8 +13,8 @@ from stages.train.loop.checkpoint import Checkpoints
 from stages.train.loop.optimizer import make_optimizer
 from stages.train.loop.step import TrainingStep, train_step
 from tests.gpu.test_step import NUM_STEPS, moved, no_waits
-from tests.quick.train.loop.test_trainer import dataset
-from tests.quick.train.objective.test_maths import make_case
+from tests.quick.train.loop.small_training import dataset
+from tests.quick.train.objective.cases import make_case
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ from stages.train.loop.step import TrainingStep, train_step
 from stages.train.objective.loss import ttt_loss
 from stages.train.objective.walk import walked_acceptance_length
 from tests.quick.train.kernels.test_triton import check_attention, check_loss
-from tests.quick.train.objective.test_maths import CONFIG, Case, make_case, reference_loss
+from tests.quick.train.objective.cases import CONFIG, Case, make_case, reference_loss
 
 pytestmark = pytest.mark.gpu
 

@@ -6,6 +6,7 @@ Legend: T tokens of a batch, A aux layers, H hidden size.
 The order depends on seed and epoch alone, so a step number is enough to continue.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -90,8 +91,18 @@ class Dataset:
         end = len(samples) if max_samples is None else held + max_samples
         self.held_out = [sample for sample in samples if rank[sample.sample_id] < held]
         self.training = [sample for sample in samples if held <= rank[sample.sample_id] < end]
+        self._used: dict[int, list[slice]] = collections.defaultdict(list)
+        for sample in (*self.training, *self.held_out):
+            self._used[sample.shard].append(sample.rows)
         if followed:
             followed.stay_open(sample.shard for sample in self.held_out)
+
+    def used(self, shard: int) -> torch.Tensor:
+        """[T] bool: a shard's tokens that are in samples to train on or held out."""
+        used = torch.zeros(len(self.shards[shard].input_ids), dtype=torch.bool)
+        for rows in self._used[shard]:
+            used[rows] = True
+        return used
 
     def require_unchanged(self, shard: int) -> None:
         """Compare a shard with its checksum in dump's manifest, if that was given.

@@ -9,7 +9,6 @@ enters layer i); SGLang reads the nested list and adds 1, so each id there is on
 copied from the target's config, since engines fail on keys and nulls that they do not expect.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from safetensors.torch import save_file
 from shared.artifacts.manifest import MANIFEST
 from shared.artifacts.unfinished import IDENTITY, LOCK
 from shared.contracts.exported_head import DTYPES, check_export, config_json
-from shared.contracts.head_config import HeadConfig
-from shared.contracts.head_variant import CLASSIC
 from shared.errors import UserError
-from shared.io.files import atomic_folder, write_json, write_text
+from shared.io.files import atomic_folder, read_json, read_text, write_json, write_text
+from stages.train.export.card import MARK, model_card
 from stages.train.export.speculators import speculators_config, speculators_name
 from stages.train.model import DraftHead
 
@@ -34,6 +32,7 @@ def export_head(
     out: Path,
     *,
     target: str,
+    target_folder: Path | None = None,
     provenance: Mapping[str, Any],
     dtype: str = "bfloat16",
     num_draft_tokens: int = 3,
@@ -44,7 +43,8 @@ def export_head(
     """Write the head to the folder `out`; what is there is replaced once the new one is complete.
 
     Args:
-        target: name or path of the target, for the model card's command.
+        target: name or path of the target.
+        target_folder: where it lies, if it is a folder of this machine; None for a model of the hub.
         provenance: how the head was made, JSON values for the card.
         dtype: of the weights, `bfloat16` or `float32`.
         num_draft_tokens: K of the model card's command.
@@ -68,6 +68,7 @@ def export_head(
     card = model_card(
         head.config,
         target=target,
+        target_folder=target_folder,
         provenance=provenance,
         name=name or out.name,
         num_draft_tokens=num_draft_tokens,
@@ -103,77 +104,43 @@ def _write_weights(
     path.chmod(0o644)
 
 
-def require_replaceable(out: Path) -> None:
+def require_replaceable(out: Path, own: Path) -> None:
     """Refuse to replace anything but an earlier export.
+
+    Args:
+        own: the run's `export/`; that of another run belongs to its manifest, and is not replaced.
 
     Raises:
         UserError: something else is there.
     """
-    own = {"config.json", "model.safetensors", "README.md", MANIFEST, IDENTITY, LOCK}
-    is_folder = out.is_dir() and not out.is_symlink()
-    names = sorted(path.name for path in out.iterdir()) if is_folder else []
-    foreign = [name for name in names if name not in own or "model.safetensors" not in names]
-    if foreign or (out.exists() and not is_folder) or not out.absolute().name:
+    if foreign := _foreign(out, own):
         raise UserError(
-            f"train.output: expected no folder or an earlier export at {out}, found "
-            f"{foreign[0] if foreign else 'something else'}.",
+            f"train.output: expected no folder or an earlier export at {out}, found {foreign}.",
             code="export-folder-taken",
             remedy="Set train.output to another folder.",
-            facts={"folder": str(out), "found": foreign[:3]},
+            facts={"folder": str(out), "found": foreign},
         )
 
 
-def _engines(config: HeadConfig) -> str:
-    """Which engines serve this variant."""
-    if config.variant == CLASSIC:
-        return "SGLang takes it with `--speculative-algorithm EAGLE3`."
-    if config.variant.parallel:
-        return (
-            "One forward pass drafts all tokens, which vLLM must be told by `parallel_drafting`; norms "
-            "and a window need vLLM 0.32 or later. No other engine was seen to serve such a head."
-        )
-    return (
-        "Its norms or its window need vLLM 0.32 or later, or an engine that reads the same keys of "
-        "config.json; one that does not know them ignores them without a word, and accepts less."
-    )
-
-
-def model_card(
-    config: HeadConfig,
-    *,
-    target: str,
-    provenance: Mapping[str, Any],
-    name: str,
-    num_draft_tokens: int,
-    template_kwargs: Mapping[str, Any],
-) -> str:
-    """README.md of the exported folder: what it is, how to serve it, how it was made."""
-    settings = {"method": "eagle3", "model": name, "num_speculative_tokens": num_draft_tokens}
-    if config.variant.parallel:
-        settings["parallel_drafting"] = True
-    speculative = json.dumps(settings)
-    switches = ""
-    if template_kwargs:
-        switches = f" --default-chat-template-kwargs '{json.dumps(dict(template_kwargs))}'"
-    history = json.dumps(dict(provenance), indent=2, ensure_ascii=False, default=str)
-    return f"""---
-base_model: {json.dumps(target)}
-tags: [eagle3, speculative-decoding]
----
-
-# {config.variant.name} draft head for {target}
-
-It proposes tokens that the target verifies: equal output, fewer target steps. It serves this
-target alone, and knows {config.draft_vocab_size} of its {config.vocab_size} tokens.
-
-    vllm serve {target} --speculative-config '{speculative}'{switches}
-
-`{name}` is the path of this folder. {_engines(config)}
-Aux layers (id i is the state that enters layer i): {list(config.aux_layers)}.
-
-## How it was made
-
-```json
-{history}
-```
-"""
+def _foreign(out: Path, own: Path) -> str:
+    """What no export of ours holds, or lacks; '' where there is nothing to lose."""
+    if not out.absolute().name or out.is_symlink() or (out.exists() and not out.is_dir()):
+        return "something else"
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    expected = {"config.json", "model.safetensors", "README.md"}
+    of_a_run = {MANIFEST, IDENTITY, LOCK} if out.resolve() == own.resolve() else set()
+    if others := sorted(names - expected - of_a_run):
+        return others[0]
+    if not names:
+        return ""
+    if missing := sorted(expected - names):
+        return f"{sorted(names)[0]} and no {missing[0]}"
+    # Every card of ours has the sentence; both files, since a card may lie in the folder of another model.
+    try:
+        if MARK not in read_text(out / "README.md"):
+            return "another README.md"
+        config = read_json(out / "config.json")
+    except UserError as error:
+        return f"another model ({error.problem.rstrip('.')})"
+    is_head = isinstance(config, dict) and "eagle_aux_hidden_state_layer_ids" in config
+    return "" if is_head else "another model's config.json"

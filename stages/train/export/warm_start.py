@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.contracts.head_folder import (
+    DROPPED_WITHOUT_LOSS,
     MASK_HIDDEN,
     Head,
     draft_token_ids,
@@ -23,6 +24,7 @@ from shared.contracts.head_folder import (
     weight_files,
 )
 from shared.contracts.head_variant import HeadVariant, named_variant, read_variant
+from shared.contracts.rope import not_kept
 from shared.errors import UserError
 from shared.io import files
 from shared.target import model as target
@@ -105,6 +107,7 @@ def load(
         variant=read_variant(head.config),
         where=head.folder / "config.json",
     )
+    _require_rope(head, shape)
     _require_variant(head, shape.variant, config)
     _require_depth(head, shape.variant, config)
     _require_sizes(head, shape, config, *embed_tokens.shape)
@@ -179,6 +182,30 @@ def _require_made(head: Head) -> None:
     }
     if other:
         raise _unfit(head, f"it is a kind of head that train does not make: {other}")
+
+
+def _require_rope(head: Head, shape: "HeadConfig") -> None:
+    """The head's rotary embedding is one that a new head may have, so that it is kept."""
+    if not (found := not_kept(_DEFAULTS | head.config, shape.head_dim)):
+        return
+    remedy = "Start from another head."
+    if found.keys() == {"mrope_section"} and shape.rope_scaling is None:
+        remedy = (
+            "Without mrope_section in its config.json it drafts texts as before: remove it from a copy, "
+            "or start from another head."
+        )
+    elif "max_position_embeddings" in found and float(found.get("factor", 0)) > 1:
+        rows = int(float(found["factor"]) * int(found["original_max_position_embeddings"]))
+        remedy = (
+            f"Set max_position_embeddings in a copy of its config.json to {rows}, the positions that "
+            "engines have in its table, or start from another head."
+        )
+    raise _unfit(
+        head,
+        "expected a rotary embedding that train makes (of the whole width; default, linear, dynamic, "
+        f"llama3, or yarn for all positions), found {found}",
+        remedy,
+    )
 
 
 def _require_variant(head: Head, found: HeadVariant, config: TrainConfig) -> None:
@@ -259,7 +286,11 @@ def _require_tensors(head: Head, shape: "HeadConfig", tensors: "dict[str, Tensor
 def _own_tensors(head: Head, embed_tokens: "Tensor", lm_head: "Tensor") -> "dict[str, Tensor]":
     import torch
 
-    tensors = {name: tensor for name, tensor in head.tensors().items() if name != "t2d"}
+    tensors = {
+        name: tensor
+        for name, tensor in head.tensors().items()
+        if not any(part in name for part in DROPPED_WITHOUT_LOSS)
+    }
     if MASK_HIDDEN in tensors:  # [1, 1, A*H] elsewhere
         tensors[MASK_HIDDEN] = tensors[MASK_HIDDEN].reshape(1, -1)
     own = tensors.pop("embed_tokens.weight", None)

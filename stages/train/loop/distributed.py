@@ -8,12 +8,14 @@ nodes. FSDP2 is torch's own `fully_shard`, since accelerate's wrapper needs a GP
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     broadcast_object_list,
@@ -94,6 +96,23 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     if accelerator.device.type == "cpu":
         processor.keep_freed_memory()
     return accelerator
+
+
+def require_trackers(config: TrainConfig) -> None:
+    """Refuse a tracker that accelerate would leave out with one line of its log.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    installed = [str(name) for name in get_available_trackers()]
+    if missing := [name for name in config.trackers if name not in installed]:
+        raise UserError(
+            f"train.trackers: expected trackers that are installed, found no {', '.join(missing)} in "
+            f"{sys.prefix}.",
+            code="tracker-not-installed",
+            remedy=f"Leave {', '.join(missing)} out, or install it beside accelerate.",
+            facts={"missing": missing, "installed": installed},
+        )
 
 
 def _precision(config: TrainConfig, path: Path) -> str:

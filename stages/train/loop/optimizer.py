@@ -18,6 +18,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     fused: bool = True,
     muon: torch.dtype | None = None,
+    adamw_rate: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over what is trained.
 
@@ -25,6 +26,7 @@ def make_optimizer(
         fused: one pass over memory; the plain version makes about seven.
         muon: the dtype of the products by which Muon moves the matrices of fc and of the layer; lm_head,
             whose rows are tokens, and the norms stay AdamW's. None: AdamW for all.
+        adamw_rate: of what stays AdamW's beside Muon, which bears higher rates; default: as Muon's.
     """
     trained = [each for each in module.parameters() if each.requires_grad]
     settings: dict[str, Any] = {
@@ -42,7 +44,10 @@ def make_optimizer(
     ]
     known = {id(each) for each in matrices}
     others = [each for each in trained if id(each) not in known]
-    groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
+    groups = [
+        {"params": matrices, "muon": True},
+        {"params": others, "muon": False, "lr": adamw_rate or learning_rate},
+    ]
     return MuonAdamW(groups, dtype=muon, **settings)
 
 

@@ -81,6 +81,7 @@ class Trainer:
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             muon=step.target.lm_head.dtype if config.optimizer == "muon" else None,
+            adamw_rate=budget.adamw_rate(config, head.config.hidden_size),
         )
         self.total_steps = sum(1 for _ in self._steps())
         self.warmup_steps = budget.warmup_steps(config, self.total_steps)

@@ -43,7 +43,7 @@ def in_vocab_shares(
     accelerator: Accelerator,
     status: Status,
 ) -> Sequence[Tensor]:
-    """For each shard [T] float16, 0 at tokens that no answer holds. Every rank calls it.
+    """For each shard [T] float16, 0 at tokens that no answer of a used sample holds. Every rank calls it.
 
     Of shards that dump has yet to make, they are computed when they are asked for.
 
@@ -61,14 +61,14 @@ def in_vocab_shares(
             status.progress(done, len(own), "checked files")
             dataset.require_unchanged(index)
         return [torch.ones(len(shard.input_ids)).half() for shard in dataset.shards]
-    key = _key(head)
-    missing = [i for i in own if _read(_path(folder, i), key, dataset.shards[i]) is None]
+    keys = [_key(head, dataset.used(index)) for index in range(len(dataset.shards))]
+    missing = [i for i in own if _read(_path(folder, i), keys[i], dataset.shards[i]) is None]
     if missing:
         find = SharesInVocab(TargetOutput.of(tensors, accelerator), head.t2d.to(accelerator.device))
-        _make(dataset, missing, find, folder, key, status)
+        _make(dataset, missing, find, folder, keys, status)
         del find  # its buffers
     accelerator.wait_for_everyone()
-    return [_require(_path(folder, i), key, shard) for i, shard in enumerate(dataset.shards)]
+    return [_require(_path(folder, i), keys[i], shard) for i, shard in enumerate(dataset.shards)]
 
 
 def _make(
@@ -76,11 +76,11 @@ def _make(
     missing: Sequence[int],
     find: SharesInVocab,
     folder: Path,
-    key: str,
+    keys: Sequence[str],
     status: Status,
 ) -> None:
     """Compute and keep those of some shards."""
-    total, done = sum(int(dataset.shards[index].loss_mask.sum()) for index in missing), 0
+    total, done = sum(int(_scored(dataset, index).sum()) for index in missing), 0
     logger.info(
         "before the first step: the target's probability of the draft vocabulary at %d answer "
         "tokens, once for these states",
@@ -96,8 +96,8 @@ def _make(
 
     for index in missing:
         dataset.require_unchanged(index)  # this is the first pass over the file
-        shares = _shares(dataset.shards[index], find, tell)
-        save_tensors(_path(folder, index), {"vocabulary": key, "shares": shares})
+        shares = _shares(dataset, index, find, tell)
+        save_tensors(_path(folder, index), {"made_for": keys[index], "shares": shares})
     logger.info("%.0f s; they are kept in %s", time.monotonic() - started_s, folder)
 
 
@@ -112,16 +112,16 @@ class _SharesOnArrival(Sequence[Tensor]):
         folder: Path,
         accelerator: Accelerator,
     ) -> None:
-        self._shards, self._folder = dataset.shards, folder
+        self._dataset, self._folder = dataset, folder
         self._accelerator = accelerator
         self._is_full = head.config.draft_vocab_size == head.config.vocab_size
         if not self._is_full:
             whole, inside = TargetOutput.of(tensors, accelerator), head.t2d.to(accelerator.device)
-            self._key, self._find = _key(head), SharesInVocab(whole, inside)
+            self._head, self._find = head, SharesInVocab(whole, inside)
         self._made: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self._dataset.shards)
 
     def __getitem__(self, index: Any) -> Any:
         if index not in self._made:
@@ -129,19 +129,22 @@ class _SharesOnArrival(Sequence[Tensor]):
         return self._made[index]
 
     def _make(self, index: int) -> Tensor:
-        shard, path = self._shards[index], _path(self._folder, index)
+        shard, path = self._dataset.shards[index], _path(self._folder, index)
         if self._is_full:
             return torch.ones(len(shard.input_ids)).half()
-        if (cached := _read(path, self._key, shard)) is not None:
+        key = _key(self._head, self._dataset.used(index))
+        if (cached := _read(path, key, shard)) is not None:
             return cached
-        shares = _shares(shard, self._find)
+        shares = _shares(self._dataset, index, self._find)
         if self._accelerator.is_main_process:
-            save_tensors(path, {"vocabulary": self._key, "shares": shares})
+            save_tensors(path, {"made_for": key, "shares": shares})
         return shares
 
 
-def _key(head: DraftHead) -> str:
-    return hashlib.sha256(head.d2t.cpu().numpy().tobytes()).hexdigest()
+def _key(head: DraftHead, used: Tensor) -> str:
+    """What a shard's shares depend on, beside its content: the vocabulary and the samples."""
+    parts = (head.d2t.cpu().numpy().tobytes(), used.numpy().tobytes())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _require(path: Path, key: str, shard: Shard | RowFile) -> Tensor:
@@ -161,29 +164,38 @@ def _path(folder: Path, index: int) -> Path:
 
 
 def _read(path: Path, key: str, shard: Shard | RowFile) -> Tensor | None:
-    """What is cached; None if it is missing, damaged, or of another vocabulary."""
+    """What is cached; None if it is missing, damaged, or of another vocabulary or other samples."""
     try:
         cached = load_tensors(path, label="cached shares", remedy="", mmap=False)
     except UserError:
         return None
-    if not isinstance(cached, dict) or cached.get("vocabulary") != key:
+    if not isinstance(cached, dict) or cached.get("made_for") != key:
         return None
     shares = cached.get("shares")
     is_whole = is_dense(shares, torch.float16) and shares.shape == shard.input_ids.shape
     return shares if is_whole else None
 
 
+def _scored(dataset: Dataset, index: int) -> Tensor:
+    """[T] bool: a shard's answer tokens in samples that are used; no others are ever scored."""
+    return dataset.shards[index].loss_mask.bool() & dataset.used(index)
+
+
 def _shares(
-    shard: Shard | RowFile, find: SharesInVocab, tell: Callable[[int], None] = lambda _: None
+    dataset: Dataset,
+    index: int,
+    find: SharesInVocab,
+    tell: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
-    """[T] float16; only answer tokens are ever scored, so only they take the product.
+    """[T] float16; only scored tokens take the product.
 
     Args:
         tell: called with the number of tokens that were done.
     """
+    shard = dataset.shards[index]
     shares = torch.zeros(len(shard.loss_mask), dtype=torch.float16)
     finals = shard.final()
-    for rows in shard.loss_mask.nonzero().flatten().split(CHUNK_ROWS):
+    for rows in _scored(dataset, index).nonzero().flatten().split(CHUNK_ROWS):
         shares[rows] = find(finals[rows]).half().cpu()
         tell(len(rows))
     return shares

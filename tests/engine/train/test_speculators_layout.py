@@ -7,7 +7,7 @@ from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
 
 from shared.io.files import read_json
 from stages.train.export.hf import export_head
-from tests.quick.train.export.test_export import CONFIG, make_head
+from tests.quick.train.export.small_head import CONFIG, make_head
 
 
 def test_vllm_reads_the_head_and_its_draft_length(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 
 import pytest
 
-from stages.train.curve import forecast
+from shared.config import build
+from shared.errors import UserError
+from stages.train.config import CurveConfig
+from stages.train.curve import WALK_NOISE, forecast, sample_counts
 
 # Measured on the demo, K = 3: classic EAGLE-3 in 255 steps, EAGLE-3.1 in 173 to 198.
 CURVES = (
@@ -45,3 +48,38 @@ def test_few_points_leave_a_wide_range() -> None:
     steep = forecast({100: 1.5, 200: 2.0, 400: 2.4}, 4000, 4)
     flat = forecast({100: 3.0, 200: 3.02, 400: 3.03}, 4000, 4)
     assert steep[2] - steep[1] > flat[2] - flat[1]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        {100: 3.0, 200: 3.0, 400: 3.0},
+        {100: 3.0, 200: 2.5, 400: 2.0},
+        {100: 1.0, 200: 1.0, 400: 1.0},
+    ],
+    ids=["flat", "falling", "none accepted"],
+)
+def test_a_range_is_as_wide_as_the_walks_are_uncertain(lengths: dict[int, float]) -> None:
+    found, low, high = forecast(lengths, 4000, 4)
+    walks = list(lengths.values())
+    scatter = max(WALK_NOISE, (sum((walk - found) ** 2 for walk in walks) / len(walks)) ** 0.5)
+    assert low <= max(1.0, found - 0.99 * scatter)
+    assert high >= found + 0.99 * scatter
+    assert 1 <= low <= found <= high <= 4
+
+
+@pytest.mark.parametrize(
+    ("shares", "rows", "found"),
+    [("1,1,1", 380, r"\[380\]"), ("0.1,0.2,0.3,0.4", 4, r"\[1, 2\]"), ("0.5,0.5,1", 10, "5, 10")],
+)
+def test_a_forecast_needs_three_sizes(shares: str, rows: int, found: str) -> None:
+    config = build(CurveConfig, {"target": "t", "shares": shares})
+    with pytest.raises(UserError, match=rf"three different numbers .* found .*{found}") as refused:
+        sample_counts(config.shares, rows)
+    assert refused.value.code == "curve-shares"
+    assert sample_counts((0.25, 0.5, 1.0), 8) == [2, 4, 8]
+
+
+def test_a_curve_reads_a_whole_dump_several_times() -> None:
+    with pytest.raises(UserError, match="follow"):
+        build(CurveConfig, {"target": "t", "follow": "true"})

@@ -15,7 +15,7 @@ from shared.errors import UserError
 from stages.train.model import DraftHead
 from tests import reference
 from tests.heads import draft_logits
-from tests.quick.train.objective.test_maths import (
+from tests.quick.train.objective.cases import (
     CONFIG,
     VARIANTS,
     config_of,

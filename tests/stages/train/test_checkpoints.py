@@ -13,7 +13,7 @@ from stages.train.loop import checkpoint as checkpoint_module
 from stages.train.loop.checkpoint import Checkpoints, load
 from stages.train.loop.optimizer import lr_factor
 from stages.train.objective.loss import ttt_loss
-from tests.quick.train.objective.test_maths import Case, gradients, make_case
+from tests.quick.train.objective.cases import Case, gradients, make_case
 
 
 def state(step: int, weight: torch.Tensor | None = None) -> dict[str, object]:

@@ -116,6 +116,7 @@ def test_a_stop_reaches_every_rank_and_the_next_start_continues(workspace: Path)
     again = start(workspace, *settings)
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
-    assert "continuing from step" in out
+    assert out.count("continuing from step") == 1  # the second rank tells its log file alone
+    assert "continuing from step" in (workspace / "run/logs/train-rank1.log").read_text()
     manifest = json.loads((workspace / "run" / "train" / "manifest.json").read_text())
     assert manifest["config"]["epochs"] == 60

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tests.ranks import free_port
 from tests.runs import ROOT, command
 
+TRAIN = {"epochs": 12, "eval_every_steps": 20, "checkpoint_every_steps": 4}
+
 
 def weights(workspace: Path) -> dict[str, torch.Tensor]:
     return load_file(workspace / "run" / "export" / "model.safetensors")

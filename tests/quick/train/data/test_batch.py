@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stages.train.data.batch import counted_slots, make_plan
 from tests import reference
-from tests.quick.train.objective.test_maths import make_case
+from tests.quick.train.objective.cases import make_case
 
 
 def test_the_worked_example_of_counted_slots() -> None:

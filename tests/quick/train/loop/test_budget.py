@@ -20,10 +20,11 @@ def config(**flags: str) -> TrainConfig:
 def test_auto_becomes_numbers_which_are_part_of_the_identity() -> None:
     """950 samples train: 190,000 tokens, four epochs."""
     found = budget.resolved(config(epochs="4"), DUMP, 4096)
-    assert (found.batch_tokens, found.learning_rate) == (1024, 2.8e-4)
+    assert (found.batch_tokens, found.learning_rate) == (1024, 1.6e-3)
     identity = found.identity()
     assert identity["train.batch_tokens"] == 1024
-    assert identity["train.learning_rate"] == 2.8e-4
+    assert identity["train.learning_rate"] == 1.6e-3
+    assert budget.resolved(config(optimizer="adamw"), DUMP, 4096).learning_rate == 2.8e-4
 
 
 def test_what_is_set_stays() -> None:
@@ -46,11 +47,30 @@ def test_the_batch_follows_the_tokens_that_are_trained_on(
     assert budget.resolved(config(**flags), dump, 64).batch_tokens == expected
 
 
-def test_a_warm_start_takes_a_lower_rate_and_a_narrow_head_a_bounded_one() -> None:
-    assert budget.rate(4096, is_warm=True) == pytest.approx(
-        budget.rate(4096, is_warm=False) / 4, 0.05
-    )
-    assert budget.rate(64, is_warm=False) == budget.MAX_RATE
+@pytest.mark.parametrize(
+    ("optimizer", "highest"), [("adamw", budget.ADAMW_MAX_RATE), ("muon", budget.MUON_MAX_RATE)]
+)
+def test_a_warm_start_takes_a_lower_rate_and_a_narrow_head_a_bounded_one(
+    optimizer: str, highest: float
+) -> None:
+    new, warm = (budget.rate(4096, optimizer, is_warm=is_warm) for is_warm in (False, True))
+    assert warm == pytest.approx(new / 4, 0.05)
+    assert budget.rate(64, optimizer, is_warm=False) == highest
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, 2.8e-4),
+        ({"learning_rate": "1e-4"}, 1e-4),
+        ({"init_from": "head"}, 7e-5),
+        ({"optimizer": "adamw"}, 2.8e-4),
+    ],
+)
+def test_beside_muon_adamw_takes_its_own_rate_at_most(
+    flags: dict[str, str], expected: float
+) -> None:
+    assert budget.adamw_rate(budget.resolved(config(**flags), DUMP, 4096), 4096) == expected
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1000, 20), (100_000, 1000), (30, 1), (1, 0)])
@@ -85,7 +105,7 @@ def test_few_steps_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         budget.tell(found, 24, 0)
     told, warned = caplog.messages
-    assert told.startswith("24 steps of 16384 tokens, learning rate 0.00028 after 0 warm-up steps")
+    assert told.startswith("24 steps of 16384 tokens, learning rate 0.0016 after 0 warm-up steps")
     assert "only 24 steps: expect a low acceptance length" in warned
     caplog.clear()
     with caplog.at_level(logging.INFO):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import tracking
 
 from shared.config import build
 from shared.errors import EyrieError, RetryableError, UserError
@@ -72,3 +73,20 @@ def test_a_resumed_training_keeps_its_precision(
         precision(tmp_path, "auto", torch.float32, monkeypatch)
     (tmp_path / distributed.PRECISION).unlink()
     assert precision(tmp_path, "auto", torch.float32, monkeypatch) == "no"
+
+
+def test_a_tracker_that_is_not_installed_is_refused() -> None:
+    installed = {str(name) for name in tracking.get_available_trackers()}
+    given = next(each for each in ("wandb", "trackio", "mlflow") if each not in installed)
+    config = build(TrainConfig, {"target": "t", "trackers": f"tensorboard,{given}"})
+    with pytest.raises(UserError, match=rf"train\.trackers: .* found no {given}\b") as refused:
+        distributed.require_trackers(config)
+    assert refused.value.code == "tracker-not-installed"
+    distributed.require_trackers(build(TrainConfig, {"target": "t", "trackers": "tensorboard"}))
+
+
+@pytest.mark.parametrize("name", ["micro_batch_tokens", "batch_tokens", "intermediate_size"])
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_sizes_are_above_zero(name: str, number: str) -> None:
+    with pytest.raises(UserError, match=rf"train\.{name}"):
+        build(TrainConfig, {"target": "t", name: number})

@@ -1,102 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training in this process, on random states: what it ends with, and what it refuses to go on from.
-
-Shapes: 30 target tokens, 12 draft tokens where not all, hidden size 16, aux layers 2, 4 and 5.
-"""
+"""A training in this process: what it ends with, and what it refuses to go on from."""
 
 import dataclasses
 import json
 import shutil
-import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from shared.config import build
-from shared.contracts import hidden_states
-from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_variant import named_variant
-from shared.errors import RetryableError, Stopped, UserError
+from shared.errors import Stopped, UserError
 from shared.io import files
-from shared.runtime import process
 from shared.runtime.process import stop_requested
-from shared.runtime.status import Status, read_status
-from shared.target.tensors import FinalNorm, TargetTensors
-from stages.train.config import TrainConfig
-from stages.train.data.dataset import Dataset
 from stages.train.loop import checkpoint
 from stages.train.loop.trainer import Trainer
-from stages.train.model import DraftHead
-from stages.train.objective.in_vocab import in_vocab_shares
-from tests.quick.train.export.test_export import CONFIG, make_head
-
-WHOLE = dataclasses.replace(CONFIG, draft_vocab_size=CONFIG.vocab_size)
-PROMPT_TOKENS = 3
-DRAFT_TOKENS = 3  # walk_tokens, K
-DATA_CONFIG = {"hidden_states": {"layer_ids": [2, 4, 5, 8]}, "model": {"hidden_size": 16}}
-
-
-def random_tensors() -> TargetTensors:
-    return TargetTensors(torch.randn(30, 16), FinalNorm(torch.ones(16), 1e-5), torch.randn(30, 16))
-
-
-def dataset(folder: Path, *, answer_tokens: int = 9, holdout: float = 0.0) -> Dataset:
-    """Two shards of four samples each, with their checksums."""
-    torch.manual_seed(0)
-    tokens = PROMPT_TOKENS + answer_tokens
-    names = [hidden_states.shard_name(index) for index in range(2)]
-    for index, name in enumerate(names):
-        hidden_states.write_shard(
-            folder / name,
-            input_ids=torch.randint(0, 30, (4, tokens)).tolist(),
-            loss_masks=[[0] * PROMPT_TOKENS + [1] * answer_tokens] * 4,
-            states=list(torch.randn(4, tokens, 4, 16)),
-            sample_ids=[f"row-{index}-{row}" for row in range(4)],
-        )
-    entries = {name: {"sha256": files.sha256(folder / name)} for name in names}
-    return Dataset(
-        folder,
-        DATA_CONFIG,
-        names,
-        holdout_fraction=holdout,
-        max_holdout_samples=2,
-        manifest={"stage": "dump", "files": entries},
-    )
-
-
-def trainer(
-    workspace: Path,
-    mixed_precision: str = "no",
-    more: dict[str, str] | None = None,
-    head: DraftHead | None = None,
-    **sizes: int,
-) -> Trainer:
-    """Eight tokens a step at least, so a sample a step; every step is walked."""
-    settings = {"batch_tokens": "8", "eval_every_steps": "1", "epochs": "1", "ttt_steps": "2"}
-    settings |= {"learning_rate": "1e-4", **(more or {})}
-    flags = {"workspace": str(workspace), "target": "t", "walk_tokens": str(DRAFT_TOKENS)}
-    config = build(TrainConfig, {**flags, **settings})
-    dump = workspace / "dump"
-    dump.mkdir(parents=True, exist_ok=True)
-    return Trainer(
-        config,
-        random_tensors(),
-        head or make_head(),
-        dataset(dump, holdout=0.25, **sizes),
-        workspace / "train",
-        Accelerator(cpu=True, mixed_precision=mixed_precision),
-    )
-
-
-def best_step(training: Trainer) -> int:
-    state = checkpoint.load(training.checkpoints.folder / checkpoint.BEST)
-    assert state is not None
-    return int(state["step"])
+from tests.quick.train.export.small_head import CONFIG, make_head
+from tests.quick.train.loop.small_training import DRAFT_TOKENS, best_step, trainer
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
@@ -237,69 +159,3 @@ def test_a_training_of_another_variant_is_not_gone_on_with(
     ) as refused:
         trainer(tmp_path, head=newer).run()
     assert refused.value.code == "checkpoint-of-another-variant"
-
-
-def rank_of(count: int) -> Any:
-    """The first of `count` ranks, to which the others never tell anything."""
-    return SimpleNamespace(
-        process_index=0,
-        num_processes=count,
-        device=torch.device("cpu"),
-        mixed_precision="no",
-        wait_for_everyone=lambda: None,
-    )
-
-
-def shares_of(
-    found: Dataset, head: Any, tensors: TargetTensors, folder: Path, *, ranks: int = 1
-) -> Any:
-    status = Status(folder / "status.json", period_s=0.0)
-    return in_vocab_shares(found, head, tensors, folder / "flags", rank_of(ranks), status)
-
-
-@pytest.mark.parametrize("config", [CONFIG, WHOLE], ids=["partial", "whole"])
-@pytest.mark.parametrize("damaged", [0, 1])
-def test_every_shard_is_held_to_its_checksum(
-    tmp_path: Path, damaged: int, config: HeadConfig
-) -> None:
-    found, head, tensors = dataset(tmp_path), make_head(config), random_tensors()
-    flags = shares_of(found, head, tensors, tmp_path, ranks=1)
-    assert [len(part) for part in flags] == [len(shard.input_ids) for shard in found.shards]
-    shutil.rmtree(tmp_path / "flags", ignore_errors=True)
-    path = tmp_path / hidden_states.shard_name(damaged)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{path.name}: expected the SHA-256"):
-        shares_of(found, head, tensors, tmp_path, ranks=1)
-
-
-def test_flags_that_another_rank_wrote_elsewhere_may_be_there_later(tmp_path: Path) -> None:
-    found, head, tensors = dataset(tmp_path), make_head(), random_tensors()
-    with pytest.raises(RetryableError, match=r"00001\.pt: expected the numbers .* another rank"):
-        shares_of(found, head, tensors, tmp_path, ranks=2)
-    shares_of(found, head, tensors, tmp_path, ranks=1)
-    flags = shares_of(found, head, tensors, tmp_path, ranks=2)
-    assert len(flags) == len(found.shards)
-
-
-def test_what_comes_before_the_first_step_is_told_and_made_once(tmp_path: Path) -> None:
-    found, head, tensors = dataset(tmp_path), make_head(), random_tensors()
-    first = shares_of(found, head, tensors, tmp_path)
-    told = read_status(tmp_path / "status.json")["progress"]
-    assert (told["done"], told["total"], told["unit"]) == (72, 72, "answer tokens")
-    (tmp_path / "status.json").unlink()
-    again = shares_of(found, head, tensors, tmp_path)
-    assert not (tmp_path / "status.json").exists(), "it was computed twice"
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-
-
-@pytest.mark.parametrize("config", [CONFIG, WHOLE], ids=["partial", "whole"])
-def test_a_stop_before_the_first_step_is_heard(
-    tmp_path: Path, config: HeadConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found, asked = dataset(tmp_path), threading.Event()
-    asked.set()
-    monkeypatch.setattr(process, "_stop", asked)
-    with pytest.raises(Stopped, match="no step was made yet"):
-        shares_of(found, make_head(config), random_tensors(), tmp_path)

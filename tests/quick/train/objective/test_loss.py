@@ -15,7 +15,7 @@ from stages.train.objective.loss import (
 )
 from stages.train.objective.target_output import SharesInVocab, TargetOutput
 from tests import reference
-from tests.quick.train.objective.test_maths import gradients, make_case, reference_loss
+from tests.quick.train.objective.cases import gradients, make_case, reference_loss
 
 
 @pytest.mark.parametrize("name", LOSSES[1:])

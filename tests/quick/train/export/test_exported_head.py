@@ -1,41 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exported folder: what engines read, whole or not at all, and read back as the same head."""
+"""The exported config and tensors: the exact set that engines load, read back as the same head."""
 
 import dataclasses
 import json
-import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from shared.contracts.exported_head import check_export, expected_tensors
-from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_variant import HeadVariant, named_variant
-from shared.errors import OutputError, UserError
-from stages.train.export.hf import export_head, require_replaceable
-from stages.train.model import DraftHead
+from shared.errors import OutputError
 from tests.heads import draft_logits, load_head
+from tests.quick.train.export.small_head import CONFIG, export, make_head
 
-CONFIG = HeadConfig(
-    hidden_size=16,
-    target_hidden_size=16,
-    intermediate_size=24,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=30,
-    draft_vocab_size=12,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    max_position_embeddings=256,
-    aux_layers=(2, 4, 5),
-)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -43,18 +24,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-
-
-def make_head(config: HeadConfig = CONFIG) -> DraftHead:
-    torch.manual_seed(0)
-    partial = config.draft_vocab_size < config.vocab_size
-    d2t = torch.arange(config.draft_vocab_size) + 3 if partial else None  # ids 3, 5, 7, ...
-    return DraftHead(config, embed_tokens=torch.randn(config.vocab_size, 16), d2t=d2t)
-
-
-def export(head: DraftHead, out: Path, *, dtype: str = "float32", **more: Any) -> dict[str, Any]:
-    export_head(head, out, target="models/small", provenance={"steps": 7}, dtype=dtype, **more)
-    return json.loads((out / "config.json").read_text())
 
 
 def test_config_is_the_agreed_list_and_nothing_else(tmp_path: Path) -> None:
@@ -211,122 +180,3 @@ def test_the_folder_loads_back_as_the_same_head(tmp_path: Path, dtype: str) -> N
     assert found.dtype == getattr(torch, dtype)
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
     assert torch.equal(loaded.to_target_ids(torch.arange(12)), head.to_target_ids(torch.arange(12)))
-
-
-def test_the_card_has_a_command_that_parses(tmp_path: Path) -> None:
-    export(make_head(), tmp_path / "head")
-    card = (tmp_path / "head" / "README.md").read_text()
-    command = next(line for line in card.splitlines() if "vllm serve" in line)
-    words = shlex.split(command)
-    assert words[:3] == ["vllm", "serve", "models/small"]
-    assert json.loads(words[words.index("--speculative-config") + 1]) == {
-        "method": "eagle3",
-        "model": "head",
-        "num_speculative_tokens": 3,
-    }
-    assert '"steps": 7' in card
-    assert "--default-chat-template-kwargs" not in words
-
-
-def test_the_cards_command_drafts_as_the_head_does(tmp_path: Path) -> None:
-    variant = named_variant(parallel=True)
-    export(make_head(dataclasses.replace(CONFIG, variant=variant, mask_token=0)), tmp_path / "head")
-    card = (tmp_path / "head" / "README.md").read_text()
-    words = shlex.split(next(line for line in card.splitlines() if "vllm serve" in line))
-    assert json.loads(words[words.index("--speculative-config") + 1])["parallel_drafting"] is True
-
-
-def test_the_cards_command_has_the_template_switches_of_the_training(tmp_path: Path) -> None:
-    export(make_head(), tmp_path / "head", template_kwargs={"enable_thinking": False})
-    card = (tmp_path / "head" / "README.md").read_text()
-    words = shlex.split(next(line for line in card.splitlines() if "vllm serve" in line))
-    switches = words[words.index("--default-chat-template-kwargs") + 1]
-    assert json.loads(switches) == {"enable_thinking": False}
-
-
-def test_the_card_names_the_folder_where_it_will_be(tmp_path: Path) -> None:
-    export_head(make_head(), tmp_path / "new", target="t", provenance={}, name="heads/best")
-    assert '"model": "heads/best"' in (tmp_path / "new" / "README.md").read_text()
-
-
-def test_a_broken_head_leaves_the_older_folder_as_it_was(tmp_path: Path) -> None:
-    head = make_head()
-    export(head, tmp_path / "head")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "head").iterdir()}
-    assert before.keys() == {"config.json", "model.safetensors", "README.md"}
-    with torch.no_grad():
-        head.fc.weight[0, 0] = torch.nan
-    with pytest.raises(OutputError, match=r"fc\.weight: holds NaN"):
-        export(head, tmp_path / "head")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "head").iterdir()} == before
-    assert [p.name for p in tmp_path.iterdir()] == ["head"]
-
-
-def test_only_an_earlier_export_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "head"
-    require_replaceable(out)  # nothing there
-    export(make_head(), out)
-    (out / "manifest.json").write_text("{}")  # the run's own export has one
-    require_replaceable(out)
-    (out / "notes.txt").write_text("mine")
-    monkeypatch.chdir(out)
-    for path in (out, Path()):
-        with pytest.raises(UserError, match=r"train\.output: .* found notes\.txt"):
-            require_replaceable(path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "README.md").write_text("no head beside it")
-    with pytest.raises(UserError, match=r"found README\.md"):
-        require_replaceable(tmp_path / "mine")
-    (tmp_path / "link").symlink_to(out)
-    for path in (out / "notes.txt", tmp_path / "link", Path("/")):
-        with pytest.raises(UserError, match=r"train\.output: .* found "):
-            require_replaceable(path)
-
-
-DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "missing": (lambda w: w.pop("midlayer.hidden_norm.weight"), "hidden_norm.weight: expected"),
-    "extra": (lambda w: w.update({"embed_tokens.weight": torch.ones(2)}), "no such tensor"),
-    "shape": (lambda w: w.update({"fc.weight": w["fc.weight"][:, 1:]}), r"\(16, 47\)"),
-    "dtype": (lambda w: w.update({"norm.weight": w["norm.weight"].half()}), "float16"),
-    "no mapping": (lambda w: w.pop("d2t"), "d2t: expected"),
-    "rolled mapping": (lambda w: w.update({"d2t": w["d2t"].roll(1)}), "ascending ids"),
-    "infinity": (lambda w: w["norm.weight"].fill_(torch.inf), "norm.weight: holds NaN or infinity"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_weights_are_named(tmp_path: Path, damage: str) -> None:
-    export(make_head(), tmp_path / "head")
-    path = tmp_path / "head" / "model.safetensors"
-    weights = load_file(path)
-    change, message = DAMAGE[damage]
-    change(weights)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
-    with pytest.raises(OutputError, match=message):
-        check_export(tmp_path / "head")
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("tie_word_embeddings", True),
-        ("use_cache", None),
-        ("num_hidden_layers", 2),
-        ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}),
-        ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
-        ("torch_dtype", "int8"),
-    ],
-)
-def test_an_edited_config_is_named(tmp_path: Path, key: str, value: Any) -> None:
-    config = export(make_head(), tmp_path / "head")
-    (tmp_path / "head" / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(OutputError, match="expected"):
-        check_export(tmp_path / "head")
-
-
-def test_a_folder_that_is_no_head_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(OutputError, match="expected an exported draft head"):
-        check_export(tmp_path)
