@@ -4,34 +4,34 @@
 In: a recipe, any head that train can start from, the traffic. Out: a run like any other, whose `export/`
 is the new head; a run `<name>-before` with the old head's report on the same held-out rows; `adapt.json`
 with both acceptance lengths. The old head is only read. Cost: the four stages on the traffic's rows and
-one more bench. What is done already takes a second.
+one more bench. What is done already takes seconds.
 """
 
+import contextlib
+import dataclasses
 import logging
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from shared.config import RunConfig
-from shared.contracts.head_folder import Head, read_head
+from shared.contracts.head_folder import Head, draft_token_ids, read_head
 from shared.errors import EXIT_DONE, OutputError, UserError
 from shared.io import files
 from shared.paths import STAGES, RunPaths
 from shared.recipe import read_recipe
 from shared.target import model as target
-from stages.ops.adapt import traffic
+from stages.ops.adapt import kept, recipes
+from stages.ops.adapt.kept import Traffic
+from stages.ops.adapt.recipes import Recipe
+from stages.ops.adapt.room import Room
+from stages.ops.adapt.traffic import Split
 from stages.ops.chain import processes
 from stages.ops.chain import run as chain
 from stages.ops.config import AdaptConfig, RunChainConfig
 
-# bench's own gates are for a head by itself; here the new head is compared with the old one.
-_NO_GATES = {"min_acceptance_length": 0, "min_gain_over_ngram": None, "min_speedup": None}
-
 logger = logging.getLogger(__name__)
-
-Recipe = dict[str, dict[str, Any]]
 
 
 def run(config: AdaptConfig) -> int:
@@ -44,56 +44,119 @@ def run(config: AdaptConfig) -> int:
     recipe = read_recipe(config.recipe)
     after = processes.run_paths(config.recipe, config.workspace)
     before = RunPaths(config.workspace, f"{after.run_name}-before")
-    template_kwargs = _template_kwargs(config, after)  # bench has read the whole recipe by then
-    head = _old_head(config, after)
-    rows = traffic.split(
-        config.traffic,
-        config.workspace,
-        after.root / "traffic",
-        max_rows=config.max_rows,
-        template_kwargs=template_kwargs,
-    )
-    _write(before, _recipe_before(recipe, before, head, rows))
-    _write(after, _recipe_after(recipe, after, head, rows))
-    measure_old, make_new = _chain(config, before, ("bench",)), _chain(config, after)
-    chain.look_ahead(make_new, after)  # before the old head is measured: train may not take it
-    if config.dry_run:
-        return EXIT_DONE
-    for each in (measure_old, make_new):
-        if (code := chain.run(each)) != EXIT_DONE:
+    recipes.require_free(recipe, config.recipe)
+    recipes.require_own(config.recipe, before, after)
+    traffic = Traffic(config.traffic, config.workspace, config.max_rows, _room(config, after))
+    job = _Job(config, recipe, _old_head(config, after), before, after)
+    folder = recipes.rows_folder(after)
+    with tempfile.TemporaryDirectory(prefix="eyrie-adapt-") as name:
+        aside = Path(name)
+        rows = (None if config.overwrite else kept.kept(traffic, folder)) or traffic.split(aside)
+        # Before the old head is measured, since train may not take it; and before anything is written.
+        with _named_as_written(config.recipe, aside, folder):
+            for asked, paths in job.chains(rows, aside):
+                chain.look_ahead(asked, paths, even_if_done=True)
+        if config.dry_run:
+            return EXIT_DONE
+        chains = job.chains(dataclasses.replace(rows, folder=folder))
+        kept.place(rows, folder)
+    for asked, _ in chains:
+        if (code := chain.run(asked)) != EXIT_DONE:
             return code
-    result = _compare(before, after, config.min_gain)
-    result |= _vocabulary_shares(head, after) | {
-        "rows": rows.counts,
-        "head_before": str(head.folder),
-        "head_after": str(after.export),
-    }
-    files.write_json(after.root / "adapt.json", result)
-    gained = f"acceptance_length={result['before']:.2f}->{result['after']:.2f}"
-    held = [f"{result[name]:.2%}" for name in ("vocabulary_share_before", "vocabulary_share_after")]
-    logger.info("the draft vocabulary holds of the new answers: %s before, %s after", *held)
-    if not result["improved"]:
-        raise OutputError(
-            f"{after.run_name}: expected a gain of {config.min_gain:.0%} or more, found {gained}. Keep "
-            f"the old head, {head.folder}.",
-            code="adapt-no-gain",
-            remedy="Give more traffic, or raise train.epochs or train.learning_rate in the recipe. Where "
-            "the vocabulary holds little of the answers (vocabulary_share_after), train a new head.",
-            facts=result,
-        )
-    sys.stdout.write(f"{after.run_name}: {gained} head={after.export} report={after.report}\n")
-    return EXIT_DONE
+    return job.judge(rows)
 
 
-def _template_kwargs(config: AdaptConfig, paths: RunPaths) -> dict[str, Any]:
-    """The switches of the chat template in this run.
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One adaptation: what is given, and the two runs of it."""
+
+    config: AdaptConfig
+    recipe: Recipe
+    head: Head
+    before: RunPaths
+    after: RunPaths
+
+    def chains(
+        self, rows: Split, aside: Path | None = None
+    ) -> list[tuple[RunChainConfig, RunPaths]]:
+        """The old head's bench and the new head's run, with their recipes written.
+
+        Args:
+            aside: where to write them for a look ahead; None to run them.
+        """
+        made = [
+            (
+                self.before,
+                recipes.recipe_before(self.recipe, self.before, self.head, rows),
+                ["bench"],
+            ),
+            (self.after, recipes.recipe_after(self.recipe, self.after, self.head, rows), STAGES),
+        ]
+        chains = []
+        for paths, recipe, only in made:
+            path = aside / f"{paths.run_name}.yaml" if aside else paths.recipe
+            recipes.write(path, recipe)
+            flags = self.config.model_dump(include={"workspace", "overwrite", "dry_run"})
+            flags |= {"recipe": path, "only": only, "preflight": aside is not None}
+            chains.append((RunChainConfig.model_validate(flags), paths))
+        return chains
+
+    def judge(self, rows: Split) -> int:
+        """Compare the two heads, and write down how they did.
+
+        Raises:
+            OutputError: the new head is not better.
+        """
+        after, path = self.after, self.after.root / "adapt.json"
+        result = _compare(self.before, after, self.config.min_gain) | {
+            "rows": rows.counts,
+            "head_before": str(self.head.folder),
+            "head_after": str(after.export),
+        }
+        files.write_json(path, result)  # the figures that decide, whatever becomes of the others
+        result |= _vocabulary_shares(self.head, after)
+        files.write_json(path, result)
+        gained = f"acceptance_length={result['before']:.2f}->{result['after']:.2f}"
+        if not result["improved"]:
+            raise OutputError(
+                f"{after.run_name}: expected a gain of {self.config.min_gain:.0%} or more, found {gained}. "
+                f"Keep the old head, {self.head.folder}.",
+                code="adapt-no-gain",
+                remedy="Give more traffic, or raise train.epochs or train.learning_rate in the recipe; "
+                "either with another run.name, or with --overwrite to replace this run. Where the "
+                "vocabulary holds little of the answers (vocabulary_share_after), train a new head.",
+                facts=result,
+            )
+        sys.stdout.write(f"{after.run_name}: {gained} head={after.export} report={after.report}\n")
+        return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _named_as_written(recipe: Path, aside: Path, folder: Path) -> Iterator[None]:
+    """Have errors name what the user can see, not the copies that only served the look ahead."""
+    try:
+        yield
+    except UserError as error:
+        problem = error.problem
+        for copy in aside.glob("*.yaml"):
+            problem = problem.replace(str(copy), str(recipe))
+        raise UserError(
+            problem.replace(str(aside), str(folder)),
+            code=error.code,
+            remedy=error.remedy,
+            facts=error.facts,
+        ) from error
+
+
+def _room(config: AdaptConfig, paths: RunPaths) -> Room:
+    """What the held-out chats have to fit into, by the recipe's bench.
 
     Raises:
         UserError: the recipe is not valid.
     """
     asked = RunChainConfig.model_validate(config.model_dump(include={"recipe", "workspace"}))
     (step,) = processes.steps(asked, ["bench"], paths)
-    return RunConfig(**step.run).template_kwargs
+    return Room(step.settings, config.workspace)
 
 
 def _old_head(config: AdaptConfig, paths: RunPaths) -> Head:
@@ -116,59 +179,10 @@ def _old_head(config: AdaptConfig, paths: RunPaths) -> Head:
     return read_head(folder)
 
 
-def _recipe_before(recipe: Recipe, paths: RunPaths, head: Head, rows: traffic.Split) -> Recipe:
-    only_the_head = {"compare_baseline": False, "compare_ngram": False, "max_wrong_answers": None}
-    bench = _bench(recipe, paths, rows) | only_the_head
-    bench["head"] = _within(paths, head.folder)
-    return {"run": _run_section(recipe, paths, head), "bench": bench}
-
-
-def _recipe_after(recipe: Recipe, paths: RunPaths, head: Head, rows: traffic.Split) -> Recipe:
-    return {
-        "run": _run_section(recipe, paths, head),
-        "synth": {**recipe.get("synth", {}), "prompts": _within(paths, rows.train)},
-        "dump": recipe.get("dump", {}),
-        "train": {
-            "init_vocabulary": "redraw",
-            **recipe.get("train", {}),
-            "init_from": _within(paths, head.folder),
-        },
-        "bench": _bench(recipe, paths, rows),
-    }
-
-
-def _run_section(recipe: Recipe, paths: RunPaths, head: Head) -> dict[str, Any]:
-    """The recipe's, with the settings that a warm start takes over from the head."""
-    section = {**recipe["run"], "name": paths.run_name, "draft_vocab_size": head.draft_vocab_size}
-    if head.aux_layers:
-        section.setdefault("aux_layers", head.aux_layers)
-    return section
-
-
-def _bench(recipe: Recipe, paths: RunPaths, rows: traffic.Split) -> dict[str, Any]:
-    return {**recipe.get("bench", {}), **_NO_GATES, "prompts": _within(paths, rows.held_out)}
-
-
-def _within(paths: RunPaths, path: Path) -> str:
-    """Relative to the workspace where it lies there, so that the recipe holds in a container too."""
-    path, workspace = path.absolute(), paths.workspace.absolute()
-    return str(path.relative_to(workspace) if path.is_relative_to(workspace) else path)
-
-
-def _write(paths: RunPaths, recipe: Recipe) -> None:
-    files.write_text(paths.recipe, yaml.safe_dump(recipe, sort_keys=False))
-
-
-def _chain(config: AdaptConfig, paths: RunPaths, only: tuple[str, ...] = STAGES) -> RunChainConfig:
-    shared = config.model_dump(include={"workspace", "overwrite", "dry_run"})
-    return RunChainConfig.model_validate({**shared, "recipe": paths.recipe, "only": only})
-
-
 def _vocabulary_shares(head: Head, after: RunPaths) -> dict[str, float]:
     """Share of the new answers' tokens that the old head can propose, and the new one.
 
-    Raises:
-        UserError: dump's counts or a head cannot be read.
+    Nothing where dump's counts or a head cannot be read: the gate needs neither.
     """
     import torch
 
@@ -176,13 +190,19 @@ def _vocabulary_shares(head: Head, after: RunPaths) -> dict[str, float]:
     from shared.contracts.hidden_states import read_token_freq
 
     vocab_size = int(head.config["vocab_size"])
-    counts = read_token_freq(after.stage("dump"), vocab_size)
     shares = {}
-    for label, each in (("before", head), ("after", read_head(after.export))):
-        d2t = each.tensor("d2t")
-        ids = torch.arange(vocab_size if d2t is None else len(d2t))
-        held = vocab.from_token_ids(ids if d2t is None else ids + d2t, vocab_size)
-        shares[f"vocabulary_share_{label}"] = vocab.coverage(held, counts)
+    try:
+        counts = read_token_freq(after.stage("dump"), vocab_size)
+        for label, each in (("before", head), ("after", read_head(after.export))):
+            ids = torch.tensor(draft_token_ids(each, vocab_size)).sort().values
+            shares[f"vocabulary_share_{label}"] = vocab.coverage(
+                vocab.from_token_ids(ids, vocab_size), counts
+            )
+    except UserError as error:
+        logger.warning("what the draft vocabularies hold is not known: %s", error.problem)
+        return {}
+    held = [f"{share:.2%}" for share in shares.values()]
+    logger.info("the draft vocabulary holds of the new answers: %s before, %s after", *held)
     return shares
 
 

@@ -1,47 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """Traffic -> rows to learn from, and rows held out to measure on.
 
-In: prompts in any shape that synth reads (JSON lines, Parquet, a folder, a hub data set), or the log of a
-vLLM server that was started with `--enable-log-requests` at log level DEBUG, where each request's JSON
-body is a line. Out: `train.jsonl` and `held_out.jsonl`, the same for the same traffic. A chat that grows is
-logged once a turn: its longest form counts, and chats that begin alike stay on one side.
+In: prompts in any shape that synth reads (JSON lines, Parquet, a folder, a hub data set), or the logs of a
+vLLM server (`server_log.py`). Out: `train.jsonl` and `held_out.jsonl`, the same for the same traffic. A chat
+that grows is logged once a turn: its longest form counts, and chats that begin alike stay on one side.
 """
 
 import collections
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
 from shared.io import files
-from shared.paths import find_input
 from shared.prompts import sources
-from shared.prompts.rows import BadRow, Prompt, Unusable, parse_row
+from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Duplicates, Source
+from stages.ops.adapt.server_log import NO_CHAT, Rendering, log_files, read_logs
 
+TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 HELD_OUT_SHARE = 0.1
 MIN_HELD_OUT, MAX_HELD_OUT = 8, 64
 MIN_ROWS = 5 * MIN_HELD_OUT
 MAX_BAD_FRACTION = 0.5
-_LOGS = (".log", ".out", ".txt")
-# As vLLM's RequestLogger writes a request: `Request chatcmpl-1 JSON body: {"messages": ...}`.
-_BODY = re.compile(r"Request \S+ JSON body: (\{.*)$")
+_TOO_MANY = "over_max_rows"
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where the rows are, and how many."""
+    """Where the rows are, and how many.
 
-    train: Path
-    held_out: Path
+    Attributes:
+        counts: rows of each side, and rows left out.
+        too_many: of those left out, the chats beyond `max_rows`.
+    """
+
+    folder: Path
     counts: dict[str, int]
+    too_many: int = 0
+
+    @property
+    def train(self) -> Path:
+        return self.folder / TRAIN
+
+    @property
+    def held_out(self) -> Path:
+        return self.folder / HELD_OUT
 
 
 def split(
@@ -51,117 +61,111 @@ def split(
     *,
     max_rows: int,
     template_kwargs: Mapping[str, Any],
+    variables: Set[str] | None = None,
+    fits: Callable[[Prompt], bool] = lambda _: True,
 ) -> Split:
     """Write the two files.
 
     Args:
         max_rows: rows to learn from, at most; which ones follows from their content.
         template_kwargs: the run's; a logged request with others was another prompt to the target.
+        variables: what the target's chat template reads; a request's others change nothing.
+        fits: whether bench can measure on a chat; one that it cannot is never held out.
 
     Raises:
         UserError: no such traffic, most of it cannot be read, or there are too few different chats.
     """
-    usable, reasons = _usable(traffic, _read(traffic, workspace, template_kwargs))
-    prompts = longest_forms(usable)
-    reasons["shorter_form"] = len(usable) - len(prompts)
-    held_out, train = _apart(prompts)
+    prompts, reasons = chats(traffic, workspace, Rendering(template_kwargs, variables))
+    held_out, train, unfit = _apart(prompts, fits)
     if len(prompts) < MIN_ROWS or len(held_out) < MIN_HELD_OUT:
+        why = f" {unfit} do not fit into bench." if unfit else ""
         raise UserError(
             f"{traffic}: expected at least {MIN_ROWS} chats, most with openings of their own, found "
-            f"{len(prompts)}, of which {len(held_out)} can be held out.",
+            f"{len(prompts)}, of which {len(held_out)} can be held out.{why} Left out: {dict(+reasons)}.",
             code="traffic-too-small",
             remedy="Gather more traffic. A vLLM server logs it with --enable-log-requests and "
-            "VLLM_LOGGING_LEVEL=DEBUG.",
-            facts={"rows": len(prompts)},
+            "VLLM_LOGGING_LEVEL=DEBUG. Where chats do not fit, lower bench.max_tokens.",
+            facts={"rows": len(prompts), "reasons": dict(+reasons), "unfit": unfit},
         )
+    reasons[_TOO_MANY] = max(0, len(train) - max_rows)
     counts = {"train": len(train[:max_rows]), "held_out": len(held_out)}
     counts["left_out"] = reasons.total()
+    if unfit:
+        logger.info("traffic: %d chats are too long for bench, and are not held out", unfit)
     logger.info("traffic: %s; left out: %s", counts, dict(+reasons))
-    found = Split(folder / "train.jsonl", folder / "held_out.jsonl", counts)
+    found = Split(folder, counts, reasons[_TOO_MANY])
     _write(found.held_out, held_out)
     _write(found.train, train[:max_rows])
     return found
 
 
-def _usable(
-    traffic: str, rows: Iterable[Prompt | BadRow]
+def chats(
+    traffic: str, workspace: Path, rendering: Rendering
 ) -> tuple[list[Prompt], collections.Counter[str]]:
-    """(the chats, each once; how many rows were left out, by reason).
+    """(the different chats, each in its longest form; how many rows were left out, by reason).
 
     Raises:
-        UserError: most of it cannot be read.
+        UserError: no such traffic, or most of it cannot be read.
     """
     reasons: collections.Counter[str] = collections.Counter()
+    examples: dict[str, str] = {}
     usable: list[Prompt] = []
-    for row in Duplicates(same_content=True).marked(rows):
+    for row in Duplicates(same_content=True).marked(_read(traffic, workspace, rendering)):
         if isinstance(row, BadRow):
             reasons[row.reason] += 1
+            examples.setdefault(row.reason, row.detail)
         else:
             usable.append(row)
-    bad = sum(n for reason, n in reasons.items() if not reason.startswith("duplicate"))
-    if bad > MAX_BAD_FRACTION * (bad + len(usable)):
-        raise UserError(
-            f"{traffic}: expected chats, found {bad} of {bad + len(usable)} rows that cannot be used: "
-            f"{dict(reasons)}.",
-            code="traffic-unusable",
-            remedy="Give chats with `messages`. A server's log must not be cut (--max-log-len); "
-            "other_template: set run.chat_template_kwargs to what the requests say.",
-            facts={"reasons": dict(reasons)},
-        )
-    return usable, reasons
+    _require_most(traffic, len(usable), reasons, examples)
+    prompts = longest_forms(usable)
+    reasons["shorter_form"] = len(usable) - len(prompts)
+    return prompts, reasons
 
 
-def _read(
-    traffic: str, workspace: Path, template_kwargs: Mapping[str, Any]
-) -> Iterator[Prompt | BadRow]:
-    found = find_input(traffic, workspace)
-    if found is not None and found.is_file() and found.suffix in _LOGS:
-        return read_server_log(found, template_kwargs)
+def _require_most(
+    traffic: str, usable: int, reasons: collections.Counter[str], examples: Mapping[str, str]
+) -> None:
+    """Refuse traffic of which the smaller part would stand for all.
+
+    Raises:
+        UserError: most of its chats cannot be used. Requests that are no chats do not count.
+    """
+    bad = collections.Counter(
+        {
+            reason: count
+            for reason, count in reasons.items()
+            if reason != NO_CHAT and not reason.startswith("duplicate")
+        }
+    )
+    if bad.total() <= MAX_BAD_FRACTION * (bad.total() + usable):
+        return
+    most = bad.most_common(1)[0][0]
+    raise UserError(
+        f"{traffic}: expected chats, found {bad.total()} of {bad.total() + usable} rows that cannot be "
+        f"used: {dict(reasons)}; for example, {most}: {examples[most] or 'no more is known'}.",
+        code="traffic-unusable",
+        remedy="Give chats with `messages`. A server's log must not be cut (--max-log-len); "
+        "other_template: set run.chat_template_kwargs to what the requests say.",
+        facts={"reasons": dict(reasons)},
+    )
+
+
+def _read(traffic: str, workspace: Path, rendering: Rendering) -> Iterator[Prompt | BadRow]:
+    if logs := log_files(traffic, workspace):
+        return read_logs(logs, rendering)
     return sources.read_source(Source(path=traffic), workspace, label="--traffic")
 
 
-def read_server_log(path: Path, template_kwargs: Mapping[str, Any]) -> Iterator[Prompt | BadRow]:
-    """The chat requests of a vLLM server's log; other lines are passed over.
+def digest(traffic: str, workspace: Path) -> str:
+    """A hash of the traffic's files, or the hub's id and revision.
 
     Raises:
-        UserError: no line is a request.
+        UserError: there are none.
     """
-    seen = 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if (match := _BODY.search(line)) is None:
-                continue
-            seen += 1
-            try:
-                yield _prompt_of(json.loads(match[1]), path.name, template_kwargs)
-            except Unusable as error:
-                yield BadRow(f"line {number}", error.reason, error.detail)
-            except (ValueError, RecursionError):
-                yield BadRow(f"line {number}", "cut_off", "the body is no whole JSON")
-    if not seen:
-        raise UserError(
-            f"{path}: expected a vLLM server's log with requests' bodies, found no line with one.",
-            code="log-without-requests",
-            remedy="Start the server with --enable-log-requests and VLLM_LOGGING_LEVEL=DEBUG, or give "
-            "the prompts as JSON lines.",
-            facts={"path": str(path)},
-        )
-
-
-def _prompt_of(body: Any, source: str, template_kwargs: Mapping[str, Any]) -> Prompt:
-    """A request's body as a prompt, under an id that follows from its content.
-
-    Raises:
-        Unusable: it is no chat, or the server rendered it with other switches than the run will.
-    """
-    if "messages" not in body:
-        raise Unusable("no_chat", "a request without messages")
-    asked = {**template_kwargs, **(body.get("chat_template_kwargs") or {})}
-    if asked != dict(template_kwargs):
-        raise Unusable("other_template", f"chat_template_kwargs {asked}")
-    row = {key: body[key] for key in ("messages", "tools") if body.get(key)}
-    prompt = parse_row(row, source=source)
-    return prompt.renamed(f"log-{prompt.content_hash()}")
+    if logs := log_files(traffic, workspace):
+        hashes = "".join(map(files.sha256, logs))
+        return hashlib.sha256(hashes.encode()).hexdigest()
+    return sources.digest(Source(path=traffic), workspace, label="--traffic")
 
 
 def longest_forms(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -186,19 +190,36 @@ def _forms(prompt: Prompt) -> Iterator[bytes]:
         yield running.digest()
 
 
-def _apart(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """(held out, to learn from): a share by hash, chats of one opening together."""
+def _apart(
+    prompts: Sequence[Prompt], fits: Callable[[Prompt], bool]
+) -> tuple[list[Prompt], list[Prompt], int]:
+    """(held out, to learn from, how many are of the second since they do not fit).
+
+    A share by hash, chats of one opening together.
+    """
     openings = collections.defaultdict(list)
     for prompt in prompts:
-        opening = json.dumps([prompt.turns[0].asked, prompt.tools], sort_keys=True)
-        openings[hashlib.sha256(opening.encode()).digest()].append(prompt)
+        openings[hashlib.sha256(prompt.opening.encode()).digest()].append(prompt)
     room = min(max(round(HELD_OUT_SHARE * len(prompts)), MIN_HELD_OUT), MAX_HELD_OUT)
     held_out: list[Prompt] = []
     train: list[Prompt] = []
+    unfit = 0
     for _, alike in sorted(openings.items()):
-        fits = len(held_out) + len(alike) <= room
-        (held_out if fits else train).extend(alike)
-    return held_out, train
+        has_room = len(held_out) + len(alike) <= room
+        is_held_out = has_room and all(map(fits, alike))  # tokenised only where there is room
+        unfit += len(alike) if has_room and not is_held_out else 0
+        (held_out if is_held_out else train).extend(alike)
+    return held_out, train, unfit
+
+
+def _messages(prompt: Prompt) -> Iterator[dict[str, Any]]:
+    """A row's messages: an answer that is not to be trained on with its mark, none as an empty one."""
+    for turn in prompt.turns:
+        yield from turn.asked
+        if turn.answer is not None:
+            yield turn.answer if turn.is_trained else {**turn.answer, "weight": 0}
+        elif turn is not prompt.turns[-1]:
+            yield {"role": "assistant", "content": ""}
 
 
 def _write(path: Path, prompts: Iterable[Prompt]) -> None:
@@ -207,7 +228,7 @@ def _write(path: Path, prompts: Iterable[Prompt]) -> None:
         row = {
             "id": prompt.sample_id,
             "category": prompt.category,
-            "messages": list(prompt.conversation),
+            "messages": list(_messages(prompt)),
             "tools": list(prompt.tools),
         }
         lines.append(json.dumps({key: value for key, value in row.items() if value}))

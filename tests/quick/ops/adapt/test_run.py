@@ -1,18 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides between the old head and the new one."""
+"""What adapt looks at before it starts, and what decides between the old head and the new one."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shared.contracts.head_folder import read_head
 from shared.contracts.hidden_states import TOKEN_FREQ
+from shared.errors import EXIT_DONE, OutputError, UserError
 from shared.paths import RunPaths
-from stages.ops.adapt.run import _compare, _vocabulary_shares
+from stages.ops.adapt.run import _compare, _vocabulary_shares, run
+from stages.ops.chain import run as chain
 from tests.heads import write_random_head
 from tests.models import tiny_llama
+from tests.quick.ops.adapt.conftest import asked, write_recipe
+
+
+def files_in(workspace: Path) -> set[Path]:
+    return {each for each in workspace.rglob("*") if each.is_file() and each.parent.name != "logs"}
+
+
+def test_a_dry_run_shows_both_plans_and_leaves_nothing(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_in(workspace)
+    assert run(asked(workspace, dry_run=True)) == EXIT_DONE
+    shown = capsys.readouterr().out
+    assert "new-before" in shown
+    assert "52 rows" in shown  # eight are held out
+    assert files_in(workspace) == before
+
+
+def test_what_a_stage_refuses_is_told_of_the_recipe_that_was_given(workspace: Path) -> None:
+    path = write_recipe(workspace, {"train": {"epoch": 1}})
+    before = files_in(workspace)
+    with pytest.raises(UserError, match="train refuses") as refused:
+        run(asked(workspace))
+    assert f"unknown key in {path}. Did you mean epochs?" in refused.value.problem
+    assert "eyrie-adapt" not in refused.value.problem
+    assert files_in(workspace) == before
+
+
+def report(path: Path, length: float) -> None:
+    head = {"acceptance_length": length, "acceptance_length_interval": [length, length]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"head": {"acceptance": head, "tokens_per_s": 10 * length}}))
+
+
+def test_the_figures_that_decide_are_kept_where_others_cannot_be_made(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def finished(config: Any) -> int:
+        report(config.recipe.parent / "bench" / "report.json", 2.0)
+        return EXIT_DONE
+
+    monkeypatch.setattr(chain, "look_ahead", lambda *_, **__: None)
+    monkeypatch.setattr(chain, "run", finished)  # dump has left no counts
+    with pytest.raises(OutputError) as missed:
+        run(asked(workspace))
+    assert "what the draft vocabularies hold is not known" in caplog.text
+    assert "another run.name, or with --overwrite" in missed.value.remedy
+    found = json.loads((workspace / "new" / "adapt.json").read_text())
+    assert (found["before"], found["after"], found["improved"]) == (2.0, 2.0, False)
+    assert found["rows"]["held_out"] == 8
 
 
 @pytest.mark.parametrize(("after", "improved"), [(2.05, True), (2.03, False), (1.9, False)])
@@ -21,20 +75,25 @@ def test_a_gain_of_less_than_was_asked_for_is_none(
 ) -> None:
     runs = {"old": 2.0, "new": after}
     for name, length in runs.items():
-        head = {"acceptance_length": length, "acceptance_length_interval": [length, length]}
-        path = RunPaths(tmp_path, name).report
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"head": {"acceptance": head, "tokens_per_s": 10 * length}}))
+        report(RunPaths(tmp_path, name).report, length)
     found = _compare(RunPaths(tmp_path, "old"), RunPaths(tmp_path, "new"), 0.02)
     assert found["improved"] is improved
     assert (found["before"], found["after"]) == (2.0, after)
     assert found["after_tokens_per_s"] == 10 * after
 
 
-def test_the_share_of_the_new_answers_that_each_vocabulary_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_ascending", [True, False])
+def test_the_share_of_the_new_answers_that_each_vocabulary_holds(
+    tmp_path: Path, is_ascending: bool
+) -> None:
     target, run = tiny_llama(tmp_path / "tiny"), RunPaths(tmp_path, "new")
     write_random_head(tmp_path / "old", target=target, draft_vocab_size=128, aux_layers=(1, 3, 5))
     write_random_head(run.export, target=target, aux_layers=(1, 3, 5))  # all tokens: no d2t
+    path = tmp_path / "old" / "model.safetensors"
+    if not is_ascending:  # as other makers' heads have it
+        tensors = load_file(path)
+        ids = (tensors["d2t"] + torch.arange(128)).flip(0)
+        save_file({**tensors, "d2t": ids - torch.arange(128)}, path)
     old = read_head(tmp_path / "old")
     d2t = old.tensor("d2t")
     assert d2t is not None

@@ -27,25 +27,19 @@ def split(folder: Path, name: str, **options: Any) -> traffic.Split:
     return traffic.split(name, folder, folder / "out", **settings)
 
 
+def write_rows(folder: Path, rows: Rows) -> None:
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 def rows_of(path: Path) -> Rows:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def log_of(folder: Path, bodies: list[Any]) -> str:
-    lines = ["(APIServer pid=7) INFO 11-28 10:00:00 [loggers.py:1] Engine 000: idle"]
-    for number, body in enumerate(bodies):
-        text = body if isinstance(body, str) else json.dumps(body)
-        where = "(APIServer pid=7) DEBUG 11-28 10:00:01 [request_logger.py:74]"
-        lines.append(f"{where} Request chatcmpl-{number} JSON body: {text}")
-    (folder / "server.log").write_text("\n".join(lines))
-    return "server.log"
-
-
 def test_a_tenth_is_held_out_and_none_is_on_both_sides(tmp_path: Path) -> None:
     rows = [{"prompt": f"question {n % 150}", "category": "c"} for n in range(200)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(tmp_path, rows)
     found = split(tmp_path, "rows.jsonl", max_rows=100)
-    assert found.counts == {"train": 100, "held_out": 15, "left_out": 50}
+    assert found.counts == {"train": 100, "held_out": 15, "left_out": 85}  # 50 twice, 35 too many
     learnt, held = rows_of(found.train), rows_of(found.held_out)
     assert (len(learnt), len(held)) == (100, 15)
     texts = [{row["messages"][0]["content"] for row in side} for side in (learnt, held)]
@@ -60,7 +54,7 @@ def test_chats_that_begin_alike_stay_on_one_side(tmp_path: Path) -> None:
     for n in range(60):
         opening = [ask(f"q{n // 2}"), answer("a"), ask(f"then {n}")]
         rows.append({"messages": opening})
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(tmp_path, rows)
     found = split(tmp_path, "rows.jsonl")
     openings = [
         {row["messages"][0]["content"] for row in rows_of(side)}
@@ -80,36 +74,51 @@ def test_only_the_longest_form_of_a_growing_chat_counts() -> None:
     assert traffic.longest_forms([first, second, forked]) == [second, forked]
 
 
-def test_a_servers_log_gives_its_chats(tmp_path: Path) -> None:
-    bodies: list[Any] = [{"model": "m", "messages": [ask(f"q{n}")]} for n in range(50)]
-    bodies += [{"prompt": "a completion"}, '{"messages": [{"role": "us']
-    bodies += [{"messages": [ask("q")], "chat_template_kwargs": {"enable_thinking": False}}]
-    found = split(tmp_path, log_of(tmp_path, bodies))
-    assert found.counts == {"train": 42, "held_out": 8, "left_out": 3}
-    assert rows_of(found.train)[0]["id"].startswith("log-")
+def test_marks_and_gaps_between_turns_are_kept(tmp_path: Path) -> None:
+    bad = {**answer("bad"), "weight": 0}
+    rows: Rows = [{"messages": [ask(f"q{n}"), bad, ask("more"), answer("good")]} for n in range(50)]
+    rows += [{"turns": [f"first {n}", "second"]} for n in range(50)]
+    write_rows(tmp_path, rows)
+    found = split(tmp_path, "rows.jsonl")
+    written = [parse_row(row) for side in (found.train, found.held_out) for row in rows_of(side)]
+    assert len(written) == 100
+    marked = [[turn.is_trained for turn in row.turns] for row in written if row.turns[0].answer]
+    assert marked == [[False, True]] * 50
+    assert all(row.turns[0].answer or len(row.turns) == 2 for row in written)
 
 
-def test_requests_of_another_template_are_refused_where_most_are(tmp_path: Path) -> None:
-    off = {"enable_thinking": False}
-    name = log_of(
-        tmp_path, [{"messages": [ask(f"q{n}")], "chat_template_kwargs": off} for n in range(50)]
+def test_chats_that_cannot_be_measured_are_trained_on(tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"prompt": f"question {n}"} for n in range(100)])
+    plain = {
+        row["messages"][0]["content"] for row in rows_of(split(tmp_path, "rows.jsonl").held_out)
+    }
+    unfit = sorted(plain)[:4]
+    found = split(
+        tmp_path, "rows.jsonl", fits=lambda each: each.messages[0]["content"] not in unfit
     )
-    with pytest.raises(UserError, match=r"other_template.: 50") as refused:
-        split(tmp_path, name)
-    assert refused.value.code == "traffic-unusable"
-    same = split(tmp_path, name, template_kwargs={**off, "thinking": False})
-    assert same.counts["left_out"] == 0
+    held = {row["messages"][0]["content"] for row in rows_of(found.held_out)}
+    assert len(held) == 10 and not held & set(unfit)
+    learnt = {row["messages"][0]["content"] for row in rows_of(found.train)}
+    assert set(unfit) <= learnt
+
+
+def test_where_hardly_any_can_be_measured_it_says_so(tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"prompt": f"question {n}"} for n in range(100)])
+    with pytest.raises(UserError, match=r"0 can be held out.*100 do not fit") as refused:
+        split(tmp_path, "rows.jsonl", fits=lambda _: False)
+    assert refused.value.code == "traffic-too-small"
+    assert "bench.max_tokens" in refused.value.remedy
 
 
 @pytest.mark.parametrize(
-    ("bodies", "code"),
+    "rows",
     [
-        ([{"messages": [ask(f"q{n}")]} for n in range(39)], "traffic-too-small"),
-        ([{"messages": [ask("q"), answer(f"{n}"), ask("r")]} for n in range(99)], "traffic-too-small"),
-        ([], "log-without-requests"),
+        [{"prompt": f"q{n}"} for n in range(39)],
+        [{"messages": [ask("q"), answer(f"{n}"), ask("r")]} for n in range(99)],
     ],
-)  # fmt: skip
-def test_too_little_is_refused(tmp_path: Path, bodies: Rows, code: str) -> None:
+)
+def test_too_little_is_refused(tmp_path: Path, rows: Rows) -> None:
+    write_rows(tmp_path, rows)
     with pytest.raises(UserError) as refused:
-        split(tmp_path, log_of(tmp_path, bodies))
-    assert refused.value.code == code
+        split(tmp_path, "rows.jsonl")
+    assert refused.value.code == "traffic-too-small"

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The split that a run was begun with: kept until `--overwrite`, so that traffic may grow meanwhile.
+
+A live server's log is another file each time it is looked at. `split.json` beside the rows says what they
+were made of; the same command takes them as they are, and tells how many chats have come since.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.artifacts.manifest import differences
+from shared.errors import EyrieError, UserError
+from shared.io import files
+from shared.prompts.rows import Prompt, parse_row
+from stages.ops.adapt import traffic
+from stages.ops.adapt.room import Room
+from stages.ops.adapt.server_log import Rendering
+from stages.ops.adapt.traffic import HELD_OUT, TRAIN, Split
+
+RECORD = "split.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Traffic, and how it is to be split."""
+
+    name: str
+    workspace: Path
+    max_rows: int
+    room: Room
+
+    def settings(self) -> dict[str, Any]:
+        """What decides about the rows, beside the traffic's content."""
+        kwargs = self.room.run.template_kwargs
+        return {"max_rows": self.max_rows, "template_kwargs": kwargs, "bench": self.room.as_dict()}
+
+    def digest(self) -> str:
+        """A hash of the traffic as it is now.
+
+        Raises:
+            UserError: there is none.
+        """
+        return traffic.digest(self.name, self.workspace)
+
+    def chats(self) -> list[Prompt]:
+        """The different chats of the traffic as it is now.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        rendering = Rendering(self.room.run.template_kwargs, self.room.variables)
+        return traffic.chats(self.name, self.workspace, rendering)[0]
+
+    def split(self, folder: Path) -> Split:
+        """Split the traffic into `folder`.
+
+        Raises:
+            UserError: as `traffic.split`.
+        """
+        digest = self.digest()  # before the rows are read: a log grows meanwhile
+        found = traffic.split(
+            self.name,
+            self.workspace,
+            folder,
+            max_rows=self.max_rows,
+            template_kwargs=self.room.run.template_kwargs,
+            variables=self.room.variables,
+            fits=self.room.fits,
+        )
+        made_of = {"traffic": self.name, "digest": digest, **self.settings()}
+        record = {"made_of": made_of, "counts": found.counts, "too_many": found.too_many}
+        files.write_json(folder / RECORD, record)
+        return found
+
+
+def kept(asked: Traffic, folder: Path) -> Split | None:
+    """The split that lies in `folder`; None where there is none.
+
+    Raises:
+        UserError: it is one of other traffic, or of other settings.
+    """
+    if not all((folder / name).exists() for name in (RECORD, TRAIN, HELD_OUT)):
+        return None
+    record = files.read_json(folder / RECORD)
+    try:
+        made_of, found = (
+            dict(record["made_of"]),
+            Split(folder, record["counts"], record["too_many"]),
+        )
+        name, digest = made_of.pop("traffic"), made_of.pop("digest")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / RECORD}: expected the record of a split, found none ({error!r}).",
+            code="split-record",
+            remedy="Give --overwrite to split the traffic anew.",
+        ) from error
+    now = _digest(asked)
+    differing = differences(made_of, asked.settings())
+    if asked.name != name and now != digest:
+        differing = f"--traffic: was {name}, now {asked.name}"
+    if differing:
+        raise UserError(
+            f"{folder}: expected the traffic and the settings that this run was begun with, found others "
+            f"({differing}).",
+            code="split-settings",
+            remedy="Give --overwrite to begin anew, or another run.name to keep both.",
+            facts={"folder": str(folder)},
+        )
+    logger.info("the split in %s is kept: %s", folder, found.counts)
+    if now != digest:
+        _tell_news(asked, found)
+    return found
+
+
+def _digest(asked: Traffic) -> str:
+    """A hash of the traffic as it is now; '' where it is gone, which ends no run that has its rows."""
+    try:
+        return asked.digest()
+    except EyrieError:
+        return ""
+
+
+def _tell_news(asked: Traffic, found: Split) -> None:
+    """Say how many chats have come since the split."""
+    try:
+        now = asked.chats()
+        taken = {
+            parse_row(json.loads(line)).content_hash()
+            for side in (found.train, found.held_out)
+            for line in files.read_text(side).splitlines()
+        }
+    except (EyrieError, ValueError) as error:  # the traffic is gone, or the rows were edited
+        logger.warning("what has come since the split is not known, nor needed: %s", error)
+        return
+    news = sum(each.content_hash() not in taken for each in now) - found.too_many
+    if news > 0:
+        logger.warning(
+            "%s: %d chats have come since it was split, and are not taken; --overwrite, or another "
+            "run.name, takes them",
+            asked.name,
+            news,
+        )
+
+
+def place(found: Split, folder: Path) -> Split:
+    """The same split in `folder`; its record comes last."""
+    if found.folder == folder:
+        return found
+    files.unlink(folder, RECORD)
+    for name in (TRAIN, HELD_OUT, RECORD):
+        with files.atomic_path(folder / name) as temporary:
+            shutil.copyfile(found.folder / name, temporary)
+    return Split(folder, found.counts, found.too_many)
