@@ -9,6 +9,7 @@ import pydantic
 
 from shared.config import CommandConfig
 from shared.paths import STAGES
+from stages.ops.tables import read_data
 
 
 def _in_order(stages: tuple[str, ...]) -> tuple[str, ...]:
@@ -23,6 +24,18 @@ def _in_order(stages: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Stages = Annotated[tuple[str, ...], pydantic.AfterValidator(_in_order)]
+_GPUS = tuple(read_data("gpus.yaml"))
+
+
+def _known_gpu(name: str) -> str:
+    """The name of a GPU type that a plan knows.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if name not in _GPUS:
+        raise ValueError(f"GPU types are {', '.join(_GPUS)}; take the nearest in memory")
+    return name
 
 
 class RunChainConfig(CommandConfig):
@@ -107,8 +120,8 @@ class AdaptConfig(CommandConfig):
     head: str = pydantic.Field(description="The head to start from: a folder or a hub id.")
     head_revision: str | None = pydantic.Field(None, description="Hub revision of --head.")
     traffic: str = pydantic.Field(
-        description="Prompts or chats: JSON lines, Parquet, a folder or a hub data set; or the log (*.log) "
-        "of a vLLM server with --enable-log-requests at log level DEBUG."
+        description="Prompts or chats: JSON lines, Parquet, a folder or a hub data set; or the log, a folder "
+        "or a glob of logs, of a vLLM server with --enable-log-requests at log level DEBUG."
     )
     max_rows: int = pydantic.Field(2000, description="Rows to learn from, at most.", ge=1)
     min_gain: float = pydantic.Field(
@@ -116,10 +129,12 @@ class AdaptConfig(CommandConfig):
     )
     dry_run: bool = pydantic.Field(
         False,
-        description="Split the traffic and show the plan of the run; measure and train nothing.",
+        description="Split the traffic and show the plan of both runs; write, measure and train nothing.",
     )
     overwrite: bool = pydantic.Field(
-        False, description="Replace every artifact, as for new traffic under the same run.name."
+        False,
+        description="Split the traffic anew and replace every artifact, as for more traffic or other "
+        "settings under the same run.name.",
     )
 
 
@@ -177,7 +192,9 @@ class PlanConfig(CommandConfig):
     positional: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = pydantic.Field(description="A model's folder, a config.json, or a hub id.")
-    gpu: str = pydantic.Field("H100", description="GPU type that the recipe is for.")
+    gpu: Annotated[str, pydantic.AfterValidator(_known_gpu)] = pydantic.Field(
+        "H100", description=f"GPU type that the recipe is for: {', '.join(_GPUS)}."
+    )
     samples: int = pydantic.Field(50_000, description="Conversations to train on.", ge=1)
     length: int = pydantic.Field(2048, description="Tokens of a conversation, at most.", ge=8)
     out: Path | None = pydantic.Field(None, description="Write a recipe here.")
@@ -192,6 +209,9 @@ class PlanConfig(CommandConfig):
     prompts: str = pydantic.Field("prompts.jsonl", description="The recipe's synth.prompts.")
     trust_remote_code: bool = pydantic.Field(
         False, description="Allow a target's own Python code in the recipe."
+    )
+    overwrite: bool = pydantic.Field(
+        False, description="Replace a recipe or an overlay that is there and differs."
     )
     as_json: bool = pydantic.Field(False, alias="json", description="Print JSON, no tables.")
 

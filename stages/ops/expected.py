@@ -8,12 +8,10 @@ acceptance length that bench may require of as many rows.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
-import yaml
+from stages.ops.tables import read_data
 
-_PUBLISHED = Path(__file__).parent / "plan" / "data" / "published.yaml"
 _WIDTHS = 2.0  # a target compares if its hidden size is within this factor of the published one's
 _FEWEST = 0.2  # so much of the smallest published number of rows still says something
 _GATE_SHARE = 0.9  # of what others reached, since prompts differ
@@ -22,7 +20,7 @@ _MAX_GATE = 2.1  # bench's default
 
 def published() -> list[dict[str, Any]]:
     """Every published figure: target, acceptance_length, source; most with samples, epochs and k."""
-    rows: list[dict[str, Any]] = yaml.safe_load(_PUBLISHED.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = read_data("published.yaml")
     return rows
 
 

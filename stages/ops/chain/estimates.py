@@ -19,6 +19,7 @@ from shared.artifacts.run_state import RunState
 from shared.contracts import layers
 from shared.errors import EyrieError, UserError
 from shared.io import safetensors_files
+from shared.io.safetensors_files import TensorInfo
 from shared.paths import RunPaths, find_input
 from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
@@ -28,6 +29,7 @@ from shared.target import model as target
 from shared.target.model import TargetConfig
 from stages.ops.chain import sizes
 from stages.ops.chain.machine import Machine
+from stages.ops.chain.preflight_target import find
 from stages.ops.chain.processes import Step
 from stages.ops.expected import expectation
 
@@ -63,7 +65,20 @@ def prompt_sources(step: Step) -> list[Source]:
 class Estimates:
     """The estimates of a chain, each stage's from what the ones before it leave."""
 
-    def __init__(self, steps: Sequence[Step], paths: RunPaths, machine: Machine) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        paths: RunPaths,
+        machine: Machine,
+        *,
+        asks_hub: bool = False,
+    ) -> None:
+        """Take a look at nothing yet.
+
+        Args:
+            asks_hub: for the config.json of a target that is no folder here.
+        """
+        self.asks_hub = asks_hub
         self.steps = steps
         self.paths = paths
         self.machine = machine
@@ -170,9 +185,20 @@ class Estimates:
     def _target(self, step: Step) -> TargetConfig | None:
         found = find_input(step.target, self.paths.workspace)
         try:
+            if found is None and self.asks_hub:
+                found, _ = find(step.target, step.run["target_revision"], self.paths)
             return target.read_config(found) if found is not None and found.is_dir() else None
         except EyrieError:  # preflight says what is wrong with it
             return None
+
+    def _tensors(self, step: Step, config: TargetConfig) -> dict[str, TensorInfo]:
+        """Of a target on the hub, by their headers.
+
+        Raises:
+            EyrieError: there are none.
+        """
+        _, headers = find(step.target, step.run["target_revision"], self.paths)
+        return headers or safetensors_files.list_tensors(config.folder)
 
     def _disk(self, step: Step, config: TargetConfig | None, tokens: int | None) -> str:
         try:
@@ -189,7 +215,7 @@ class Estimates:
             if step.stage == "train" and config:
                 head = sizes.head_config(step.run, config, step.settings)
                 return filesize.decimal(
-                    sizes.checkpoint_bytes(head, step.settings) + 4 * head.num_parameters
+                    sizes.checkpoints_bytes(head, step.settings) + 4 * head.num_parameters
                 )
         except EyrieError:  # preflight says what is wrong with it
             return ""
@@ -200,7 +226,8 @@ class Estimates:
             return ""
         if step.stage == "train":
             try:
-                size = sizes.train_bytes(sizes.head_config(step.run, config, step.settings))
+                head = sizes.head_config(step.run, config, step.settings)
+                size = sizes.train_bytes(head, step.settings["optimizer"])
             except EyrieError:  # preflight says what is wrong with it
                 return ""
             return f"{filesize.decimal(size)} and activations"
@@ -210,7 +237,7 @@ class Estimates:
             return "of three tensors of the target"
         parts = sizes.gpus_a_copy(step)
         try:
-            size = sizes.weight_bytes(safetensors_files.list_tensors(config.folder)) // parts
+            size = sizes.weight_bytes(self._tensors(step, config)) // parts
         except EyrieError:  # preflight says what is wrong with it
             return ""
         where = "a GPU" if self.machine.gpus else "of memory"

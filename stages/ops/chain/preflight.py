@@ -20,7 +20,7 @@ from shared.config import RunConfig
 from shared.contracts.head_variant import named_variant
 from shared.conversations.switches import require_reasoning_end, require_switches
 from shared.errors import UserError
-from shared.paths import RunPaths, find_input
+from shared.paths import RunPaths, find_input, places
 from shared.prompts import sources
 from shared.prompts.rows import BadRow
 from shared.prompts.sources import Source
@@ -31,7 +31,9 @@ from shared.vllm.server import is_healthy
 from shared.vllm.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_within
 from stages.ops.chain import containers, pair
 from stages.ops.chain.estimates import prompt_sources
+from stages.ops.chain.held_out import seen_prompts
 from stages.ops.chain.machine import SHARED_MEMORY, Machine
+from stages.ops.chain.preflight_settings import option_problems, setting_problems
 from stages.ops.chain.preflight_target import existing_folder, target_problems, targets
 from stages.ops.chain.processes import Step, environment, python_of, uses_vllm
 from stages.ops.chain.served import VLLM_NAMES, problem, vllm_version
@@ -65,9 +67,10 @@ _LIST_VERSIONS = (
 def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[str]:
     """Everything that stands in the way, the stages that are done left out."""
     left = [step for step in steps if not step.done]
-    found = [*_workspace(paths), *_artifacts(steps)]
+    found = [*_workspace(paths), *_artifacts(steps), *setting_problems(left, paths)]
     for step in left:
         found += _versions(step, machine)
+        found += option_problems(step)
         found += _inputs(step, paths.workspace)
         found += _endpoints(step)
         found += _reasoning(step, paths.workspace)
@@ -85,6 +88,7 @@ def problems_of_containers(steps: Sequence[Step], paths: RunPaths, machine: Mach
     left = [step for step in steps if not step.done]
     # The recipe is kept in the workspace, from here.
     found = [*containers.problems(paths), *_workspace(paths), *_artifacts(steps)]
+    found += setting_problems(left, paths)
     found += pair.problems(steps, machine, is_local=False)
     for step in left:
         found += _inputs(step, paths.workspace)
@@ -93,6 +97,24 @@ def problems_of_containers(steps: Sequence[Step], paths: RunPaths, machine: Mach
         if find_input(name, paths.workspace) is not None:
             found += target_problems(name, left, paths, machine, lambda _: {})
     return list(dict.fromkeys(found))
+
+
+def warnings(steps: Sequence[Step]) -> Iterator[str]:
+    """What will not fail, and is hardly what was meant."""
+    by_stage = {step.stage: step for step in steps}
+    train, bench = by_stage.get("train"), by_stage.get("bench")
+    if not train or not bench or bench.done:
+        return
+    if bench.settings["head"] or bench.settings["endpoint"]:
+        return
+    yield from seen_prompts(steps)
+    trained = train.settings["ttt_steps"]
+    drafted = max(bench.settings["num_speculative_tokens"])
+    if drafted > trained:
+        yield (
+            f"bench.num_speculative_tokens: {drafted} drafts further than train.ttt_steps: {trained} "
+            f"trains. Expect the later tokens to be accepted seldom, or set ttt_steps: {drafted}."
+        )
 
 
 def _served_variant(left: Sequence[Step]) -> Iterator[str]:
@@ -237,7 +259,7 @@ def _inputs(step: Step, workspace: Path) -> Iterator[str]:
         except UserError as error:
             yield str(error)
     if (states := step.settings.get("states")) and find_input(states, workspace) is None:
-        expected = f"a folder at {workspace / states} or {states}"
+        expected = f"a folder at {places(states, workspace)}"
         yield problem("dump.states", expected, "none", "Mount it.")
 
 

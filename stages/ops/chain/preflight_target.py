@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of preflight that is about the target: is it there, whole, and does it fit?"""
 
+import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from shared.target.model import TargetConfig
 from shared.target.templates import require_chat_template
 from stages.ops.chain import sizes
 from stages.ops.chain.machine import Machine
+from stages.ops.chain.preflight_settings import head_problems, room_problems
 from stages.ops.chain.processes import Step
 from stages.ops.chain.served import Packages, problem, served_problems
 
@@ -48,7 +50,7 @@ def target_problems(
     users = [step for step in left if name in targets(step)]
     run = users[0].run
     try:
-        folder, tensors = _find(name, run["target_revision"], paths)
+        folder, tensors = find(name, run["target_revision"], paths)
         config = target.read_config(folder, trust_remote_code=run["trust_remote_code"])
         is_whole = tensors is None
         if is_whole and any(step.stage in ("synth", "bench") for step in users):
@@ -64,6 +66,10 @@ def target_problems(
         yield from _trainable(users, config, tensors)
     if not fits:
         yield from served_problems(users, config, machine, packages)
+    for step in users:
+        if step.stage == "bench":
+            yield from head_problems(step, config, paths.workspace)
+            yield from room_problems(step, config)
     yield from _memory(sizes.weight_bytes(tensors), users, machine)
     yield from _disk(left, config, paths)
 
@@ -83,10 +89,13 @@ def _trainable(
         yield str(error)
 
 
-def _find(
-    name: str, revision: str | None, paths: RunPaths
-) -> tuple[Path, dict[str, TensorInfo] | None]:
+Found = tuple[Path, dict[str, TensorInfo] | None]
+
+
+def find(name: str, revision: str | None, paths: RunPaths) -> Found:
     """(the folder of its config.json, its tensors where only their headers were fetched).
+
+    A hub is asked once, also where that fails.
 
     Raises:
         UserError: there is no such target, or it has no safetensors files.
@@ -95,6 +104,21 @@ def _find(
     folder = find_input(name, paths.workspace)
     if folder is not None:
         return folder, None
+    found = _asked(name, revision, paths)
+    if isinstance(found, EyrieError):
+        raise found
+    return found
+
+
+@functools.lru_cache
+def _asked(name: str, revision: str | None, paths: RunPaths) -> Found | EyrieError:
+    try:
+        return _ask_hub(name, revision, paths)
+    except EyrieError as error:
+        return error
+
+
+def _ask_hub(name: str, revision: str | None, paths: RunPaths) -> Found:
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub import errors as hub_errors

@@ -76,17 +76,18 @@ def run(config: RunChainConfig) -> int:
     return EXIT_DONE
 
 
-def look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
+def look_ahead(config: RunChainConfig, paths: RunPaths, *, even_if_done: bool = False) -> None:
     """Ask the stages and the machine whether this can work; a dry run shows the plan too.
+
+    Args:
+        even_if_done: ask also where nothing is left to do; artifacts of other settings are told.
 
     Raises:
         UserError: with one line for each problem.
     """
     undone = [stage for stage in config.stages if not processes.is_done(stage, paths)]
-    if not (
-        config.dry_run or config.overwrite or undone
-    ):  # a finished chain takes seconds, and needs nothing
-        return
+    if not (config.dry_run or config.overwrite or undone or even_if_done):
+        return  # a finished chain takes seconds, and needs nothing
     # Here, not above: a chain that is done must not wait for them.
     from stages.ops.chain import estimates, preflight
     from stages.ops.chain.machine import look
@@ -97,8 +98,10 @@ def look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
     found = look_for(steps, paths, machine) if config.preflight else []
     if config.preflight and not found and config.by == "processes":
         found = processes.refused_heads(config, steps)
+    for warning in preflight.warnings(steps):
+        logger.warning("%s", warning)
     if config.dry_run or not found:
-        ahead = estimates.Estimates(steps, paths, machine)
+        ahead = estimates.Estimates(steps, paths, machine, asks_hub=config.preflight)
         rows = ahead.rows()
         if config.dry_run:
             console = Console(width=None if sys.stdout.isatty() else 160)
@@ -106,11 +109,16 @@ def look_ahead(config: RunChainConfig, paths: RunPaths) -> None:
         if line := ahead.expectation():
             logger.info("expected: %s", line)
     if found:
+        *others, last = found
+        for other in others:
+            logger.error("%s", other)
         raise UserError(
-            "\n".join(["the chain would fail:", *found]),
-            code="preflight-failed",
-            facts={"problems": found},
+            f"the chain would fail, for {_reasons(len(found))}: {last}", code="preflight-failed"
         )
+
+
+def _reasons(number: int) -> str:
+    return "one reason" if number == 1 else f"{number} reasons, of which this is the last"
 
 
 def _keep_recipe(recipe: Path, paths: RunPaths) -> None:

@@ -13,10 +13,6 @@ from shared.paths import RunPaths
 from shared.target.model import TargetConfig
 from stages.ops.chain.processes import Step
 
-# fp32 weights, gradients and AdamW's two moments; a checkpoint keeps all but the gradients.
-STATE_BYTES_A_WEIGHT = 16
-CHECKPOINT_BYTES_A_WEIGHT = 12
-
 
 def weight_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     """Bytes of the target's weights as they are stored."""
@@ -55,18 +51,28 @@ def head_config(
     )
 
 
-def checkpoint_bytes(head: HeadConfig, train: Mapping[str, Any]) -> int:
+def checkpoint_bytes(head: HeadConfig, optimizer: str = "muon") -> int:
+    """One checkpoint: weights and the optimizer's moments, in float32.
+
+    AdamW has two moments of each weight; Muon, the default, one of each matrix that it moves.
+    """
+    spared = head.num_matrix_parameters if optimizer == "muon" else 0
+    return 4 * (3 * head.num_parameters - spared)
+
+
+def checkpoints_bytes(head: HeadConfig, train: Mapping[str, Any]) -> int:
     """What train's checkpoints take: those kept, the best one, and the one being written."""
-    return (int(train["keep_checkpoints"]) + 2) * CHECKPOINT_BYTES_A_WEIGHT * head.num_parameters
+    return (int(train["keep_checkpoints"]) + 2) * checkpoint_bytes(head, train["optimizer"])
 
 
-def train_bytes(head: HeadConfig) -> int:
+def train_bytes(head: HeadConfig, optimizer: str = "muon") -> int:
     """What one rank holds beside activations: the state, and frozen rows of the target in bfloat16.
 
-    These are the embedding, and lm_head's rows of the draft vocabulary; in float32 they take twice that.
+    The state is a checkpoint's, and the gradients. The rows are the embedding, and lm_head's of the draft
+    vocabulary; in float32 they take twice that.
     """
     frozen = (head.vocab_size + head.draft_vocab_size) * head.hidden_size
-    return STATE_BYTES_A_WEIGHT * head.num_parameters + 2 * frozen
+    return checkpoint_bytes(head, optimizer) + 4 * head.num_parameters + 2 * frozen
 
 
 def certain_disk_bytes(left: Sequence[Step], config: TargetConfig, paths: RunPaths) -> int:
@@ -83,7 +89,7 @@ def certain_disk_bytes(left: Sequence[Step], config: TargetConfig, paths: RunPat
             needed += max(0, held_states(step.settings, states) - held)
         if step.stage == "train":
             head = head_config(step.run, config, step.settings)
-            needed += checkpoint_bytes(head, step.settings)
+            needed += checkpoints_bytes(head, step.settings)
     return needed
 
 

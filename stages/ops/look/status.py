@@ -129,4 +129,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _clock(seconds: float | None) -> str:
-    return "" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
+    try:
+        return "" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
+    except (OverflowError, ValueError):  # infinite, or longer than any calendar
+        return "?"

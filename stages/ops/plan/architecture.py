@@ -8,21 +8,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shared.errors import UserError
 from shared.target.model import TargetConfig, parse_config
 from stages.ops.chain.served import architecture, is_latent, is_vision, keeps_states
 
-DATA = Path(__file__).with_name("data")
 # Names under which configs give the number of experts, and of those that a token meets.
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _ACTIVE = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token")
-
-
-def read_data(name: str) -> Any:
-    """One of the tables in `data/`."""
-    return yaml.safe_load((DATA / name).read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +41,37 @@ class Architecture:
         """The class that serves it."""
         return architecture(self.target) or "unknown"
 
+    def size(self, name: str, *, by_layer: bool = False) -> int:
+        """A whole number of the text model's settings; 0 where there is none.
+
+        Args:
+            by_layer: whether it may be a list with a number for each layer, of which the largest counts.
+
+        Raises:
+            UserError: it is something else.
+        """
+        value = self.text.get(name) or 0
+        try:
+            listed = value if by_layer and isinstance(value, list) else [value]
+            numbers = [int(each) for each in listed]
+            if numbers != [float(each) for each in listed] or min(numbers) < 0:
+                raise ValueError(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise self.refused(name, "a whole number", value) from error
+        return max(numbers)
+
+    def refused(self, name: str, expected: str, found: object) -> UserError:
+        """The refusal of a setting that is something else than expected."""
+        return UserError(
+            f"{self.target.folder}/config.json: expected {expected} as {name}, found {found!r}.",
+            code="plan-config-setting",
+            remedy="Restore the file as it was published.",
+            facts={"setting": name, "found": repr(found)},
+        )
+
     @property
     def num_heads(self) -> int:
-        return int(self.text["num_attention_heads"])
+        return self.size("num_attention_heads")
 
     @property
     def num_experts(self) -> int:
@@ -62,14 +82,14 @@ class Architecture:
         return self._first(_ACTIVE)
 
     def _first(self, names: tuple[str, ...]) -> int:
-        return next((int(self.text[name]) for name in names if self.text.get(name)), 0)
+        return next(filter(None, (self.size(name, by_layer=True) for name in names)), 0)
 
     @property
     def expert_width(self) -> int:
         """Width of one expert's MLP; 0 for a dense target."""
         if not self.num_experts:
             return 0
-        return int(self.text.get("moe_intermediate_size") or self.text["intermediate_size"])
+        return self._first(("moe_intermediate_size", "intermediate_size"))
 
     @property
     def is_mla(self) -> bool:
@@ -82,11 +102,10 @@ class Architecture:
     @property
     def window(self) -> int | None:
         """Tokens that a sliding-window layer sees, where there is such a layer."""
-        window = self.text.get("sliding_window")
-        if not window or self.text.get("use_sliding_window") is False:
+        if not self.text.get("sliding_window") or self.text.get("use_sliding_window") is False:
             return None
         kinds = self.text.get("layer_types")
-        return int(window) if not kinds or "sliding_attention" in kinds else None
+        return self.size("sliding_window") if not kinds or "sliding_attention" in kinds else None
 
     @property
     def is_hybrid(self) -> bool:
@@ -128,7 +147,7 @@ def understand(raw: object, where: str) -> Architecture:
         unknown = error.problem
         text = {key: value for key, value in target.raw.items() if value is not None}
     widths = ("intermediate_size", "moe_intermediate_size")
-    has_width = any(isinstance(text.get(key), int) for key in widths)
+    has_width = any(isinstance(text.get(key), int | list) for key in widths)
     if not has_width or not isinstance(text.get("num_attention_heads"), int):
         raise UserError(
             f"{where}: expected a decoder's config.json, found no num_attention_heads or no "

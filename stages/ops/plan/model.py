@@ -10,9 +10,10 @@ from shared.errors import UserError
 from shared.io.safetensors_files import TensorInfo
 from stages.ops.chain import sizes
 from stages.ops.plan import weights
-from stages.ops.plan.architecture import Architecture, read_data
+from stages.ops.plan.architecture import Architecture
 from stages.ops.plan.placement import Placement, dump_backend, place
 from stages.ops.plan.weights import Weights
+from stages.ops.tables import read_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,12 @@ def chosen_aux_layers(target: Architecture) -> list[int] | None:
 
 
 def longest(target: Architecture) -> int:
-    """Tokens that the target has positions for."""
-    return int(target.text.get("max_position_embeddings") or 4096)
+    """Tokens that the target has positions for.
+
+    Raises:
+        UserError: its config.json says no number.
+    """
+    return target.size("max_position_embeddings") or 4096
 
 
 def _draft_vocab_size(target: Architecture) -> int:

@@ -15,9 +15,9 @@ from shared.vllm.batch import requests_in_flight
 from stages.ops.chain import sizes
 from stages.ops.config import PlanConfig
 from stages.ops.expected import expectation, gate, published
-from stages.ops.plan.architecture import read_data
 from stages.ops.plan.model import Plan, chosen_aux_layers, longest, warnings
 from stages.ops.plan.placement import Placement
+from stages.ops.tables import read_data
 
 _EPOCHS = 2  # of the recipe
 _DISK_SAMPLES = (5_000, 50_000, 500_000)
@@ -37,7 +37,7 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
     length = min(config.length, longest(target))
     run_section: dict[str, Any] = {
         "name": run_name(plan, config),
-        "target": config.target or plan.model.removesuffix("/config.json"),
+        "target": config.target or plan.model,
         "max_length_tokens": length,
         "draft_vocab_size": plan.head.draft_vocab_size,
     }
@@ -89,9 +89,8 @@ def _gpu_bytes(gpu: str) -> int:
 
 
 def run_name(plan: Plan, config: PlanConfig) -> str:
-    """`--name`, else the last part of a folder's, a file's or a hub id's name."""
-    model = plan.model.rstrip("/").removesuffix("/config.json").removesuffix(".json")
-    return config.name or model.split("/")[-1].lower()
+    """`--name`, else the last part of the model's."""
+    return config.name or plan.model.split("/")[-1].lower()
 
 
 def expected(plan: Plan, config: PlanConfig) -> str:

@@ -17,7 +17,6 @@ import yaml
 from rich import filesize
 
 from shared.errors import UserError
-from shared.io import files
 from shared.io.files import printable
 from stages.ops.chain import sizes
 from stages.ops.chain.processes import SOURCE_ROOT
@@ -99,8 +98,8 @@ def _memory(gpus: int, plan: Plan, *, is_train: bool) -> tuple[int, int]:
     return 16 * math.ceil(needed / 16), shm
 
 
-def write(plan: Plan, config: PlanConfig, folder: Path) -> None:
-    """Write the overlay.
+def texts(plan: Plan, config: PlanConfig, folder: Path) -> dict[Path, str]:
+    """The overlay's files in `folder`, and what is to stand in them.
 
     Raises:
         UserError: this is no checkout, or the target needs more than a node.
@@ -113,15 +112,16 @@ def write(plan: Plan, config: PlanConfig, folder: Path) -> None:
         )
     found = pods(plan, config.gpu, config.nodes)
     base = os.path.relpath(_K8S / "base", folder.absolute())
-    text = _kustomization(plan, config, found, base)
-    files.write_text(folder / "recipe.yaml", recipe(plan, config, sharded=True))
-    files.write_text(folder / "storage.yaml", _storage(plan, config))
-    files.write_text(folder / "kustomization.yaml", text)
+    return {
+        folder / "recipe.yaml": recipe(plan, config, sharded=True),
+        folder / "storage.yaml": _storage(plan, config),
+        folder / "kustomization.yaml": _kustomization(plan, config, found, base),
+    }
 
 
 def _kustomization(plan: Plan, config: PlanConfig, found: dict[str, Pod], base: str) -> str:
     suffix = re.sub(r"[^a-z0-9]+", "-", run_name(plan, config).lower()).strip("-")
-    template = Path(__file__).with_name("data") / "kustomization.yaml.j2"
+    template = Path(__file__).with_name("kustomization.yaml.j2")
     return jinja2.Template(template.read_text(encoding="utf-8"), trim_blocks=True).render(
         title=printable(f"{plan.model} on {config.nodes} nodes of {config.gpu}, as planned."),
         suffix=suffix[:_LONGEST_SUFFIX].strip("-") or "run",

@@ -7,13 +7,19 @@ reached; and a recipe that `run --dry_run` takes, and a Kubernetes overlay. Cost
 weight is read.
 """
 
+import hashlib
 import json
+import reprlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
+import yaml
 from rich.console import Console
 
+from shared.config import RunConfig
 from shared.errors import UserError
 from shared.io import files, safetensors_files
 from shared.io.safetensors_files import TensorInfo
@@ -29,7 +35,7 @@ def run(config: PlanConfig) -> None:
     """Make the plan, show it, write the recipe and the overlay.
 
     Raises:
-        UserError: no such model, or no plan for these flags.
+        UserError: no such model, no plan for these flags, or another recipe or overlay is there.
         RetryableError: the hub cannot be reached.
     """
     path, raw, tensors = read_model(config.model, config.workspace)
@@ -40,17 +46,79 @@ def run(config: PlanConfig) -> None:
         show(plan, config, Console(width=None if sys.stdout.isatty() else 160))
     if config.out is None and config.overlay is None:
         return
-    if plan.placements and config.gpu not in plan.placements:
-        known = ", ".join(plan.placements)
-        raise UserError(
-            f"--gpu: expected one of {known}, found {config.gpu!r}.",
-            code="plan-gpu-unknown",
-            remedy="Give the type that comes nearest in memory.",
-        )
-    if config.overlay is not None:
-        overlay.write(plan, config, config.overlay)
+    config = _located(config)
+    text = recipe(plan, config)
+    _require_run(text)
+    texts = {} if config.overlay is None else overlay.texts(plan, config, config.overlay)
     if config.out is not None:
-        files.write_text(config.out, recipe(plan, config))
+        texts[config.out] = text
+    _write(texts, overwrite=config.overwrite)
+
+
+def _located(config: PlanConfig) -> PlanConfig:
+    """The flags with the name and the target that a model here gives its recipe.
+
+    Raises:
+        UserError: the model is a file alone, which no stage takes as its target.
+    """
+    found = find_input(config.model, config.workspace)
+    if found is None:  # a hub id says both
+        return config
+    given = Path(config.model)
+    folder, given = (found, given) if found.is_dir() else (found.parent, given.parent)
+    folder = folder.resolve() if folder.name == ".." else folder
+    name = folder.name
+    if not found.is_dir() and found.name != "config.json":
+        name = found.stem
+        if config.target is None:
+            raise UserError(
+                f"{found}: expected a model's folder as the recipe's target, found a file alone.",
+                code="plan-target-a-file",
+                remedy="Give --target: the folder or the hub id of its model.",
+                facts={"path": str(found)},
+            )
+    # Names like "." mean another folder in another place.
+    target = config.target or str(folder if given.name in ("", "..") else given)
+    return config.model_copy(update={"name": config.name or name.lower(), "target": target})
+
+
+def _require_run(recipe_text: str) -> None:
+    """Refuse a recipe that no stage would take.
+
+    Raises:
+        UserError: the flags, or the model's name and lengths, make no run of it.
+    """
+    try:
+        RunConfig.model_validate(yaml.safe_load(recipe_text)["run"])
+    except pydantic.ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        setting, why = wrong["loc"][0], wrong["msg"].removeprefix("Value error, ")
+        found = reprlib.repr(wrong["input"])
+        raise UserError(
+            f"run.{setting}: {why}, found {found}.",
+            code="plan-recipe-invalid",
+            remedy="Give another --name or --length.",
+            facts={"setting": f"run.{setting}", "found": found},
+        ) from error
+
+
+def _write(texts: Mapping[Path, str], *, overwrite: bool) -> None:
+    """Write the files, all or none of them.
+
+    Raises:
+        UserError: one is there with other content, perhaps edited since.
+    """
+    for path, text in texts.items():
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if path.exists() and not overwrite and files.sha256(path) != digest:
+            raise UserError(
+                f"{path}: expected no file or this plan's, found another.",
+                code="plan-file-taken",
+                remedy="Choose another place, or replace it: --overwrite.",
+                facts={"path": str(path)},
+            )
+    for path, text in texts.items():
+        files.write_text(path, text)
 
 
 def read_model(model: str, workspace: Path) -> tuple[Path, Any, dict[str, TensorInfo] | None]:

@@ -38,6 +38,9 @@ def weigh(target: Architecture, tensors: Mapping[str, TensorInfo] | None) -> Wei
 
     Args:
         tensors: of its files; None where only its config.json is there.
+
+    Raises:
+        UserError: its quantisation keeps modules that it does not list.
     """
     counted = _class_parameters(target)
     total = None if counted is None else sum(map(math.prod, counted.values()))
@@ -79,7 +82,10 @@ def _counted_bytes(target: Architecture, counted: dict[str, tuple[int, ...]]) ->
     is_block = method == "fp8" and how.get("weight_block_size") == [128, 128]
     if method not in ("none", "mxfp4") and not is_block:
         return None
-    skipped = [str(name) for name in how.get("modules_to_not_convert") or ()]
+    listed = how.get("modules_to_not_convert") or []
+    if not isinstance(listed, list):
+        raise target.refused("modules_to_not_convert", "a list", listed)
+    skipped = [str(name) for name in listed]
     total = 0.0
     for name, shape in counted.items():
         each: float = wide
@@ -99,7 +105,7 @@ def draft_width(target: Architecture) -> tuple[int, str]:
     A MoE's config may have both widths; where it has the experts' alone, a head of that width would
     be far too narrow, so it gets what a token meets: the experts that it is sent to, together.
     """
-    width = int(target.text.get("intermediate_size") or 0)
+    width = target.size("intermediate_size", by_layer=True)
     if not target.num_experts:
         return width, "the target's own"
     if width and target.target.raw.get("moe_intermediate_size"):

@@ -66,7 +66,7 @@ _OF_ONE: dict[str, tuple[Question, ...]] = {
 
 def run(config: ValidateConfig) -> int:
     """Ask everything, show it; the exit code."""
-    paths = find_run(config.name, config.workspace)
+    paths = find_run(config.name, config.workspace, is_other=is_experiment)
     if is_experiment(paths.root):
         found = validate_experiment(paths.root, config.only, config.min_acceptance_length)
     else:

@@ -43,7 +43,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "synth": {"prompts": "prompts.jsonl"},
     "dump": {"backend": "hf"},
     "train": {},
-    "bench": {"prompts": "prompts.jsonl", "max_prompts": 2},
+    "bench": {"prompts": "held_out.jsonl", "max_prompts": 2, "max_tokens": 64},
 }
 CONFIGS = {"synth": SynthConfig, "dump": DumpConfig, "train": TrainConfig, "bench": BenchConfig}
 

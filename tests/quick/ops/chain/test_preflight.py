@@ -170,6 +170,20 @@ def test_a_vllm_that_the_new_head_is_not_served_by_may_be_older(
     assert not any("EAGLE-3.1" in line for line in lines)
 
 
+def test_drafts_further_than_the_head_is_trained_are_told_and_no_obstacle(workspace: Path) -> None:
+    further: dict[str, Any] = {"bench": {"num_speculative_tokens": [2, 5]}}
+    (told,) = preflight.warnings(steps(workspace, further))
+    assert "num_speculative_tokens: 5 drafts further than train.ttt_steps: 3 trains" in told
+    assert problems(steps(workspace, further), workspace) == []
+    for other in (
+        {"bench": {"num_speculative_tokens": 3}},
+        further | {"train": {"ttt_steps": 5}},
+        {"bench": further["bench"] | {"head": "model"}},
+        {"bench": {"num_speculative_tokens": 5, "endpoint": "http://127.0.0.1:9"}},
+    ):
+        assert list(preflight.warnings(steps(workspace, other))) == []
+
+
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [

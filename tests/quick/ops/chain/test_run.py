@@ -17,7 +17,7 @@ from shared.config import build
 from shared.errors import EXIT_STOPPED, UserError
 from shared.paths import RunPaths
 from stages.ops.chain import processes
-from stages.ops.chain.run import _show_page, run
+from stages.ops.chain.run import _show_page, look_ahead, run
 from stages.train.config import TrainConfig
 from tests.quick.ops.chain.recipes import ROOT, config, steps, write
 
@@ -85,6 +85,17 @@ def ops(workspace: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+def test_several_obstacles_are_a_line_each_and_counted(workspace: Path) -> None:
+    write(workspace, {"synth": {"prompts": "gone.jsonl"}, "bench": {"prompts": "/gone.jsonl"}})
+    done = ops(workspace, "--dry_run")
+    assert done.returncode == 2
+    first, last = (line for line in done.stderr.splitlines() if " ERROR " in line)
+    assert "synth.prompts: expected a file" in first
+    assert "[preflight-failed] the chain would fail, for 2 reasons" in last
+    assert "bench.prompts: expected a file" in last
+    assert "at /gone.jsonl, or a hub data set" in last  # an absolute path is one place
+
+
 def test_a_dry_run_shows_the_plan_and_makes_nothing(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +112,15 @@ def test_a_dry_run_shows_the_plan_and_makes_nothing(
     assert refused.returncode == 2
     assert "train refuses" in refused.stderr
     assert "Did you mean epochs?" in refused.stderr
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_a_head_that_is_refused_in_a_dry_run_leaves_no_log(workspace: Path) -> None:
+    """`ops triage` would take it for the training's."""
+    write(workspace, {"train": {"init_from": "nope"}})
+    before = sorted(workspace.rglob("*"))
+    with pytest.raises(UserError, match=r"train.init_from: expected a model's folder"):
+        run(config(workspace, dry_run="true", only="train"))
     assert sorted(workspace.rglob("*")) == before
 
 
@@ -204,6 +224,21 @@ def test_a_dry_run_says_what_a_finished_stage_will_say(
     (step,) = processes.steps(overwriting, ("train",), paths)
     assert (step.done, step.refusal) == (False, "")
     write(workspace, {"train": {"ttt_steps": 5}})
-    with pytest.raises(UserError, match=r"train: .*\(train.ttt_steps: was 4, now 5\).*overwrite"):
+    with pytest.raises(UserError, match=r"train: .*\(train.ttt_steps: was 3, now 5\).*overwrite"):
         run(chosen)
     assert "done" not in capsys.readouterr().out
+
+
+def test_artifacts_of_other_settings_are_told_ahead_even_where_all_is_done(workspace: Path) -> None:
+    chosen = config(workspace, only="train")
+    paths = RunPaths(workspace, "run")
+    trained = build(TrainConfig, {"recipe": str(chosen.recipe), "workspace": str(workspace)})
+    for folder in (paths.stage("train"), paths.export):
+        artifact = Artifact(folder, trained, parents={"dump": {"fingerprint": "of a dump"}})
+        with artifact.work():
+            artifact.finish([], counts={"in": 1, "ok": 1, "skipped": {}, "failed": {}})
+    look_ahead(chosen, paths, even_if_done=True)
+    write(workspace, {"train": {"ttt_steps": 5}})
+    look_ahead(chosen, paths)
+    with pytest.raises(UserError, match=r"train.ttt_steps: was 3, now 5"):
+        look_ahead(chosen, paths, even_if_done=True)

@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from shared.artifacts.run_state import ProcessState, find_run
+from shared.artifacts.run_state import ProcessState, RunState, find_run
 from shared.config import build
 from shared.errors import RetryableError, UserError
 from shared.paths import RunPaths
 from shared.runtime.status import Status
-from stages.ops.config import StatusConfig, WatchConfig
+from stages.ops.config import StatusConfig, ValidateConfig, WatchConfig
 from stages.ops.look.status import _looks, read_states, run, sparkline, watch
+from stages.ops.look.validate.run import run as validate
 
 ROOT = Path(__file__).resolve().parents[4]
 # A stage as far as its status goes: it says how far it is, and then nothing for a long time.
@@ -218,6 +220,59 @@ def test_a_run_without_a_recipe_is_found(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Did you mean r"):
         find_run("rr", tmp_path)
     assert find_run("r", tmp_path).root == tmp_path / "r"
+
+
+@pytest.mark.parametrize("name", ["", "other", "x" * 300, "a\0b"])
+def test_a_folder_without_a_run_is_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / "other" / "logs").mkdir(parents=True)
+    for command, config in ((run, StatusConfig), (watch, WatchConfig), (validate, ValidateConfig)):
+        with pytest.raises(UserError) as refused:
+            command(build(config, {"name": name, "workspace": str(tmp_path)}))
+        assert refused.value.code == "run-missing"
+
+
+@pytest.mark.parametrize("mark", ["recipe.yaml", "status/synth.json", "export/manifest.json"])
+def test_a_run_is_known_by_what_stages_write(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "r" / mark
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert find_run("r", tmp_path).root == tmp_path / "r"
+
+
+@pytest.mark.parametrize(
+    ("record", "state"),
+    [
+        ({"state": "paused"}, "unreadable"),
+        ({"started_s": 1e300}, "unreadable"),
+        ({"updated_s": float("nan"), "state": "done"}, "unreadable"),
+        ({"host": socket.gethostname(), "pid": 1 << 80}, "died"),
+        ({"progress": {"done": 10**400, "total": 3}}, "unreadable"),
+        ({"progress": {"done": 1, "total": 3, "left_s": 1e300}}, "running"),
+        ({"progress": {"done": 1, "total": 3, "left_s": float("inf")}}, "unreadable"),
+    ],
+)
+def test_a_status_that_no_stage_writes_is_shown(
+    tmp_path: Path, record: dict[str, Any], state: str
+) -> None:
+    """By status, and by what takes the worst of a stage's processes."""
+    write(tmp_path, "synth", **record)
+    assert state_of(tmp_path, "synth").state == state
+    assert RunState(RunPaths(tmp_path, "r")).stages["synth"].state == state
+    run(build(StatusConfig, {"name": "r", "workspace": str(tmp_path)}))
+
+
+def test_a_loss_that_is_no_number_is_not_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("synth", "dump", "train", "bench"):
+        write(tmp_path, stage, state="done")
+    history = RunPaths(tmp_path, "r").stage("train") / "history.jsonl"
+    history.parent.mkdir(parents=True)
+    losses = ("7", "NaN", "Infinity", "-Infinity", "1e308", "3")
+    rows = [f'{{"step": {step}, "loss": {loss}}}' for step, loss in enumerate(losses, 1)]
+    history.write_text("\n".join([*rows, f'{{"step": 1{"0" * 400}, "loss": 1}}']) + "\n")
+    watch(build(WatchConfig, {"name": "r", "workspace": str(tmp_path)}))
+    assert "loss █▁  7.00 to 3.00, step 1 to 6" in capsys.readouterr().out
 
 
 def test_a_watch_draws_loss_and_walks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ from shared.config import build
 from shared.errors import UserError
 from stages.ops.config import PlanConfig
 from stages.ops.plan import overlay
-from stages.ops.plan.architecture import read_data
 from stages.ops.plan.run import run
+from stages.ops.tables import read_data
 from tests.quick.compose.test_kubernetes import (
     CONFIGS,
     VERSIONS,
@@ -142,7 +142,8 @@ def test_outside_of_a_checkout_it_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_any_runs_name_makes_a_jobs_name(name: str, suffix: str, tmp_path: Path) -> None:
     plan = plan_of("llama-3.2-1b-instruct")
-    overlay.write(plan, PlanConfig(model="m", name=name), tmp_path)
+    for path, written in overlay.texts(plan, PlanConfig(model="m", name=name), tmp_path).items():
+        path.write_text(written)
     text = (tmp_path / "kustomization.yaml").read_text()
     assert yaml.safe_load(text)["nameSuffix"] == suffix
     assert json.dumps(render(tmp_path)).count('"kind": "Job"') == len(STAGES)

@@ -3,8 +3,9 @@
 
 import pytest
 
-from stages.ops.plan.architecture import read_data, understand
+from stages.ops.plan.architecture import understand
 from stages.ops.plan.placement import dump_backend
+from stages.ops.tables import read_data
 from tests.quick.ops.plan.well_known import config_of, plan_of
 
 

@@ -32,7 +32,7 @@ def test_bytes_follow_the_quantisation() -> None:
 
 
 @pytest.mark.parametrize("how", QUANTIZED)
-def test_a_size_that_config_json_does_not_say_is_unknown(how: str, tmp_path: Path) -> None:
+def test_a_size_that_config_json_does_not_say_is_unknown(how: str) -> None:
     """No number is better than a wrong one: the parameters are known, the bytes are not."""
     raw = {**config_of("llama-3.1-8b-instruct"), "quantization_config": QUANTIZED[how]}
     plan = make_plan("m", understand(raw, "m"))
@@ -42,7 +42,7 @@ def test_a_size_that_config_json_does_not_say_is_unknown(how: str, tmp_path: Pat
     assert any("size is unknown" in text for text in warnings(plan))
     assert "tensor_parallel_size" not in recipe(plan, settings())
     with pytest.raises(UserError, match="weights is unknown"):
-        overlay.write(plan, settings(), tmp_path / "overlay")
+        overlay.texts(plan, settings(), Path("overlay"))
 
 
 @pytest.mark.parametrize("how", QUANTIZED)
