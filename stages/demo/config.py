@@ -42,7 +42,8 @@ class RealTargetConfig(CommandConfig):
     )
     revision: str | None = pydantic.Field(None, description="Hub revision of the model.")
     prompts: Path | None = pydantic.Field(
-        None, description="Your own prompts, a JSON Lines file; default: written by seed."
+        None,
+        description="Your own prompts, a file in any format that synth reads; default: written by seed.",
     )
     domain: Literal["narrow", "broad"] = pydantic.Field(
         "narrow", description="Word problems alone, or also instructions and code."

@@ -103,7 +103,15 @@ def _finished(out: Path, arguments: dict[str, float]) -> TargetFacts | None:
             remedy="Choose another folder, or empty this one.",
         )
     found = read_json(out / FACTS)
-    before = found["arguments"]
+    try:
+        before, facts = dict(found["arguments"]), TargetFacts(**found["facts"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"expected a target of make-target at {out}, found another command's.",
+            code="target-folder-other",
+            remedy="Choose another folder, or remove this one.",
+            facts={"path": str(out)},
+        ) from error
     if before != arguments:
         changed = [key for key in arguments if before.get(key) != arguments[key]]
         named = ", ".join(f"{key} (was {before.get(key)}, now {arguments[key]})" for key in changed)
@@ -112,7 +120,7 @@ def _finished(out: Path, arguments: dict[str, float]) -> TargetFacts | None:
             code="target-arguments",
             remedy="Delete the folder to make it anew, or choose another folder.",
         )
-    return TargetFacts(**found["facts"])
+    return facts
 
 
 def make_target(

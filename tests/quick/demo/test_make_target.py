@@ -164,6 +164,13 @@ def test_a_second_call_finds_it_made_and_others_are_refused(
         make_target(tmp_path, **SMALL)
 
 
+@pytest.mark.parametrize("facts", [{"source": "a/b", "revision": "1"}, [], {"arguments": 5}])
+def test_a_target_of_another_command_is_kept(tmp_path: Path, facts: object) -> None:
+    (tmp_path / "target.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="found another command's"):
+        make_target(tmp_path)
+
+
 def test_equal_seeds_make_equal_weights(target: tuple[Path, TargetFacts], tmp_path: Path) -> None:
     out, _ = target
     make_target(tmp_path / "again", **SMALL)

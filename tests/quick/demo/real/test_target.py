@@ -44,6 +44,14 @@ def test_a_model_of_the_hub_is_copied_without_its_other_formats(cache: Path) -> 
         make_real_target(out, model="acme/other", revision=None)
 
 
+@pytest.mark.parametrize("facts", ['{"parameters": 1}', "[]", "{", '{"source": ["a"]}'])
+def test_a_target_of_another_command_is_kept(tmp_path: Path, facts: str) -> None:
+    (tmp_path / "target.json").write_text(facts)
+    with pytest.raises(UserError, match=r"expected acme/small at .*, found another") as refused:
+        make_real_target(tmp_path, model="acme/small", revision=None)
+    assert refused.value.code == "target-folder-other"
+
+
 def test_the_package_stands_for_its_own_model_alone(cache: Path) -> None:
     assert _from_hub(cache, PACKAGED, None) is None
     for model, revision in (("acme/other", None), (PACKAGED, "0" * 40)):
