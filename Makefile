@@ -138,4 +138,4 @@ lock: setup ## Resolve both lock files from pyproject.toml; needs uv on PATH for
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches; keep the workspace.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

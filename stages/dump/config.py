@@ -9,6 +9,7 @@ import pydantic
 
 from shared.artifacts.sharding import ShardedConfig
 from shared.config import identity, operational
+from shared.contracts.dtypes import Dtype
 from shared.target.special_tokens import POLICY_DOC, Policy
 
 # Set for each engine that `data_parallel` starts: how many of them share this node.
@@ -98,7 +99,7 @@ class DumpConfig(ShardedConfig):
         "How states are stored. fp8: the aux layers as e4m3 with one scale per token and layer, the "
         "final state as bfloat16; 62 % of the bytes with three aux layers.",
     )
-    dtype: str = identity(
+    dtype: Dtype = identity(
         "auto",
         "What the target computes in; auto: its weights' dtype, or float32 on a CPU that is faster in it.",
     )

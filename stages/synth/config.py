@@ -15,6 +15,7 @@ from shared.config import (
     is_plain_url,
     operational,
 )
+from shared.contracts.dtypes import Dtype
 from shared.prompts.sources import Source
 from shared.target.special_tokens import POLICY_DOC, Policy
 
@@ -115,7 +116,7 @@ class SynthConfig(ShardedConfig):
         (), "Sampling mixture of (weight, temperature, top_p); replaces temperature and top_p."
     )
     special_token_text: Policy = identity("skip", POLICY_DOC)
-    dtype: str = identity(
+    dtype: Dtype = identity(
         "auto", "The server's dtype; auto: the weights', or float32 on a CPU that is faster in it."
     )
     reasoning_parser: str | None = identity(None, "vLLM's parser of this target's reasoning.")
@@ -155,11 +156,11 @@ class SynthConfig(ShardedConfig):
     )
     server_env: dict[str, str] = operational({}, "Environment variables of the server; no secrets.")
 
-    @pydantic.field_validator("endpoints")
+    @pydantic.field_validator("endpoints", mode="before")
     @classmethod
-    def _addresses_hold_no_secret(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        for url in urls:
-            if not is_plain_url(url):
+    def _addresses_hold_no_secret(cls, urls: object) -> object:
+        for url in urls if isinstance(urls, list | tuple) else (urls,):
+            if not (isinstance(url, str) and is_plain_url(url)):
                 raise SecretValueError(
                     "expected http://host:port without credentials, which would stand in logs; a "
                     "key comes from $EYRIE_ENDPOINT_KEY"

@@ -2,8 +2,6 @@
 """A vLLM server of the stage's own, with the recipe's options, as an endpoint to ask."""
 
 import contextlib
-import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from shared.vllm.server import MODEL_NAME, start_server
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
 
-logger = logging.getLogger(__name__)
-
 
 def _options(config: SynthConfig, target: Path) -> dict[str, Any]:
     return {
@@ -29,14 +25,14 @@ def _options(config: SynthConfig, target: Path) -> dict[str, Any]:
         "pipeline-parallel-size": config.pipeline_parallel_size,
         "reasoning-parser": config.reasoning_parser,
         "tool-call-parser": config.tool_call_parser,
-        "enable-auto-tool-choice": config.tool_call_parser is not None,
+        "enable-auto-tool-choice": config.tool_call_parser is not None or None,
         "seed": config.run.seed,
         "chat-template": template_file(
             target, config.run, config.workspace, config.paths.root / "chat_template.jinja"
         ),
         # The recipe says how to sample; the target's generation_config.json must not.
         "generation-config": "vllm",
-        "trust-remote-code": config.run.trust_remote_code,
+        "trust-remote-code": config.run.trust_remote_code or None,
         **config.server_args,
     }
 
@@ -44,11 +40,8 @@ def _options(config: SynthConfig, target: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def serve(config: SynthConfig, target: Path) -> Iterator[Endpoint]:
     """A ready server of our own for the length of the block."""
-    logger.info("starting the vLLM server for %s", target)
-    started_s = time.monotonic()
     with start_server(_options(config, target), config.server_env) as server:
         server.wait_until_ready(stage="synth", timeout_s=config.startup_timeout_s)
-        logger.info("the server is ready after %.0f s", time.monotonic() - started_s)
         yield Endpoint(
             address=Address(server.base_url, server.api_key),
             model=MODEL_NAME,

@@ -97,8 +97,8 @@ def main() -> None:
     parser.add_argument("workspace", type=Path)
     parser.add_argument("run")
     parser.add_argument("--samples", type=int, nargs="+", default=[238, 475, 950])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--optimizer", choices=[*RATES], default="adamw")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--optimizer", choices=[*RATES], default="muon")
     parser.add_argument("--results", type=Path, help="Keep finished cells here, and continue.")
     options = parser.parse_args()
     kept: dict[str, Any] = {}

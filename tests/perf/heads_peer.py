@@ -5,9 +5,9 @@
 
 Everything is its default (model, loss, TTT steps, optimizers, rates, schedule, packing, a validation and
 a checkpoint after each epoch), except for what a machine without an accelerator and a fair table ask
-for: float32, sdpa attention and the loss without Triton, our draft vocabulary, and our dump's training
-and held-out samples in place of its own files. The last line is JSON: what was trained, and where the
-checkpoint is that it calls the best.
+for: float32 unless told otherwise, sdpa attention and the loss without Triton, our draft vocabulary, and
+our dump's training and held-out samples in place of its own files. The last line is JSON: what was
+trained, and where the checkpoint is that it calls the best.
 """
 
 import argparse
@@ -31,9 +31,11 @@ SAMPLED = ("input_ids", "hidden_states", "verifier_last_hidden_states", "loss_ma
 class States(BaseDataset):
     """Samples of a dump as its own loader hands them out."""
 
-    def __init__(self, dataset: Dataset, samples: list[Sample], batch_tokens: int) -> None:
+    def __init__(
+        self, dataset: Dataset, samples: list[Sample], batch_tokens: int, dtype: torch.dtype
+    ) -> None:
         self.dataset, self.samples = dataset, samples
-        super().__init__(batch_tokens, torch.float32)
+        super().__init__(batch_tokens, dtype)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -82,7 +84,7 @@ def settings(options: argparse.Namespace) -> TrainConfig:
         "mask-token-id": 0,  # EAGLE-3 has none; without it the tokenizer is asked
         "total-seq-len": options.batch_tokens,
         "epochs": options.epochs,
-        "hidden-states-dtype": "float32",
+        "hidden-states-dtype": options.dtype,
         "draft-attn-impl": "sdpa",
         "loss-implementation": "eager",
         "save-path": options.output,
@@ -102,6 +104,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     for name in ("--batch-tokens", "--epochs", "--max-steps"):
         parser.add_argument(name, type=int)
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     dataset = read(options.dump)
     hidden_size = dataset.shards[0].states(slice(0, 1)).shape[-1]
@@ -109,7 +112,7 @@ def main() -> None:
     def loaders(**_: object) -> tuple[object, object]:
         made = [
             dataloader._setup_dataloader(
-                States(dataset, samples, options.batch_tokens),
+                States(dataset, samples, options.batch_tokens, getattr(torch, options.dtype)),
                 options.batch_tokens,
                 hidden_size,
                 num_workers=0,

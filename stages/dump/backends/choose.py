@@ -59,6 +59,11 @@ def open_backend(
         yield StateFiles(config, target, len(aux_layers) + 1)
         return
     settings = _settings(config, target, aux_layers)
+    logger.info(
+        "starting backend %s for %s: usually about a minute; a large target takes longer",
+        name,
+        target.folder,
+    )
     if name == "hf":
         from stages.dump.backends.hf import HfCapture
 

@@ -226,9 +226,13 @@ def opened(target: Path, tmp_path: Path, **flags: Any) -> Any:
     return open_backend(config.backend, config, targets.read_config(target), AUX_LAYERS)
 
 
-def test_the_recipe_reaches_the_engine(engine: ModuleType, target: Path, tmp_path: Path) -> None:
+def test_the_recipe_reaches_the_engine(
+    engine: ModuleType, target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     flags = {"tensor_parallel_size": 4, "expert_parallel_size": 2, "max_length_tokens": 100}
     with opened(target, tmp_path, **flags) as trtllm:
+        assert f"starting backend trtllm for {target}: usually about a minute" in caplog.text
         assert len(list(trtllm.run(map(Row, SHORT)))) == len(SHORT)
     (made,) = engine.engines
     assert made.args.tensor_parallel_size == 4
