@@ -145,7 +145,7 @@ def main() -> None:
     )
     for case in CASES:
         run_case(accelerator, how, case, folder)
-    accelerator.end_training()
+    distributed.leave(accelerator)
 
 
 if __name__ == "__main__":

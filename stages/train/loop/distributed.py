@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,8 @@ _LOST = (
 )
 # NCCL's own failures that come again: two ranks on one GPU, no shared memory, a broken driver.
 _NCCL = ("NCCL error", "NCCL Error", "ncclInvalidUsage", "ncclSystemError", "ncclInternalError")
+# What gloo's threads take to let go of a collective's tensors: milliseconds on a busy machine.
+_LETTING_GO_S = 0.5
 logger = logging.getLogger(__name__)
 
 _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -265,3 +268,15 @@ def summed(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     total: torch.Tensor = accelerator.reduce(tensor)
     return total
+
+
+def leave(accelerator: Accelerator) -> None:
+    """End the trackers and the process group.
+
+    gloo's threads outlive the group, and drop the tensors of the last collectives holding the GIL. Before
+    Python 3.14 a thread that waits for the GIL while the interpreter ends aborts the process, after all
+    its work.
+    """
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        time.sleep(_LETTING_GO_S)

@@ -144,7 +144,7 @@ class Trainer:
                     break
         self._save_and_wait()
         self.following.finished()
-        self.accelerator.end_training()
+        distributed.leave(self.accelerator)
         return Outcome(
             samples=len(self.dataset.training) + len(self.dataset.held_out),
             held_out=len(self.dataset.held_out),
