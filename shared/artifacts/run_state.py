@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import re
 import socket
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifacts.manifest import MANIFEST, read_manifest
+from shared.artifacts.unfinished import started_identity
 from shared.errors import EyrieError, UserError, nearest
 from shared.paths import STAGES, RunPaths
 from shared.recipe import read_recipe
@@ -34,7 +36,7 @@ ENDED_BADLY = ("failed", "died", "stopped", "unreadable")
 # What the chain and the stages write into a run's folder; each alone makes it one.
 _MARKS = ("recipe.yaml", "status/*.json", f"*/{MANIFEST}")
 # The worst first: a stage of several processes is what its worst process is.
-_BY_URGENCY = ("failed", "died", "unreadable", "running", "stopped", "to do", "done")
+_BY_URGENCY = ("failed", "died", "unreadable", "running", "stopped", "to do", "done", "skipped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ProcessState:
 
     Attributes:
         name: the stage, or `synth-3` for the fourth of several processes.
-        state: to do, running, done, failed, stopped, died or unreadable.
+        state: to do, skipped, running, done, failed, stopped, died or unreadable.
         message: what an operator should know about that state.
         record: the status file's JSON; empty where there is none that can be read.
         path: the status file, or None.
@@ -174,7 +176,32 @@ class RunState:
         manifest = self.paths.stage(stage) / MANIFEST
         finished_s = manifest.stat().st_mtime if manifest.exists() else None
         found = _without_history([_read(path, finished_s) for path in files], finished_s)
+        if not found and stage in self.skipped:
+            return [ProcessState(stage, "skipped", "what came after it was made without it")]
         return found or [ProcessState(stage, "to do" if finished_s is None else "done")]
+
+    @functools.cached_property
+    def skipped(self) -> frozenset[str]:
+        """The stages before the first that began, where that one names no parent.
+
+        Worked example: dump --conversations needs no answers of synth, and bench of a published head
+        neither synth nor dump nor train.
+        """
+        untouched = [*itertools.takewhile(self._is_untouched, STAGES)]
+        if not untouched or len(untouched) == len(STAGES):
+            return frozenset()
+        try:
+            identity = started_identity(self.paths.stage(STAGES[len(untouched)]))
+        except UserError:  # validate reports what is wrong with it
+            return frozenset()
+        if identity is None or any(key.startswith("parent.") for key in identity):
+            return frozenset()
+        return frozenset(untouched)
+
+    def _is_untouched(self, stage: str) -> bool:
+        folder = self.paths.stage(stage)
+        has_status = any(self.paths.root.glob(f"status/{stage}*.json"))
+        return not (has_status or folder.exists() or folder.is_symlink())
 
     @functools.cached_property
     def stages(self) -> dict[str, ProcessState]:

@@ -61,7 +61,7 @@ def _looks(paths: RunPaths, period_s: float) -> Iterator[list[ProcessState]]:
     while True:
         states = read_states(paths)
         yield states
-        seen = {state.state for state in states}
+        seen = {state.state for state in states} - {"skipped"}
         # After a bad end the chain goes on only when somebody starts it again.
         if seen == {"done"} or (seen.intersection(ENDED_BADLY) and "running" not in seen):
             return

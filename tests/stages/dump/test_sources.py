@@ -19,6 +19,8 @@ from shared.target import model as target
 from stages.dump.config import DumpConfig
 from stages.dump.run import run as dump
 from stages.dump.sources import StateRows, open_source
+from stages.ops.config import ValidateConfig
+from stages.ops.look.validate.run import run as validate
 from tests.models import tiny_llama
 from tests.quick.shared.artifacts.test_manifest import dump_config, finished
 from tests.runs import make_synth
@@ -90,6 +92,19 @@ def test_json_lines(workspace: Path) -> None:
     assert manifest["facts"]["logprob_gap"] < 0.05
     counts = torch.load(workspace / "run" / "dump" / hidden_states.TOKEN_FREQ, weights_only=True)
     assert int(counts.sum()) == int(shard.loss_mask.sum())
+
+
+def test_a_run_of_finished_conversations_is_valid_without_synth(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "chats.jsonl").write_text(json.dumps(ROWS[0]))
+    run(workspace, "chats.jsonl")
+    only = {"only": "synth,dump", "workspace": str(workspace), "json": "true"}
+    assert validate(build(ValidateConfig, {"name": "run", **only})) == 0
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [(row["question"], row["verdict"]) for row in found if row["artifact"] == "synth"] == [
+        ("manifest", "SKIP")
+    ]
 
 
 def test_a_row_that_comes_twice_is_skipped_and_has_not_failed(workspace: Path) -> None:

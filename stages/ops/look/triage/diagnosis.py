@@ -231,8 +231,8 @@ def rerun_command(case: Case, stage: str | None) -> str:
     if case.run:
         words += ["--workspace", str(case.run.paths.workspace)]
         states = [case.state(each).state for each in STAGES[:position]]
-        known = any(state != "to do" for state in states)
+        known = any(state not in ("to do", "skipped") for state in states)
         position = next(
-            (i for i, state in enumerate(states) if known and state != "done"), position
+            (i for i, state in enumerate(states) if known and state not in ("done", "skipped")), position
         )
     return shlex.join([*words, *(["--only", ",".join(STAGES[position:])] if position else [])])

@@ -30,21 +30,22 @@ _TEMPLATES.filters |= {
     "cell": lambda text: safe(text).replace("|", "\\|"),
     "shown": shown,
 }
-_VERDICTS = {"done": "PASS", "failed": "FAIL", "died": "FAIL"}
+_VERDICTS = {"done": "PASS", "failed": "FAIL", "died": "FAIL", "skipped": "SKIPPED"}
+_FINISHED = ("PASS", "SKIPPED")
 
 
 def as_markdown(outcome: Outcome) -> str:
     """The whole page."""
     verdicts = {stage: _verdict(stage, outcome) for stage in STAGES}
     failed = [stage for stage in STAGES if verdicts[stage] == "FAIL"]
-    left = [stage for stage in STAGES if verdicts[stage] not in ("PASS", "RUNNING")]
+    left = [stage for stage in STAGES if verdicts[stage] not in (*_FINISHED, "RUNNING")]
     firsts = {found.stage: found for found in reversed(outcome.diagnoses)}
     return _TEMPLATES.get_template("review.md.j2").render(
         root=outcome.case.root or "logs",
         is_run=outcome.case.kind == "run",
         verdicts=verdicts,
         failed=failed or (["a log of no known stage"] if outcome.of(None) else []),
-        unfinished=[stage for stage in STAGES if verdicts[stage] != "PASS"],
+        unfinished=[stage for stage in STAGES if verdicts[stage] not in _FINISHED],
         rows=[(stage, verdicts[stage], *_row(stage, outcome)) for stage in STAGES],
         sections=[firsts[stage] for stage in (*STAGES, None) if stage in firsts],
         top=outcome.top,

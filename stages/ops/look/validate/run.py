@@ -89,6 +89,8 @@ def validate(view: RunView, names: list[str]) -> Findings:
     for name in names:
         if not findings.ask(name, "manifest", functools.partial(_ask_manifest, view, name)):
             continue
+        if name in view.skipped:
+            continue
         for question, of_each in _OF_EACH:
             findings.ask(name, question, functools.partial(of_each, view, name))
         for question, of_one in _OF_ONE[name]:
@@ -111,6 +113,8 @@ def _ask_recipe(view: RunView) -> str:
 
 def _ask_manifest(view: RunView, name: str) -> str:
     """As for each artifact; a bench that missed a gate has a report, and no manifest for it."""
+    if name in view.skipped:
+        raise Skipped("what came after it was made without it")
     unfinished = not (view.folder(name) / MANIFEST).exists()
     if name == "bench" and unfinished and view.paths.report.exists():
         check_bench.ask_gates(view)
@@ -119,7 +123,7 @@ def _ask_manifest(view: RunView, name: str) -> str:
 
 def _ask_target(view: RunView, names: list[str]) -> str:
     """The target on this disk is still the one that the artifacts were made with."""
-    for name in names:
+    for name in (name for name in names if name not in view.skipped):
         digest = view.manifest(name)["identity"].get("input.target")
         target = view.target(name)
         if digest is None:

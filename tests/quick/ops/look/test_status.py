@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from shared.artifacts.run_state import ProcessState, RunState, find_run
+from shared.artifacts.unfinished import IDENTITY
 from shared.config import build
 from shared.errors import RetryableError, UserError
 from shared.paths import RunPaths
@@ -131,6 +132,40 @@ def test_states_of_a_whole_run(tmp_path: Path) -> None:
     ]
     assert states[1].left_s is not None
     assert 8 < states[1].left_s <= 9
+
+
+@pytest.mark.parametrize(
+    ("begun", "identity", "states"),
+    [
+        ("dump", {"dump.conversations": "c.jsonl"}, ["skipped", "done", "to do", "to do"]),
+        ("dump", {"parent.synth": "0" * 64}, ["to do", "done", "to do", "to do"]),
+        ("bench", {"bench.head": "a/b"}, ["skipped", "skipped", "skipped", "done"]),
+        ("train", None, ["to do", "to do", "done", "to do"]),
+    ],
+)
+def test_stages_that_what_came_after_needs_not(
+    tmp_path: Path, begun: str, identity: dict[str, str] | None, states: list[str]
+) -> None:
+    write(tmp_path, begun, state="done")
+    folder = RunPaths(tmp_path, "r").stage(begun)
+    folder.mkdir()
+    if identity is not None:
+        (folder / IDENTITY).write_text(json.dumps(identity))
+    assert [each.state for each in read_states(RunPaths(tmp_path, "r"))] == states
+
+
+def test_a_watch_ends_without_the_stages_that_nothing_needs(tmp_path: Path) -> None:
+    folder = RunPaths(tmp_path, "r").stage("dump")
+    for stage in ("dump", "train", "bench"):
+        write(tmp_path, stage, state="done")
+    looks = _looks(RunPaths(tmp_path, "r"), 0.01)
+    assert next(looks)[0].state == "to do"
+    assert next(looks)  # as far as anybody knows, synth is still to come
+    folder.mkdir()
+    (folder / IDENTITY).write_text(json.dumps({"dump.conversations": "c.jsonl"}))
+    assert next(looks)[0].state == "skipped"
+    with pytest.raises(StopIteration):
+        next(looks)
 
 
 def test_a_watch_goes_on_while_another_process_works(tmp_path: Path) -> None:

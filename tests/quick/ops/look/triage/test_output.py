@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from shared.artifacts.unfinished import IDENTITY
 from stages.ops.config import ReviewConfig, TriageConfig
 from stages.ops.look.triage import last_attempt
 from stages.ops.look.triage.last_attempt import read_last_attempt
@@ -84,6 +85,27 @@ def test_review_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "| NOT RUN |" in rows["train"]
     assert "**FAIL**: dump." in page
     assert "--only dump,train,bench" in page
+
+
+def test_review_of_a_run_that_needed_no_synth(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "dump").mkdir()
+    (folder / "dump" / IDENTITY).write_text('{"dump.conversations": "chats.jsonl"}')
+    for stage in ("dump", "train"):
+        log(folder, stage, BEGIN, DONE)
+        status(folder, stage, state="done", exit_code=0, message="", started_s=0, updated_s=61)
+    run_review(ReviewConfig(folder=folder))
+    page = capsys.readouterr().out
+    assert "| synth | SKIPPED | " in page
+    assert "**NOT FINISHED**: bench." in page
+    assert "--only bench" in page
+    log(folder, "bench", BEGIN, DONE)
+    status(folder, "bench", state="done", exit_code=0, message="", started_s=0, updated_s=61)
+    assert run_review(ReviewConfig(folder=folder)) == 0
+    page = capsys.readouterr().out
+    assert "**PASS**: all stages that it needs." in page
+    assert "Nothing: the head is in export/." in page
 
 
 def test_review_of_a_launchers_experiment(
