@@ -206,3 +206,38 @@ def test_a_chain_waits_stage_by_stage(machine: Machine) -> None:
     assert ["--array=0-3" in line for line in submitted] == [True, True, False, False]
     assert ["afterok:" in line for line in submitted] == [False, True, True, True]
     assert "afterok:1 " in submitted[1] and all("--partition=gpu" in line for line in submitted)
+
+
+def test_a_chain_over_nodes(machine: Machine) -> None:
+    """Two shards of four GPUs fit on a node of eight; train alone takes several nodes."""
+    done = chain(machine, machine.recipe, SHARDS="4", SHARD_GPUS="4", TRAIN_NODES="8")
+    assert done.returncode == 0, done.stderr
+    submitted = machine.told().splitlines()
+    halves = ["--gpus-per-node=4 --cpus-per-task=48" in line for line in submitted]
+    assert halves == [True, True, False, False]
+    assert ["--nodes=8" in line for line in submitted] == [False, False, True, False]
+
+
+def test_the_rest_of_a_chain(machine: Machine) -> None:
+    done = chain(machine, machine.recipe, STAGES="train bench")
+    assert done.returncode == 0, done.stderr
+    train, bench = machine.told().splitlines()
+    assert "STAGE=train" in train and "afterok" not in train
+    assert "STAGE=bench" in bench and "afterok:1 " in bench
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SHARDS", "0"),
+        ("SHARDS", "four"),
+        ("SHARD_GPUS", "-1"),
+        ("TRAIN_NODES", "1.5"),
+        ("STAGES", "train,bench"),
+        ("STAGES", "dump synth"),
+    ],
+)
+def test_a_chain_of_wrong_numbers_submits_nothing(machine: Machine, name: str, value: str) -> None:
+    done = chain(machine, machine.recipe, **{name: value})
+    assert done.returncode == 2 and f"{name}: expected " in done.stderr and value in done.stderr
+    assert machine.told() == ""
