@@ -275,7 +275,8 @@ def _refuse(
             shown = problem["loc"] and not is_secret
             found = f", found {reprlib.repr(problem['input'])}" if shown else ""
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where or 'settings'}: {message}{found} (from {source}).")
+            named = where if problem["loc"] else "settings"
+            lines.append(f"{named}: {message}{found} (from {source}).")
     return UserError(
         "\n".join(lines),
         code="setting-invalid",

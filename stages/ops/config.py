@@ -83,10 +83,10 @@ class RunChainConfig(CommandConfig):
         if not self.stages:
             raise ValueError("only, from and skip together leave no stage to run")
         if (self.by == "kubernetes") != (self.overlay is not None):
-            raise ValueError("by kubernetes and overlay need each other")
+            raise ValueError("--by kubernetes and --overlay need each other")
         if self.overlay and (self.dry_run or self.overwrite or self.open_page):
             raise ValueError(
-                "by kubernetes takes no dry_run, overwrite or open: see `kubectl diff -k`, or put "
+                "--by kubernetes takes no --dry_run, --overwrite or --open: see `kubectl diff -k`, or put "
                 "--overwrite into the Job's args"
             )
         return self

@@ -29,19 +29,24 @@ def groups(stages: Sequence[str], recipe: Path) -> list[tuple[str, ...]]:
     return [PAIR if stage == "dump" else (stage,) for stage in stages if stage != "train"]
 
 
-def refuse_on_kubernetes(config: RunChainConfig) -> None:
+def refuse_on_kubernetes(config: RunChainConfig, arguments_of_dump: Sequence[str] = ()) -> None:
     """`ops run --by kubernetes` follows one Job at a time.
+
+    Args:
+        arguments_of_dump: what the overlay's Job gives dump beside the recipe.
 
     Raises:
         UserError: two are to run at the same time.
     """
-    if PAIR in groups(config.stages, config.recipe):
+    has_window = any(each.startswith("--window_shards") for each in arguments_of_dump)
+    is_pair = set(PAIR) <= set(config.stages)
+    if PAIR in groups(config.stages, config.recipe) or (is_pair and has_window):
         raise UserError(
-            "--by kubernetes follows one Job at a time, and with train.follow dump and train run at "
-            "the same time.",
+            "--by kubernetes follows one Job at a time, and with a window of shards dump and train run "
+            "at the same time.",
             code="follow-by-kubernetes",
-            remedy=f"Apply both: kubectl apply -k {config.overlay} -l "
-            "'app.kubernetes.io/component in (recipe, dump, train)'; then run bench with --only bench.",
+            remedy=f"Run synth with --only synth, apply both (kubectl apply -k {config.overlay} -l "
+            "'app.kubernetes.io/component in (recipe, dump, train)'), then run bench with --only bench.",
         )
 
 

@@ -41,8 +41,7 @@ def run(config: RunChainConfig) -> int:
         UserError: a stage refuses the recipe, or something that can be seen now stands in the way.
     """
     if config.overlay:
-        pair.refuse_on_kubernetes(config)
-        return jobs.run(config.recipe, config.overlay, config.stages)
+        return jobs.run(config, config.overlay)
     paths = processes.run_paths(config.recipe, config.workspace)
     if config.dry_run or config.preflight:
         look_ahead(config, paths)

@@ -65,10 +65,19 @@ def claims(job: Object) -> list[str]:
     return _mounted(job, "persistentVolumeClaim", "claimName")
 
 
-def _mounted(job: Object, kind: str, field: str) -> list[str]:
+def arguments(job: Object) -> list[str]:
+    """What its containers' commands are given."""
+    containers = [each for pod in _pods(job) for each in pod.get("containers", ())]
+    return [str(word) for each in containers for word in each.get("args", ())]
+
+
+def _pods(job: Object) -> list[Object]:
     replicated = job["spec"].get("replicatedJobs") or [{"template": job}]
-    pods = [each["template"]["spec"]["template"]["spec"] for each in replicated]
-    volumes = [volume for pod in pods for volume in pod.get("volumes", ())]
+    return [each["template"]["spec"]["template"]["spec"] for each in replicated]
+
+
+def _mounted(job: Object, kind: str, field: str) -> list[str]:
+    volumes = [volume for pod in _pods(job) for volume in pod.get("volumes", ())]
     return sorted({each[kind][field] for each in volumes if kind in each})
 
 

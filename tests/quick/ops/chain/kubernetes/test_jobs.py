@@ -112,6 +112,19 @@ def test_a_chain_that_goes_well(cluster: Cluster) -> None:
     assert applied == ["configmap-recipe-abc", "job-dump-r", "job-synth-r"]
 
 
+def test_an_overlay_with_a_window_of_shards_is_not_followed_job_by_job(cluster: Cluster) -> None:
+    """dump would wait for train, whose Job is not there yet."""
+    objects = [*yaml.safe_load_all((cluster.folder / "rendered.yaml").read_text())]
+    pod = objects[2]["spec"]["template"]["spec"]
+    pod["containers"] = [{"name": "dump", "args": ["--window_shards", "2000"]}]
+    (cluster.folder / "rendered.yaml").write_text(yaml.safe_dump_all(objects))
+    code, log = cluster.run()
+    assert code == 2 and "dump and train run at the same time" in log
+    assert not any((cluster.folder / "objects").iterdir())
+    cluster.script(synth=[COMPLETE])
+    assert cluster.run("--only", "synth")[0] == 0
+
+
 @pytest.mark.parametrize("kind", ["Failed", "FailureTarget"])
 def test_a_failed_stage_is_reported_with_its_own_code(cluster: Cluster, kind: str) -> None:
     cluster.script(synth=[{}, failed("PodFailurePolicy", "refused", kind)])
@@ -224,7 +237,7 @@ def test_the_two_flags_need_each_other(tmp_path: Path, flags: tuple[str, ...]) -
 def test_a_flag_that_would_be_passed_over_is_refused(cluster: Cluster, flag: str) -> None:
     code, log = cluster.run(flag)
     assert code == 2
-    assert "takes no dry_run, overwrite or open" in log
+    assert "settings: --by kubernetes takes no --dry_run, --overwrite or --open" in log
     assert not (cluster.folder / "commands.txt").exists()
 
 
