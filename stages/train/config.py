@@ -312,7 +312,7 @@ class CurveConfig(TrainConfig):
 
 
 class ExportConfig(TrainConfig):
-    """Exports a checkpoint of a finished or unfinished training in either layout.
+    """Exports a checkpoint of a finished or unfinished training in either layout, with its settings.
 
     In:  <workspace>/<run>/train/checkpoints/ and d2t.npy.
     Out: the folder --output; an earlier export there is replaced.
@@ -321,8 +321,6 @@ class ExportConfig(TrainConfig):
     groups: ClassVar[Mapping[str, str]] = {
         "Export": "checkpoint format output push_to export_dtype walk_tokens",
         "Data": "dump_of follow patience_s",
-        "Model, as it was trained": "variant layer draft_window parallel_drafting intermediate_size "
-        "init_from init_vocabulary",
     }
     lists_all: ClassVar[bool] = False
 

@@ -25,6 +25,7 @@ from shared.target.model import TargetConfig
 from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
 from stages.train.export import warm_start
 from stages.train.export.again import forget_other_dtype
+from stages.train.export.as_trained import as_trained
 from stages.train.loop import budget
 from stages.train.offer import require_dump
 
@@ -102,29 +103,28 @@ def run_export(config: ExportConfig) -> None:
     """Export a checkpoint to a folder that engines load, and to the hub with --push_to.
 
     Raises:
-        UserError: no such checkpoint, or the hub refuses.
+        UserError: no such checkpoint, other settings than those of its training, or the hub refuses.
         OutputError: the tensors are not those that engines load.
     """
+    folder = config.paths.stage("train")
+    named = {"best": folder / "checkpoints" / "best.pt", "latest": folder / "checkpoints/latest.pt"}
+    path = named.get(config.checkpoint) or Path(config.checkpoint)
+    config, trained = as_trained(config, path)
     parent, target_config = inputs(config)
     from stages.train import head as heads
     from stages.train.export.hf import export_head, require_replaceable
 
-    config = budget.resolved(config, parent, target_config.hidden_size)
-    folder = config.paths.stage("train")
-    named = {"best": folder / "checkpoints" / "best.pt", "latest": folder / "checkpoints/latest.pt"}
-    path = named.get(config.checkpoint) or Path(config.checkpoint)
     head, step = heads.of_checkpoint(config, target_config, folder, path)
     out = Path(config.output or config.paths.root / f"export-{config.format}").absolute()
     require_replaceable(out, config.paths.export)
-    card = {"checkpoint": path.name, "step": step, "dump": parent["facts"]}
-    card["settings"] = config.identity()
+    card = {"checkpoint": path.name, "step": step, "dump": parent["facts"], "settings": trained}
     options: dict[str, Any] = {
         "target": config.run.target,
         "target_folder": find_input(config.run.target, config.workspace),
         "provenance": card,
         "dtype": config.export_dtype,
         "num_draft_tokens": config.walk_tokens,
-        "template_kwargs": config.run.template_kwargs,
+        "serving": _serving(config),
     }
     if config.format == "speculators":
         options["target_architectures"] = target_config.whole.get("architectures") or []
@@ -134,6 +134,16 @@ def run_export(config: ExportConfig) -> None:
         from stages.train.export.hub import push
 
         push(out, config.push_to)
+
+
+def _serving(config: TrainConfig) -> dict[str, Any]:
+    """What vLLM must be told beside the head, so that it renders chats as the training's were."""
+    return {
+        "revision": config.run.target_revision,
+        "trust-remote-code": config.run.trust_remote_code or None,
+        "chat-template": config.run.chat_template and Path(config.run.chat_template).name,
+        "default-chat-template-kwargs": config.run.template_kwargs or None,
+    }
 
 
 def inputs(config: TrainConfig) -> tuple[dict[str, Any], TargetConfig]:
@@ -257,7 +267,7 @@ def _export(
         dtype=config.export_dtype,
         num_draft_tokens=config.walk_tokens,
         name=str(folder),
-        template_kwargs=config.run.template_kwargs,
+        serving=_serving(config),
     )
     for path in (folder / "head").iterdir():
         path.replace(folder / path.name)

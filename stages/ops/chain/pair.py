@@ -13,6 +13,8 @@ from typing import Any
 from shared.errors import UserError
 from shared.recipe import read_recipe
 from shared.runtime.gpus import listed_devices
+from stages.ops.chain.kubernetes import objects
+from stages.ops.chain.kubernetes.kubectl import Overlay
 from stages.ops.chain.machine import Machine, look
 from stages.ops.chain.processes import Step
 from stages.ops.chain.served import problem
@@ -29,18 +31,17 @@ def groups(stages: Sequence[str], recipe: Path) -> list[tuple[str, ...]]:
     return [PAIR if stage == "dump" else (stage,) for stage in stages if stage != "train"]
 
 
-def refuse_on_kubernetes(config: RunChainConfig, arguments_of_dump: Sequence[str] = ()) -> None:
+def refuse_on_kubernetes(config: RunChainConfig, overlay: Overlay) -> None:
     """`ops run --by kubernetes` follows one Job at a time.
 
-    Args:
-        arguments_of_dump: what the overlay's Job gives dump beside the recipe.
-
     Raises:
-        UserError: two are to run at the same time.
+        UserError: two are to run at the same time, by the recipe or by the arguments of dump's Job.
     """
-    has_window = any(each.startswith("--window_shards") for each in arguments_of_dump)
-    is_pair = set(PAIR) <= set(config.stages)
-    if PAIR in groups(config.stages, config.recipe) or (is_pair and has_window):
+    if not set(PAIR) <= set(config.stages):
+        return
+    arguments = objects.arguments(overlay.job("dump"))
+    has_window = any(each.startswith("--window_shards") for each in arguments)
+    if has_window or PAIR in groups(config.stages, config.recipe):
         raise UserError(
             "--by kubernetes follows one Job at a time, and with a window of shards dump and train run "
             "at the same time.",

@@ -25,6 +25,7 @@ from shared.recipe import read_recipe
 from shared.runtime.process import stop_if_requested, stop_requested
 from stages.ops.chain import containers, pair, processes
 from stages.ops.chain.kubernetes import jobs
+from stages.ops.chain.kubernetes.kubectl import Overlay
 from stages.ops.config import RunChainConfig
 
 # What a stage that was asked to stop gets to save; as compose.yaml's stop_grace_period.
@@ -41,7 +42,9 @@ def run(config: RunChainConfig) -> int:
         UserError: a stage refuses the recipe, or something that can be seen now stands in the way.
     """
     if config.overlay:
-        return jobs.run(config, config.overlay)
+        overlay = Overlay.render(config.overlay)
+        pair.refuse_on_kubernetes(config, overlay)
+        return jobs.run(config.recipe, overlay, config.stages)
     paths = processes.run_paths(config.recipe, config.workspace)
     if config.dry_run or config.preflight:
         look_ahead(config, paths)

@@ -2,6 +2,7 @@
 """README.md of an exported head: what it is, how to serve it, how it was made."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_variant import CLASSIC
 from shared.target.origin import read_origin
+from shared.vllm.server import flags
 
 # What tells an export of ours from other models: every card has had it, in these words.
 MARK = "It proposes tokens that the target verifies: equal output, fewer target steps."
@@ -51,23 +53,30 @@ def model_card(
     provenance: Mapping[str, Any],
     name: str,
     num_draft_tokens: int,
-    template_kwargs: Mapping[str, Any],
+    serving: Mapping[str, Any],
 ) -> str:
     """The page.
 
     Args:
         target_folder: where the target lies, if it is a folder of this machine; its path means nothing
             elsewhere, so the page says where it came from.
+        serving: what vLLM must be told so that it renders chats as the training's were, by its options'
+            names; `chat-template` is a file, or a name that the target gives one.
     """
     called, serves, about = _named(target, target_folder)
     base_model = "" if about else f"base_model: {json.dumps(called)}\n"
     settings = {"method": "eagle3", "model": name, "num_speculative_tokens": num_draft_tokens}
     if config.variant.parallel:
         settings["parallel_drafting"] = True
-    speculative = json.dumps(settings)
-    switches = ""
-    if template_kwargs:
-        switches = f" --default-chat-template-kwargs '{json.dumps(dict(template_kwargs))}'"
+    options = {"speculative-config": settings, **serving}
+    if about:  # a folder has no revisions
+        options["revision"] = None
+    if template := options.get("chat-template"):
+        options["chat-template"] = "TEMPLATE"
+        about += (
+            f"`TEMPLATE` is the file of the chat template that the run was given, `{template}`. "
+        )
+    command = shlex.join(["vllm", "serve", serves, *flags(options)])
     history = json.dumps(dict(provenance), indent=2, ensure_ascii=False, default=str)
     return f"""---
 {base_model}tags: [eagle3, speculative-decoding]
@@ -78,7 +87,7 @@ def model_card(
 {MARK} It serves this
 target alone, and knows {config.draft_vocab_size} of its {config.vocab_size} tokens.
 
-    vllm serve {serves} --speculative-config '{speculative}'{switches}
+    {command}
 
 {about}`{name}` is the path of this folder. {_engines(config)}
 Aux layers (id i is the state that enters layer i): {list(config.aux_layers)}.

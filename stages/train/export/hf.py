@@ -37,7 +37,7 @@ def export_head(
     dtype: str = "bfloat16",
     num_draft_tokens: int = 3,
     name: str | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
+    serving: Mapping[str, Any] | None = None,
     target_architectures: Sequence[str] | None = None,
 ) -> None:
     """Write the head to the folder `out`; what is there is replaced once the new one is complete.
@@ -49,7 +49,7 @@ def export_head(
         dtype: of the weights, `bfloat16` or `float32`.
         num_draft_tokens: K of the model card's command.
         name: the folder in that command, if it will be moved; default `out.name`.
-        template_kwargs: the chat template's switches that the head was trained with.
+        serving: vLLM's further options in that command, as `model_card` takes them.
         target_architectures: of the target's config.json; given, the layout is the speculators library's.
 
     Raises:
@@ -72,7 +72,7 @@ def export_head(
         provenance=provenance,
         name=name or out.name,
         num_draft_tokens=num_draft_tokens,
-        template_kwargs=template_kwargs or {},
+        serving=serving or {},
     )
     with atomic_folder(out) as folder:
         write_json(folder / "config.json", config)

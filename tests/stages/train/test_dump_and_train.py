@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from shared.contracts import hidden_states, vocab
 from tests.runs import run
-from tests.stages.train.trainings import losses, weights
+from tests.stages.train.trainings import TRAIN, losses, weights
 
 
 def test_dump_writes_what_it_says(dumped: Path) -> None:
@@ -82,6 +82,45 @@ def test_any_checkpoint_is_exported_in_either_layout(trained: Path) -> None:
     missing = run(trained, "train", "export", "--checkpoint", str(trained / "none.pt"))
     assert missing.returncode == 2
     assert "expected a checkpoint at" in missing.stderr
+
+
+def test_an_export_is_of_the_head_that_was_trained(workspace: Path) -> None:
+    """No tensor shows a window or the loss: both come from the training, whatever the recipe says."""
+    done = run(workspace, "train", "--epochs", "1", "--draft_window", "32", "--loss", "tv")
+    assert done.returncode == 0, done.stderr
+    trained = json.loads((workspace / "run" / "export" / "config.json").read_text())
+    assert trained["sliding_window"] == 32
+    for given, named in (
+        (("--draft_window", "64", "--epochs", "1"), "train.draft_window 64 instead of 32"),
+        (("--epochs", "1", "--loss", "lk"), "train.loss 'lk' instead of 'tv'"),
+        ((), f"train.epochs {TRAIN['epochs']} instead of 1"),  # the recipe's
+        (("--epochs", "1", "--aux_layers", "1,2,3"), "run.aux_layers [1, 2, 3] instead of None"),
+    ):
+        refused = run(workspace, "train", "export", *given)
+        assert refused.returncode == 2 and named in refused.stderr, refused.stderr
+    assert not (workspace / "run" / "export-hf").exists()
+    done = run(workspace, "train", "export", "--epochs", "1", "--walk_tokens", "5")
+    assert done.returncode == 0, done.stderr
+    exported = workspace / "run" / "export-hf"
+    assert json.loads((exported / "config.json").read_text()) == trained
+    card = (exported / "README.md").read_text()
+    assert '"num_speculative_tokens": 5' in card and '"train.loss": "tv"' in card
+
+
+def test_an_export_needs_its_training_and_the_head_that_it_began_with(
+    trained: Path, workspace: Path
+) -> None:
+    missing = run(workspace, "train", "export")
+    assert missing.returncode == 2 and "[training-missing]" in missing.stderr, missing.stderr
+    shutil.copytree(trained / "run" / "export", workspace / "head")
+    done = run(workspace, "train", "--init_from", "head", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    done = run(workspace, "train", "export", "--epochs", "1")  # init_from is the training's
+    assert done.returncode == 0, done.stderr
+    path = workspace / "head" / "config.json"
+    path.write_text(path.read_text() + "\n")
+    refused = run(workspace, "train", "export", "--epochs", "1")
+    assert refused.returncode == 2 and "[export-init-from-changed]" in refused.stderr
 
 
 def test_an_export_does_not_replace_what_is_none(trained: Path, tmp_path: Path) -> None:

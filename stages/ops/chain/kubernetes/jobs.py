@@ -19,10 +19,8 @@ from pathlib import Path
 
 from shared.errors import EXIT_DONE, RetryableError, UserError
 from shared.runtime.process import stop_if_requested
-from stages.ops.chain import pair
 from stages.ops.chain.kubernetes import objects
 from stages.ops.chain.kubernetes.kubectl import Kubectl, Object, Overlay
-from stages.ops.config import RunChainConfig
 
 _POLL_S = 5.0
 _PATIENCE_S = 120.0  # an API server may be away for as long while it is upgraded
@@ -35,22 +33,19 @@ _MAY_START = ("ErrImagePull", "ImagePullBackOff", "Unschedulable")
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunChainConfig, folder: Path) -> int:
+def run(recipe: Path, overlay: Overlay, stages: Sequence[str]) -> int:
     """Run the stages one after another; returns the exit code of the first that failed, or 0.
 
     Raises:
-        UserError: overlay and recipe do not belong together, two Jobs are to run at the same time, the
-            cluster refuses them or lacks a claim, or a Job of another recipe runs under one of the names.
+        UserError: overlay and recipe do not belong together, the cluster refuses them or lacks a claim, or
+            a Job of another recipe runs under one of the names.
         RetryableError: the cluster does not answer for two minutes.
         Stopped: a signal arrived; the Job of the current stage goes on.
     """
-    pair.refuse_on_kubernetes(config)
-    overlay = Overlay.render(folder)
-    overlay.check_recipe(config.recipe)
+    overlay.check_recipe(recipe)
     kubectl = Kubectl(overlay.namespace)
-    stages = (*(("target",) if overlay.has_target else ()), *config.stages)
-    if "dump" in stages:
-        pair.refuse_on_kubernetes(config, objects.arguments(overlay.job("dump")))
+    if overlay.has_target:
+        stages = ("target", *stages)
     chain = {stage: _Stage(stage, overlay.job(stage), kubectl) for stage in stages}
     _check_claims(overlay, kubectl)
     for each in chain.values():  # before the first of them begins

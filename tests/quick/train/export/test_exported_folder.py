@@ -80,11 +80,20 @@ def test_the_cards_command_drafts_as_the_head_does(tmp_path: Path) -> None:
 
 
 def test_the_cards_command_has_the_template_switches_of_the_training(tmp_path: Path) -> None:
-    export(make_head(), tmp_path / "head", template_kwargs={"enable_thinking": False})
-    card = (tmp_path / "head" / "README.md").read_text()
+    switches = {"enable_thinking": False, "persona": "it's"}
+    serving = {"default-chat-template-kwargs": switches, "trust-remote-code": True}
+    serving |= {"chat-template": "my.jinja", "revision": "v1"}
+    export(make_head(), tmp_path / "joe's", serving=serving)
+    card = (tmp_path / "joe's" / "README.md").read_text()
     words = shlex.split(next(line for line in card.splitlines() if "vllm serve" in line))
-    switches = words[words.index("--default-chat-template-kwargs") + 1]
-    assert json.loads(switches) == {"enable_thinking": False}
+    assert json.loads(words[words.index("--default-chat-template-kwargs") + 1]) == switches
+    assert json.loads(words[words.index("--speculative-config") + 1])["model"] == "joe's"
+    assert "--trust-remote-code" in words and words[words.index("--revision") + 1] == "v1"
+    assert words[words.index("--chat-template") + 1] == "TEMPLATE"
+    assert "`TEMPLATE` is the file of the chat template that the run was given, `my.jinja`" in card
+    (tmp_path / "mine").mkdir()
+    export(make_head(), tmp_path / "head", serving=serving, target_folder=tmp_path / "mine")
+    assert "--revision" not in (tmp_path / "head" / "README.md").read_text()
 
 
 def test_the_card_names_the_folder_where_it_will_be(tmp_path: Path) -> None:
