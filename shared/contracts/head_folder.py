@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from shared.contracts.head_variant import stated_mask_token
+from shared.contracts.nested_config import flattened
 from shared.errors import UserError
 from shared.io.files import read_json
 from shared.io.records import Shape, require_shape
@@ -60,12 +61,14 @@ class Head:
         layout: `eagle3`, or `speculators` where config.json is nested.
         config: what vLLM reads, flat.
         shapes: of each tensor, by its name in the file.
+        stated: config.json as it is written.
     """
 
     folder: Path
     layout: str
     config: dict[str, Any]
     shapes: dict[str, list[int]]
+    stated: dict[str, Any]
 
     @property
     def hidden_size(self) -> int:
@@ -129,27 +132,26 @@ def read_head(folder: Path) -> Head:
     raw = read_json(where)
     if not isinstance(raw, dict):
         raise _no_head(folder, f"config.json holds a {type(raw).__name__}")
-    kind = raw.get("speculators_model_type")
+    config, kind = raw, raw.get("speculators_model_type")
     if kind is not None:
-        inner = raw.get("transformer_layer_config")
-        if kind not in ("eagle3", "peagle") or not isinstance(inner, dict):
-            raise _no_head(folder, f"speculators_model_type {kind!r}")
-        outer = {key: value for key, value in raw.items() if value is not None}
-        raw = {**inner, **{key: outer[key] for key in outer.keys() - {"eagle_config"}}}
-    if missing := {"hidden_size", "vocab_size"} - raw.keys():
+        try:
+            config = flattened(raw)
+        except ValueError as error:
+            raise _no_head(folder, str(error)) from error
+    if missing := {"hidden_size", "vocab_size"} - config.keys():
         raise _no_head(folder, f"no {sorted(missing)} in config.json")
-    require_shape(raw, _Config, where=str(where), remedy="Export the head again.")
+    require_shape(config, _Config, where=str(where), remedy="Export the head again.")
     shapes: dict[str, list[int]] = {}
     for path in weight_files(folder):
         shapes |= _read_shapes(path)
-    head = Head(folder, "eagle3" if kind is None else "speculators", raw, shapes)
+    head = Head(folder, "eagle3" if kind is None else "speculators", config, shapes, raw)
     for name in shapes:
         if (ours := our_name(name)) != name and ours in shapes:
             raise misread(
                 head, f"it has both {name} and {ours}, of which engines keep the last one read"
             )
     if kind == "peagle" or any(MASK_HIDDEN in name for name in shapes):
-        return replace(head, config={**raw, "parallel_drafting": True})
+        return replace(head, config={**config, "parallel_drafting": True})
     return head
 
 

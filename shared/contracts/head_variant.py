@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 QWEN3_ARCHITECTURE = "Eagle3Qwen3ForCausalLM"
+_QWEN3_CLASSES = {QWEN3_ARCHITECTURE, "PeagleQwen3ForCausalLM"}
 MASK_TOKEN = "pard_token"  # as every vLLM that has parallel drafting reads it
 _MASK_TOKENS = ("mask_token_id", MASK_TOKEN, "ptd_token_id")  # in the order in which vLLM looks
 
@@ -81,25 +82,22 @@ def read_variant(config: Mapping[str, Any]) -> HeadVariant:
     """The variant of a head, from its config.json as vLLM reads it.
 
     Args:
-        config: flat, as `Head.config`; in the speculators layout `norm_before_residual` is true
-            unless stated, but for P-EAGLE.
+        config: flat, as `Head.config`.
     """
     nested = config.get("eagle_config") or {}
-    kind = config.get("speculators_model_type")
-    is_speculators = kind is not None
     # vLLM serves a head that names its target's class by that name with Eagle3 before it.
     names = config.get("architectures") or []
-    is_qwen3 = QWEN3_ARCHITECTURE in (*names, *(f"Eagle3{name}" for name in names))
-    qk_norm = is_qwen3 or (is_speculators and config.get("model_type") == "qwen3")
+    served_as = {*names, *(f"Eagle3{name}" for name in names)}
     is_sliding = (config.get("layer_types") or [None])[0] == "sliding_attention"
-    # transformers' Qwen3Config drops the window otherwise.
-    is_sliding &= not qk_norm or bool(config.get("use_sliding_window"))
+    if config.get("model_type") == "qwen3" and "speculators_model_type" not in config:
+        # transformers' Qwen3Config, which is not what vLLM reads that layout with, drops the window.
+        is_sliding &= bool(config.get("use_sliding_window"))
     return HeadVariant(
         norm_before_fc=bool(nested.get("norm_before_fc", config.get("norm_before_fc"))),
         fc_norm=bool(config.get("fc_norm")),
         norm_output=bool(config.get("norm_output")),
-        norm_before_residual=bool(config.get("norm_before_residual", kind == "eagle3")),
-        qk_norm=qk_norm,
+        norm_before_residual=bool(config.get("norm_before_residual")),
+        qk_norm=not served_as.isdisjoint(_QWEN3_CLASSES),
         window=config.get("sliding_window") if is_sliding else None,
         parallel=bool(config.get("parallel_drafting")),
     )

@@ -177,8 +177,9 @@ def _meant(head: Head) -> list[str]:
             "next draft step. A trainer that means another thing by it loses acceptance from position "
             "1 on."
         )
-    if head.layout == "speculators" and "norm_before_residual" not in head.config:
-        warnings.append("norm_before_residual is not given: in this layout vLLM takes true.")
+    if head.layout == "speculators" and "norm_before_residual" not in head.stated:
+        taken = str(variant.norm_before_residual).lower()
+        warnings.append(f"norm_before_residual is not given: in this layout vLLM takes {taken}.")
     return warnings
 
 

@@ -40,7 +40,7 @@ class TrainConfig(StageConfig):
         "Data": "dump_of follow patience_s max_samples holdout_fraction max_holdout_samples",
         "Model": "variant layer draft_window parallel_drafting ttt_steps loss loss_decay "
         "intermediate_size num_layers init_from init_vocabulary train_lm_head",
-        "Optimization": "epochs batch_tokens optimizer learning_rate warmup_steps plateau_fraction "
+        "Optimization": "epochs max_steps batch_tokens optimizer learning_rate warmup_steps plateau_fraction "
         "schedule min_lr_fraction beta1 beta2 weight_decay max_grad_norm",
         "Speed": "mixed_precision micro_batch_tokens distributed recompute_activations "
         "profile_ranges",
@@ -51,6 +51,11 @@ class TrainConfig(StageConfig):
     epochs: int = identity(
         2,
         "Passes over the training samples, at most; see plateau_fraction. With follow: 1 by default.",
+        ge=1,
+    )
+    max_steps: int | None = identity(
+        None,
+        "Largest number of optimizer steps, whatever the epochs; the learning rate decays until there.",
         ge=1,
     )
     batch_tokens: Annotated[int, pydantic.Field(ge=8)] | Literal["auto"] = identity(
@@ -287,7 +292,8 @@ class CurveConfig(TrainConfig):
 
     In:  <workspace>/<run>/dump/, of greedy answers.
     Out: a run <run>-curve-<samples> for each share, trained for as many steps as the recipe makes on all
-         rows; <run>/curve.json and a table: twice and ten times the largest share are forecast.
+         rows, plateau or not; <run>/curve.json and a table: twice and ten times the largest share are
+         forecast.
     """
 
     groups: ClassVar[Mapping[str, str]] = {"Curve": "shares", **TrainConfig.groups}

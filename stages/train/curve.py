@@ -1,25 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Would more rows help? Trainings on growing shares of the dump, and a forecast for more than there is.
 
-In: a finished dump. Out: one run `<name>-curve-<samples>` for each share, trained for as many steps as the
-recipe makes on all rows, so that they differ in their data alone; `<name>/curve.json`; a table. Cost: one
-training for each share. A second call skips those that are done.
-
-The forecast is AL(n) = L - b n^-c, L at most K + 1, fitted to the best walk of each training: the mean over
-the exponents c, each weighted by how likely the walks are by its fit. The best fit alone would follow
-the noise of so few walks.
-
-Worked example (K = 3): 75, 150 and 300 samples reach 2.75, 3.15 and 3.34. Each doubling adds 0.47 of what
-the one before it added, so the best fit has c = 1.08 and L = 3.52, and reaches 3.47 at 1,140 samples; smaller
-exponents, nearly as likely, reach more. The forecast is 3.50.
+In: a finished dump of greedy answers. Out: one run `<name>-curve-<samples>` for each share, trained for
+exactly as many steps as the recipe makes on all rows, so that they differ in their data alone;
+`<name>/curve.json`; a table. Cost: one training for each share. A second call skips those that are done.
 """
 
-import dataclasses
+import itertools
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.table import Table
 
 from shared.artifacts.history import read_curves
@@ -29,42 +20,35 @@ from shared.runtime import tables
 from shared.runtime.tables import cell
 from stages.train import run as training
 from stages.train.config import CurveConfig, TrainConfig, rank
+from stages.train.forecast import forecast, walk_noise
 from stages.train.loop import budget
 
-EXPONENTS = np.linspace(0.2, 1.5, 53)  # of fits that are tried
-WALK_NOISE = 0.05  # standard error of a walk over some tens of samples
+if TYPE_CHECKING:
+    from stages.train.data.dataset import Dataset
+
 _BAR_CHARS = 40  # for the longest AL there can be, K + 1
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """AL(n) = limit - drop * (n / largest)^-exponent, and its root mean square error."""
-
-    error: float
-    limit: float
-    drop: float
-    exponent: float
-    largest: int
-
-    def at(self, samples: int) -> float:
-        return self.limit - self.drop * (samples / self.largest) ** -self.exponent
 
 
 def run(config: CurveConfig) -> None:
     """Train on each share, and forecast.
 
     Raises:
-        UserError: as train's.
+        UserError: as train's, or no answer can be walked.
         OutputError: there are no walks to draw.
     """
     parent, target_config = training.inputs(config)
     whole = budget.resolved(config, parent, target_config.hidden_size)
-    rows = budget.training_rows(config, parent)
+    dataset = training.open_dataset(whole, parent)
+    rows = len(dataset.training)
+    counts = sample_counts(config.shares, rows)
+    require_walks(whole, parent, dataset)
+    steps = sum(itertools.islice(steps_by_epoch(whole, dataset), whole.epochs))
+    steps = min(steps, whole.max_steps or steps)
     lengths: dict[int, float] = {}
-    for samples in sample_counts(config.shares, rows):
-        settings = _settings(whole, samples, rows)
+    for samples in counts:
+        settings = settings_of(whole, parent, samples, steps)
         logger.info("%d of %d samples: run %s", samples, rows, settings.run.name)
         training.run(settings)
         walks = read_curves(settings.paths.stage("train") / "history.jsonl")["walks"]
@@ -72,11 +56,35 @@ def run(config: CurveConfig) -> None:
             raise OutputError(
                 f"{settings.paths.stage('train')}: expected walked acceptance lengths, found none.",
                 code="curve-without-walks",
-                remedy="A curve needs held-out samples with greedy answers: set synth.temperature to 0.",
+                remedy="The held-out answers are too short for a draft: raise synth.max_tokens, or lower "
+                "train.walk_tokens.",
             )
         lengths[samples] = max(length for _, length in walks)
     if rank() == 0:
-        _report(config, rows, lengths)
+        _report(config, rows, lengths, walk_noise(len(dataset.held_out)))
+
+
+def require_walks(config: CurveConfig, parent: Mapping[str, Any], dataset: "Dataset") -> None:
+    """Refuse, before a share is trained, a dump on which none could be walked.
+
+    Raises:
+        UserError: its answers were sampled, or none is held out.
+    """
+    folder = config.paths.stage("dump")
+    if not parent["facts"]["greedy"]:
+        raise UserError(
+            f"{folder}: expected greedy answers of the target, which alone can be walked, found others.",
+            code="curve-not-greedy",
+            remedy="Run synth and dump again with synth.temperature 0, and without synth.mode keep, "
+            "run.target_train or dump.states.",
+        )
+    if not dataset.held_out:
+        raise UserError(
+            f"train.holdout_fraction: expected held-out samples to walk, found {config.holdout_fraction:g} "
+            f"of the samples in {folder}, which is none.",
+            code="curve-nothing-held-out",
+            remedy="Set train.holdout_fraction above 0.",
+        )
 
 
 def sample_counts(shares: Sequence[float], rows: int) -> list[int]:
@@ -97,20 +105,36 @@ def sample_counts(shares: Sequence[float], rows: int) -> list[int]:
     return counts
 
 
-def _settings(whole: CurveConfig, samples: int, rows: int) -> TrainConfig:
-    """A training on `samples`, with the batch, the rate and the steps of one on all `rows`."""
-    settings = {name: getattr(whole, name) for name in TrainConfig.model_fields}
+def steps_by_epoch(config: TrainConfig, dataset: "Dataset") -> Iterator[int]:
+    """The optimizer steps of the first epoch, of the second, and so on without end."""
+    from stages.train.data.dataset import pack, shuffled
+
+    seed, tokens = config.run.seed, int(config.batch_tokens)
+    for epoch in itertools.count():
+        yield len(pack(shuffled(dataset.training, seed=seed, epoch=epoch), tokens))
+
+
+def settings_of(
+    whole: CurveConfig, parent: dict[str, Any], samples: int, steps: int
+) -> TrainConfig:
+    """A training on `samples`, with the batch and the rate of one on all rows, that makes `steps`.
+
+    It makes as many epochs as these take, the last one cut short, and has no plateau to end on.
+    """
+    share = whole.model_copy(update={"max_samples": samples})
+    made = itertools.accumulate(steps_by_epoch(share, training.open_dataset(share, parent)))
+    settings = {name: getattr(share, name) for name in TrainConfig.model_fields}
     settings["run"] = whole.run.model_copy(update={"name": f"{whole.run.name}-curve-{samples}"})
     settings["dump_of"] = whole.dump_of or whole.run.name
-    settings["max_samples"] = samples
-    settings["epochs"] = math.ceil(whole.epochs * rows / samples)
+    settings["epochs"] = next(epochs for epochs, total in enumerate(made, 1) if total >= steps)
+    settings |= {"max_steps": steps, "plateau_fraction": None}
     return TrainConfig.model_validate(settings)
 
 
-def _report(config: CurveConfig, rows: int, lengths: Mapping[int, float]) -> None:
-    largest = max(lengths)
+def _report(config: CurveConfig, rows: int, lengths: Mapping[int, float], noise: float) -> None:
+    largest, most = max(lengths), config.walk_tokens + 1
     wanted = sorted({rows, 2 * largest, 10 * largest} - lengths.keys())
-    forecasts = {n: forecast(lengths, n, config.walk_tokens + 1) for n in wanted if n > largest}
+    forecasts = {n: forecast(lengths, n, most, noise) for n in wanted if n > largest}
     table = Table(
         "samples", "walked AL", "", title=cell(f"{config.run.name}, K = {config.walk_tokens}")
     )
@@ -133,34 +157,3 @@ def _report(config: CurveConfig, rows: int, lengths: Mapping[int, float]) -> Non
 def _bar(length: float, depth: int, ink: str = "█") -> str:
     """From AL 1, which is no gain, to K + 1."""
     return ink * round(_BAR_CHARS * (length - 1) / depth)
-
-
-def forecast(lengths: Mapping[int, float], samples: int, most: int) -> tuple[float, float, float]:
-    """(AL at `samples`, and the lowest and highest of the fits that are about as good as the best one).
-
-    They are apart by what the walks scatter around the best fit at least: where more data did not help,
-    all fits are their mean.
-    """
-    tried = list(_fits(lengths, most))
-    errors, found = np.array([[fit.error, fit.at(samples)] for fit in tried]).T
-    weights = np.exp(-len(lengths) / 2 * (errors**2 - errors.min() ** 2) / WALK_NOISE**2)
-    good = found[errors <= max(2 * errors.min(), WALK_NOISE)]
-    mean, scatter = float(weights @ found / weights.sum()), max(WALK_NOISE, float(errors.min()))
-    low, high = min(good.min(), mean - scatter), max(good.max(), mean + scatter)
-    return mean, max(1.0, float(low)), min(float(most), float(high))
-
-
-def _fits(lengths: Mapping[int, float], most: int) -> Iterator[Fit]:
-    """The least-squares fit of each exponent; kept from falling, and below `most`."""
-    largest = max(lengths)
-    measured = np.array(list(lengths.values()))
-    for exponent in EXPONENTS:
-        falls = (np.array(list(lengths)) / largest) ** -exponent
-        columns = np.stack([np.ones_like(falls), -falls], axis=1)
-        limit, drop = np.linalg.lstsq(columns, measured, rcond=None)[0]
-        if limit > most:
-            limit, drop = most, ((most - measured) @ falls) / (falls @ falls)
-        if drop < 0:
-            limit, drop = measured.mean(), 0.0
-        error = float(np.sqrt(np.mean((limit - drop * falls - measured) ** 2)))
-        yield Fit(error, float(limit), float(drop), float(exponent), largest)

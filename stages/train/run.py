@@ -30,6 +30,7 @@ from stages.train.loop import budget
 from stages.train.offer import require_dump
 
 if TYPE_CHECKING:
+    from stages.train.data.dataset import Dataset
     from stages.train.loop.trainer import Outcome
 
 
@@ -181,8 +182,6 @@ def _train(
 
     from shared.target.tensors import read_tensors
     from stages.train import head as heads
-    from stages.train.data.dataset import Dataset
-    from stages.train.data.followed import FollowedShards
     from stages.train.kernels.fused import require_compiler
     from stages.train.loop.distributed import make_accelerator, together
     from stages.train.loop.trainer import Trainer
@@ -192,16 +191,34 @@ def _train(
     require_compiler(accelerator.device)
     torch.manual_seed(config.run.seed)
     tensors = read_tensors(target_config)
-    dump = config.paths.stage("dump")
-    states = [name for name in parent["files"] if _holds_states(name)]
-    require_unchanged(dump, parent, sorted(parent["files"].keys() - states))
+    dataset = open_dataset(config, parent)
     # Rank 0 makes the vocabulary that the others read.
     with together(accelerator), accelerator.main_process_first():
         if accelerator.is_main_process:
             vocabulary.forget_unbound(folder)
         head = heads.build(config, target_config, tensors, folder)
+    if not dataset.held_out:
+        logger.warning(
+            "no walked acceptance length: that needs greedy answers and held-out samples"
+        )
+    with together(accelerator):
+        return Trainer(config, tensors, head, dataset, folder, accelerator).run()
+
+
+def open_dataset(config: TrainConfig, parent: dict[str, Any]) -> "Dataset":
+    """The samples of the dump whose manifest is `parent`; none is held out where answers were sampled.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    from stages.train.data.dataset import Dataset
+    from stages.train.data.followed import FollowedShards
+
+    dump = config.paths.stage("dump")
+    states = [name for name in parent["files"] if _holds_states(name)]
+    require_unchanged(dump, parent, sorted(parent["files"].keys() - states))
     data_config = hidden_states.read_data_config(dump)
-    dataset = Dataset(
+    return Dataset(
         dump,
         data_config,
         states,
@@ -211,12 +228,6 @@ def _train(
         manifest=parent,
         followed=FollowedShards.of(config, parent, data_config),
     )
-    if not dataset.held_out:
-        logger.warning(
-            "no walked acceptance length: that needs greedy answers and held-out samples"
-        )
-    with together(accelerator):
-        return Trainer(config, tensors, head, dataset, folder, accelerator).run()
 
 
 def _holds_states(name: str) -> bool:

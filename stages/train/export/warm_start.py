@@ -43,6 +43,9 @@ _MADE: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "quantization_config": None,
+    "is_causal": True,
+    "logit_scale": 1.0,
+    "use_aux_hidden_state": True,  # of eagle_config, where alone engines look for it
 }
 
 # Of transformers' LlamaConfig, where a head's config.json leaves it out.
@@ -176,9 +179,13 @@ def _unfit(head: Head, problem: str, remedy: str = "Start from another head.") -
 
 
 def _require_made(head: Head) -> None:
-    stated = {**head.nested, **head.config}
+    uses_aux = head.nested.get("use_aux_hidden_state", True)
+    stated = {**_MADE, **head.config, "use_aux_hidden_state": uses_aux}
+    # A null is no to vLLM, which takes a default only for a key that is left out.
     other = {
-        name: stated[name] for name, made in _MADE.items() if (stated.get(name) or made) != made
+        name: stated[name]
+        for name, made in _MADE.items()
+        if (stated[name] or None) != (made or None)
     }
     if other:
         raise _unfit(head, f"it is a kind of head that train does not make: {other}")
@@ -254,10 +261,16 @@ def _require_sizes(
 
 
 def _require_aux_layers(head: Head, ours: list[int], default: list[int]) -> None:
-    """The head's layers are the run's; in `eagle_config` alone either numbering may be meant."""
+    """The head's layers are the run's; in `eagle_config` alone either numbering may be meant.
+
+    Worked example: alone in `eagle_config`, [2, 4, 5] are the run's [2, 4, 5] or [3, 5, 6]; at the top, or
+    where no layers are named and those are the default, [2, 4, 5] only.
+    """
     theirs = head.aux_layers or head.nested_aux_layers or default
-    shifted = [layer + 1 for layer in theirs]
-    if theirs != ours and (head.aux_layers is not None or shifted != ours):
+    meant = [theirs]
+    if not head.aux_layers and head.nested_aux_layers:
+        meant.append([layer + 1 for layer in theirs])
+    if ours not in meant:
         raise _unfit(
             head,
             f"it reads the aux layers {theirs}, and dump captured {ours}",

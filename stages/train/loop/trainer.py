@@ -114,7 +114,7 @@ class Trainer:
             epochs=self.config.epochs,
             is_mixed=not self.config.follow,
         )
-        return itertools.islice(steps, end)
+        return itertools.islice(itertools.islice(steps, self.config.max_steps), end)
 
     def run(self) -> Outcome:
         """Train to the end, from the last checkpoint if there is one.

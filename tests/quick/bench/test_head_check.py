@@ -244,6 +244,11 @@ def test_the_speculators_layout(made: Path, target: TargetConfig, tmp_path: Path
     assert head.check(folder, target) == [
         "norm_before_residual is not given: in this layout vLLM takes true."
     ]
+    parallel = {"speculators_model_type": "peagle", "mask_token_id": 0}
+    as_speculators(changed(made, folder, masked), norm_before_residual=None, **parallel)
+    assert head.check(folder, target) == [
+        "norm_before_residual is not given: in this layout vLLM takes false."
+    ]
     as_speculators(changed(made, folder, set_config()), eagle_aux_hidden_state_layer_ids=None)
     (warning,) = head.check(folder, target)
     assert "vLLM takes [2, 4, 5]" in warning

@@ -28,6 +28,7 @@ UNKNOWN, OWN = "unknown", "own"
 _TIERS = {"cause": 1, "generic": 2, UNKNOWN: 4, "consequence": 5}
 _OWN_TIER, _OWN_OPEN_TIER, _OWN_WRAPPER_TIER = 0, 3, 5
 _FAILED = ("failed", "died", "unreadable")
+_CURVE = "curve"  # the command of train that has a log of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _of_own(own: OwnError, stage: str | None, case: Case) -> Diagnosis:
         stage=stage,
         cause=own.problem,
         fix=own.remedy or "see the problem",
-        rerun=rerun_command(case, _first_of(stage, own.facts.get("stage"))),
+        rerun=rerun_command(case, _first_of(stage, own.facts.get("stage")), own.evidence.path),
         evidence=own.evidence,
         facts=own.facts,
     )
@@ -157,7 +158,7 @@ def _of_hit(hit: Hit, stage: str | None, case: Case) -> Ranked:
         stage=whose,
         cause=render(rule.cause, case, whose, hit.seen),
         fix=render(rule.fix, case, whose, hit.seen),
-        rerun=rerun_command(case, rule.redo or whose),
+        rerun=rerun_command(case, rule.redo or whose, hit.line.path),
         evidence=hit.line,
     )
     return _TIERS[rule.role], hit.line.number, diagnosis
@@ -209,16 +210,17 @@ def _unknown(
         if line
         else f"the stage ended with exit code {state.exit_code} and left no log",
         fix="read the lines around it; --save_fixture keeps them as a test's fixture for a new rule",
-        rerun=rerun_command(case, stage),
+        rerun=rerun_command(case, stage, line.path if line else None),
         evidence=line,
     )
     return [(_TIERS[UNKNOWN], line.number if line else 0, diagnosis)]
 
 
-def rerun_command(case: Case, stage: str | None) -> str:
+def rerun_command(case: Case, stage: str | None, log: Path | None = None) -> str:
     """The command that goes on from `stage`, or from the first one before it that is not done.
 
-    Worked example: train failed: `python -m stages.ops run --recipe r.yaml --only train,bench`.
+    Worked example: train failed: `python -m stages.ops run --recipe r.yaml --only train,bench`; where
+    `log` is that of `train curve`, which no run of the chain repeats: `python -m stages.train curve`.
     """
     position = STAGES.index(stage) if stage in STAGES else 0
     if case.kind == "launcher":
@@ -226,10 +228,14 @@ def rerun_command(case: Case, stage: str | None) -> str:
         return shlex.join(["uv", "run", "launch.py", "--yaml", "YOUR.yaml", *skips, "--yes"])
     if case.run is None and stage is None:
         return "the same command again"
-    words = ["python", "-m", "stages.ops", "run", "--recipe"]
-    words.append(str(case.run.recipe_path) if case.run and case.run.recipe_path else "RECIPE")
+    is_curve = log is not None and log.stem == _CURVE and stage in ("train", None)
+    words = ["python", "-m", *(("stages.train", _CURVE) if is_curve else ("stages.ops", "run"))]
+    words += ["--recipe", str(case.run.recipe_path or "RECIPE") if case.run else "RECIPE"]
     if case.run:
         words += ["--workspace", str(case.run.paths.workspace)]
+    if is_curve:
+        return shlex.join(words)
+    if case.run:
         states = [case.state(each).state for each in STAGES[:position]]
         known = any(state not in ("to do", "skipped") for state in states)
         position = next(

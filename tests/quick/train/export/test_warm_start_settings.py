@@ -14,7 +14,7 @@ from shared.contracts.head_variant import HeadVariant
 from shared.errors import UserError
 from stages.train.config import TrainConfig
 from stages.train.export.hf import export_head
-from tests.quick.train.export.warm_starts import Config, changed, same, start
+from tests.quick.train.export.warm_starts import AUX, Config, changed, same, start
 
 
 def test_a_head_keeps_its_own_rope_and_eps(place: Path, tmp_path: Path) -> None:
@@ -113,6 +113,10 @@ def test_the_refusal_of_a_rope_says_what_to_do(
         (lambda c: c.update(architectures=["Qwen3ForCausalLM"]), "self_attn.k_norm.weight"),
         (lambda c: c.update(hidden_act="gelu"), "'hidden_act': 'gelu'"),
         (lambda c: c.update(num_hidden_layers=2), "'num_hidden_layers': 2"),
+        (lambda c: c.update(logit_scale=0.25), "'logit_scale': 0.25"),
+        (lambda c: c.update(logit_scale=0.0), "'logit_scale': 0.0"),
+        (lambda c: c.update(is_causal=False), "'is_causal': False"),
+        (lambda c: c["eagle_config"].update(use_aux_hidden_state=False), "'use_aux_hidden_state'"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[2, 4, 5]), r"aux layers \[2, 4, 5\]"),
         (lambda c: c.update(vocab_size=600), "'vocabulary': 600"),
         (lambda c: c.update(intermediate_size=64), "mlp.down_proj.weight"),
@@ -124,6 +128,34 @@ def test_another_kind_of_head_is_refused(
     with pytest.raises(UserError, match=reported) as refused:
         start(place, changed(place, tmp_path / "head", change))
     assert refused.value.code == "warm-start-unfit"
+
+
+def test_what_engines_pass_over_is_no_other_kind(place: Path, tmp_path: Path) -> None:
+    def change(config: Config) -> None:
+        config.update(logit_scale=1, use_aux_hidden_state=False, attention_bias=None)
+        config.pop("mlp_bias", None)
+        config["eagle_config"].update(mlp_bias=True)
+
+    start(place, changed(place, tmp_path / "head", change))
+
+
+@pytest.mark.parametrize("nested", [[0, 2, 4], None, []])
+def test_aux_layers_may_count_otherwise_only_where_eagle_config_names_them(
+    place: Path, tmp_path: Path, nested: list[int] | None
+) -> None:
+    """The run's are [1, 3, 5]: layers 0, 2 and 4 in the numbering that counts outputs."""
+
+    def change(config: Config) -> None:
+        del config["eagle_aux_hidden_state_layer_ids"]
+        config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = nested
+
+    name = changed(place, tmp_path / "head", change)
+    start(place, name, default=AUX)
+    if nested:
+        start(place, name, default=(0, 2, 4))
+        return
+    with pytest.raises(UserError, match=r"aux layers \[0, 2, 4\], and dump captured \[1, 3, 5\]"):
+        start(place, name, default=(0, 2, 4))
 
 
 def test_a_head_keeps_its_own_norms(place: Path, tmp_path: Path) -> None:

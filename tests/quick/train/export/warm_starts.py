@@ -18,12 +18,12 @@ AUX, DEFAULT = (1, 3, 5), (2, 4, 5)
 Config = dict[str, Any]
 
 
-def start(place: Path, name: str, **flags: str) -> DraftHead:
+def start(place: Path, name: str, *, default: tuple[int, ...] = DEFAULT, **flags: str) -> DraftHead:
     settings = {"target": "tiny", "workspace": str(place), "draft_vocab_size": "128", **flags}
     config = build(TrainConfig, {**settings, "init_from": name})
     assert warm_start.fingerprint(config)["init_from"]
     lm_head = torch.arange(512 * 128).reshape(512, 128).float()
-    return warm_start.load(config, torch.zeros(512, 128), lm_head, AUX, DEFAULT)
+    return warm_start.load(config, torch.zeros(512, 128), lm_head, AUX, default)
 
 
 def changed(

@@ -101,6 +101,16 @@ def test_a_training_that_ends_before_its_first_step_begins_anew(tmp_path: Path) 
     assert checkpoint.load(training.checkpoints.folder / checkpoint.LATEST) is None
 
 
+@pytest.mark.parametrize(("max_steps", "made"), [(4, 4), (8, 8), (99, 12)])
+def test_steps_may_be_limited_within_an_epoch(tmp_path: Path, max_steps: int, made: int) -> None:
+    """Two epochs of six steps; the learning rate has come down at the last step that is made."""
+    sizes = {"max_steps": str(max_steps)}
+    training = trainer(tmp_path, more={**sizes, "epochs": "2", "eval_every_steps": "50"})
+    assert training.run().steps == training.total_steps == made
+    lowest = training.config.min_lr_fraction * float(training.config.learning_rate)
+    assert training.scheduler.get_last_lr()[0] == pytest.approx(lowest)
+
+
 def test_a_training_ends_on_a_plateau_and_so_does_a_resumed_one(tmp_path: Path) -> None:
     """At a rate of nearly nothing the first walk stays the best one, so it ends five walks later."""
     settings = {"epochs": "10", "learning_rate": "1e-12", "plateau_fraction": "0.01"}

@@ -304,3 +304,20 @@ def test_exit_codes(tmp_path: Path, arguments: list[str], expected: int) -> None
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == expected, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train.holdout_fraction: expected held-out samples, found 0. [curve-nothing-held-out]",
+        "torch.OutOfMemoryError: CUDA out of memory.",
+        "gulls",
+    ],
+)
+def test_a_curve_is_asked_for_again_not_the_chain(
+    folder: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    (folder / "logs" / "curve.log").write_text(f"2026-11-20T03:12:00Z ERROR train {line}\n")
+    first = triage(folder, capsys)[1]["diagnoses"][0]
+    words = ["python", "-m", "stages.train", "curve", "--recipe", "RECIPE"]
+    assert shlex.split(first["rerun"]) == [*words, "--workspace", str(folder.parent)]
