@@ -18,9 +18,38 @@ from shared.config import (
 )
 from shared.contracts.dtypes import Dtype
 from shared.prompts.sources import Source
+from shared.vllm.own_options import refuse_own
 
 Counts = tuple[Annotated[int, pydantic.Field(ge=1)], ...]
 Temperatures = tuple[Annotated[float, pydantic.Field(ge=0)], ...]
+
+_HEAD = "the head's own config.json"
+_VLLM = "vLLM itself"
+# What the report says of the measurement, and so no option may replace.
+_OWN_SPECULATIVE_ARGS = {
+    "model": "bench.head",
+    "method": "bench itself, which measures EAGLE-3 heads",
+    "revision": "bench.head_revision",
+    "num-speculative-tokens": "bench.num_speculative_tokens",
+    "num-speculative-tokens-per-batch-size": "bench.num_speculative_tokens, for every batch",
+    "parallel-drafting": _HEAD,
+    "max-model-len": "bench itself: nearer the limit vLLM drafts zeros",
+    "target-model-config": _VLLM,
+    "target-parallel-config": _VLLM,
+    "draft-model-config": _VLLM,
+    "draft-parallel-config": _VLLM,
+}
+_OWN_ENGINE_ARGS = {
+    "model": "run.target",
+    "model-weights": "run.target",
+    "revision": "run.target_revision",
+    "trust-remote-code": "run.trust_remote_code",
+    "dtype": "bench.dtype",
+    "tensor-parallel-size": "bench.tensor_parallel_size",
+    "max-model-len": "bench itself, from the longest row: nearer the limit vLLM drafts zeros",
+    "served-model-name": "bench itself, which alone asks the server",
+    "speculative-config": "bench.head, bench.num_speculative_tokens and bench.speculative_args",
+}
 
 
 class BenchConfig(StageConfig):
@@ -115,6 +144,15 @@ class BenchConfig(StageConfig):
     def _a_path_is_a_source(cls, value: object) -> object:
         return {"path": value} if isinstance(value, str) else value
 
+    @pydantic.field_validator("speculative_args", "engine_args")
+    @classmethod
+    def _options_are_free(
+        cls, options: dict[str, Any], info: pydantic.ValidationInfo
+    ) -> dict[str, Any]:
+        is_head = info.field_name == "speculative_args"
+        refuse_own(options, _OWN_SPECULATIVE_ARGS if is_head else _OWN_ENGINE_ARGS)
+        return options
+
     @pydantic.field_validator("endpoint", "baseline_endpoint", mode="before")
     @classmethod
     def _address_holds_no_secret(cls, url: object, info: pydantic.ValidationInfo) -> object:
@@ -160,6 +198,11 @@ class BenchConfig(StageConfig):
     def engine_options(self) -> dict[str, Any]:
         """`engine_args` by the names of vLLM's flags."""
         return {name.replace("_", "-"): value for name, value in self.engine_args.items()}
+
+    @property
+    def speculative_options(self) -> dict[str, Any]:
+        """`speculative_args` as vLLM reads them: it takes dashes, too."""
+        return {name.replace("-", "_"): value for name, value in self.speculative_args.items()}
 
     @property
     def measured_through(self) -> str:

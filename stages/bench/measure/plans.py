@@ -203,7 +203,7 @@ def drafters_of(
             "model": str(head),
             "num_speculative_tokens": depth,
             **(own or {}),
-            **config.speculative_args,
+            **config.speculative_options,
         }
     if config.compare_ngram:
         for depth in config.num_speculative_tokens:

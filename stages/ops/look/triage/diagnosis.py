@@ -233,6 +233,7 @@ def rerun_command(case: Case, stage: str | None) -> str:
         states = [case.state(each).state for each in STAGES[:position]]
         known = any(state not in ("to do", "skipped") for state in states)
         position = next(
-            (i for i, state in enumerate(states) if known and state not in ("done", "skipped")), position
+            (i for i, state in enumerate(states) if known and state not in ("done", "skipped")),
+            position,
         )
     return shlex.join([*words, *(["--only", ",".join(STAGES[position:])] if position else [])])
