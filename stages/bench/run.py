@@ -36,6 +36,7 @@ from stages.bench.measure import plans
 from stages.bench.measure.loads import Conversation
 from stages.bench.measure.progress import Progress
 from stages.bench.report import gates, limits, lineage, report
+from stages.bench.report.cautions import lossy
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 REPORT, PAGE = "report.json", "report.html"
@@ -120,7 +121,7 @@ def run(config: BenchConfig) -> None:
         result["seconds"] = round(measured_s, 1)
         if subject.parents:  # a head from elsewhere was not made by this run
             result["lineage"] = lineage.of_run(config.paths)
-            result["limit"] = limits.find(result)
+            result["limit"] = limits.find(result, is_exact=not lossy(config))
         result["gates"] = gates.judge(config, result, earlier)
         _write(result, artifact.folder)
         gates.require_met(result, artifact.folder / REPORT)
