@@ -173,6 +173,16 @@ class BenchConfig(StageConfig):
             raise ValueError("the values of a sweep must differ")
         return values
 
+    @pydantic.field_validator("max_tokens")
+    @classmethod
+    def _an_answer_has_drafts(cls, lengths: Counts) -> Counts:
+        if min(lengths) < 2:
+            raise ValueError(
+                "expected 2 or more: the first token comes without a draft, so that an answer of one "
+                "measures nothing"
+            )
+        return lengths
+
     @pydantic.model_validator(mode="after")
     def _one_way_to_the_engine(self) -> "BenchConfig":
         if self.baseline_endpoint and not self.endpoint:
@@ -192,6 +202,33 @@ class BenchConfig(StageConfig):
             raise ValueError("leave baseline_endpoint out, or compare_baseline true")
         if self.min_gain_over_ngram is not None and not self.compare_ngram:
             raise ValueError("min_gain_over_ngram needs compare_ngram")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _a_head_can_meet_the_gates(self) -> "BenchConfig":
+        depth = self.num_speculative_tokens[0]
+        if self.min_acceptance_length > depth + 1:
+            raise ValueError(
+                f"min_acceptance_length: expected at most {depth + 1}, all that a step with "
+                f"num_speculative_tokens: {depth} can give, found {self.min_acceptance_length:g}"
+            )
+        if (gain := self.min_gain_over_ngram) is not None and gain > depth:
+            raise ValueError(
+                f"min_gain_over_ngram: expected at most {depth}, since a step with "
+                f"num_speculative_tokens: {depth} gives {depth + 1} tokens at most and ngram's one at "
+                f"least, found {gain:g}"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _the_batch_holds_the_load(self) -> "BenchConfig":
+        limit, wanted = self.engine_options.get("max-num-seqs"), max(self.concurrency)
+        if not self.endpoint and isinstance(limit, int) and limit < wanted:
+            raise ValueError(
+                f"engine_args: max_num_seqs {limit} holds fewer requests than concurrency {wanted} has "
+                f"in flight; the others would wait, at a load of {limit}: raise max_num_seqs or leave "
+                "it out, or lower concurrency"
+            )
         return self
 
     @property

@@ -138,23 +138,6 @@ def _longest_row(
     return longest if limit is None else min(longest, limit)
 
 
-def _check_batch(config: BenchConfig) -> None:
-    """Refuse a load that the engine's batch cannot hold: the rest would wait in its queue.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    limit, wanted = config.engine_options.get("max-num-seqs"), max(config.concurrency)
-    if isinstance(limit, int) and limit < wanted:
-        raise UserError(
-            f"bench.engine_args: max_num_seqs {limit} holds fewer requests than bench.concurrency "
-            f"{wanted} has in flight; the others would wait, at a load of {limit}.",
-            code="batch-below-concurrency",
-            remedy="Raise max_num_seqs or leave it out, or lower bench.concurrency.",
-            facts={"max_num_seqs": limit, "concurrency": wanted},
-        )
-
-
 def plan_of(config: BenchConfig, folder: Path | None, conversations: list[Conversation]) -> Plan:
     """What all engines share.
 
@@ -162,12 +145,11 @@ def plan_of(config: BenchConfig, folder: Path | None, conversations: list[Conver
         folder: the target's; None where existing servers are measured.
 
     Raises:
-        UserError: the target cannot hold the longest row, or the engine not the load.
+        UserError: the target cannot hold the longest row.
     """
     loads = loads_of(config)
     if folder is None:
         return Plan(config, conversations, loads)
-    _check_batch(config)
     limit = target.read_config(folder).raw.get("max_position_embeddings")
     longest = _longest_row(config, folder, conversations, int(limit) if limit else None)
     return Plan(

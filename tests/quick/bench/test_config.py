@@ -73,3 +73,46 @@ def test_vllms_other_options_are_free() -> None:
     flags = {"speculative_args": json.dumps(speculative), "engine_args": json.dumps(engine)}
     config = build(BenchConfig, {"target": "t", **flags})
     assert (config.speculative_args, config.engine_args) == (speculative, engine)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            {"num_speculative_tokens": "1"},
+            "min_acceptance_length: expected at most 2, .* found 2.1",
+        ),
+        ({"num_speculative_tokens": "[1,3]"}, "num_speculative_tokens: 1 can give"),
+        ({"min_acceptance_length": "9"}, "expected at most 4, .* found 9"),
+        (
+            {"compare_ngram": "true", "min_gain_over_ngram": "3.5"},
+            "min_gain_over_ngram: expected at most 3, .* found 3.5",
+        ),
+    ],
+)
+def test_a_gate_that_no_head_can_meet_is_refused(flags: dict[str, str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        build(BenchConfig, {"target": "t", **flags})
+
+
+def test_a_gate_that_a_perfect_head_meets_is_taken() -> None:
+    flags = {"num_speculative_tokens": "[1,3]", "min_acceptance_length": "2"}
+    flags |= {"compare_ngram": "true", "min_gain_over_ngram": "1"}
+    assert build(BenchConfig, {"target": "t", **flags}).min_acceptance_length == 2
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max-num-seqs"])
+def test_a_load_above_the_engines_batch_is_refused(name: str) -> None:
+    flags = {"target": "t", "engine_args": f"{{{name}: 2}}"}
+    with pytest.raises(UserError, match="max_num_seqs 2 holds fewer requests than concurrency 6"):
+        build(BenchConfig, {**flags, "concurrency": "[1,6]"})
+    assert build(BenchConfig, {**flags, "concurrency": "[1,2]"}).concurrency == (1, 2)
+    running = {**flags, "concurrency": "6", "endpoint": "http://127.0.0.1:8000"}
+    assert build(BenchConfig, running).concurrency == (6,)
+
+
+def test_an_answer_of_one_token_measures_nothing() -> None:
+    with pytest.raises(
+        UserError, match=r"bench\.max_tokens: expected 2 or more: .* found \[1, 64\]"
+    ):
+        build(BenchConfig, {"target": "t", "max_tokens": "[1,64]"})
