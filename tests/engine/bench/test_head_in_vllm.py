@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from shared.config import build
 from shared.errors import UserError
 from shared.prompts.rows import Prompt, Turn
+from shared.vllm.measured_rows import conversation_of
 from stages.bench import head_check
 from stages.bench.config import BenchConfig
 from stages.bench.measure import plans
@@ -55,7 +56,7 @@ def check(workspace: Path, folder: Path, work: Path, **flags: str) -> None:
     settings = {"target": "tiny", "workspace": str(workspace), "max_tokens": "16", **flags}
     config = build(BenchConfig, settings)
     prompt = Prompt("p", (Turn(({"role": "user", "content": "Why?"},)),))
-    plan = plans.plan_of(config, workspace / "tiny", [plans.conversation_of(prompt)])
+    plan = plans.plan_of(config, workspace / "tiny", [conversation_of(prompt)])
     own = head_check.needed_settings(folder)
     speculative = plans.drafters_of(config, folder, own)["head"]
     assert speculative
