@@ -9,6 +9,18 @@ from shared.io.files import read_text
 _LARGEST = 1e100  # of values that a curve is computed with
 
 
+def read_shares(path: Path, step: int) -> list[float] | None:
+    """Shares of the walk's drafts that were accepted up to each position, at a step; None if not known."""
+    for line in read_text(path).splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+            if record.get("step") == step and "per_position" in record:
+                return [float(share) for share in record["per_position"]]
+        except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+            continue  # a line that a crash cut
+    return None
+
+
 def read_curves(path: Path) -> dict[str, list[list[float]]]:
     """`loss` and `walks` (walked acceptance lengths): [step, value] each; empty without a file.
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`report.json`, which bench writes and others read: its version and its shape."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,3 +116,40 @@ def read_report(path: Path) -> dict[str, Any]:
             facts={"path": str(path), "expected": SCHEMA_VERSION, "found": version},
         )
     return require_shape(report, _Report, where=str(path), remedy=_AGAIN)
+
+
+def require_comparable(
+    earlier: Mapping[str, Any], settings: Mapping[str, Any], prompts: str | None, path: Path
+) -> None:
+    """Refuse an earlier report of something else, before anything is measured.
+
+    Args:
+        settings: of the section bench, as JSON has them; the first value of each list is compared.
+        prompts: their digest; None where it is not known.
+        path: of the report.
+
+    Raises:
+        UserError: with the settings that differ.
+    """
+    swept = ("num_speculative_tokens", "concurrency", "temperature", "max_tokens")
+    ours = {
+        **{name: settings[name][0] for name in swept},
+        "target": settings["run"]["target"],
+        "mode": "endpoint" if settings["endpoint"] else "served",
+        "max_prompts": settings["max_prompts"],
+    }
+    theirs = {name: earlier.get(name) for name in ours}
+    if prompts is not None:
+        ours["prompts"], theirs["prompts"] = prompts, earlier["measured"].get("prompts")
+    found = [
+        f"{name}: {theirs[name]} then, {ours[name]} now"
+        for name in ours
+        if theirs[name] != ours[name]
+    ]
+    if found:
+        raise UserError(
+            f"bench.earlier_report: {path} measured something else ({'; '.join(found)}).",
+            code="report-not-comparable",
+            remedy="Give a report of the same load and prompts, or leave bench.earlier_report out.",
+            facts={"path": str(path), "differences": found},
+        )

@@ -18,9 +18,38 @@ from shared.config import (
 )
 from shared.contracts.dtypes import Dtype
 from shared.prompts.sources import Source
+from shared.vllm.own_options import refuse_own
 
 Counts = tuple[Annotated[int, pydantic.Field(ge=1)], ...]
 Temperatures = tuple[Annotated[float, pydantic.Field(ge=0)], ...]
+
+_HEAD = "the head's own config.json"
+_VLLM = "vLLM itself"
+# What the report says of the measurement, and so no option may replace.
+_OWN_SPECULATIVE_ARGS = {
+    "model": "bench.head",
+    "method": "bench itself, which measures EAGLE-3 heads",
+    "revision": "bench.head_revision",
+    "num-speculative-tokens": "bench.num_speculative_tokens",
+    "num-speculative-tokens-per-batch-size": "bench.num_speculative_tokens, for every batch",
+    "parallel-drafting": _HEAD,
+    "max-model-len": "bench itself: nearer the limit vLLM drafts zeros",
+    "target-model-config": _VLLM,
+    "target-parallel-config": _VLLM,
+    "draft-model-config": _VLLM,
+    "draft-parallel-config": _VLLM,
+}
+_OWN_ENGINE_ARGS = {
+    "model": "run.target",
+    "model-weights": "run.target",
+    "revision": "run.target_revision",
+    "trust-remote-code": "run.trust_remote_code",
+    "dtype": "bench.dtype",
+    "tensor-parallel-size": "bench.tensor_parallel_size",
+    "max-model-len": "bench itself, from the longest row: nearer the limit vLLM drafts zeros",
+    "served-model-name": "bench itself, which alone asks the server",
+    "speculative-config": "bench.head, bench.num_speculative_tokens and bench.speculative_args",
+}
 
 
 class BenchConfig(StageConfig):
@@ -115,6 +144,15 @@ class BenchConfig(StageConfig):
     def _a_path_is_a_source(cls, value: object) -> object:
         return {"path": value} if isinstance(value, str) else value
 
+    @pydantic.field_validator("speculative_args", "engine_args")
+    @classmethod
+    def _options_are_free(
+        cls, options: dict[str, Any], info: pydantic.ValidationInfo
+    ) -> dict[str, Any]:
+        is_head = info.field_name == "speculative_args"
+        refuse_own(options, _OWN_SPECULATIVE_ARGS if is_head else _OWN_ENGINE_ARGS)
+        return options
+
     @pydantic.field_validator("endpoint", "baseline_endpoint", mode="before")
     @classmethod
     def _address_holds_no_secret(cls, url: object, info: pydantic.ValidationInfo) -> object:
@@ -134,6 +172,16 @@ class BenchConfig(StageConfig):
         if len(set(map(repr, values))) != len(values):
             raise ValueError("the values of a sweep must differ")
         return values
+
+    @pydantic.field_validator("max_tokens")
+    @classmethod
+    def _an_answer_has_drafts(cls, lengths: Counts) -> Counts:
+        if min(lengths) < 2:
+            raise ValueError(
+                "expected 2 or more: the first token comes without a draft, so that an answer of one "
+                "measures nothing"
+            )
+        return lengths
 
     @pydantic.model_validator(mode="after")
     def _one_way_to_the_engine(self) -> "BenchConfig":
@@ -156,10 +204,42 @@ class BenchConfig(StageConfig):
             raise ValueError("min_gain_over_ngram needs compare_ngram")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _a_head_can_meet_the_gates(self) -> "BenchConfig":
+        depth = self.num_speculative_tokens[0]
+        if self.min_acceptance_length > depth + 1:
+            raise ValueError(
+                f"min_acceptance_length: expected at most {depth + 1}, all that a step with "
+                f"num_speculative_tokens: {depth} can give, found {self.min_acceptance_length:g}"
+            )
+        if (gain := self.min_gain_over_ngram) is not None and gain > depth:
+            raise ValueError(
+                f"min_gain_over_ngram: expected at most {depth}, since a step with "
+                f"num_speculative_tokens: {depth} gives {depth + 1} tokens at most and ngram's one at "
+                f"least, found {gain:g}"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _the_batch_holds_the_load(self) -> "BenchConfig":
+        limit, wanted = self.engine_options.get("max-num-seqs"), max(self.concurrency)
+        if not self.endpoint and isinstance(limit, int) and limit < wanted:
+            raise ValueError(
+                f"engine_args: max_num_seqs {limit} holds fewer requests than concurrency {wanted} has "
+                f"in flight; the others would wait, at a load of {limit}: raise max_num_seqs or leave "
+                "it out, or lower concurrency"
+            )
+        return self
+
     @property
     def engine_options(self) -> dict[str, Any]:
         """`engine_args` by the names of vLLM's flags."""
         return {name.replace("_", "-"): value for name, value in self.engine_args.items()}
+
+    @property
+    def speculative_options(self) -> dict[str, Any]:
+        """`speculative_args` as vLLM reads them: it takes dashes, too."""
+        return {name.replace("-", "_"): value for name, value in self.speculative_args.items()}
 
     @property
     def measured_through(self) -> str:

@@ -37,7 +37,7 @@ from stages.bench.measure.plans import Plan
 _HINTS = {
     "input_norm": "norm_before_fc says whether there is an input_norm.",
     "fc_norm": "fc_norm says whether there are such norms.",
-    "mask_hidden": "vLLM reads a mask_hidden only with bench.speculative_args.parallel_drafting: true.",
+    "mask_hidden": "mask_hidden is one row, as wide as the aux layers together.",
     "q_norm": "A layer with q_norm and k_norm needs model_type qwen3, any other has none.",
     "k_norm": "A layer with q_norm and k_norm needs model_type qwen3, any other has none.",
     "_proj.bias": "attention_bias and mlp_bias say whether there are biases.",

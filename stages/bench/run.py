@@ -18,7 +18,7 @@ from typing import Any
 from shared.artifacts.artifact import Artifact
 from shared.artifacts.checksums import require_unchanged
 from shared.artifacts.manifest import require_parent
-from shared.contracts.bench_report import read_report
+from shared.contracts.bench_report import read_report, require_comparable
 from shared.contracts.head_folder import weight_files
 from shared.conversations.switches import require_switches
 from shared.errors import UserError
@@ -30,12 +30,13 @@ from shared.runtime.status import Accounting
 from shared.target import model as target
 from shared.target.templates import require_chat_template, template_inputs
 from shared.target.tokenizer import tokenizer_hash
+from shared.vllm.measured_rows import Conversation, check_warmup, conversation_of
 from stages.bench import head_check
 from stages.bench.config import BenchConfig, CompareConfig
 from stages.bench.measure import plans
-from stages.bench.measure.loads import Conversation
 from stages.bench.measure.progress import Progress
 from stages.bench.report import gates, limits, lineage, report
+from stages.bench.report.cautions import lossy
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 REPORT, PAGE = "report.json", "report.html"
@@ -120,7 +121,7 @@ def run(config: BenchConfig) -> None:
         result["seconds"] = round(measured_s, 1)
         if subject.parents:  # a head from elsewhere was not made by this run
             result["lineage"] = lineage.of_run(config.paths)
-            result["limit"] = limits.find(result)
+            result["limit"] = limits.find(result, is_exact=not lossy(config))
         result["gates"] = gates.judge(config, result, earlier)
         _write(result, artifact.folder)
         gates.require_met(result, artifact.folder / REPORT)
@@ -169,7 +170,7 @@ def _earlier_report(config: BenchConfig, inputs: dict[str, str]) -> dict[str, An
         return None
     path = require_input(config.earlier_report, config.workspace, label="bench.earlier_report")
     earlier = read_report(path)
-    gates.check_comparable(config, inputs["prompts"], earlier, path)
+    require_comparable(earlier, config.model_dump(mode="json"), inputs["prompts"], path)
     inputs["earlier_report"] = files.sha256(path)
     return earlier
 
@@ -179,14 +180,14 @@ def _conversations(
 ) -> list[Conversation]:
     read = sources.read_source(prompts, config.workspace, label="bench.prompts")
     rows = sources.usable(sources.without_duplicates(read), accounting)
-    found = [plans.conversation_of(row) for row in itertools.islice(rows, config.max_prompts)]
+    found = [conversation_of(row) for row in itertools.islice(rows, config.max_prompts)]
     accounting.ok = len(found)
     rejects = folder / "rejects.jsonl"
     accounting.write_rejects(rejects)
     accounting.check_input(
         usable=len(found), max_failed_fraction=0.0, label=prompts.path, rejects=rejects
     )
-    plans.check_warmup(found)
+    check_warmup(found)
     return found
 
 

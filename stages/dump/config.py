@@ -11,23 +11,25 @@ from shared.artifacts.sharding import ShardedConfig
 from shared.config import identity, operational
 from shared.contracts.dtypes import Dtype
 from shared.target.special_tokens import POLICY_DOC, Policy
+from shared.vllm.own_options import refuse_own
 
 # Set for each engine that `data_parallel` starts: how many of them share this node.
 ENGINES_VARIABLE = "EYRIE_ENGINES_ON_NODE"
-# What dump sets itself, or what capturing depends on; the flag to use instead, where there is one.
+_FIXED = "dump itself, and cannot be changed"
+# What dump sets itself, or what capturing depends on.
 _OWN_ENGINE_ARGS = {
     "model": "run.target",
     "revision": "run.target_revision",
-    "trust_remote_code": "run.trust_remote_code",
-    "max_model_len": "run.max_length_tokens",
+    "trust-remote-code": "run.trust_remote_code",
+    "max-model-len": "run.max_length_tokens",
     "seed": "run.seed",
     "dtype": "dump.dtype",
-    "tensor_parallel_size": "dump.tensor_parallel_size",
-    "data_parallel_size": "dump.data_parallel",
-    "max_num_batched_tokens": "dump.batch_tokens",
-    "enable_prefix_caching": "",
-    "speculative_config": "",
-    "kv_transfer_config": "",
+    "tensor-parallel-size": "dump.tensor_parallel_size",
+    "data-parallel-size": "dump.data_parallel",
+    "max-num-batched-tokens": "dump.batch_tokens",
+    "enable-prefix-caching": _FIXED,
+    "speculative-config": _FIXED,
+    "kv-transfer-config": _FIXED,
 }
 # Options of vLLM that change speed and memory, not what is computed: a finished dump stays valid.
 _OPERATIONAL_ENGINE_ARGS = {
@@ -196,13 +198,13 @@ class DumpConfig(ShardedConfig):
                     "window_shards needs max_failed_fraction: 0, since train plans its steps before "
                     f"any row can fail, found {self.max_failed_fraction}"
                 )
-        for name in sorted(self.engine_args.keys() & _OWN_ENGINE_ARGS.keys()):
-            instead = _OWN_ENGINE_ARGS[name]
-            raise ValueError(
-                f"engine_args: {name} is set by dump itself"
-                + (f"; set {instead} instead" if instead else " and cannot be changed")
-            )
         return self
+
+    @pydantic.field_validator("engine_args")
+    @classmethod
+    def _options_are_free(cls, options: dict[str, Any]) -> dict[str, Any]:
+        refuse_own(options, _OWN_ENGINE_ARGS)
+        return options
 
 
 class ParityConfig(DumpConfig):

@@ -18,6 +18,7 @@ from shared.config import (
 from shared.contracts.dtypes import Dtype
 from shared.prompts.sources import Source
 from shared.target.special_tokens import POLICY_DOC, Policy
+from shared.vllm.own_options import refuse_own
 
 # Server options that have a field of their own here, or that are ours alone to set.
 _OWN_OPTIONS = {
@@ -36,6 +37,7 @@ _OWN_OPTIONS = {
     "host": "nothing: the server listens on loopback",
     "port": "nothing: a free one is taken",
     "served-model-name": "nothing: only this stage asks the server",
+    "config": "nothing: the file's options belong into the recipe",
 }
 # Server options that change what the target answers, and so belong to the fingerprint.
 _CHANGE_ANSWERS = {
@@ -170,11 +172,8 @@ class SynthConfig(ShardedConfig):
     @pydantic.field_validator("server_args")
     @classmethod
     def _options_are_free(cls, options: dict[str, Any]) -> dict[str, Any]:
-        plain = {name.lstrip("-").replace("_", "-"): value for name, value in options.items()}
-        for name in plain:
-            if name in _OWN_OPTIONS:
-                raise SecretValueError(f"{name} is set by {_OWN_OPTIONS[name]}")
-        return plain
+        refuse_own(options, _OWN_OPTIONS)
+        return {name.lstrip("-").replace("_", "-"): value for name, value in options.items()}
 
     @pydantic.field_validator("server_env")
     @classmethod

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from shared.config import build
 from shared.contracts import conversations, hidden_states
 from shared.prompts.sources import read_source
+from shared.vllm.measured_rows import conversation_of
 from stages.bench.config import BenchConfig
 from stages.bench.measure import measurement, plans
 from tests.conftest import make_target, ops
@@ -96,7 +97,7 @@ def test_a_planted_wrong_token_is_caught(demo: Demo, tmp_path: Path) -> None:
     conversations = [
         conversation
         for row in read_source(config.prompts, demo.workspace, label="bench.prompts")
-        if (conversation := plans.conversation_of(row)).id in kept
+        if (conversation := conversation_of(row)).id in kept
     ]
     plan = plans.plan_of(config, demo.target, conversations)
     lossless = measurement.measure(plan, "baseline", None, tmp_path, others={"head": raw})[

@@ -20,11 +20,11 @@ import aiohttp
 from shared.errors import EyrieError, RetryableError, UserError
 from shared.runtime.process import stop_if_requested
 from shared.vllm.http import Address
+from shared.vllm.measured_rows import Conversation, check_room
 from stages.bench.figures.metrics import Counters
 from stages.bench.lossless.divergence import TOP, Probe, Scored
-from stages.bench.measure import plans
 from stages.bench.measure.exposition import Reading, parse
-from stages.bench.measure.loads import Conversation, Load
+from stages.bench.measure.loads import Load
 
 Row = dict[str, Any]
 
@@ -195,9 +195,7 @@ class Server:
             row, text = await self._chat(session, conversation, messages, load, max_tokens)
             if self.max_model_len:
                 tokens = len(row["prompt_token_ids"])
-                plans.check_room(
-                    conversation.id, tokens, max_tokens, self._depth, self.max_model_len
-                )
+                check_room(conversation.id, tokens, max_tokens, self._depth, self.max_model_len)
             rows.append(
                 {"id": conversation.id, "turn": turn, "category": conversation.category, **row}
             )

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: the loads of a sweep, and the conversations that every load plays.
+"""What is measured: the loads of a sweep.
 
 A load is one setting of concurrency, temperature and answer length on a running engine. K and the
-drafter belong to the engine, so each of those is another engine. A conversation is a list of steps:
-the messages to add before the target speaks again. An MT-Bench question is two steps of one message.
+drafter belong to the engine, so each of those is another engine.
 
 Worked example: concurrency (1, 8), temperature (0,), max_tokens (256,) and K (3, 5) are two loads
 on each of three engines: the baseline, the head with K = 3 and the head with K = 5.
@@ -11,11 +10,8 @@ on each of three engines: the baseline, the head with K = 3 and the head with K 
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 from stages.bench.config import BenchConfig
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,13 +29,3 @@ def loads_of(config: BenchConfig) -> list[Load]:
     return [
         Load(concurrency, temperature, max_tokens) for temperature, max_tokens, concurrency in axes
     ]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One prompt, or several that build on each other's answers."""
-
-    id: str
-    category: str
-    steps: tuple[tuple[Message, ...], ...]
-    tools: tuple[dict[str, Any], ...] = ()

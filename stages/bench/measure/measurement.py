@@ -22,10 +22,11 @@ from shared.errors import UserError
 from shared.io import files
 from shared.runtime.process import stop_if_requested
 from shared.vllm.http import Address
+from shared.vllm.measured_rows import Conversation, warmup
 from stages.bench.lossless import judge as lossless
 from stages.bench.measure import machine, plans
 from stages.bench.measure.client import Server
-from stages.bench.measure.loads import Conversation, Load
+from stages.bench.measure.loads import Load
 from stages.bench.measure.plans import Plan, Speculative
 from stages.bench.measure.server import serve
 
@@ -58,7 +59,7 @@ class _Measurement:
     def warm_up(self, load: Load) -> bool:
         """Whether the server counts drafts by request."""
         max_tokens = min(plans.WARMUP_TOKENS, load.max_tokens)
-        rows = self.server.play(plans.warmup(), load, max_tokens=max_tokens)
+        rows = self.server.play(warmup(), load, max_tokens=max_tokens)
         return all(row["counters"] is not None for row in rows)
 
     def check_drafts(self) -> None:

@@ -2,13 +2,11 @@
 """The gates: what a head must reach before it ships."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shared.errors import OutputError, UserError
+from shared.errors import OutputError
 from stages.bench.config import BenchConfig
-from stages.bench.measure.loads import loads_of
 
 Gate = dict[str, Any]
 
@@ -103,37 +101,4 @@ def require_met(report: Mapping[str, Any], path: Path) -> None:
                 "report": str(path),
                 "missed": [{k: v for k, v in gate.items() if k != "met"} for gate in missed],
             },
-        )
-
-
-def check_comparable(
-    config: BenchConfig, prompts: str, earlier: Mapping[str, Any], path: Path
-) -> None:
-    """Refuse an earlier report of something else, before anything is measured.
-
-    Raises:
-        UserError: with the settings that differ.
-    """
-    ours = {
-        "num_speculative_tokens": config.num_speculative_tokens[0],
-        **asdict(loads_of(config)[0]),
-        "target": config.run.target,
-        "mode": config.measured_through,
-        "max_prompts": config.max_prompts,
-        "prompts": prompts,
-    }
-    theirs = {name: earlier.get(name) for name in ours} | {
-        "prompts": earlier["measured"]["prompts"]
-    }
-    found = [
-        f"{name}: {theirs[name]} then, {ours[name]} now"
-        for name in ours
-        if theirs[name] != ours[name]
-    ]
-    if found:
-        raise UserError(
-            f"bench.earlier_report: {path} measured something else ({'; '.join(found)}).",
-            code="report-not-comparable",
-            remedy="Give a report of the same load and prompts, or leave bench.earlier_report out.",
-            facts={"path": str(path), "differences": found},
         )

@@ -24,6 +24,13 @@ _TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+# What the curve of each train.loss shows.
+_LOSSES = {
+    "cross_entropy": "soft cross-entropy (nats)",
+    "lk": "-log of the chance of acceptance (nats)",
+    "tv": "1 - the chance of acceptance (0 to 1)",
+    "lk_hybrid": "cross-entropy and 1 - the chance of acceptance, blended",
+}
 NOT_MEASURED = "–"  # noqa: RUF001 - an en dash is what a table shows for nothing
 
 
@@ -116,10 +123,11 @@ def _of_training(lineage: Report) -> list[tuple[str, str]]:
     """The curves of the training, where the run has them."""
     drawn = []
     if len(lineage.get("loss") or ()) > 1:
-        svg = plots.over_steps(lineage["loss"], "Training loss", "soft cross-entropy (nats)")
-        drawn.append(
-            (svg, "Weighted over the TTT steps; it keeps falling after acceptance peaked.")
-        )
+        stages = {entry["stage"]: entry for entry in lineage.get("stages", ())}
+        # A training that does not name its loss is older than the others.
+        loss = stages.get("train", {}).get("settings", {}).get("loss", "cross_entropy")
+        svg = plots.over_steps(lineage["loss"], "Training loss", _LOSSES.get(loss, loss))
+        drawn.append((svg, "Weighted over the TTT steps; it may fall on after acceptance peaked."))
     if len(lineage.get("walks") or ()) > 1:
         title, unit = "Walked acceptance length", "acceptance length (tokens per drafted step)"
         svg = plots.over_steps(lineage["walks"], title, unit)

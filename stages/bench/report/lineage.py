@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts.history import read_curves
+from shared.artifacts.history import read_curves, read_shares
 from shared.artifacts.run_state import RunState
 from shared.errors import UserError
 from shared.paths import RunPaths
@@ -32,7 +32,8 @@ def of_run(paths: RunPaths) -> dict[str, Any]:
     """The stages that made the head.
 
     `stages`: one entry for each stage; `seconds`: of all of them, null where one is not known; `loss`
-    and `walks`: [step, value] over the training.
+    and `walks`: [step, value] over the training; `walked_per_position`: of the exported head's walk, the
+    share of drafts that were accepted up to each position, null where it is not known.
     """
     run = RunState(paths)
     ancestors = _ancestors(run)
@@ -40,9 +41,11 @@ def of_run(paths: RunPaths) -> dict[str, Any]:
     # A training that was continued since made another head.
     path = paths.stage("train") / "history.jsonl"
     curves = read_curves(path) if "train" in ancestors else {"loss": [], "walks": []}
+    best = ancestors["train"]["facts"].get("best_step") if "train" in ancestors else None
+    shares = None if best is None else read_shares(path, best)
     times = [entry["seconds"] for entry in stages]
     seconds = round(sum(times), 1) if times and None not in times else None
-    return {"stages": stages, "seconds": seconds, **curves}
+    return {"stages": stages, "seconds": seconds, **curves, "walked_per_position": shares}
 
 
 def require_same_template(head: Path, config: BenchConfig) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 from shared.config import RunConfig
 from shared.conversations.switches import template_variables
 from shared.conversations.template import ChatTemplate, TemplateMismatch
+from shared.errors import UserError
 from shared.paths import find_input
 from shared.prompts.rows import Prompt
 from shared.target import hub
 from shared.target import model as target
 from shared.target.tokenizer import load_chat_tokenizer
-from shared.vllm.measured_rows import TURN_SLACK_TOKENS, WARMUP_TEXTS, needed_model_len
+from shared.vllm.measured_rows import check_warmup, conversation_of, longest_row
 
 _TOKENIZER_FILES = [
     "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "additional_chat_templates/*",
@@ -52,24 +53,24 @@ class Room:
         return template_variables(self._folder, self.run, self._workspace)
 
     def fits(self, prompt: Prompt) -> bool:
-        """Whether bench takes a chat; in doubt not: answers between its turns count whole.
+        """Whether bench takes a chat.
 
         Raises:
             UserError: the target has no readable config or tokenizer.
         """
-        if any(message["content"] in WARMUP_TEXTS for message in prompt.turns[0].asked):
-            return False
+        template, limit, found = self._template, self._limit, [conversation_of(prompt)]
         try:
-            tokens = len(self._template.prompt_ids(prompt.messages, prompt.tools))
-        except TemplateMismatch:
+            check_warmup(found)
+            longest_row(
+                found,
+                template.prompt_ids,
+                max_tokens=self.answer_tokens,
+                num_speculative_tokens=self.drafted_tokens,
+                limit=limit,
+            )
+        except (UserError, TemplateMismatch):
             return False
-        answers = 1 + sum(turn.answer is None for turn in prompt.turns[:-1])
-        needed = needed_model_len(
-            tokens,
-            max_tokens=answers * (self.answer_tokens + TURN_SLACK_TOKENS),
-            num_speculative_tokens=self.drafted_tokens,
-        )
-        return self._limit is None or needed <= self._limit
+        return True
 
     @functools.cached_property
     def _folder(self) -> Path:

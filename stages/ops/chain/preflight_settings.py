@@ -8,22 +8,17 @@ since importing it takes longer than a person waits for a plan.
 import functools
 import json
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from shared.artifacts.borrowed import require_lender
 from shared.artifacts.manifest import MANIFEST
-from shared.contracts.bench_report import read_report
-from shared.contracts.head_folder import draft_token_ids, read_head, require_fc, require_mask
-from shared.errors import UserError, nearest
-from shared.paths import RunPaths, find_input, require_input
-from shared.target.hub import require_id
-from shared.target.model import TargetConfig
-from shared.vllm.measured_rows import needed_model_len
+from shared.errors import nearest
+from shared.paths import RunPaths
 from stages.ops.chain import vllm_options
+from stages.ops.chain.preflight_bench import bench_problems
 from stages.ops.chain.processes import Step, environment, python_of, uses_vllm
-from stages.ops.chain.served import problem
+from stages.ops.chain.served import problem, said
 
 # A training holds out one of its rows.
 _LEAST_ROWS = 2
@@ -33,8 +28,7 @@ def setting_problems(left: Sequence[Step], paths: RunPaths) -> Iterator[str]:
     """What the stages that are left name and is not there."""
     by_stage = {step.stage: step for step in left}
     if bench := by_stage.get("bench"):
-        yield from _said(lambda: _require_report(bench, paths.workspace))
-        yield from _said(lambda: _require_head(bench, paths, is_made="train" in by_stage))
+        yield from bench_problems(bench, paths, is_made="train" in by_stage)
     train, synth = by_stage.get("train"), by_stage.get("synth")
     if train and train.settings["dump_of"] is not None:
         yield from _borrowing(train.settings["dump_of"], by_stage, paths)
@@ -47,79 +41,6 @@ def setting_problems(left: Sequence[Step], paths: RunPaths) -> Iterator[str]:
         )
 
 
-def _said(check: Callable[[], object]) -> Iterator[str]:
-    """The refusal of a check, if it refuses."""
-    try:
-        check()
-    except UserError as error:
-        yield str(error)
-
-
-def _require_report(bench: Step, workspace: Path) -> None:
-    if (earlier := bench.settings["earlier_report"]) is not None:
-        read_report(require_input(earlier, workspace, label="bench.earlier_report"))
-
-
-def _require_head(bench: Step, paths: RunPaths, *, is_made: bool) -> None:
-    """Refuse a head that is not there; one on the hub is bench's to find.
-
-    Args:
-        is_made: whether this chain makes the run's export.
-    """
-    name = bench.settings["head"]
-    if name is None:
-        return
-    folder = find_input(name, paths.workspace)
-    if folder is not None:
-        head = read_head(folder)
-        require_fc(head)
-        require_mask(head)
-        return
-    own = paths.export.absolute()
-    if not (is_made and own in ((paths.workspace / name).absolute(), Path(name).absolute())):
-        require_id(name, paths.workspace, label="bench.head")
-
-
-def head_problems(bench: Step, config: TargetConfig, workspace: Path) -> Iterator[str]:
-    """Why a head in a folder is not one of this target."""
-    name = bench.settings["head"]
-    folder = find_input(name, workspace) if name is not None else None
-    if folder is None:
-        return
-    try:
-        head = read_head(folder)
-    except UserError:  # `setting_problems` says it
-        return
-    found = (head.config["vocab_size"], head.target_hidden_size)
-    expected = (config.vocab_size, config.hidden_size)
-    if found == expected:
-        yield from _said(lambda: draft_token_ids(head, config.vocab_size))
-        return
-    yield problem(
-        f"bench.head {folder}",
-        f"a head for {config.folder} (vocabulary, hidden size {expected})",
-        str(found),
-        "Measure it with its own target.",
-    )
-
-
-def room_problems(bench: Step, config: TargetConfig) -> Iterator[str]:
-    """Why not even a prompt of one token has room in the target: bench's own rule."""
-    positions = config.raw.get("max_position_embeddings")
-    if bench.settings["endpoint"] or not isinstance(positions, int):
-        return
-    answer, depth = (max(bench.settings[key]) for key in ("max_tokens", "num_speculative_tokens"))
-    needed = needed_model_len(1, max_tokens=answer, num_speculative_tokens=depth)
-    if needed > positions:
-        yield problem(
-            "bench.max_tokens and num_speculative_tokens",
-            f"room for a prompt, {answer} tokens and 3 x {depth} drafted ones in the target's "
-            f"{positions} positions",
-            f"at least {needed}",
-            "Lower max_tokens or num_speculative_tokens.",
-        )
-
-
 def _borrowing(owner: str, left: Mapping[str, Step], paths: RunPaths) -> Iterator[str]:
     if made := [stage for stage in ("synth", "dump") if stage in left]:
         yield problem(
@@ -128,7 +49,7 @@ def _borrowing(owner: str, left: Mapping[str, Step], paths: RunPaths) -> Iterato
             " and ".join(made),
             f"Add --skip {','.join(made)}, or leave dump_of out.",
         )
-    refused = list(_said(lambda: require_lender(paths, owner)))
+    refused = list(said(lambda: require_lender(paths, owner)))
     yield from refused
     dump = RunPaths(paths.workspace, owner).stage("dump")
     if not refused and not (dump / MANIFEST).exists():

@@ -16,8 +16,9 @@ from shared.target import model as target
 from shared.target.model import TargetConfig
 from shared.target.templates import require_chat_template
 from stages.ops.chain import sizes
+from stages.ops.chain.bench_prompts import room_problems
 from stages.ops.chain.machine import Machine
-from stages.ops.chain.preflight_settings import head_problems, room_problems
+from stages.ops.chain.preflight_bench import head_problems
 from stages.ops.chain.processes import Step
 from stages.ops.chain.served import Packages, problem, served_problems
 
@@ -69,7 +70,7 @@ def target_problems(
     for step in users:
         if step.stage == "bench":
             yield from head_problems(step, config, paths.workspace)
-            yield from room_problems(step, config)
+            yield from room_problems(step, config, paths.workspace)
     yield from _memory(sizes.weight_bytes(tensors), users, machine)
     yield from _disk(left, config, paths)
 

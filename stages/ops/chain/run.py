@@ -207,6 +207,8 @@ def _show_page(paths: RunPaths, *, since_s: float = 0.0, opens: bool) -> None:
 def closing_line(paths: RunPaths) -> str:
     """`<run>: acceptance_length=3.12 head=... report=...`, from bench's report.
 
+    The head is what was measured: the run's export, bench.head, or the server of bench.endpoint.
+
     Raises:
         UserError: there is no readable report.
     """
@@ -219,5 +221,6 @@ def closing_line(paths: RunPaths) -> str:
             code="report-incomplete",
             remedy="Run bench again with --overwrite.",
         ) from error
-    head = read_recipe(paths.recipe).get("bench", {}).get("head") or paths.export
+    bench = read_recipe(paths.recipe).get("bench", {})
+    head = bench.get("head") or bench.get("endpoint") or paths.export
     return f"{paths.run_name}: acceptance_length={length:.2f} head={head} report={paths.report}"

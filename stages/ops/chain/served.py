@@ -32,6 +32,14 @@ def problem(label: str, expected: str, found: str, remedy: str) -> str:
     return f"{label}: expected {expected}, found {found}. {remedy}"
 
 
+def said(check: Callable[[], object]) -> Iterator[str]:
+    """The refusal of a check, if it refuses."""
+    try:
+        check()
+    except UserError as error:
+        yield str(error)
+
+
 def served_problems(
     users: Sequence[Step], config: TargetConfig, machine: Machine, packages: Packages
 ) -> Iterator[str]:

@@ -25,6 +25,7 @@ import torch
 from shared.config import build
 from shared.io import files
 from shared.prompts.rows import Prompt, Turn
+from shared.vllm.measured_rows import conversation_of
 from stages.bench.config import BenchConfig
 from stages.bench.measure import measurement, plans
 from tests import recompute
@@ -272,7 +273,7 @@ def test_planted_tokens_are_a_tie_or_wrong_by_the_targets_own_logits(
     prompts = [
         Prompt(f"p{n}", (Turn(({"role": "user", "content": f"Number {n}?"},)),)) for n in range(5)
     ]
-    conversations = [plans.conversation_of(prompt) for prompt in prompts]
+    conversations = [conversation_of(prompt) for prompt in prompts]
     plan = plans.plan_of(build(BenchConfig, flags), target, conversations)
     raw = measurement.measure(plan, "plain", None, tmp_path, others={})
     answers = raw["loads"][0]["segments"][0]["requests"]

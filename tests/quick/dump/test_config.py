@@ -22,9 +22,11 @@ def test_options_of_speed_and_memory_keep_the_identity() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"engine_args": "{max_model_len: 9}"}, "set run.max_length_tokens instead"),
-        ({"engine_args": "{dtype: float16}"}, "set dump.dtype instead"),
+        ({"engine_args": "{max_model_len: 9}"}, "which is set by run.max_length_tokens"),
+        ({"engine_args": "{dtype: float16}"}, "which is set by dump.dtype"),
         ({"engine_args": "{speculative_config: {}}"}, "cannot be changed"),
+        ({"engine_args": "{spec_tokens: 2}"}, r"found spec_tokens \(speculative-config\)"),
+        ({"engine_args": "{max-model-len: 9}"}, "which is set by run.max_length_tokens"),
         ({"engine_args": "{enable_prefix_caching: true}"}, "cannot be changed"),
         ({"engine_args": "{max_num_seqs: 2}", "backend": "hf"}, "needs backend: vllm or auto"),
         ({"engine_args": "{max_num_seqs: 2}", "states": "folder"}, "needs backend: vllm or auto"),

@@ -12,9 +12,10 @@ import pytest
 
 from shared.errors import RetryableError, UserError
 from shared.vllm.http import Address
+from shared.vllm.measured_rows import Conversation
 from stages.bench.measure import client
 from stages.bench.measure.client import Server
-from stages.bench.measure.loads import Conversation, Load
+from stages.bench.measure.loads import Load
 from tests.quick.bench.measure.test_exposition import TEXT
 
 IDLE = TEXT.replace('model_name="target"} 1.0', 'model_name="target"} 0.0').replace(

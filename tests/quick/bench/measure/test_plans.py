@@ -12,6 +12,13 @@ from shared.conversations.template import ChatTemplate
 from shared.errors import UserError
 from shared.prompts.rows import Prompt, parse_row
 from shared.prompts.sources import Source, read_source
+from shared.vllm.measured_rows import (
+    WARMUP_TEXTS,
+    check_room,
+    check_warmup,
+    conversation_of,
+    warmup,
+)
 from shared.vllm.server import flags
 from stages.bench.config import BenchConfig
 from stages.bench.measure import plans
@@ -42,7 +49,7 @@ def user(text: str) -> dict[str, Any]:
     ],
 )
 def test_the_steps_of_known_shapes(row: dict[str, Any], steps: Any) -> None:
-    made = plans.conversation_of(parse_row(row))
+    made = conversation_of(parse_row(row))
     assert made.steps == steps
     assert made.category == row.get("category", "uncategorised")
 
@@ -50,26 +57,26 @@ def test_the_steps_of_known_shapes(row: dict[str, Any], steps: Any) -> None:
 def test_a_rows_own_answers_are_history_and_its_last_turn_is_asked() -> None:
     said = {"role": "assistant", "content": "a1"}
     row = {"messages": [user("q1"), said, user("q2")]}
-    assert plans.conversation_of(parse_row(row)).steps == ((user("q1"), said, user("q2")),)
+    assert conversation_of(parse_row(row)).steps == ((user("q1"), said, user("q2")),)
     answered = {"messages": [*row["messages"], {"role": "assistant", "content": "a2"}]}
-    assert plans.conversation_of(parse_row(answered)).steps == ((user("q1"), said, user("q2")),)
+    assert conversation_of(parse_row(answered)).steps == ((user("q1"), said, user("q2")),)
 
 
 def test_our_own_prompts_cover_eight_categories_and_both_turns(tmp_path: Path) -> None:
     rows = list(read_source(Source(path=str(OWN_PROMPTS)), tmp_path))
-    found = [plans.conversation_of(row) for row in rows if isinstance(row, Prompt)]
+    found = [conversation_of(row) for row in rows if isinstance(row, Prompt)]
     assert len(found) == len(rows) == 40
     assert set(collections.Counter(c.category for c in found).values()) == {5}
     assert len({c.category for c in found}) == 8
     assert len({c.id for c in found}) == 40
     assert sum(len(c.steps) == 2 for c in found) >= 8
-    plans.check_warmup(found)
+    check_warmup(found)
 
 
 def test_a_measured_prompt_that_warms_up_is_refused() -> None:
-    warm = plans.conversation_of(parse_row({"id": "x", "prompt": plans.WARMUP_TEXTS[1]}))
+    warm = conversation_of(parse_row({"id": "x", "prompt": WARMUP_TEXTS[1]}))
     with pytest.raises(UserError, match=r"found them in \['x'\]"):
-        plans.check_warmup([warm])
+        check_warmup([warm])
 
 
 def test_every_combination_is_a_load_and_the_first_is_the_gates() -> None:
@@ -112,7 +119,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan(workspace: Path, rows: list[dict[str, Any]], **flags: str) -> plans.Plan:
     config = build(BenchConfig, {"target": "tiny", "workspace": str(workspace), **flags})
-    conversations = [plans.conversation_of(parse_row(row)) for row in rows]
+    conversations = [conversation_of(parse_row(row)) for row in rows]
     return plans.plan_of(config, workspace / "tiny", conversations)
 
 
@@ -127,7 +134,7 @@ def test_the_longest_row_is_planned(workspace: Path) -> None:
     both = plan(workspace, [{"prompt": text}, {"turns": [text, text]}], max_tokens="32")
     assert both.max_model_len > 2 * asked + 2 * 32 + 9  # the first answer is history then
     # A warm-up that is longer than every measured prompt needs its room too.
-    warm = max(len(template.prompt_ids(c.steps[0])) for c in plans.warmup())
+    warm = max(len(template.prompt_ids(c.steps[0])) for c in warmup())
     tiny = plan(workspace, [{"prompt": "Hi"}], max_tokens="32", num_speculative_tokens="3")
     assert tiny.max_model_len == warm + 32 + 3 * 3
 
@@ -138,23 +145,19 @@ def test_a_row_that_the_target_cannot_hold_is_refused(workspace: Path) -> None:
 
 
 def test_room_for_the_drafts_at_the_end() -> None:
-    plans.check_room("x", 33, 31, 3, 73)
+    check_room("x", 33, 31, 3, 73)
     with pytest.raises(UserError, match="needs 73 positions"):
-        plans.check_room("x", 33, 31, 3, 72)
+        check_room("x", 33, 31, 3, 72)
 
 
 def test_groups() -> None:
     rows = [{"prompt": str(n), "category": "ab"[n % 2]} for n in range(4)]
-    made = [plans.conversation_of(parse_row(row)) for row in rows]
+    made = [conversation_of(parse_row(row)) for row in rows]
     assert plans.groups(made, one_loop=True) == [(None, made)]
     assert plans.groups(made, one_loop=False) == [("a", made[::2]), ("b", made[1::2])]
 
 
-def test_a_load_above_the_engines_batch_is_refused(workspace: Path) -> None:
-    for name in ("max_num_seqs", "max-num-seqs"):
-        with pytest.raises(UserError, match="max_num_seqs 2 holds fewer requests") as refused:
-            plan(workspace, [{"prompt": "Why?"}], concurrency="6", engine_args=f"{{{name}: 2}}")
-        assert refused.value.code == "batch-below-concurrency"
+def test_an_engine_has_room_for_several_requests(workspace: Path) -> None:
     flags = {"concurrency": "2", "engine_args": "{max_num_seqs: 2}", "max_tokens": "16"}
     enough = plan(workspace, [{"prompt": "Why?"}], **flags)
     assert enough.max_num_seqs == 8

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from shared.vllm.measured_rows import Conversation
 from stages.bench.measure import progress
-from stages.bench.measure.loads import Conversation, loads_of
+from stages.bench.measure.loads import loads_of
 from stages.bench.measure.plans import Plan
 from stages.bench.measure.progress import Progress
 from tests.quick.bench.report.reports import config

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gates, against a limit or an earlier report: met, missed, and impossible to judge."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shared.contracts.bench_report import require_comparable
 from shared.errors import UserError
+from stages.bench.config import BenchConfig
 from stages.bench.report import gates
 from tests.measurements import (
     baseline_requests,
@@ -15,6 +18,10 @@ from tests.measurements import (
     under_load,
 )
 from tests.quick.bench.report.reports import config, made
+
+
+def compare(settings: BenchConfig, prompts: str, earlier: dict[str, Any], path: Path) -> None:
+    require_comparable(earlier, settings.model_dump(mode="json"), prompts, path)
 
 
 def test_met_gates_say_nothing() -> None:
@@ -66,11 +73,11 @@ def test_a_regression_against_an_earlier_report() -> None:
 
 def test_an_earlier_report_of_another_load_is_refused(tmp_path: Any) -> None:
     earlier = made()
-    gates.check_comparable(config(), "abc", earlier, tmp_path)
+    compare(config(), "abc", earlier, tmp_path)
     with pytest.raises(UserError, match="concurrency: 1 then, 8 now"):
-        gates.check_comparable(config(concurrency="8"), "abc", earlier, tmp_path)
+        compare(config(concurrency="8"), "abc", earlier, tmp_path)
     with pytest.raises(UserError, match="prompts: abc then, other now"):
-        gates.check_comparable(config(), "other", earlier, tmp_path)
+        compare(config(), "other", earlier, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +94,9 @@ def test_an_earlier_report_of_something_else_is_refused(
     few = {"max_prompts": "2"}
     earlier = made(config(**few))
     assert (earlier["mode"], earlier["max_prompts"]) == ("served", 2)
-    gates.check_comparable(config(**few), "abc", earlier, tmp_path)
+    compare(config(**few), "abc", earlier, tmp_path)
     with pytest.raises(UserError, match=rf"measured something else \({told}\)"):
-        gates.check_comparable(config(**{**few, **flags}), "abc", earlier, tmp_path)
+        compare(config(**{**few, **flags}), "abc", earlier, tmp_path)
 
 
 def test_a_gate_on_what_was_not_measured_is_not_met() -> None:

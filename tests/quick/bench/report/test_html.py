@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -16,6 +16,7 @@ from shared.io import files
 from stages.bench import run
 from stages.bench.config import BenchConfig, CompareConfig
 from stages.bench.report import gates, html, report
+from stages.train.config import TrainConfig
 from tests.measurements import (
     baseline_requests,
     engine,
@@ -40,7 +41,7 @@ OFFLINE = (
 # Continuous integration must have a browser; elsewhere its absence is no fault of ours.
 needs_browser = pytest.mark.skipif(CHROMIUM is None and not IN_CI, reason="no chromium here")
 
-LINEAGE = {
+LINEAGE: dict[str, Any] = {
     "stages": [
         {
             "stage": "train",
@@ -209,6 +210,36 @@ TITLES = {
         "acceptance length (tokens per drafted step)",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("settings", "unit"),
+    [
+        ({}, "soft cross-entropy (nats)"),
+        ({"loss": "cross_entropy"}, "soft cross-entropy (nats)"),
+        ({"loss": "lk"}, "-log of the chance of acceptance (nats)"),
+        ({"loss": "tv"}, "1 - the chance of acceptance (0 to 1)"),
+        ({"loss": "lk_hybrid"}, "cross-entropy and 1 - the chance of acceptance, blended"),
+        ({"loss": "of_tomorrow"}, "of_tomorrow"),
+    ],
+)
+def test_the_curve_is_named_by_the_loss_that_was_trained(
+    settings: dict[str, str], unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, str]] = []
+
+    def over_steps(_: Any, title: str, label: str) -> str:
+        drawn.append((title, label))
+        return ""
+
+    monkeypatch.setattr(html.plots, "over_steps", over_steps)
+    train = {**LINEAGE["stages"][0], "settings": settings}
+    html._of_training({**LINEAGE, "stages": [train]})
+    assert drawn[0] == ("Training loss", unit)
+
+
+def test_every_loss_that_train_has_is_named() -> None:
+    assert set(html._LOSSES) == set(get_args(TrainConfig.model_fields["loss"].annotation))
 
 
 @needs_browser

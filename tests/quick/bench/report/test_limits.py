@@ -16,6 +16,10 @@ def measured(
     steps: int = 467,
     interval: tuple[float, float] | None = None,
     seconds: float | None = 600.0,
+    drafted: int = 3,
+    temperature: float = 0.0,
+    per_position: tuple[float, ...] = (),
+    shares: tuple[float, ...] | None = None,
 ) -> dict[str, Any]:
     """A report of which only the facts that decide are there."""
     best = max(walks, key=lambda walk: walk[1]) if walks else (steps, None)
@@ -23,13 +27,23 @@ def measured(
     train = {
         "stage": "train",
         "facts": {"steps": steps, "best_step": best[0], "walked_acceptance_length": best[1]},
-        "settings": {"epochs": 5, "batch_tokens": 2048},
+        "settings": {"epochs": 5, "batch_tokens": 2048, "eval_every_steps": 100, "walk_tokens": 3},
     }
-    acceptance = {"acceptance_length": served, "acceptance_length_interval": interval}
+    acceptance = {
+        "acceptance_length": served,
+        "acceptance_length_interval": interval,
+        "per_position": per_position,
+    }
     stages = [{**entry, "stage": "synth"}, {**entry, "stage": "dump"}, {**entry, **train}]
     return {
+        "num_speculative_tokens": drafted,
+        "temperature": temperature,
         "head": {"acceptance": acceptance},
-        "lineage": {"stages": stages, "walks": [list(walk) for walk in walks]},
+        "lineage": {
+            "stages": stages,
+            "walks": [list(walk) for walk in walks],
+            "walked_per_position": shares,
+        },
     }
 
 
@@ -45,6 +59,9 @@ OVERFIT = [(100, 1.52), (200, 1.66), (300, 1.63), (400, 1.60)]
         (measured(3.33, FLAT, rows=1140, steps=255), "rows", "about 120 minutes"),
         (measured(1.64, OVERFIT, steps=400), "rows", "four times as many rows"),
         (measured(1.39, [(92, 1.40)], steps=92), "steps", "train.batch_tokens"),
+        (measured(1.45, [(300, 1.5)], steps=300), "walks", "eval_every_steps: 60 (it is 100)"),
+        # What rose between a third of the steps and the end may have stopped since.
+        (measured(1.45, [(100, 1.3), (300, 1.5)], steps=300), "walks", "eval_every_steps: 60"),
         # One epoch of broad text walked to 1.39; Spec-Bench's prompts gave 1.22.
         (measured(1.22, [(92, 1.39)], steps=92, interval=(1.18, 1.26)), "prompts", "synth.prompts"),
         (measured(1.02, FLAT, steps=255), "serving", "chat template"),
@@ -59,6 +76,40 @@ def test_the_limit_of_a_run(report: dict[str, Any], limit: str, told: str) -> No
 def test_a_difference_within_the_interval_says_nothing_about_prompts() -> None:
     found = find(measured(1.50, OVERFIT, interval=(1.40, 1.60)))
     assert found is not None and found["limit"] == "rows"
+
+
+WALKED = (0.8, 0.6, 0.4)  # a walk of 2.80 with K = 3
+LONG = [(100, 2.7), (200, 2.8), (300, 2.79)]
+
+
+@pytest.mark.parametrize(
+    ("served", "drafted", "per_position", "limit"),
+    [
+        (1.79, 1, (0.79,), "rows"),
+        (1.40, 1, (0.40,), "prompts"),
+        (1.10, 1, (0.10,), "serving"),
+        (2.35, 2, (0.79, 0.56), "rows"),
+        (2.90, 5, (0.7, 0.5, 0.3, 0.2, 0.2), "prompts"),  # 2.50 of the walk's three
+        (3.00, 5, (0.79, 0.6, 0.39, 0.12, 0.1), "rows"),
+    ],
+)
+def test_drafts_of_another_length_are_compared_over_the_positions_of_both(
+    served: float, drafted: int, per_position: tuple[float, ...], limit: str
+) -> None:
+    more: Any = {"drafted": drafted, "per_position": per_position, "steps": 300}
+    found = find(measured(served, LONG, shares=WALKED, **more))
+    assert found is not None and found["limit"] == limit, found
+    both = "3 tokens" if drafted > 3 else "token"
+    assert limit == "rows" or f"(counting the first {both} of a draft)" in found["says"]
+    if drafted < 3:  # the walk of that length is not known
+        assert (find(measured(served, LONG, **more)) or {})["limit"] == "rows"
+
+
+def test_sampled_answers_and_lossy_ones_are_not_compared_with_the_greedy_walk() -> None:
+    sampled = find(measured(2.2, LONG, temperature=1.0, steps=300))
+    assert sampled is not None and sampled["limit"] == "rows"
+    lossy = find(measured(1.1, LONG, steps=300), is_exact=False)
+    assert lossy is not None and lossy["limit"] == "rows"
 
 
 def test_times_that_are_not_known_are_not_told() -> None:

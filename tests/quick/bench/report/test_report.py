@@ -120,14 +120,15 @@ def test_each_load_has_a_command_that_serves_it() -> None:
 def test_the_command_serves_the_weights_that_were_measured() -> None:
     flags = {"target": "org/target", "target_revision": "v1", "head": "org/head"}
     told = {"trust-remote-code": True, "dtype": "float16", "chat-template": Path("/run/a.jinja")}
-    chosen = config(**flags, head_revision="v2", engine_args="{dtype: float32}")
+    chosen = config(**flags, head_revision="v2", engine_args="{max_num_seqs: 8}")
     words = shlex.split(made(chosen, serving=told)["best"][0]["serve"])
     assert words[:5] == ["vllm", "serve", "org/target", "--revision", "v1"]
     assert json.loads(words[6])["revision"] == "v2"
     assert words[7:] == [
         "--trust-remote-code",
-        *("--dtype", "float32"),
+        *("--dtype", "float16"),
         *("--chat-template", "/run/a.jinja"),
+        *("--max-num-seqs", "8"),
     ]
 
 
@@ -153,9 +154,10 @@ def test_where_drafting_costs_more_than_it_saves_the_command_serves_the_target_a
 
 @pytest.mark.parametrize(("method", "warned"), [("synthetic", 1), ("fly", 1), ("block", 0)])
 def test_a_lossy_verifier_is_named(method: str, warned: int) -> None:
-    settings = config(speculative_args=f"{{rejection_sample_method: {method}}}")
-    found = [line for line in made(settings)["warnings"] if "lossy" in line and method in line]
-    assert len(found) == warned
+    for name in ("rejection_sample_method", "rejection-sample-method"):
+        settings = config(speculative_args=f"{{{name}: {method}}}")
+        found = [line for line in made(settings)["warnings"] if "lossy" in line and method in line]
+        assert len(found) == warned
 
 
 def test_figures_by_the_length_of_the_prompt() -> None:

@@ -78,6 +78,17 @@ def test_other_rows_or_another_head_are_refused_by_name(
     assert not (workspace / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"speculative_args": {"model": "third"}}, {"engine_args": {"spec_model": "third"}}],
+)
+def test_a_third_head_in_place_of_both_is_refused(workspace: Path, options: dict[str, Any]) -> None:
+    write_recipe(workspace, {"bench": options})
+    with pytest.raises(UserError, match=r"bench\..*_args: expected no option .* bench\.head"):
+        run(asked(workspace, dry_run=True))
+    assert not (workspace / "new").exists()
+
+
 def test_what_the_two_recipes_say(workspace: Path) -> None:
     head = read_head(workspace / "head")
     after, before = RunPaths(workspace, "new"), RunPaths(workspace, "new-before")

@@ -17,7 +17,7 @@ from shared.config import build
 from shared.errors import EXIT_STOPPED, UserError
 from shared.paths import RunPaths
 from stages.ops.chain import processes
-from stages.ops.chain.run import _show_page, look_ahead, run
+from stages.ops.chain.run import _show_page, closing_line, look_ahead, run
 from stages.train.config import TrainConfig
 from tests.quick.ops.chain.recipes import ROOT, config, steps, write
 
@@ -242,3 +242,23 @@ def test_artifacts_of_other_settings_are_told_ahead_even_where_all_is_done(works
     look_ahead(chosen, paths)
     with pytest.raises(UserError, match=r"train.ttt_steps: was 3, now 5"):
         look_ahead(chosen, paths, even_if_done=True)
+
+
+@pytest.mark.parametrize(
+    ("bench", "head"),
+    [
+        ({}, "run/export"),
+        ({"head": "org/head"}, "org/head"),
+        ({"endpoint": "http://127.0.0.1:8000"}, "http://127.0.0.1:8000"),
+    ],
+)
+def test_the_last_line_names_what_was_measured(
+    workspace: Path, bench: dict[str, str], head: str
+) -> None:
+    paths = RunPaths(workspace, "run")
+    recipe = write(workspace, {"bench": bench})
+    paths.report.parent.mkdir(parents=True)
+    paths.report.write_text('{"head": {"acceptance": {"acceptance_length": 2.5}}}')
+    recipe.rename(paths.recipe)
+    head = str(workspace / head) if head.startswith("run/") else head
+    assert closing_line(paths).split()[2] == f"head={head}"
