@@ -21,8 +21,8 @@ from shared.io.files import printable
 from stages.ops.chain import sizes
 from stages.ops.chain.processes import SOURCE_ROOT
 from stages.ops.config import PlanConfig
-from stages.ops.plan.model import Plan, longest
-from stages.ops.plan.output import recipe, run_name
+from stages.ops.plan.model import Plan
+from stages.ops.plan.output import recipe, row_tokens, run_name
 
 _K8S = SOURCE_ROOT / "compose" / "k8s"
 _GIB = 2**30
@@ -133,7 +133,7 @@ def _kustomization(plan: Plan, config: PlanConfig, found: dict[str, Pod], base: 
 
 def _storage(plan: Plan, config: PlanConfig) -> str:
     """The shipped claims, as large as this run needs them."""
-    length = min(config.length, longest(plan.target))
+    length = row_tokens(plan, config)
     sizes_gib = {
         "eyrie-workspace": _claim(plan.disk_bytes(config.samples, length)),
         "eyrie-models": _claim(plan.weights.bytes or 0),
