@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from stages.ops.chain.machine import Machine
-from tests.quick.ops.chain.recipes import CONFIG, GIB, TENSORS, problems, steps
+from tests.quick.ops.chain.recipes import CONFIG, GIB, KEPT, TENSORS, problems, steps
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_target_that_hf_spreads_over_the_gpus_is_shared_by_them_all(workspace:
 def test_answers_that_are_kept_need_no_memory_for_the_target(
     workspace: Path, machine: Machine
 ) -> None:
-    kept = steps(workspace, {"synth": {"mode": "keep"}})
+    kept = steps(workspace, {"synth": KEPT})
     found = problems(kept, workspace, machine)
     assert [line.split("'")[0] for line in found] == ["dump", "bench"]
 
