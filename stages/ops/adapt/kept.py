@@ -39,11 +39,19 @@ class _MadeOf(Shape):
     digest: str
 
 
+class _Counts(Shape):
+    """As `Split.counts`."""
+
+    train: int
+    held_out: int
+    left_out: int
+
+
 class _Record(Shape):
     """`split.json`; those of earlier versions have no hashes of the rows."""
 
     made_of: _MadeOf
-    counts: dict[str, int]
+    counts: _Counts
     too_many: int
     files: dict[str, str] = pydantic.Field(default_factory=dict)
 

@@ -110,7 +110,14 @@ def test_other_traffic_or_settings_are_refused(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("counts", []), ("too_many", "x"), ("made_of", {}), ("made_of", None), ("files", {"a": 1})],
+    [
+        ("counts", []),
+        ("counts", {}),
+        ("too_many", "x"),
+        ("made_of", {}),
+        ("made_of", None),
+        ("files", {"a": 1}),
+    ],
 )
 def test_a_damaged_record_is_refused(
     workspace: Path, start: Start, key: str, value: object
