@@ -71,20 +71,23 @@ def write_prompts(
 
 
 def written(domain: Domain, *, seed: int, is_held_out: bool) -> Iterator[str]:
-    """Distinct rows without end: kinds in turn, each from its own templates."""
+    """Distinct rows: kinds in turn, each from its own templates, until it has no more."""
     rng = random.Random(f"{seed}-{is_held_out}")
-    kinds = _DOMAINS[domain]
+    prefix = "held-out" if is_held_out else "real"
+    kinds = list(_DOMAINS[domain])
     known: set[str] = set()
-    for index, kind in enumerate(itertools.cycle(kinds)):
-        templates = _part(KINDS[kind], is_held_out)
-        for _ in range(_MAX_TRIES):
-            prompt = _fill(rng.choice(templates), rng)
-            if prompt not in known:
-                break
-        known.add(prompt)
-        prefix = "held-out" if is_held_out else "real"
-        row = {"id": f"{prefix}-{index:05d}", "prompt": prompt, "category": kind}
-        yield json.dumps(row)
+    while kinds:
+        for kind in tuple(kinds):
+            templates = _part(KINDS[kind], is_held_out)
+            tries = (_fill(rng.choice(templates), rng) for _ in range(_MAX_TRIES))
+            prompt = next((text for text in tries if text not in known), None)
+            if prompt is None:
+                kinds.remove(kind)
+                logger.warning("after %d rows no new %s is found: it has no more", len(known), kind)
+                continue
+            row = {"id": f"{prefix}-{len(known):05d}", "prompt": prompt, "category": kind}
+            known.add(prompt)
+            yield json.dumps(row)
 
 
 def _part(templates: Sequence[str], is_held_out: bool) -> Sequence[str]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts for the pretrained target: enough of them, and none held out that was trained on."""
 
+import collections
 import gzip
 import itertools
 import json
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import UserError
+from stages.demo.real import prompts
 from stages.demo.real.prompts import KINDS, _part, write_prompts, written
 
 
@@ -23,6 +25,25 @@ def test_five_thousand_distinct_prompts_by_seed(domain: str) -> None:
     assert rows == list(again)
     assert len({json.loads(row)["prompt"] for row in rows}) == 5000
     assert rows != list(itertools.islice(written(domain, seed=1, is_held_out=False), 5000))  # type: ignore[arg-type]
+
+
+def test_a_kind_that_has_no_more_prompts_is_left_out_and_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {"problem": ["p {a} {b} {c}"], "instruction": ["i {a}"], "code": ["c {a}"]}
+    monkeypatch.setattr(prompts, "KINDS", kinds)
+    rows = [
+        json.loads(row) for row in itertools.islice(written("broad", seed=0, is_held_out=False), 90)
+    ]
+    assert len({row["prompt"] for row in rows}) == len({row["id"] for row in rows}) == 90
+    of_kind = collections.Counter(row["category"] for row in rows)
+    assert of_kind == {"problem": 56, "instruction": 17, "code": 17}  # 3 to 19
+    assert [message.rpartition("no new ")[2] for message in caplog.messages] == [
+        "instruction is found: it has no more",
+        "code is found: it has no more",
+    ]
+    monkeypatch.setitem(kinds, "problem", ["p"])
+    assert len(list(written("narrow", seed=0, is_held_out=False))) == 1
 
 
 def test_held_out_prompts_share_no_template() -> None:
