@@ -23,6 +23,12 @@ from stages.ops.chain.served import Packages, problem, served_problems
 
 # A GPU gives a model less than all of its memory: vLLM's own default share.
 _GPU_SHARE = 0.9
+# A target of this repository's recipes -> what makes it in the workspace.
+_MADE_BY = {
+    "targets/demo": "make demo",
+    "targets/smollm2-quarter": "make real",
+    "targets/smollm2-night": "make real TIER=night",
+}
 
 
 def existing_folder(paths: RunPaths) -> Path:
@@ -58,7 +64,7 @@ def target_problems(
         if tensors is None:
             tensors = safetensors_files.list_tensors(folder)
     except EyrieError as error:
-        yield str(error)
+        yield f"{error}{_how_made(name)}"
         return
     fits = [*_fits_target(run, config)]
     yield from fits
@@ -72,6 +78,12 @@ def target_problems(
             yield from room_problems(step, config)
     yield from _memory(sizes.weight_bytes(tensors), users, machine)
     yield from _disk(left, config, paths)
+
+
+def _how_made(name: str) -> str:
+    """What makes one of the targets that this repository's recipes name; '' of another one."""
+    command = _MADE_BY.get(name)
+    return f" `{command}` makes {name}." if command else ""
 
 
 def _trainable(
