@@ -10,6 +10,7 @@ acceptance length that bench may require of as many rows.
 import math
 from typing import Any
 
+from shared.runtime.wording import counted
 from stages.ops.tables import read_data
 
 _WIDTHS = 2.0  # a target compares if its hidden size is within this factor of the published one's
@@ -37,7 +38,9 @@ def expectation(rows: int | None, epochs: int, hidden_size: int | None) -> str:
     below = max((count for count in known if count <= rows), default=None)
     above = min((count for count in known if count > rows), default=None)
     quoted = [_quoted(known[count][-1]) for count in (below, above) if count is not None]
-    return f"{rows:,} rows x {epochs} epochs; others reached {', '.join(quoted)}"
+    return (
+        f"{counted(rows, 'row')} x {counted(epochs, 'epoch')}; others reached {', '.join(quoted)}"
+    )
 
 
 def gate(rows: int, hidden_size: int) -> float:
@@ -71,7 +74,7 @@ def _comparable(rows: int | None, hidden_size: int | None) -> dict[int, list[dic
 
 def _quoted(row: dict[str, Any]) -> str:
     """`AL 1.89 from 5,000 rows x 5 epochs at K = 3 (Qwen3-8B, speculators pull request 1132)`."""
-    epochs = f" x {row['epochs']} epochs" if "epochs" in row else ""
+    epochs = f" x {counted(row['epochs'], 'epoch')}" if "epochs" in row else ""
     depth = f" at K = {row['k']}" if "k" in row else ""
     return (
         f"AL {row['acceptance_length']:.2f} from {row['samples']:,} rows{epochs}{depth} "

@@ -21,6 +21,7 @@ from shared.errors import UserError
 from shared.io.files import printable, write_text
 from shared.prompts import formats
 from shared.prompts.rows import Unusable, parse_row
+from shared.runtime.wording import counted
 
 logger = logging.getLogger(__name__)
 Domain = Literal["narrow", "broad"]
@@ -83,7 +84,7 @@ def written(domain: Domain, *, seed: int, is_held_out: bool) -> Iterator[str]:
             prompt = next((text for text in tries if text not in known), None)
             if prompt is None:
                 kinds.remove(kind)
-                logger.warning("after %d rows no new %s is found: it has no more", len(known), kind)
+                logger.warning("no new %s is found after %s", kind, counted(len(known), "row"))
                 continue
             row = {"id": f"{prefix}-{len(known):05d}", "prompt": prompt, "category": kind}
             known.add(prompt)
@@ -126,7 +127,9 @@ def _shared_out(
             remedy="Half of them at most may be held out: give more.",
         )
     if siblings := len(lines) - len(training) - len(testing):
-        logger.warning("%s: %d rows begin as held-out ones do and are left out", given, siblings)
+        logger.warning(
+            "%s: left out, since held-out ones begin alike: %s", given, counted(siblings, "row")
+        )
     if (left_over := len(training) - rows) > 0:
         logger.warning(
             "%s: %d of %d rows are not used: this run takes %d and holds out %d",
@@ -167,7 +170,7 @@ def _openings(given: Path) -> dict[str, str]:
         known.add(content)
         openings[_line(value)] = prompt.opening
     if repeated:
-        logger.warning("%s: %d rows repeat earlier ones and are left out", given, repeated)
+        logger.warning("%s: left out as repetitions: %s", given, counted(repeated, "row"))
     return openings
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from shared.errors import OutputError, RetryableError, UserError
 from shared.io.files import atomic_folder, read_json, write_json
+from shared.runtime.wording import counted
 from shared.target.origin import FACTS, Origin, read_origin
 
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -127,7 +128,7 @@ def _from_wheel(folder: Path) -> Origin:
     if wrong:
         raise OutputError(
             f"{folder}: expected the values of {gguf_path.name}, found others in {wrong[:3]} "
-            f"({len(wrong)} tensors).",
+            f"({counted(len(wrong), 'tensor')}).",
             code="conversion-wrong",
             remedy="Use the locked versions of transformers and gguf: make setup.",
         )

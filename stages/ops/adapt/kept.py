@@ -20,6 +20,7 @@ from shared.errors import EyrieError, UserError
 from shared.io import files
 from shared.io.records import Shape, read_record
 from shared.prompts.rows import Prompt, parse_row
+from shared.runtime.wording import counted
 from stages.ops.adapt import traffic
 from stages.ops.adapt.room import Room
 from stages.ops.adapt.server_log import Rendering
@@ -177,19 +178,16 @@ def _tell_news(asked: Traffic, found: Split) -> None:
             for side in (found.train, found.held_out)
             for line in files.read_text(side).splitlines()
         }
-    except (
-        EyrieError,
-        ValueError,
-    ) as error:  # the traffic is gone, or an earlier version's rows edited
+    except (EyrieError, ValueError) as error:  # gone, or rows that an earlier version did not hash
         logger.warning("what has come since the split is not known, nor needed: %s", error)
         return
     news = sum(each.content_hash() not in taken for each in now) - found.too_many
     if news > 0:
         logger.warning(
-            "%s: %d chats have come since it was split, and are not taken; --overwrite, or another "
-            "run.name, takes them",
+            "%s: what came since it was split is not taken, %s; --overwrite, or another run.name, "
+            "takes it",
             asked.name,
-            news,
+            counted(news, "chat"),
         )
 
 

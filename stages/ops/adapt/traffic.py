@@ -20,6 +20,7 @@ from shared.io import files
 from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Duplicates, Source
+from shared.runtime.wording import counted
 from stages.ops.adapt.server_log import NO_CHAT, Rendering, log_files, read_logs
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
@@ -56,7 +57,9 @@ class Split:
     def summary(self) -> str:
         """`936 chats to learn from, 64 held out, 12 left out`."""
         train, held_out, left_out = (self.counts[key] for key in ("train", "held_out", "left_out"))
-        return f"{train:,} chats to learn from, {held_out:,} held out, {left_out:,} left out"
+        return (
+            f"{counted(train, 'chat')} to learn from, {held_out:,} held out, {left_out:,} left out"
+        )
 
 
 def split(
@@ -97,7 +100,7 @@ def split(
     counts = {"train": len(train[:max_rows]), "held_out": len(held_out)}
     counts["left_out"] = reasons.total()
     if unfit:
-        logger.info("traffic: %d chats are too long for bench, and are not held out", unfit)
+        logger.info("traffic: too long for bench, and not held out: %s", counted(unfit, "chat"))
     found = Split(folder, counts, reasons[_TOO_MANY])
     listed = _listed(reasons)
     logger.info("traffic: %s%s", found.summary(), f" ({listed})" if listed else "")

@@ -19,6 +19,7 @@ from shared.conversations.switches import require_reasoning_end, require_switche
 from shared.errors import UserError
 from shared.paths import RunPaths, find_input
 from shared.runtime import compiler
+from shared.runtime.wording import counted
 from shared.target.tokenizer import load_tokenizer
 from shared.vllm.http import Address
 from shared.vllm.server import is_healthy
@@ -202,7 +203,7 @@ def _versions(step: Step, machine: Machine) -> Iterator[str]:
     if machine.gpus and computes and torch.endswith("+cpu"):
         yield problem(
             f"{step.stage}'s packages",
-            f"torch for CUDA beside {len(machine.gpus)} GPUs",
+            f"torch for CUDA beside {counted(len(machine.gpus), 'GPU')}",
             torch,
             "Run `make clean setup FLAVOUR=gpu`, or set CUDA_VISIBLE_DEVICES= to use the processor.",
         )

@@ -12,6 +12,7 @@ from shared.errors import EyrieError, UserError
 from shared.io import safetensors_files
 from shared.io.safetensors_files import TensorInfo
 from shared.paths import RunPaths, find_input
+from shared.runtime.wording import counted
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from shared.target.templates import require_chat_template
@@ -227,7 +228,7 @@ def _memory(weights: int, users: Sequence[Step], machine: Machine) -> Iterator[s
         if shared_by * copies > len(machine.gpus):
             yield problem(
                 label,
-                f"{shared_by * copies} GPUs, as the recipe says",
+                f"{counted(shared_by * copies, 'GPU')}, as the recipe says",
                 str(machine),
                 f"Lower {step.stage}.tensor_parallel_size (or data_parallel).",
             )

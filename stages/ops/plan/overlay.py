@@ -18,6 +18,7 @@ from rich import filesize
 
 from shared.errors import UserError
 from shared.io.files import printable
+from shared.runtime.wording import counted
 from stages.ops.chain import sizes
 from stages.ops.chain.processes import SOURCE_ROOT
 from stages.ops.config import PlanConfig
@@ -123,7 +124,9 @@ def _kustomization(plan: Plan, config: PlanConfig, found: dict[str, Pod], base: 
     suffix = re.sub(r"[^a-z0-9]+", "-", run_name(plan, config).lower()).strip("-")
     template = Path(__file__).with_name("kustomization.yaml.j2")
     return jinja2.Template(template.read_text(encoding="utf-8"), trim_blocks=True).render(
-        title=printable(f"{plan.model} on {config.nodes} nodes of {config.gpu}, as planned."),
+        title=printable(
+            f"{plan.model} on {counted(config.nodes, 'node')} of {config.gpu}, as planned."
+        ),
         suffix=suffix[:_LONGEST_SUFFIX].strip("-") or "run",
         base=base,
         is_arm=config.gpu in _ARM_HOSTS,

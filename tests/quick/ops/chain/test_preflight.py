@@ -26,7 +26,7 @@ def test_torch_for_a_processor_beside_a_gpu_is_refused(
     roomy = Machine((("Toy", GIB),), 64 * GIB, GIB)
     found = problems(steps(workspace), workspace, roomy)
     assert [line.split("'")[0] for line in found] == ["synth", "dump", "train", "bench"]
-    assert "expected torch for CUDA beside 1 GPUs, found 2.13.0+cpu. Run `make clean" in found[0]
+    assert "expected torch for CUDA beside 1 GPU, found 2.13.0+cpu. Run `make clean" in found[0]
     served = {"synth": KEPT, "dump": {"backend": "hf"}}
     found = problems(steps(workspace, served), workspace, roomy)
     assert [line.split("'")[0] for line in found] == ["dump", "train", "bench"]
