@@ -53,7 +53,7 @@ $(VENV)/.installed-cpu: requirements.lock
 
 .PHONY: demo
 demo: setup ## All four stages on a small target made on the spot; less than eight minutes on two cores.
-	$(PY) -m stages.demo make-target $(WORKSPACE)/targets/demo
+	$(PY) -m stages.demo make-target "$(WORKSPACE)/targets/demo"
 	$(PY) -m stages.ops run --recipe compose/recipes/demo/recipe.yaml
 
 # quarter: a narrow domain, the shorter one (compose/recipes/README.md has times). night: all kinds of prompts.
@@ -64,8 +64,8 @@ REAL_night := --domain broad --num_prompts 5000 --num_held_out 96
 real: setup ## The chain on a pretrained model, SmolLM2-135M: TIER=quarter or night, PROMPTS=file.jsonl for your own.
 	@[ -f compose/recipes/smollm2/$(TIER).yaml ] \
 	  || { echo "TIER: expected quarter or night, found $(TIER)"; exit 2; }
-	$(PY) -m stages.demo real-target $(WORKSPACE)/targets/smollm2-$(TIER) $(REAL_$(TIER)) \
-	  $(if $(PROMPTS),--prompts $(PROMPTS)) $(filter --overwrite,$(OPTIONS))
+	$(PY) -m stages.demo real-target "$(WORKSPACE)/targets/smollm2-$(TIER)" $(REAL_$(TIER)) \
+	  $(if $(PROMPTS),--prompts "$(PROMPTS)") $(filter --overwrite,$(OPTIONS))
 	$(PY) -m stages.ops run --recipe compose/recipes/smollm2/$(TIER).yaml $(OPTIONS)
 
 .PHONY: images
@@ -85,8 +85,8 @@ demo-compose: ## The demo in containers, on the CPU; the workspace is a docker v
 	  $(DEMO) $$stage || { code=$$?; echo "demo-compose: $$stage ended with exit code $$code;" \
 	    "make demo-compose continues from there"; exit $$code; }; \
 	done
-	@mkdir -p $(WORKSPACE) && $(DEMO) --entrypoint cat ops /workspace/$(EYRIE_RUN)/bench/report.html \
-	  > $(WORKSPACE)/$(EYRIE_RUN)-report.html
+	@mkdir -p "$(WORKSPACE)" && $(DEMO) --entrypoint cat ops /workspace/$(EYRIE_RUN)/bench/report.html \
+	  > "$(WORKSPACE)/$(EYRIE_RUN)-report.html"
 	@echo "demo-compose: report=$(WORKSPACE)/$(EYRIE_RUN)-report.html;" \
 	  "all results: volume $${EYRIE_VOLUMES:-eyrie}_workspace, folder $(EYRIE_RUN)"
 
@@ -111,7 +111,7 @@ test-quick: setup ## The tests that start no engine: a few minutes.
 .PHONY: gpu-check
 gpu-check: ## Tests, benchmark and profile of a machine with a card; PEERS= an environment with speculators.
 	$(or $(wildcard $(PY)),$(PYTHON)) -m tests.gpu --out tests/perf/gpu-check \
-	  $(if $(PEERS),--peer-python $(PEERS)/bin/python)
+	  $(if $(PEERS),--peer-python "$(PEERS)/bin/python")
 
 .PHONY: lint
 lint: setup ## Style, types, import rules.

@@ -132,7 +132,10 @@ class _Source:
 
 
 def _label(node: ast.expr) -> str:
-    """The last name in an expression: `{', '.join(self.known)}` gives KNOWN."""
+    """The last name in an expression: `{', '.join(self.known)}` gives KNOWN, counted(n, "row") N rows."""
+    node = node.value if isinstance(node, ast.FormattedValue) else node
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "counted":
+        return f"{_label(node.args[0])} {_text(node.args[1])}s"
     names = [
         part.attr if isinstance(part, ast.Attribute) else part.id
         for part in ast.walk(node)

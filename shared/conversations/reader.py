@@ -9,7 +9,7 @@ from shared.config import RunConfig
 from shared.contracts.conversations import Conversation, text_columns
 from shared.conversations.spans import Tokenized, tokenize
 from shared.conversations.template import ChatTemplate, TemplateMismatch
-from shared.prompts.rows import Message, Prompt
+from shared.prompts.rows import Message, Prompt, Turn
 from shared.target.special_tokens import REASON, Policy, SpecialTokens
 
 _LONGEST_DETAIL = 300
@@ -58,11 +58,7 @@ class ConversationReader:
         Raises:
             Refused: with the reason; no part of the conversation is used then.
         """
-        answered = [turn for turn in prompt.turns if turn.answer is not None]
-        if not answered or prompt.turns[: len(answered)] != tuple(answered):
-            raise Refused("no_answer", "each turn needs the row's own answer")
-        if not any(turn.is_trained for turn in answered):
-            raise Refused(LEFT_OUT, "no answer of the row is to be trained on")
+        answered = answered_turns(prompt)
         messages = [
             message for turn in answered for message in (*turn.asked, turn.answer) if message
         ]
@@ -112,6 +108,20 @@ class ConversationReader:
         return any(
             text.lstrip().startswith(begin_of(mark)) for mark in marks if begin_of(mark) != mark
         )
+
+
+def answered_turns(prompt: Prompt) -> list[Turn]:
+    """The turns with the row's own answers; what is asked after the last of them is left out.
+
+    Raises:
+        Refused: there is none, one between them has none, or none is to be trained on.
+    """
+    answered = [turn for turn in prompt.turns if turn.answer is not None]
+    if not answered or prompt.turns[: len(answered)] != tuple(answered):
+        raise Refused("no_answer", "each turn needs the row's own answer")
+    if not any(turn.is_trained for turn in answered):
+        raise Refused(LEFT_OUT, "no answer of the row is to be trained on")
+    return answered
 
 
 def split_reasoning(messages: Sequence[Message], end: str = REASONING_ENDS[0]) -> Iterator[Message]:

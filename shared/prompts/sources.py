@@ -23,6 +23,7 @@ from shared.prompts.columns import COLUMNS
 from shared.prompts.content import Unusable
 from shared.prompts.rows import BadRow, Prompt, parse_row, short_hash
 from shared.runtime.status import Accounting
+from shared.runtime.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def read_source(
     finally:
         if unread:
             named = ", ".join(
-                f"{name!r} ({count:,} rows)" for name, count in unread.most_common(12)
+                f"{name!r} ({counted(count, 'row')})" for name, count in unread.most_common(12)
             )
             _warn(f"{label}: {source.path}: text that is not read: {named}. `columns` maps names.")
 

@@ -68,6 +68,9 @@ def start_logging(stage: str) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("httpx", "httpx2", "httpcore", "openai", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    for doubling in ("huggingface_hub", "datasets"):
+        # As it is imported it adds a handler, which would print each of its records a second time.
+        logging.getLogger(doubling).addHandler = lambda hdlr: None  # type: ignore[method-assign]
 
 
 class _Copier:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shared.errors import UserError
 from shared.runtime.process import stopping_at_once
 from shared.runtime.status import Accounting, Status
+from shared.runtime.wording import counted
 from stages.dump import plan as plans
 from stages.dump.config import DumpConfig
 from stages.dump.job import Job, open_job
@@ -107,7 +108,9 @@ def _require_disk(job: Job, plan: Plan) -> None:
     total = tokens * job.token_bytes
     needed = total - sum(path.stat().st_size for path in job.folder.rglob("*.pt"))
     free = shutil.disk_usage(job.folder).free
-    logger.info("%d tokens in %d shards: %.3f GB", plan.tokens, len(plan.shards), total / 1e9)
+    logger.info(
+        "%d tokens in %s: %.3f GB", plan.tokens, counted(len(plan.shards), "shard"), total / 1e9
+    )
     if needed > free:
         raise UserError(
             f"{job.folder}: the hidden states need {needed} bytes more, found {free} free.",

@@ -195,7 +195,9 @@ class PlanConfig(CommandConfig):
     gpu: Annotated[str, pydantic.AfterValidator(_known_gpu)] = pydantic.Field(
         "H100", description=f"GPU type that the recipe is for: {', '.join(_GPUS)}."
     )
-    samples: int = pydantic.Field(50_000, description="Conversations to train on.", ge=1)
+    samples: int = pydantic.Field(
+        50_000, description="Conversations to train on, one of them held out.", ge=2
+    )
     length: int = pydantic.Field(2048, description="Tokens of a conversation, at most.", ge=8)
     out: Path | None = pydantic.Field(None, description="Write a recipe here.")
     overlay: Path | None = pydantic.Field(

@@ -10,12 +10,14 @@ acceptance length that bench may require of as many rows.
 import math
 from typing import Any
 
+from shared.runtime.wording import counted
 from stages.ops.tables import read_data
 
 _WIDTHS = 2.0  # a target compares if its hidden size is within this factor of the published one's
 _FEWEST = 0.2  # so much of the smallest published number of rows still says something
 _GATE_SHARE = 0.9  # of what others reached, since prompts differ
 _MAX_GATE = 2.1  # bench's default
+_NO_GATE = 0.0  # every head passes it
 
 
 def published() -> list[dict[str, Any]]:
@@ -36,20 +38,22 @@ def expectation(rows: int | None, epochs: int, hidden_size: int | None) -> str:
     below = max((count for count in known if count <= rows), default=None)
     above = min((count for count in known if count > rows), default=None)
     quoted = [_quoted(known[count][-1]) for count in (below, above) if count is not None]
-    return f"{rows:,} rows x {epochs} epochs; others reached {', '.join(quoted)}"
+    return (
+        f"{counted(rows, 'row')} x {counted(epochs, 'epoch')}; others reached {', '.join(quoted)}"
+    )
 
 
-def gate(rows: int, hidden_size: int) -> float | None:
-    """The acceptance length for bench to require; None where nothing comparable is known.
+def gate(rows: int, hidden_size: int) -> float:
+    """The acceptance length for bench to require; 0, which every head reaches, where nothing compares.
 
     Nine tenths of the lowest figure for as many rows, or for the next fewer, in steps of 0.1; at most
-    bench's default.
+    bench's default. So more rows never have a lower gate than fewer.
 
     Worked example: 50,000 rows, where others reached 1.94, give 1.7.
     """
     known = _comparable(rows, hidden_size)
     if not known:
-        return None
+        return _NO_GATE
     count = max((count for count in known if count <= rows), default=min(known))
     lowest: float = known[count][0]["acceptance_length"]
     return min(math.floor(10 * _GATE_SHARE * lowest) / 10, _MAX_GATE)
@@ -70,7 +74,7 @@ def _comparable(rows: int | None, hidden_size: int | None) -> dict[int, list[dic
 
 def _quoted(row: dict[str, Any]) -> str:
     """`AL 1.89 from 5,000 rows x 5 epochs at K = 3 (Qwen3-8B, speculators pull request 1132)`."""
-    epochs = f" x {row['epochs']} epochs" if "epochs" in row else ""
+    epochs = f" x {counted(row['epochs'], 'epoch')}" if "epochs" in row else ""
     depth = f" at K = {row['k']}" if "k" in row else ""
     return (
         f"AL {row['acceptance_length']:.2f} from {row['samples']:,} rows{epochs}{depth} "

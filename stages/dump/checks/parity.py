@@ -18,6 +18,7 @@ from shared.contracts import layers
 from shared.errors import OutputError, UserError
 from shared.runtime import tables
 from shared.runtime.status import Accounting
+from shared.runtime.wording import counted
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from stages.dump import sources
@@ -75,8 +76,8 @@ def run(config: ParityConfig) -> None:
             for line in wrong
         )
         raise OutputError(
-            f"{name} and {config.against} disagree on {len(rows)} rows ({differences}), expected at "
-            f"most {config.tolerance}.",
+            f"{name} and {config.against} disagree on {counted(len(rows), 'row')} ({differences}), expected "
+            f"at most {config.tolerance}.",
             code="parity-differs",
             remedy="A nearest id other than its own means a shifted layer: check run.aux_layers.",
             facts={"layers": [line.layer for line in wrong]},
@@ -90,7 +91,7 @@ def _capture(
     aux_layers: tuple[int, ...],
     rows: list[Row],
 ) -> States:
-    logger.info("%d rows through %s", len(rows), name)
+    logger.info("%s through %s", counted(len(rows), "row"), name)
     with open_backend(name, config, target_config, aux_layers) as backend:
         return {captured.row: captured.states.clone() for captured in backend.run(rows)}
 

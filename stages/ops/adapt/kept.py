@@ -8,22 +8,53 @@ were made of; the same command takes them as they are, and tells how many chats 
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from shared.artifacts.manifest import differences
 from shared.errors import EyrieError, UserError
 from shared.io import files
+from shared.io.records import Shape, read_record
 from shared.prompts.rows import Prompt, parse_row
+from shared.runtime.wording import counted
 from stages.ops.adapt import traffic
 from stages.ops.adapt.room import Room
 from stages.ops.adapt.server_log import Rendering
 from stages.ops.adapt.traffic import HELD_OUT, TRAIN, Split
 
 RECORD = "split.json"
+_ROWS = (TRAIN, HELD_OUT)
+_ANEW = "Give --overwrite to split the traffic anew."
 
 logger = logging.getLogger(__name__)
+
+
+class _MadeOf(Shape):
+    """The traffic; its settings stand beside it."""
+
+    traffic: str
+    digest: str
+
+
+class _Counts(Shape):
+    """As `Split.counts`."""
+
+    train: int
+    held_out: int
+    left_out: int
+
+
+class _Record(Shape):
+    """`split.json`; those of earlier versions have no hashes of the rows."""
+
+    made_of: _MadeOf
+    counts: _Counts
+    too_many: int
+    files: dict[str, str] = pydantic.Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,8 +104,12 @@ class Traffic:
             variables=self.room.variables,
             fits=self.room.fits,
         )
-        made_of = {"traffic": self.name, "digest": digest, **self.settings()}
-        record = {"made_of": made_of, "counts": found.counts, "too_many": found.too_many}
+        record = {
+            "made_of": {"traffic": self.name, "digest": digest, **self.settings()},
+            "counts": found.counts,
+            "too_many": found.too_many,
+            "files": {name: files.sha256(folder / name) for name in _ROWS},
+        }
         files.write_json(folder / RECORD, record)
         return found
 
@@ -83,23 +118,13 @@ def kept(asked: Traffic, folder: Path) -> Split | None:
     """The split that lies in `folder`; None where there is none.
 
     Raises:
-        UserError: it is one of other traffic, or of other settings.
+        UserError: it is one of other traffic, or of other settings; or its files were changed since.
     """
-    if not all((folder / name).exists() for name in (RECORD, TRAIN, HELD_OUT)):
+    if not all((folder / name).exists() for name in (RECORD, *_ROWS)):
         return None
-    record = files.read_json(folder / RECORD)
-    try:
-        made_of, found = (
-            dict(record["made_of"]),
-            Split(folder, record["counts"], record["too_many"]),
-        )
-        name, digest = made_of.pop("traffic"), made_of.pop("digest")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder / RECORD}: expected the record of a split, found none ({error!r}).",
-            code="split-record",
-            remedy="Give --overwrite to split the traffic anew.",
-        ) from error
+    record = read_record(folder / RECORD, _Record, remedy=_ANEW)
+    found, made_of = Split(folder, record["counts"], record["too_many"]), dict(record["made_of"])
+    name, digest = made_of.pop("traffic"), made_of.pop("digest")
     now = _digest(asked)
     differing = differences(made_of, asked.settings())
     if asked.name != name and now != digest:
@@ -112,10 +137,28 @@ def kept(asked: Traffic, folder: Path) -> Split | None:
             remedy="Give --overwrite to begin anew, or another run.name to keep both.",
             facts={"folder": str(folder)},
         )
-    logger.info("the split in %s is kept: %s", folder, found.counts)
+    _require_unchanged(folder, record.get("files", {}))
+    logger.info("the split in %s is kept: %s", folder, found.summary())
     if now != digest:
         _tell_news(asked, found)
     return found
+
+
+def _require_unchanged(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Refuse rows that were edited or cut: both heads are compared on these, and the counts are of these.
+
+    Raises:
+        UserError: with the file that is another one.
+    """
+    for name, expected in hashes.items():
+        if (found := files.sha256(folder / name)) != expected:
+            raise UserError(
+                f"{folder / name}: expected the rows that the traffic was split into (sha256 "
+                f"{expected[:12]}), found others ({found[:12]}).",
+                code="split-rows-changed",
+                remedy=f"Restore the file. {_ANEW}",
+                facts={"path": str(folder / name)},
+            )
 
 
 def _digest(asked: Traffic) -> str:
@@ -135,16 +178,16 @@ def _tell_news(asked: Traffic, found: Split) -> None:
             for side in (found.train, found.held_out)
             for line in files.read_text(side).splitlines()
         }
-    except (EyrieError, ValueError) as error:  # the traffic is gone, or the rows were edited
+    except (EyrieError, ValueError) as error:  # gone, or rows that an earlier version did not hash
         logger.warning("what has come since the split is not known, nor needed: %s", error)
         return
     news = sum(each.content_hash() not in taken for each in now) - found.too_many
     if news > 0:
         logger.warning(
-            "%s: %d chats have come since it was split, and are not taken; --overwrite, or another "
-            "run.name, takes them",
+            "%s: what came since it was split is not taken, %s; --overwrite, or another run.name, "
+            "takes it",
             asked.name,
-            news,
+            counted(news, "chat"),
         )
 
 
@@ -153,7 +196,7 @@ def place(found: Split, folder: Path) -> Split:
     if found.folder == folder:
         return found
     files.unlink(folder, RECORD)
-    for name in (TRAIN, HELD_OUT, RECORD):
+    for name in (*_ROWS, RECORD):
         with files.atomic_path(folder / name) as temporary:
             shutil.copyfile(found.folder / name, temporary)
     return Split(folder, found.counts, found.too_many)

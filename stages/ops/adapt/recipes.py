@@ -26,7 +26,7 @@ _NO_GATES = {"min_acceptance_length": 0, "min_gain_over_ngram": None, "min_speed
 _NOT_HERE = {
     "synth": ("sources",),
     "dump": ("conversations", "states"),
-    "train": ("dump_of",),
+    "train": ("dump_of", "init_from"),
     "bench": ("head", "head_revision", "endpoint", "baseline_endpoint", "earlier_report"),
 }
 

@@ -136,7 +136,7 @@ def _warn(models: collections.Counter[str], unsaid: int, rendering: Rendering) -
         logger.warning(
             "the log has chats of several models: %s; all are taken for the target's. Take out those of "
             "an adapter.",
-            dict(models),
+            ", ".join(f"{model} ({count:,})" for model, count in models.most_common()),
         )
     if rendering.switches and unsaid:
         logger.warning(

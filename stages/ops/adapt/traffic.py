@@ -20,6 +20,7 @@ from shared.io import files
 from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Duplicates, Source
+from shared.runtime.wording import counted
 from stages.ops.adapt.server_log import NO_CHAT, Rendering, log_files, read_logs
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
@@ -53,6 +54,13 @@ class Split:
     def held_out(self) -> Path:
         return self.folder / HELD_OUT
 
+    def summary(self) -> str:
+        """`936 chats to learn from, 64 held out, 12 left out`."""
+        train, held_out, left_out = (self.counts[key] for key in ("train", "held_out", "left_out"))
+        return (
+            f"{counted(train, 'chat')} to learn from, {held_out:,} held out, {left_out:,} left out"
+        )
+
 
 def split(
     traffic: str,
@@ -81,7 +89,8 @@ def split(
         why = f" {unfit} do not fit into bench." if unfit else ""
         raise UserError(
             f"{traffic}: expected at least {MIN_ROWS} chats, most with openings of their own, found "
-            f"{len(prompts)}, of which {len(held_out)} can be held out.{why} Left out: {dict(+reasons)}.",
+            f"{len(prompts)}, of which {len(held_out)} can be held out.{why} Left out: "
+            f"{_listed(reasons) or 'none'}.",
             code="traffic-too-small",
             remedy="Gather more traffic. A vLLM server logs it with --enable-log-requests and "
             "VLLM_LOGGING_LEVEL=DEBUG. Where chats do not fit, lower bench.max_tokens.",
@@ -91,9 +100,10 @@ def split(
     counts = {"train": len(train[:max_rows]), "held_out": len(held_out)}
     counts["left_out"] = reasons.total()
     if unfit:
-        logger.info("traffic: %d chats are too long for bench, and are not held out", unfit)
-    logger.info("traffic: %s; left out: %s", counts, dict(+reasons))
+        logger.info("traffic: too long for bench, and not held out: %s", counted(unfit, "chat"))
     found = Split(folder, counts, reasons[_TOO_MANY])
+    listed = _listed(reasons)
+    logger.info("traffic: %s%s", found.summary(), f" ({listed})" if listed else "")
     _write(found.held_out, held_out)
     _write(found.train, train[:max_rows])
     return found
@@ -122,6 +132,11 @@ def chats(
     return prompts, reasons
 
 
+def _listed(reasons: collections.Counter[str]) -> str:
+    """`7 cut, 2 no_chat`."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in (+reasons).most_common())
+
+
 def _require_most(
     traffic: str, usable: int, reasons: collections.Counter[str], examples: Mapping[str, str]
 ) -> None:
@@ -142,7 +157,7 @@ def _require_most(
     most = bad.most_common(1)[0][0]
     raise UserError(
         f"{traffic}: expected chats, found {bad.total()} of {bad.total() + usable} rows that cannot be "
-        f"used: {dict(reasons)}; for example, {most}: {examples[most] or 'no more is known'}.",
+        f"used: {_listed(reasons)}; for example, {most}: {examples[most] or 'no more is known'}.",
         code="traffic-unusable",
         remedy="Give chats with `messages`. A server's log must not be cut (--max-log-len); "
         "other_template: set run.chat_template_kwargs to what the requests say.",

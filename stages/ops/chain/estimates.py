@@ -25,6 +25,7 @@ from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Source
 from shared.runtime.tables import cell
+from shared.runtime.wording import counted
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from stages.ops.chain import sizes
@@ -117,17 +118,17 @@ class Estimates:
         rows = self._rows[step.stage] = int(manifest["counts"]["ok"])
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         tokens = manifest["facts"].get("tokens")
-        work = f"{rows:,} rows" + (f", {tokens:,} tokens" if tokens else "")
+        work = counted(rows, "row") + (f", {counted(tokens, 'token')}" if tokens else "")
         return Estimate(step.stage, "done", work, filesize.decimal(size))
 
     def _ahead(self, step: Step) -> Estimate:
         rows = self._rows[step.stage] = self._count(step)
         config = self._target(step)
         if rows is None:
-            work, tokens = "rows of another stage, or of a hub", None
+            work, tokens = self._unknown_rows(step), None
         else:
             tokens = self._tokens(step, rows)
-            work = f"{rows:,} rows, at most {tokens:,} tokens"
+            work = f"{counted(rows, 'row')}, at most {counted(tokens, 'token')}"
             if (prefills := self._prefills(step)) > 1:
                 work += f", {prefills} prefills of each"
         return Estimate(
@@ -164,6 +165,19 @@ class Estimates:
             return self._rows[parent]
         made = read_manifest(self.paths.stage(parent))
         return int(made["counts"]["ok"]) if made else None
+
+    def _unknown_rows(self, step: Step) -> str:
+        """Where the rows come from of which nobody can say how many there are."""
+        if step.settings.get("states"):
+            return "the states of dump.states"
+        listed = prompt_sources(step)
+        if any(sources.is_on_hub(source, self.paths.workspace) for source in listed):
+            return "rows of a hub's data set"
+        if listed:
+            return "no rows that can be read"
+        if step.stage == "bench":
+            return "the prompts that come with bench"
+        return "the rows of synth" if step.stage == "dump" else "the rows of dump"
 
     def _tokens(self, step: Step, rows: int) -> int:
         longest = int(step.run["max_length_tokens"])

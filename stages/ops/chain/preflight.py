@@ -7,41 +7,35 @@ What only the work itself can tell (the exact size of the states, whether vLLM h
 target) stays with the stages.
 """
 
-import collections
 import functools
-import itertools
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shared.config import RunConfig
-from shared.contracts.head_variant import named_variant
 from shared.conversations.switches import require_reasoning_end, require_switches
 from shared.errors import UserError
-from shared.paths import RunPaths, find_input, places
-from shared.prompts import sources
-from shared.prompts.rows import BadRow
-from shared.prompts.sources import Source
+from shared.paths import RunPaths, find_input
 from shared.runtime import compiler
+from shared.runtime.wording import counted
 from shared.target.tokenizer import load_tokenizer
 from shared.vllm.http import Address
 from shared.vllm.server import is_healthy
 from shared.vllm.versions import SUPPORTED_TENSORRT_LLM, SUPPORTED_VLLM, is_within
 from stages.ops.chain import containers, pair
-from stages.ops.chain.estimates import prompt_sources
 from stages.ops.chain.held_out import seen_prompts
 from stages.ops.chain.machine import SHARED_MEMORY, Machine
+from stages.ops.chain.preflight_rows import input_problems
 from stages.ops.chain.preflight_settings import option_problems, setting_problems
 from stages.ops.chain.preflight_target import existing_folder, target_problems, targets
+from stages.ops.chain.preflight_variant import served_variant_problems
 from stages.ops.chain.processes import Step, environment, python_of, uses_vllm
-from stages.ops.chain.served import VLLM_NAMES, problem, vllm_version
+from stages.ops.chain.served import VLLM_NAMES, problem
 
 # Below this vLLM ends with "Insufficient space in /dev/shm"; Docker's default is 64 MiB.
 _SHARED_BYTES = 160 << 20
-# So many rows of each source are read: seconds, and enough to see what they are.
-_MAX_ROWS = 20_000
 # The same engine under two names.
 _NAMES = {"vllm": VLLM_NAMES, "tensorrt-llm": ("tensorrt-llm", "tensorrt_llm")}
 # Distribution -> what a stage of this version needs; as in pyproject.toml.
@@ -56,8 +50,8 @@ _FLOORS = {
     "train": {"torch": ">=2", "accelerate": ">=1.10", "safetensors": ">=0.5"},
     "bench": {"vllm": ">=0.28", "matplotlib": ">=3.9"},
 }
-# The vLLM that reads a head's norms of the aux states.
-_FC_NORM = ">=0.32"
+# Of train.trackers -> the distributions with which accelerate takes it for installed.
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardx"), "mlflow": ("mlflow", "mlflow-skinny")}
 _LIST_VERSIONS = (
     "import importlib.metadata as m, json\n"
     "print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))"
@@ -71,13 +65,13 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
     for step in left:
         found += _versions(step, machine)
         found += option_problems(step)
-        found += _inputs(step, paths.workspace)
+        found += input_problems(step, paths.workspace)
         found += _endpoints(step)
         found += _reasoning(step, paths.workspace)
     found += _compiler(left, machine)
     found += _shared_memory(left, machine)
     found += pair.problems(steps, machine, is_local=True)
-    found += _served_variant(left)
+    found += served_variant_problems(steps, paths, _packages)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         found += target_problems(name, left, paths, machine, _packages)
     return list(dict.fromkeys(found))
@@ -91,7 +85,7 @@ def problems_of_containers(steps: Sequence[Step], paths: RunPaths, machine: Mach
     found += setting_problems(left, paths)
     found += pair.problems(steps, machine, is_local=False)
     for step in left:
-        found += _inputs(step, paths.workspace)
+        found += input_problems(step, paths.workspace)
         found += _reasoning(step, paths.workspace)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         if find_input(name, paths.workspace) is not None:
@@ -114,25 +108,6 @@ def warnings(steps: Sequence[Step]) -> Iterator[str]:
         yield (
             f"bench.num_speculative_tokens: {drafted} drafts further than train.ttt_steps: {trained} "
             f"trains. Expect the later tokens to be accepted seldom, or set ttt_steps: {drafted}."
-        )
-
-
-def _served_variant(left: Sequence[Step]) -> Iterator[str]:
-    """An older vLLM drops the norms of a head of EAGLE-3.1."""
-    by_stage = {step.stage: step for step in left}
-    train, bench = by_stage.get("train"), by_stage.get("bench")
-    if not train or not bench or train.settings["init_from"] or bench.settings["head"]:
-        return
-    version = vllm_version(_packages("bench")) if uses_vllm(bench) else ""
-    if not version:
-        return
-    asked = named_variant(train.settings["variant"], parallel=train.settings["parallel_drafting"])
-    if asked.fc_norm and not is_within(version, _FC_NORM):
-        yield problem(
-            "train.variant",
-            f"a head that bench's vLLM serves; EAGLE-3.1 needs vLLM {_FC_NORM}",
-            f"vLLM {version}",
-            "Set train.variant: eagle3, or give bench a newer vLLM.",
         )
 
 
@@ -222,14 +197,29 @@ def _versions(step: Step, machine: Machine) -> Iterator[str]:
                 f"Install it for {python}, or name another interpreter in "
                 f"EYRIE_{step.stage.upper()}_PYTHON.",
             )
+    yield from _trackers(step, installed)
     computes = step.stage in ("dump", "train") or uses_vllm(step)
     torch = installed.get("torch", "")
     if machine.gpus and computes and torch.endswith("+cpu"):
         yield problem(
             f"{step.stage}'s packages",
-            f"torch for CUDA beside {len(machine.gpus)} GPUs",
+            f"torch for CUDA beside {counted(len(machine.gpus), 'GPU')}",
             torch,
             "Run `make clean setup FLAVOUR=gpu`, or set CUDA_VISIBLE_DEVICES= to use the processor.",
+        )
+
+
+def _trackers(step: Step, installed: Mapping[str, str]) -> Iterator[str]:
+    """Trackers that train would refuse: accelerate looks for the packages beside it."""
+    known = {name.lower() for name in installed}
+    asked = step.settings.get("trackers", ())
+    if missing := [name for name in asked if known.isdisjoint(_TRACKERS.get(name, (name,)))]:
+        names = ", ".join(missing)
+        yield problem(
+            "train.trackers",
+            f"trackers that are installed for {python_of(step.stage)}",
+            f"no {names}",
+            f"Leave {names} out, or install it there.",
         )
 
 
@@ -247,40 +237,6 @@ def _compiler(left: Sequence[Step], machine: Machine) -> Iterator[str]:
             stages = " and ".join(stage for stage in compiling if python_of(stage) == python)
             expected = "a C compiler and Python's headers, to compile kernels for the GPU"
             yield problem(stages, expected, missing, f"{compiler.REMEDY}.")
-
-
-def _inputs(step: Step, workspace: Path) -> Iterator[str]:
-    label = f"{step.stage}.{'conversations' if step.stage == 'dump' else 'prompts'}"
-    for source in prompt_sources(step):
-        if sources.is_on_hub(source, workspace):
-            continue
-        try:
-            yield from _rows(source, workspace, label)
-        except UserError as error:
-            yield str(error)
-    if (states := step.settings.get("states")) and find_input(states, workspace) is None:
-        expected = f"a folder at {places(states, workspace)}"
-        yield problem("dump.states", expected, "none", "Mount it.")
-
-
-def _rows(source: Source, workspace: Path, label: str) -> Iterator[str]:
-    """Why a source's rows, as far as they are looked at, give nothing to work on.
-
-    Raises:
-        UserError: a file cannot be read, or there is none.
-    """
-    reasons: collections.Counter[str] = collections.Counter()
-    for row in itertools.islice(sources.file_rows(source, workspace, label), _MAX_ROWS):
-        reasons[row.reason if isinstance(row, BadRow) else ""] += 1
-    if not reasons[""]:
-        del reasons[""]
-        found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
-        yield problem(
-            f"{label}: {source.path}",
-            "rows that can be used",
-            f"none ({found or 'it is empty'})",
-            "synth's README names the forms that a row may have; `columns` maps other names.",
-        )
 
 
 def _reasoning(step: Step, workspace: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ from shared.errors import EyrieError, UserError
 from shared.io import safetensors_files
 from shared.io.safetensors_files import TensorInfo
 from shared.paths import RunPaths, find_input
+from shared.runtime.wording import counted
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from shared.target.templates import require_chat_template
@@ -24,6 +25,12 @@ from stages.ops.chain.served import Packages, problem, served_problems
 
 # A GPU gives a model less than all of its memory: vLLM's own default share.
 _GPU_SHARE = 0.9
+# A target of this repository's recipes -> what makes it in the workspace.
+_MADE_BY = {
+    "targets/demo": "make demo",
+    "targets/smollm2-quarter": "make real",
+    "targets/smollm2-night": "make real TIER=night",
+}
 
 
 def existing_folder(paths: RunPaths) -> Path:
@@ -59,7 +66,7 @@ def target_problems(
         if tensors is None:
             tensors = safetensors_files.list_tensors(folder)
     except EyrieError as error:
-        yield str(error)
+        yield f"{error}{_how_made(name)}"
         return
     fits = [*_fits_target(run, config)]
     yield from fits
@@ -73,6 +80,12 @@ def target_problems(
             yield from room_problems(step, config, paths.workspace)
     yield from _memory(sizes.weight_bytes(tensors), users, machine)
     yield from _disk(left, config, paths)
+
+
+def _how_made(name: str) -> str:
+    """What makes one of the targets that this repository's recipes name; '' of another one."""
+    command = _MADE_BY.get(name)
+    return f" `{command}` makes {name}." if command else ""
 
 
 def _trainable(
@@ -216,7 +229,7 @@ def _memory(weights: int, users: Sequence[Step], machine: Machine) -> Iterator[s
         if shared_by * copies > len(machine.gpus):
             yield problem(
                 label,
-                f"{shared_by * copies} GPUs, as the recipe says",
+                f"{counted(shared_by * copies, 'GPU')}, as the recipe says",
                 str(machine),
                 f"Lower {step.stage}.tensor_parallel_size (or data_parallel).",
             )

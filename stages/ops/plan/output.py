@@ -20,6 +20,8 @@ from stages.ops.plan.placement import Placement
 from stages.ops.tables import read_data
 
 _EPOCHS = 2  # of the recipe
+_DRAFTED = 3  # tokens, of the recipe
+_ANSWER_TOKENS = 256  # bench's default, in a target that has room for it
 _DISK_SAMPLES = (5_000, 50_000, 500_000)
 
 
@@ -34,7 +36,7 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
     wide = dict(split)
     if placement and placement.pipeline_parallel > 1:
         wide["pipeline_parallel_size"] = placement.pipeline_parallel
-    length = min(config.length, longest(target))
+    length = row_tokens(plan, config)
     run_section: dict[str, Any] = {
         "name": run_name(plan, config),
         "target": config.target or plan.model,
@@ -61,18 +63,24 @@ def recipe(plan: Plan, config: PlanConfig, *, sharded: bool = False) -> str:
         },
         "dump": dump,
         "train": _train_section(plan, placement),
-        "bench": {"num_speculative_tokens": 3, **split},
+        "bench": _bench_section(plan, config) | split,
     }
-    head = [f"# {plan.model} on {config.gpu}; {'; '.join(target.kinds)}."]
-    head.append(f"# dump: {plan.backend[1]}.")
-    if (required := gate(config.samples, plan.head.hidden_size)) is not None:
-        sections["bench"]["min_acceptance_length"] = required
-        head.append(
-            "# bench requires nine tenths of what others reached with as many rows or fewer."
-        )
-    head += [f"# {warning}." for warning in warnings(plan)]
+    remarks = _remarks(plan, config, has_gate=sections["bench"]["min_acceptance_length"] > 0)
     # What a config.json says must not end its comment and become a setting.
-    return "\n".join(map(printable, head)) + "\n\n" + yaml.safe_dump(sections, sort_keys=False)
+    head = "".join(f"# {printable(remark)}.\n" for remark in remarks)
+    return head + "\n" + yaml.safe_dump(sections, sort_keys=False)
+
+
+def _remarks(plan: Plan, config: PlanConfig, *, has_gate: bool) -> list[str]:
+    """What stands above the recipe."""
+    return [
+        f"{plan.model} on {config.gpu}; {'; '.join(plan.target.kinds)}",
+        f"dump: {plan.backend[1]}",
+        "bench requires nine tenths of what others reached with as many rows or fewer"
+        if has_gate
+        else "bench requires no acceptance length: none is known for as few rows, or for such a target",
+        *warnings(plan),
+    ]
 
 
 def _train_section(plan: Plan, placement: Placement | None) -> dict[str, Any]:
@@ -82,6 +90,22 @@ def _train_section(plan: Plan, placement: Placement | None) -> dict[str, Any]:
     if placement and not placement.train_fits:
         train["distributed"] = "fsdp2"
     return train
+
+
+def _bench_section(plan: Plan, config: PlanConfig) -> dict[str, Any]:
+    bench: dict[str, Any] = {
+        "num_speculative_tokens": _DRAFTED,
+        "min_acceptance_length": gate(config.samples, plan.head.hidden_size),
+    }
+    # A prompt takes the other half, as in synth.
+    if (half := longest(plan.target) // 2) < _ANSWER_TOKENS:
+        bench["max_tokens"] = half
+    return bench
+
+
+def row_tokens(plan: Plan, config: PlanConfig) -> int:
+    """Tokens of a conversation at most: `--length`, as far as the target has positions."""
+    return min(config.length, longest(plan.target))
 
 
 def _gpu_bytes(gpu: str) -> int:
@@ -112,7 +136,7 @@ def as_json(plan: Plan, config: PlanConfig) -> dict[str, Any]:
         "head_width_reason": plan.width_reason,
         "train_bytes": sizes.train_bytes(plan.head),
         "gpus": {gpu: placement.of_stages() for gpu, placement in plan.placements.items()},
-        "dump_bytes": plan.disk_bytes(config.samples, config.length),
+        "dump_bytes": plan.disk_bytes(config.samples, row_tokens(plan, config)),
         "published": published(),
         "expected": expected(plan, config),
         "warnings": warnings(plan),
@@ -150,9 +174,10 @@ def _facts(plan: Plan, config: PlanConfig) -> Table:
         "its training state",
         f"{filesize.decimal(sizes.train_bytes(head))} a rank, and activations",
     )
+    length = row_tokens(plan, config)
     for samples in dict.fromkeys((config.samples, *_DISK_SAMPLES)):
-        taken = filesize.decimal(plan.disk_bytes(samples, config.length))
-        table.add_row(f"states of {samples:,} samples", f"{taken} at {config.length} tokens each")
+        taken = filesize.decimal(plan.disk_bytes(samples, length))
+        table.add_row(f"states of {samples:,} samples", f"{taken} at {length} tokens each")
     return table
 
 

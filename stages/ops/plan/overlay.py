@@ -18,11 +18,12 @@ from rich import filesize
 
 from shared.errors import UserError
 from shared.io.files import printable
+from shared.runtime.wording import counted
 from stages.ops.chain import sizes
 from stages.ops.chain.processes import SOURCE_ROOT
 from stages.ops.config import PlanConfig
-from stages.ops.plan.model import Plan, longest
-from stages.ops.plan.output import recipe, run_name
+from stages.ops.plan.model import Plan
+from stages.ops.plan.output import recipe, row_tokens, run_name
 
 _K8S = SOURCE_ROOT / "compose" / "k8s"
 _GIB = 2**30
@@ -123,7 +124,9 @@ def _kustomization(plan: Plan, config: PlanConfig, found: dict[str, Pod], base: 
     suffix = re.sub(r"[^a-z0-9]+", "-", run_name(plan, config).lower()).strip("-")
     template = Path(__file__).with_name("kustomization.yaml.j2")
     return jinja2.Template(template.read_text(encoding="utf-8"), trim_blocks=True).render(
-        title=printable(f"{plan.model} on {config.nodes} nodes of {config.gpu}, as planned."),
+        title=printable(
+            f"{plan.model} on {counted(config.nodes, 'node')} of {config.gpu}, as planned."
+        ),
         suffix=suffix[:_LONGEST_SUFFIX].strip("-") or "run",
         base=base,
         is_arm=config.gpu in _ARM_HOSTS,
@@ -133,7 +136,7 @@ def _kustomization(plan: Plan, config: PlanConfig, found: dict[str, Pod], base: 
 
 def _storage(plan: Plan, config: PlanConfig) -> str:
     """The shipped claims, as large as this run needs them."""
-    length = min(config.length, longest(plan.target))
+    length = row_tokens(plan, config)
     sizes_gib = {
         "eyrie-workspace": _claim(plan.disk_bytes(config.samples, length)),
         "eyrie-models": _claim(plan.weights.bytes or 0),

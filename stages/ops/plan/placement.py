@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
+from shared.runtime.wording import counted
 from stages.ops.chain.hooks import read_hooks
 from stages.ops.plan.architecture import Architecture
 
@@ -50,7 +51,7 @@ class Placement:
         return {
             "synth": whole,
             "dump": dump if self.copies else "does not fit a node",
-            "train": f"{self.gpus_a_node} ranks, {sharing}",
+            "train": f"{counted(self.gpus_a_node, 'rank')}, {sharing}",
             "bench": split if self.copies else whole,
         }
 

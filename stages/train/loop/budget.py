@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from shared.runtime.wording import counted
 from stages.train.config import TrainConfig
 
 # Steps matter more than their size: the best cell of every grid that was measured has 512 tokens a step.
@@ -110,17 +111,16 @@ def is_on_plateau(config: TrainConfig, step: int, best_step: float, total_steps:
 def tell(config: TrainConfig, total_steps: int, warmup: int) -> None:
     """Log what the settings come to, and warn where that is too little to learn from."""
     logger.info(
-        "%d steps of %s tokens, learning rate %s after %d warm-up steps, %d epochs at most",
-        total_steps,
+        "%s of %s tokens, learning rate %s after %s, %s at most",
+        counted(total_steps, "step"),
         config.batch_tokens,
         config.learning_rate,
-        warmup,
-        config.epochs,
+        counted(warmup, "warm-up step"),
+        counted(config.epochs, "epoch"),
     )
     if total_steps < FEW_STEPS:
         logger.warning(
-            "only %d steps: expect a low acceptance length. Train on more rows, or raise "
-            "train.epochs%s",
-            total_steps,
+            "only %s: expect a low acceptance length. Train on more rows, or raise train.epochs%s",
+            counted(total_steps, "step"),
             ", or lower train.batch_tokens" if config.batch_tokens != MIN_BATCH_TOKENS else "",
         )

@@ -48,14 +48,19 @@ def test_the_expected_length_quotes_the_figures_next_to_the_rows(
         (2_000, 2048, 1.3),  # fewer than any figure's
         # 0.9 x 2.817 is above bench's own.
         (600_000, 4096, BenchConfig.model_fields["min_acceptance_length"].default),
-        (900, 4096, None),
-        (5_000, 576, None),
+        (900, 4096, 0),  # too few to compare
+        (5_000, 576, 0),  # too small a target
     ],
 )
 def test_bench_requires_less_than_others_reached(
-    rows: int, hidden_size: int, expected: float | None
+    rows: int, hidden_size: int, expected: float
 ) -> None:
     assert gate(rows, hidden_size) == expected
+
+
+def test_more_rows_never_have_a_lower_gate() -> None:
+    gates = [gate(rows, 4096) for rows in (2, 900, 1_000, 5_000, 50_000, 600_000)]
+    assert gates == sorted(gates)
 
 
 def test_published_figures_name_their_source() -> None:

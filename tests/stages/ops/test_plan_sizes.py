@@ -107,4 +107,4 @@ def test_a_planned_recipe_passes_preflight(tmp_path: Path) -> None:
     recipe = str(tmp_path / "recipe.yaml")
     dry = ops(tmp_path, "run", "--recipe", recipe, "--dry_run", "--skip", "bench")
     assert dry.returncode == 0, dry.stderr
-    assert "1 rows, at most 128 tokens" in dry.stdout
+    assert "1 row, at most 128 tokens" in dry.stdout

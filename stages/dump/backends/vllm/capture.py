@@ -30,6 +30,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from shared.contracts.layers import resolve_aux_layers
 from shared.errors import OutputError, RetryableError, UserError
 from shared.runtime.process import stop_if_requested
+from shared.runtime.wording import counted
 from stages.dump.backends.base import Captured, Row
 from stages.dump.backends.spool import FAILED_SUFFIX, STATES_SUFFIX, open_spool
 from stages.dump.backends.stats import Stats
@@ -240,7 +241,7 @@ class VllmCapture(VllmSettings):
 
 def _engine_silent(rows: int) -> RetryableError:
     return RetryableError(
-        f"vLLM returned no hidden states for {FILE_TIMEOUT_S:.0f} s, with {rows} rows in flight.",
+        f"vLLM returned no hidden states for {FILE_TIMEOUT_S:.0f} s, with {counted(rows, 'row')} in flight.",
         code="engine-silent",
         remedy="Its log is above; run the same command again to continue.",
         facts={"rows_in_flight": rows},
@@ -249,7 +250,7 @@ def _engine_silent(rows: int) -> RetryableError:
 
 def _engine_died(rows: int, exit_codes: str) -> RetryableError:
     return RetryableError(
-        f"the vLLM engine died with {rows} rows in flight{exit_codes}.",
+        f"the vLLM engine died with {counted(rows, 'row')} in flight{exit_codes}.",
         code="engine-died",
         remedy="Its log is above; run the same command again to continue.",
         facts={"rows_in_flight": rows},

@@ -50,6 +50,12 @@ class Diagnosis:
     evidence: Line | None
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def whose(self) -> str:
+        """The stage, or the log of no stage that it is about."""
+        log = f"{self.evidence.path.name}, " if self.evidence else ""
+        return self.stage or f"{log}a log of no known stage"
+
 
 @dataclasses.dataclass
 class Outcome:
@@ -130,7 +136,7 @@ def _own_tier(own: OwnError, state: ProcessState) -> int:
 
 
 def _of_own(own: OwnError, stage: str | None, case: Case) -> Diagnosis:
-    stage = own.evidence.stage if stage is None and own.evidence.stage in STAGES else stage
+    stage = stage or _guessed(own.evidence.stage, case)
     return Diagnosis(
         rule=own.code or "no-code",
         role=OWN,
@@ -143,6 +149,15 @@ def _of_own(own: OwnError, stage: str | None, case: Case) -> Diagnosis:
     )
 
 
+def _guessed(stage: str | None, case: Case) -> str | None:
+    """The stage that a log of no stage's name speaks of.
+
+    In a run it stays nobody's: each stage has a log by its name there, and another command of a stage,
+    such as `curve`, has not made what the stage has.
+    """
+    return stage if case.run is None and stage in STAGES else None
+
+
 def _first_of(stage: str | None, named: object) -> str | None:
     """The stage that failed, or the one before it that its error names."""
     if stage in STAGES and named in STAGES:
@@ -151,7 +166,7 @@ def _first_of(stage: str | None, named: object) -> str | None:
 
 
 def _of_hit(hit: Hit, stage: str | None, case: Case) -> Ranked:
-    rule, whose = hit.rule, stage or hit.rule.belongs_to or None
+    rule, whose = hit.rule, stage or _guessed(hit.rule.belongs_to, case)
     diagnosis = Diagnosis(
         rule=rule.id,
         role=rule.role,
@@ -222,19 +237,14 @@ def rerun_command(case: Case, stage: str | None, log: Path | None = None) -> str
     Worked example: train failed: `python -m stages.ops run --recipe r.yaml --only train,bench`; where
     `log` is that of `train curve`, which no run of the chain repeats: `python -m stages.train curve`.
     """
+    if log is not None and log.stem == _CURVE:
+        return shlex.join(_command(case, "stages.train", _CURVE))
+    if stage is None and case.kind != "launcher":
+        return "the same command again"
     position = STAGES.index(stage) if stage in STAGES else 0
     if case.kind == "launcher":
         skips = [f"pipeline.task_{task}.skip=true" for task in range(position)]
         return shlex.join(["uv", "run", "launch.py", "--yaml", "YOUR.yaml", *skips, "--yes"])
-    if case.run is None and stage is None:
-        return "the same command again"
-    is_curve = log is not None and log.stem == _CURVE and stage in ("train", None)
-    words = ["python", "-m", *(("stages.train", _CURVE) if is_curve else ("stages.ops", "run"))]
-    words += ["--recipe", str(case.run.recipe_path or "RECIPE") if case.run else "RECIPE"]
-    if case.run:
-        words += ["--workspace", str(case.run.paths.workspace)]
-    if is_curve:
-        return shlex.join(words)
     if case.run:
         states = [case.state(each).state for each in STAGES[:position]]
         known = any(state not in ("to do", "skipped") for state in states)
@@ -242,4 +252,12 @@ def rerun_command(case: Case, stage: str | None, log: Path | None = None) -> str
             (i for i, state in enumerate(states) if known and state not in ("done", "skipped")),
             position,
         )
-    return shlex.join([*words, *(["--only", ",".join(STAGES[position:])] if position else [])])
+    only = ["--only", ",".join(STAGES[position:])] if position else []
+    return shlex.join([*_command(case, "stages.ops", "run"), *only])
+
+
+def _command(case: Case, *words: str) -> list[str]:
+    """The words of a command on the run's recipe, in its workspace."""
+    recipe = str(case.run.recipe_path or "RECIPE") if case.run else "RECIPE"
+    workspace = ["--workspace", str(case.run.paths.workspace)] if case.run else []
+    return ["python", "-m", *words, "--recipe", recipe, *workspace]

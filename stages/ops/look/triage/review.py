@@ -14,6 +14,7 @@ import jinja2
 from shared.errors import UserError
 from shared.io import files
 from shared.paths import STAGES
+from shared.runtime.wording import counted
 from stages.ops.look.triage.diagnosis import Outcome, rerun_command
 from stages.ops.look.triage.matching import Findings
 from stages.ops.look.triage.text import safe, shown
@@ -44,7 +45,7 @@ def as_markdown(outcome: Outcome) -> str:
         root=outcome.case.root or "logs",
         is_run=outcome.case.kind == "run",
         verdicts=verdicts,
-        failed=failed or (["a log of no known stage"] if outcome.of(None) else []),
+        failed=failed or [each.whose for each in outcome.of(None)[:1]],
         unfinished=[stage for stage in STAGES if verdicts[stage] not in _FINISHED],
         rows=[(stage, verdicts[stage], *_row(stage, outcome)) for stage in STAGES],
         sections=[firsts[stage] for stage in (*STAGES, None) if stage in firsts],
@@ -75,7 +76,10 @@ def _findings(stage: str, outcome: Outcome) -> list[Findings]:
 def _row(stage: str, outcome: Outcome) -> tuple[str, str]:
     """(what the stage's files say, its logs)."""
     attempts = [found.attempt for found in _findings(stage, outcome)]
-    logs = ", ".join(f"{each.path.name} ({each.num_lines} lines)" for each in attempts) or "none"
+    logs = (
+        ", ".join(f"{each.path.name} ({counted(each.num_lines, 'line')})" for each in attempts)
+        or "none"
+    )
     return _facts(stage, outcome), logs
 
 

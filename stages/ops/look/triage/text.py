@@ -11,6 +11,7 @@ from typing import Any
 
 from shared.io.files import printable
 from shared.paths import STAGES
+from shared.runtime.wording import counted
 from stages.ops.look.triage.diagnosis import UNKNOWN, Diagnosis, Outcome
 from stages.ops.look.triage.last_attempt import read_last_attempt
 from stages.ops.look.triage.log_lines import Line
@@ -63,8 +64,9 @@ def as_text(outcome: Outcome) -> str:
     for number, found in enumerate(outcome.diagnoses, 1):
         lines += _block(number, found)
     if not lines:
+        logs = counted(len(outcome.findings), "log")
         count = sum(found.attempt.num_lines for _, found in outcome.findings)
-        lines.append(f"nothing wrong found in {len(outcome.findings)} logs of {count} lines")
+        lines.append(f"nothing wrong found in {logs} of {counted(count, 'line')}")
     elif outcome.benign:
         lines.append("known and harmless, also there:")
         lines += [
@@ -74,9 +76,8 @@ def as_text(outcome: Outcome) -> str:
 
 
 def _block(number: int, found: Diagnosis) -> list[str]:
-    name = found.stage or "a log of no known stage"
     note = " (a consequence)" if found.role == "consequence" else ""
-    lines = [f"{number}. {name}: {safe(found.cause)} [{found.rule}]{note}"]
+    lines = [f"{number}. {safe(found.whose)}: {safe(found.cause)} [{found.rule}]{note}"]
     if found.evidence:
         lines.append(f"   evidence: {shown(found.evidence)}")
     if found.rule == UNKNOWN and found.evidence:

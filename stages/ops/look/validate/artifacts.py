@@ -15,6 +15,7 @@ from shared.artifacts.run_state import RunState
 from shared.artifacts.unfinished import IDENTITY
 from shared.io import files
 from shared.paths import RunPaths, find_input
+from shared.runtime.wording import counted
 from shared.target.model import TargetConfig, read_config
 from stages.ops.look.validate.findings import Wrong
 
@@ -117,7 +118,7 @@ def ask_files(run: RunView, artifact: str) -> str:
                 raise Wrong(f"{path} is not in the manifest, and would be read. Remove it.")
     size = sum(entry["bytes"] for entry in entries.values())
     how = "checksums agree" if run.checksums else "sizes agree"
-    return f"{len(entries)} files, {size / 1e6:.1f} MB, {how}"
+    return f"{counted(len(entries), 'file')}, {size / 1e6:.1f} MB, {how}"
 
 
 def ask_counts(run: RunView, artifact: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shared.contracts import conversations
 from shared.contracts.layers import LAYER_ID_CONVENTION
 from shared.io import files
+from shared.runtime.wording import counted
 from stages.ops.look.validate.artifacts import RunView
 from stages.ops.look.validate.findings import Wrong, needs
 
@@ -117,8 +118,8 @@ def ask_states(run: RunView) -> str:
             f"tokens, the files hold {int(sums.counts.sum())}, or others. Run dump again."
         )
     return (
-        f"{len(sums.samples)} samples, {sums.tokens} tokens, {looked_bytes / 1e6:.0f} MB of states "
-        "looked at"
+        f"{counted(len(sums.samples), 'sample')}, {counted(sums.tokens, 'token')}, "
+        f"{looked_bytes / 1e6:.0f} MB of states looked at"
     )
 
 
@@ -214,7 +215,7 @@ def ask_same_rows(run: RunView) -> str:
             f"{run.folder('dump')}: {len(wanted) - compared} of {len(wanted)} samples are not among "
             "synth's rows."
         )
-    return f"{compared} samples compared with synth's rows"
+    return f"{counted(compared, 'sample')} compared with synth's rows"
 
 
 def ask_sidecars(run: RunView) -> str:
@@ -231,4 +232,4 @@ def ask_sidecars(run: RunView) -> str:
                     f"{run.folder('dump') / name}: says another size or checksum of {file} than "
                     "the manifest."
                 )
-    return f"{len(names)} shards"
+    return counted(len(names), "shard")

@@ -11,6 +11,7 @@ from typing import Any
 
 from shared.artifacts.manifest import MANIFEST
 from shared.contracts import conversations
+from shared.runtime.wording import counted
 from stages.ops.look.validate.artifacts import RunView
 from stages.ops.look.validate.findings import Wrong
 
@@ -58,7 +59,8 @@ def ask_rows(run: RunView) -> str:
                 f"{run.folder('synth') / MANIFEST}: facts say {key} = {recorded[key]}, the parts hold "
                 f"{getattr(totals, key)}."
             )
-    return f"{totals.rows} rows, {totals.tokens} tokens, {totals.trained_tokens} trained"
+    rows, tokens = counted(totals.rows, "row"), counted(totals.tokens, "token")
+    return f"{rows}, {tokens}, {totals.trained_tokens:,} trained"
 
 
 def _read_part(path: Path, totals: _Totals, vocab_size: int | None) -> None:

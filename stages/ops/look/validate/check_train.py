@@ -9,6 +9,7 @@ import json
 import math
 from typing import Any
 
+from shared.runtime.wording import counted
 from stages.ops.look.validate.artifacts import RunView
 from stages.ops.look.validate.findings import Skipped, Wrong, ask_falling, needs
 
@@ -34,7 +35,7 @@ def ask_loss(run: RunView) -> str:
         raise Wrong(
             f"{path}: expected records up to step {facts['steps']}, found {steps[-1:] or 'none'}."
         )
-    return f"{ask_falling(losses)}, {facts['steps']} steps"
+    return f"{ask_falling(losses)}, {counted(facts['steps'], 'step')}"
 
 
 def ask_walk(run: RunView) -> str:
@@ -98,7 +99,7 @@ def ask_checkpoint(run: RunView) -> str:
     for name, tensor in weights.items():
         if not bool(tensor.isfinite().all()):
             raise Wrong(f"checkpoints/best.pt: {name} holds NaN or infinity.")
-    return f"step {step}, {len(weights)} tensors, all finite"
+    return f"step {step}, {counted(len(weights), 'tensor')}, all finite"
 
 
 def ask_export(run: RunView) -> str:
@@ -138,7 +139,7 @@ def ask_exported_weights(run: RunView) -> str:
             raise Wrong(f"{path}: {name} is not that of checkpoints/best.pt. Export again.")
     if not {"fc.weight", "lm_head.weight"} <= set(compared):
         raise Wrong(f"{path}: shares only {compared} with checkpoints/best.pt.")
-    return f"{len(compared)} tensors are those of step {best['step']}"
+    return f"{counted(len(compared), 'tensor')} compared with step {best['step']}"
 
 
 def ask_card(run: RunView) -> str:

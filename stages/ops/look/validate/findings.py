@@ -19,6 +19,7 @@ from rich.text import Text
 from shared.errors import EyrieError
 from shared.io.files import printable
 from shared.runtime.tables import cell
+from shared.runtime.wording import counted
 
 PASS, FAIL, SKIP, UNKNOWN = "PASS", "FAIL", "SKIP", "UNKNOWN"
 _COLOURS = {PASS: "green", FAIL: "bold red", SKIP: "yellow", UNKNOWN: "yellow"}
@@ -137,7 +138,7 @@ def ask_falling(losses: Sequence[float]) -> str:
         Skipped: they are too few to judge.
     """
     if len(losses) < _LOSSES_FOR_A_TREND:
-        raise Skipped(f"{len(losses)} records are too few to tell whether the loss falls")
+        raise Skipped(f"{counted(len(losses), 'record')}: too few to tell whether the loss falls")
     part = max(1, len(losses) // 4)
     first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
     if last >= first:

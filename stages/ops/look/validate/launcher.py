@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shared.paths import STAGES
+from shared.runtime.wording import counted
 from stages.ops.look.triage.case import open_case
 from stages.ops.look.triage.diagnosis import Outcome, diagnose
 from stages.ops.look.triage.failure_rules import read_rules
@@ -118,7 +119,7 @@ def _ask_outcome(stage: str, reported: Reported, outcome: Outcome, logs: Sequenc
     if not logs:
         raise Unknown("no log of this task")
     if code == "0" or "PASS" in reported["report"] or any(reported[name] for name in _ENDS[stage]):
-        return f"ended, no failure in {len(logs)} logs"
+        return f"ended, no failure in {counted(len(logs), 'log')}"
     raise Unknown("no failure in its log, and nothing that says that it ended")
 
 
@@ -130,9 +131,10 @@ def _ask_rows(reported: Reported) -> str:
     if reported["saved"] and saved == 0:
         raise Wrong("no sample was saved")
     if saved:
-        return f"{saved} samples saved"
+        return f"{counted(saved, 'sample')} saved"
     if begun and reported["main_exit"]:
-        return f"{begun} prompts in {len(reported['shard'])} shards, each answered before the next"
+        shards = counted(len(reported["shard"]), "shard")
+        return f"{counted(begun, 'prompt')} in {shards}, each answered before the next"
     raise Unknown("its log reports no number of samples")
 
 
@@ -140,9 +142,9 @@ def _ask_states(reported: Reported) -> str:
     """Conversations whose hidden states were written."""
     dumped, kept = _sum(reported["dumped"]), _sum(reported["kept"])
     if dumped:
-        return f"{dumped} conversations" + (f", {kept} were there already" if kept else "")
+        return counted(dumped, "conversation") + (f", {kept} were there already" if kept else "")
     if kept:
-        raise Unknown(f"none written now; {kept} conversations were there already")
+        raise Unknown(f"none written now; already there: {counted(kept, 'conversation')}")
     if reported["dumped"] or reported["no_prompts"]:
         raise Wrong("no conversation was written: all too long, too short or not valid")
     raise Unknown("its log reports no number of conversations")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts for the pretrained target: enough of them, and none held out that was trained on."""
 
+import collections
 import gzip
 import itertools
 import json
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import UserError
+from stages.demo.real import prompts
 from stages.demo.real.prompts import KINDS, _part, write_prompts, written
 
 
@@ -23,6 +25,25 @@ def test_five_thousand_distinct_prompts_by_seed(domain: str) -> None:
     assert rows == list(again)
     assert len({json.loads(row)["prompt"] for row in rows}) == 5000
     assert rows != list(itertools.islice(written(domain, seed=1, is_held_out=False), 5000))  # type: ignore[arg-type]
+
+
+def test_a_kind_that_has_no_more_prompts_is_left_out_and_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {"problem": ["p {a} {b} {c}"], "instruction": ["i {a}"], "code": ["c {a}"]}
+    monkeypatch.setattr(prompts, "KINDS", kinds)
+    rows = [
+        json.loads(row) for row in itertools.islice(written("broad", seed=0, is_held_out=False), 90)
+    ]
+    assert len({row["prompt"] for row in rows}) == len({row["id"] for row in rows}) == 90
+    of_kind = collections.Counter(row["category"] for row in rows)
+    assert of_kind == {"problem": 56, "instruction": 17, "code": 17}  # 3 to 19
+    assert [message.rpartition(" after ")[0] for message in caplog.messages] == [
+        "no new instruction is found",
+        "no new code is found",
+    ]
+    monkeypatch.setitem(kinds, "problem", ["p"])
+    assert len(list(written("narrow", seed=0, is_held_out=False))) == 1
 
 
 def test_held_out_prompts_share_no_template() -> None:
@@ -86,7 +107,7 @@ def test_no_prompt_is_on_both_sides(tmp_path: Path, caplog: pytest.LogCaptureFix
     asked = [[row["prompt"] for row in part] for part in (training, held_out)]
     assert (len(training), len(held_out)) == (32, 8)
     assert len({*asked[0], *asked[1]}) == 40
-    assert "80 rows repeat earlier ones and are left out" in caplog.text
+    assert "left out as repetitions: 80 rows" in caplog.text
     with pytest.raises(UserError, match="found 40") as refused:  # they alone count
         shared_out(tmp_path, tmp_path / "mine.jsonl", held_out=21)
     assert refused.value.code == "prompts-too-few"
@@ -105,7 +126,7 @@ def test_chats_that_begin_alike_are_on_one_side(
     first = [{row["messages"][0]["content"] for row in part} for part in (training, held_out)]
     assert not first[0] & first[1]
     assert (len(training), len(held_out)) == (30, 8)
-    assert "2 rows begin as held-out ones do and are left out" in caplog.text
+    assert "left out, since held-out ones begin alike: 2 rows" in caplog.text
     with pytest.raises(UserError, match="openings") as refused:
         shared_out(tmp_path / "other", in_file(tmp_path / "mine.jsonl", chats("Hi", 40)))
     assert refused.value.code == "prompts-too-few"

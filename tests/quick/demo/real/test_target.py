@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GGUF file's names and row order against transformers' own; a model out of the hub's cache."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shared.errors import RetryableError, UserError
 from stages.demo.real.target import (
     _LAYER_NAMES,
+    _WHEEL,
     PACKAGED,
     _from_hub,
     _in_halves,
@@ -42,6 +44,31 @@ def test_a_model_of_the_hub_is_copied_without_its_other_formats(cache: Path) -> 
     assert make_real_target(out, model="acme/small", revision=None) == found
     with pytest.raises(UserError, match=r"expected acme/other at .*, found acme/small"):
         make_real_target(out, model="acme/other", revision=None)
+
+
+def test_another_revision_than_the_folder_s_is_refused(cache: Path) -> None:
+    snapshots = cache / "cache" / "models--acme--small" / "snapshots"
+    commit = "facade" + 34 * "0"
+    (snapshots / commit).mkdir()
+    (snapshots / commit / "config.json").touch()
+    for tag, each in (("v1", commit), ("v2", "c0ffee")):
+        (snapshots.parent / "refs" / tag).write_text(each)
+    found = make_real_target(cache / "target", model="acme/small", revision="v2")
+    for same in ("v2", "main", "c0ffee", None):
+        assert make_real_target(cache / "target", model="acme/small", revision=same) == found
+    for other in ("v1", commit):
+        with pytest.raises(UserError, match=rf"revision {other} at .*, found .* c0ffee") as refused:
+            make_real_target(cache / "target", model="acme/small", revision=other)
+        assert refused.value.code == "target-folder-other"
+    with pytest.raises(RetryableError):  # no hub says what it is
+        make_real_target(cache / "target", model="acme/small", revision="v3")
+
+
+def test_the_package_s_target_is_no_revision_of_the_hub_s(tmp_path: Path) -> None:
+    (tmp_path / "target.json").write_text(json.dumps({"source": _WHEEL, "revision": "0"}))
+    assert make_real_target(tmp_path, model=PACKAGED, revision=None).source == _WHEEL
+    with pytest.raises(UserError, match=rf"at revision v1\.0 at .*, found {_WHEEL} at revision 0"):
+        make_real_target(tmp_path, model=PACKAGED, revision="v1.0")
 
 
 @pytest.mark.parametrize("facts", ['{"parameters": 1}', "[]", "{", '{"source": ["a"]}'])

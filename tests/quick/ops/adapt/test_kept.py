@@ -33,14 +33,17 @@ def start(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 def test_a_grown_log_leaves_the_split_as_it_is(
     workspace: Path, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = start(max_rows=50)  # two are too many
-    assert len(first.splitlines()) == 50
     with caplog.at_level(logging.INFO):
+        first = start(max_rows=50)  # two are too many
+        assert len(first.splitlines()) == 50
         assert start(max_rows=50) == first
-    assert "have come since" not in caplog.text
+    assert "came since" not in caplog.text
+    kept = "50 chats to learn from, 8 held out, 2 left out"
+    assert f"traffic: {kept} (2 over_max_rows)" in caplog.text
+    assert f"traffic is kept: {kept}" in caplog.text
     grow(workspace, 60, 63)
     assert start(max_rows=50) == first
-    assert "3 chats have come since it was split, and are not taken" in caplog.text
+    assert "what came since it was split is not taken, 3 chats; --overwrite" in caplog.text
     assert start(max_rows=50, overwrite=True) != first
 
 
@@ -53,15 +56,30 @@ def test_traffic_that_is_gone_is_not_needed(
     assert "what has come since the split is not known, nor needed: " in caplog.text
 
 
-def test_rows_that_somebody_edited_are_left_to_the_stages(
-    workspace: Path, start: Start, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", ["train.jsonl", "held_out.jsonl"])
+def test_rows_that_somebody_edited_or_cut_are_refused(
+    workspace: Path, start: Start, name: str
 ) -> None:
     first = start()
-    rows = workspace / "new" / "traffic" / "train.jsonl"
-    rows.write_bytes(b"x\n" + first)
-    grow(workspace, 60, 63)
-    assert start() == b"x\n" + first
-    assert "is not known, nor needed" in caplog.text
+    rows = workspace / "new" / "traffic" / name
+    whole = rows.read_text()
+    rows.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    with pytest.raises(UserError, match=f"{name}: expected the rows that the traffic") as refused:
+        start()
+    assert refused.value.code == "split-rows-changed"
+    rows.write_text(whole)
+    assert start() == first
+    rows.write_text("x")
+    assert start(overwrite=True) == first
+
+
+def test_a_split_of_an_earlier_version_continues(workspace: Path, start: Start) -> None:
+    first = start()
+    path = workspace / "new" / "traffic" / "split.json"
+    record = json.loads(path.read_text())
+    del record["files"]
+    path.write_text(json.dumps(record))
+    assert start() == first
 
 
 def test_the_same_traffic_under_another_path_is_the_same(workspace: Path, start: Start) -> None:
@@ -90,10 +108,24 @@ def test_other_traffic_or_settings_are_refused(
     assert start(**flags, overwrite=True)
 
 
-def test_a_damaged_record_is_refused(workspace: Path, start: Start) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("counts", []),
+        ("counts", {}),
+        ("too_many", "x"),
+        ("made_of", {}),
+        ("made_of", None),
+        ("files", {"a": 1}),
+    ],
+)
+def test_a_damaged_record_is_refused(
+    workspace: Path, start: Start, key: str, value: object
+) -> None:
     start()
-    (workspace / "new" / "traffic" / "split.json").write_text(json.dumps({"counts": []}))
-    with pytest.raises(UserError) as refused:
+    path = workspace / "new" / "traffic" / "split.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=rf"split\.json: {key}") as refused:
         start()
-    assert refused.value.code == "split-record"
+    assert refused.value.code == "record-invalid" and "--overwrite" in refused.value.remedy
     assert start(overwrite=True)

@@ -61,6 +61,7 @@ def test_rows_of_somebody_else_stay(workspace: Path) -> None:
         ("dump", "conversations", "rows.jsonl"),
         ("dump", "states", "states"),
         ("train", "dump_of", "other"),
+        ("train", "init_from", "head"),
         ("bench", "head", "head"),
         ("bench", "head_revision", "main"),
         ("bench", "endpoint", "http://127.0.0.1:9"),

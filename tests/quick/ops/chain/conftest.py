@@ -21,6 +21,8 @@ def workspace(tmp_path: Path) -> Path:
     save_file(TENSORS, folder / "model.safetensors")
     prompts = [json.dumps({"prompt": f"say {n}"}) for n in range(5)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    answered = [json.dumps({"question": f"say {n}", "response": f"{n}"}) for n in range(5)]
+    (tmp_path / "answered.jsonl").write_text("\n".join(answered))
     held_out = [json.dumps({"prompt": f"say nothing of {n}"}) for n in range(5)]
     (tmp_path / "held_out.jsonl").write_text("\n".join(held_out))
     write(tmp_path, {})

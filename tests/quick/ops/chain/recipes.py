@@ -45,6 +45,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "train": {},
     "bench": {"prompts": "held_out.jsonl", "max_prompts": 2, "max_tokens": 64},
 }
+KEPT = {"mode": "keep", "prompts": "answered.jsonl"}  # synth, without an engine
 CONFIGS = {"synth": SynthConfig, "dump": DumpConfig, "train": TrainConfig, "bench": BenchConfig}
 
 

@@ -235,7 +235,7 @@ def test_a_dry_run_asks_and_starts_nothing(docker: Stub, recipe: Path, tmp_path:
     environment = {**os.environ, "EYRIE_SYNTH_PYTHON": "/nowhere", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "1 rows" in done.stdout
+    assert "1 row, " in done.stdout
     assert docker.stages() == []
     (docker.folder / "docker").unlink()
     if shutil.which("docker") is None:

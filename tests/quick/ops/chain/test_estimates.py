@@ -86,11 +86,30 @@ def test_a_target_on_the_hub_is_judged_by_its_config_and_headers(
 def test_rows_of_a_hub_are_bounded_by_the_recipe_s_limit(workspace: Path) -> None:
     for limit, work in (
         (20_000, "20,000 rows, at most 1,280,000 tokens"),
-        (None, "rows of another stage, or of a hub"),
+        (None, "rows of a hub's data set"),
     ):
         chain = steps(workspace, {"synth": {"prompts": "sharegpt", "max_samples": limit}})
         found = estimates.Estimates(chain, RunPaths(workspace, "run"), CPU).rows()
         assert found[0].work == work
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "work"),
+    [
+        ("synth", {"synth": {"prompts": "nowhere.jsonl"}}, "no rows that can be read"),
+        ("dump", {"synth": {"prompts": "nowhere.jsonl"}}, "the rows of synth"),
+        ("train", {"synth": {"prompts": "nowhere.jsonl"}}, "the rows of dump"),
+        ("dump", {"dump": {"states": "states"}}, "the states of dump.states"),
+        ("dump", {"dump": {"conversations": "org/rows"}}, "rows of a hub's data set"),
+        ("bench", {"bench": {"prompts": None}}, "the prompts that come with bench"),
+    ],
+)
+def test_rows_that_nobody_has_counted_are_said_to_be_what_they_are(
+    workspace: Path, stage: str, changes: dict[str, Any], work: str
+) -> None:
+    chain = steps(workspace, changes)
+    found = estimates.Estimates(chain, RunPaths(workspace, "run"), CPU).rows()
+    assert {row.stage: row.work for row in found}[stage] == work
 
 
 def test_estimates_heed_a_source_s_limit_and_bench_s_turns(workspace: Path) -> None:
@@ -107,4 +126,4 @@ def test_estimates_heed_a_source_s_limit_and_bench_s_turns(workspace: Path) -> N
     found = estimates.Estimates(chain, RunPaths(workspace, "run"), CPU).rows()
     by_stage = {row.stage: row for row in found}
     assert by_stage["synth"].work == "4 rows, at most 256 tokens"
-    assert by_stage["bench"].work == "1 rows, at most 128 tokens"  # two answers of 64
+    assert by_stage["bench"].work == "1 row, at most 128 tokens"  # two answers of 64

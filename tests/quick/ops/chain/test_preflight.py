@@ -2,9 +2,9 @@
 """What stands in a chain's way is named before its first stage."""
 
 import functools
-import gzip
 import http.server
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from shared.paths import RunPaths
 from shared.runtime import compiler
 from stages.ops.chain import containers, preflight
 from stages.ops.chain.machine import Machine
-from tests.quick.ops.chain.recipes import CPU, GIB, problems, steps
+from tests.quick.ops.chain.recipes import CPU, GIB, KEPT, problems, steps
 from tests.quick.shared.conversations.gallery import FOLDER, tokenizer_of
 
 
@@ -26,8 +26,8 @@ def test_torch_for_a_processor_beside_a_gpu_is_refused(
     roomy = Machine((("Toy", GIB),), 64 * GIB, GIB)
     found = problems(steps(workspace), workspace, roomy)
     assert [line.split("'")[0] for line in found] == ["synth", "dump", "train", "bench"]
-    assert "expected torch for CUDA beside 1 GPUs, found 2.13.0+cpu. Run `make clean" in found[0]
-    served = {"synth": {"mode": "keep"}, "dump": {"backend": "hf"}}
+    assert "expected torch for CUDA beside 1 GPU, found 2.13.0+cpu. Run `make clean" in found[0]
+    served = {"synth": KEPT, "dump": {"backend": "hf"}}
     found = problems(steps(workspace, served), workspace, roomy)
     assert [line.split("'")[0] for line in found] == ["dump", "train", "bench"]
 
@@ -131,7 +131,7 @@ def test_reasoning_that_would_be_trained_on_is_named(workspace: Path) -> None:
     dropped = {"run": {"reasoning": "drop"}}
     (found,) = problems(steps(workspace, dropped), workspace)
     assert "synth.reasoning_end: expected what ends the reasoning" in found
-    assert problems(steps(workspace, {**dropped, "synth": {"mode": "keep"}}), workspace) == []
+    assert problems(steps(workspace, {**dropped, "synth": KEPT}), workspace) == []
     ends = {"synth": {"reasoning_end": "</seed:think>"}}
     assert problems(steps(workspace, dropped | ends), workspace) == []
 
@@ -148,26 +148,22 @@ def test_other_packages_than_a_stage_needs_are_named(
     assert "bench: expected a Python interpreter at /nowhere/python" in python
 
 
-def test_a_vllm_that_would_drop_the_newer_norms_is_named(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("tracker", "distribution"),
+    [("wandb", "wandb"), ("tensorboard", "tensorboardX"), ("mlflow", "mlflow-skinny")],
+)
+def test_a_tracker_that_train_has_no_package_of_is_named(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, distribution: str
 ) -> None:
-    found = preflight._installed
-    older = {"vllm": "0.31.1+cpu"}
-    monkeypatch.setattr(preflight, "_installed", lambda python: {**found(python), **older})
-    (told,) = problems(steps(workspace), workspace)
-    assert "bench's vLLM serves; EAGLE-3.1 needs vLLM >=0.32, found vLLM 0.31.1" in told
-    assert problems(steps(workspace, {"train": {"variant": "eagle3"}}), workspace) == []
-    assert problems(steps(workspace, {"train": {"parallel_drafting": True}}), workspace) == []
-
-
-@pytest.mark.parametrize("other", [{"endpoint": "http://127.0.0.1:9"}, {"head": "model"}])
-def test_a_vllm_that_the_new_head_is_not_served_by_may_be_older(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
-) -> None:
-    found = preflight._installed
-    monkeypatch.setattr(preflight, "_installed", lambda p: {**found(p), "vllm": "0.31.1+cpu"})
-    lines = problems(steps(workspace, {"bench": other}), workspace)
-    assert not any("EAGLE-3.1" in line for line in lines)
+    found = preflight._installed(sys.executable)
+    installed = {name: found[name] for name in found if not name.startswith(tracker)}
+    monkeypatch.setattr(preflight, "_installed", lambda _: installed)
+    chosen = {"train": {"trackers": [tracker]}}
+    (told,) = problems(steps(workspace, chosen), workspace)
+    assert f"train.trackers: expected trackers that are installed for {sys.executable}" in told
+    assert f"found no {tracker}. Leave {tracker} out" in told
+    installed[distribution] = "1.0"
+    assert problems(steps(workspace, chosen), workspace) == []
 
 
 def test_drafts_further_than_the_head_is_trained_are_told_and_no_obstacle(workspace: Path) -> None:
@@ -182,32 +178,3 @@ def test_drafts_further_than_the_head_is_trained_are_told_and_no_obstacle(worksp
         {"bench": {"num_speculative_tokens": 5, "endpoint": "http://127.0.0.1:9"}},
     ):
         assert list(preflight.warnings(steps(workspace, other))) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "found"),
-    [
-        ("p.jsonl", b"", "it is empty"),
-        ("p.jsonl", b'{"text": "a"}\n{"text": "b"}\n{', "2 no_prompt, 1 broken_json"),
-        ("p.jsonl", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-        (
-            "p.jsonl.gz",
-            gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-9],
-            "Compressed file ended",
-        ),
-    ],
-)
-def test_rows_that_no_stage_can_use_are_refused(
-    name: str, content: bytes, found: str, workspace: Path
-) -> None:
-    (workspace / name).write_bytes(content)
-    (line,) = problems(steps(workspace, {"synth": {"prompts": name}}), workspace)
-    assert found in line
-
-
-def test_a_look_at_the_rows_says_nothing_of_what_the_stage_itself_will_say(
-    workspace: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (workspace / "p.jsonl").write_text('{"prompt": "a", "notes": "never read"}\n')
-    assert problems(steps(workspace, {"synth": {"prompts": "p.jsonl"}}), workspace) == []
-    assert not caplog.messages

@@ -4,15 +4,18 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from stages.ops.chain.machine import Machine
-from tests.quick.ops.chain.recipes import CONFIG, GIB, TENSORS, problems, steps
+from tests.quick.ops.chain.recipes import CONFIG, GIB, KEPT, ROOT, TENSORS, problems, steps
 
 
 @pytest.mark.parametrize(
@@ -91,11 +94,28 @@ def test_scaled_positions_reach_further_than_the_config_says(workspace: Path) ->
     assert problems(long, workspace) == []
 
 
+@pytest.mark.parametrize(
+    "recipe", ["demo/recipe", "smoke/recipe", "smollm2/quarter", "smollm2/night"]
+)
+def test_a_recipe_s_target_that_is_not_there_yet_is_named_with_what_makes_it(
+    workspace: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    path = ROOT / "compose" / "recipes" / f"{recipe}.yaml"
+    name = yaml.safe_load(path.read_text())["run"]["target"]
+    (told,) = problems(steps(workspace, {"run": {"target": name}}), workspace)
+    (command,) = re.findall(rf" `(make [^`]*)` makes {name}\.$", told)
+    made = subprocess.run(
+        ["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert f"workspace/{name}" in made.stdout
+    (told,) = problems(steps(workspace, {"run": {"target": "nobody/demo"}}), workspace)
+    assert "make" not in told
+
+
 def test_the_hub_is_asked_only_where_it_must_be(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants
-
     found = steps(workspace, {"run": {"target": "nobody/nothing"}})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (offline,) = problems(found, workspace)
@@ -137,7 +157,7 @@ def test_a_target_that_hf_spreads_over_the_gpus_is_shared_by_them_all(workspace:
 def test_answers_that_are_kept_need_no_memory_for_the_target(
     workspace: Path, machine: Machine
 ) -> None:
-    kept = steps(workspace, {"synth": {"mode": "keep"}})
+    kept = steps(workspace, {"synth": KEPT})
     found = problems(kept, workspace, machine)
     assert [line.split("'")[0] for line in found] == ["dump", "bench"]
 

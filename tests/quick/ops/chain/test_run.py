@@ -131,7 +131,7 @@ def test_finished_conversations_need_no_synth(
     (workspace / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     write(workspace, {"synth": {"prompts": None}, "dump": {"conversations": "chats.jsonl"}})
     assert run(config(workspace, dry_run="true", skip="synth")) == 0
-    assert "1 rows, at most 64 tokens" in capsys.readouterr().out
+    assert "1 row, at most 64 tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="synth refuses"):
         run(config(workspace, dry_run="true"))
 

@@ -74,3 +74,21 @@ def test_a_variable_shows_everything(tmp_path: Path) -> None:
     shown = say(tmp_path / "log", "ends well", EYRIE_SHOW_ENGINE="1")
     assert all(words in shown for words in NOISE)
     assert shown == (tmp_path / "log").read_text()
+
+
+def test_what_a_library_of_the_hub_says_is_printed_once() -> None:
+    says = """
+import logging
+from shared.runtime.log import start_logging
+
+start_logging("ops")
+import datasets, huggingface_hub
+for library in (datasets, huggingface_hub):
+    logging.getLogger(library.__name__ + ".http").warning("retrying")
+"""
+    command, root = [sys.executable, "-c", says], str(Path(__file__).resolve().parents[4])
+    environment = {"PYTHONPATH": root, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    first, second = done.stderr.splitlines()
+    assert first.startswith("[datasets.http] ") and first.endswith("WARNING ops retrying")
+    assert second.startswith("[huggingface_hub.http] ")

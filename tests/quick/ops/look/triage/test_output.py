@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from shared.artifacts.unfinished import IDENTITY
+from shared.paths import STAGES
 from stages.ops.config import ReviewConfig, TriageConfig
 from stages.ops.look.triage import last_attempt
 from stages.ops.look.triage.last_attempt import read_last_attempt
@@ -106,6 +107,24 @@ def test_review_of_a_run_that_needed_no_synth(
     page = capsys.readouterr().out
     assert "**PASS**: all stages that it needs." in page
     assert "Nothing: the head is in export/." in page
+
+
+def test_another_command_s_failure_is_not_that_of_its_stage(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in STAGES:
+        log(folder, stage, BEGIN, DONE)
+        status(folder, stage, state="done", exit_code=0, message="", started_s=0, updated_s=61)
+    failed = "[curve-without-walks] /w/curve: expected walks, found none."
+    (folder / "logs" / "curve.log").write_text(f"2026-11-20T03:12:00Z ERROR train {failed}\n")
+    assert run_review(ReviewConfig(folder=folder)) == 3
+    page = capsys.readouterr().out
+    assert "| train | PASS | 61 s | train.log (2 lines) |" in page
+    assert "**FAIL**: curve.log, a log of no known stage." in page
+    assert "## curve.log, a log of no known stage: /w/curve: expected walks" in page
+    assert "the same command again" in page and "--only" not in page
+    run(TriageConfig(folder=folder))
+    assert capsys.readouterr().out.startswith("1. curve.log, a log of no known stage: /w/curve: ")
 
 
 def test_review_of_a_launchers_experiment(

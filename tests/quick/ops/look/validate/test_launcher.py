@@ -75,8 +75,8 @@ def test_an_experiment_that_went_well_passes(tmp_path: Path) -> None:
     assert set(verdicts(found).values()) == {PASS}, found.rows
     assert found.verdict == PASS
     told = {f"{row.artifact[:6]} {row.question}": row.detail for row in found.rows}
-    assert told["task_0 rows"].startswith("1237 prompts in 2 shards")
-    assert told["task_1 states"] == "1200 conversations"
+    assert told["task_0 rows"].startswith("1,237 prompts in 2 shards")
+    assert told["task_1 states"] == "1,200 conversations"
     assert told["task_2 loss"] == "9.5480 in the first quarter, 3.3800 in the last"
     assert told["task_3 acceptance length"] == "2.438, at least 2.1 was required"
 
