@@ -122,7 +122,7 @@ def test_another_command_s_failure_is_not_that_of_its_stage(
     assert "| train | PASS | 61 s | train.log (2 lines) |" in page
     assert "**FAIL**: curve.log, a log of no known stage." in page
     assert "## curve.log, a log of no known stage: /w/curve: expected walks" in page
-    assert "the same command again" in page and "--only" not in page
+    assert "python -m stages.train curve" in page and "--only" not in page
     run(TriageConfig(folder=folder))
     assert capsys.readouterr().out.startswith("1. curve.log, a log of no known stage: /w/curve: ")
 
