@@ -23,14 +23,13 @@ from shared.io.safetensors_files import TensorInfo
 from shared.paths import RunPaths, find_input
 from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
-from shared.prompts.sources import Source
 from shared.runtime.tables import cell
 from shared.runtime.wording import counted
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from stages.ops.chain import sizes
+from stages.ops.chain.inputs import find, prompt_sources
 from stages.ops.chain.machine import Machine
-from stages.ops.chain.preflight_target import find
 from stages.ops.chain.processes import Step
 from stages.ops.expected import expectation
 
@@ -48,19 +47,6 @@ class Estimate:
     disk: str = ""
     memory: str = ""
     time: str = ""
-
-
-def prompt_sources(step: Step) -> list[Source]:
-    """Where a stage takes its rows from; none where another stage's artifact is its input."""
-    settings = step.settings
-    listed = [*settings.get("sources", ()), settings.get("prompts"), settings.get("conversations")]
-    return [
-        Source(path=each)
-        if isinstance(each, str)
-        else Source(**{key: each[key] for key in Source.model_fields if key in each})
-        for each in listed
-        if each
-    ]
 
 
 class Estimates:

@@ -91,16 +91,17 @@ def look_ahead(config: RunChainConfig, paths: RunPaths, *, even_if_done: bool = 
     if not (config.dry_run or config.overwrite or undone or even_if_done):
         return  # a finished chain takes seconds, and needs nothing
     # Here, not above: a chain that is done must not wait for them.
-    from stages.ops.chain import estimates, preflight
+    from stages.ops.chain import estimates
     from stages.ops.chain.machine import look
+    from stages.ops.chain.preflight import checks
 
     steps = processes.steps(config, config.stages, paths)
     machine = look()
-    look_for = preflight.problems if config.by == "processes" else preflight.problems_of_containers
+    look_for = checks.problems if config.by == "processes" else checks.problems_of_containers
     found = look_for(steps, paths, machine) if config.preflight else []
     if config.preflight and not found and config.by == "processes":
         found = processes.refused_heads(config, steps)
-    for warning in preflight.warnings(steps):
+    for warning in checks.warnings(steps):
         logger.warning("%s", warning)
     if config.dry_run or not found:
         ahead = estimates.Estimates(steps, paths, machine, asks_hub=config.preflight)

@@ -18,7 +18,7 @@ from stages.dump.backends.base import Row
 from stages.dump.backends.choose import open_backend
 from stages.dump.backends.hf import HfCapture
 from stages.dump.config import DumpConfig
-from stages.ops.chain import preflight
+from stages.ops.chain.preflight import packages
 from stages.ops.chain.processes import Step
 from tests.engine.dump.capturing import AUX_LAYERS, MAX_LENGTH_TOKENS, make_rows, settings
 from tests.models import tiny_llama, tiny_qwen3
@@ -273,9 +273,9 @@ def test_a_look_ahead_asks_for_this_engine_and_not_for_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     installed = {"pyarrow": "25.0", "torch": "2.9.1"}
-    monkeypatch.setattr(preflight, "_installed", lambda python: installed)
+    monkeypatch.setattr(packages, "installed", lambda python: installed)
     step = Step("dump", {"backend": "trtllm"}, False)
-    (told,) = preflight._versions(step, CPU)
+    (told,) = packages.package_problems(step, CPU)
     assert "expected tensorrt-llm >=1.2,<1.4" in told
     installed["tensorrt_llm"] = "1.3.0rc14"
-    assert not list(preflight._versions(step, CPU))
+    assert not list(packages.package_problems(step, CPU))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from stages.ops.chain import preflight
+from stages.ops.chain.preflight import packages
 from tests.quick.ops.chain.recipes import CONFIG, TENSORS, write
 
 
@@ -32,9 +32,9 @@ def workspace(tmp_path: Path) -> Path:
 @pytest.fixture
 def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stages' packages, but torch for CUDA."""
-    found = preflight._installed
+    found = packages.installed
 
     def installed(python: str) -> dict[str, str]:
         return {**found(python), "torch": "2.13.0+cu130"}
 
-    monkeypatch.setattr(preflight, "_installed", installed)
+    monkeypatch.setattr(packages, "installed", installed)

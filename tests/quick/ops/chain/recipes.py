@@ -12,8 +12,9 @@ from shared.config import build
 from shared.paths import RunPaths
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
-from stages.ops.chain import preflight, processes
+from stages.ops.chain import processes
 from stages.ops.chain.machine import Machine
+from stages.ops.chain.preflight import checks
 from stages.ops.config import RunChainConfig
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
@@ -77,4 +78,4 @@ def steps(
 
 
 def problems(found: list[processes.Step], workspace: Path, machine: Machine = CPU) -> list[str]:
-    return preflight.problems(found, RunPaths(workspace, "run"), machine)
+    return checks.problems(found, RunPaths(workspace, "run"), machine)

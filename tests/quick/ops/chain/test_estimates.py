@@ -12,7 +12,7 @@ from shared.io import safetensors_files
 from shared.io.safetensors_files import TensorInfo
 from shared.paths import RunPaths
 from stages.ops import expected
-from stages.ops.chain import estimates, preflight_target
+from stages.ops.chain import estimates, inputs
 from tests.quick.ops.chain.recipes import CPU, steps
 
 
@@ -67,7 +67,7 @@ def test_a_target_on_the_hub_is_judged_by_its_config_and_headers(
             raise RetryableError("no hub", code="hub-unreachable", remedy="Wait.")
         return workspace / "model", safetensors_files.list_tensors(workspace / "model")
 
-    monkeypatch.setattr(preflight_target, "_ask_hub", answer)
+    monkeypatch.setattr(inputs, "_ask_hub", answer)
 
     def estimate(name: str, *, asks_hub: bool = True) -> dict[str, estimates.Estimate]:
         chain = steps(workspace, {"run": {"target": name}})

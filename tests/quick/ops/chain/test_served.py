@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from stages.ops.chain import preflight
 from stages.ops.chain.machine import Machine
+from stages.ops.chain.preflight import packages
 from tests.quick.ops.chain.recipes import CONFIG, CPU, GIB, problems, steps
 
 
@@ -33,8 +33,8 @@ def test_a_target_that_vllm_serves_no_head_to_is_named(
     assert "which is no longer in vLLM" in found
     assert "Leave bench out (--skip bench)" in found
     with_config(workspace, **mixtral)
-    packages = preflight._installed
-    monkeypatch.setattr(preflight, "_installed", lambda p: {**packages(p), "vllm": "9.9"})
+    installed_in = packages.installed
+    monkeypatch.setattr(packages, "installed", lambda p: {**installed_in(p), "vllm": "9.9"})
     assert problems(steps(workspace), workspace) == []  # of which the table knows nothing
 
 
@@ -106,14 +106,14 @@ def test_what_vllm_imports_for_a_vision_model_is_asked_for(
         lines = problems(steps(workspace, changes), workspace)
         return [line for line in lines if "torchvision" in line]
 
-    packages = preflight._installed
+    installed_in = packages.installed
     with_config(workspace, architectures=["Qwen3VLForConditionalGeneration"], vision_config={})
     for extra, stages in (({}, ["synth", "dump", "bench"]), ({"torchvision": "0.28.0"}, [])):
-        installed = packages(sys.executable) | extra
-        monkeypatch.setattr(preflight, "_installed", lambda _, installed=installed: installed)
+        installed = installed_in(sys.executable) | extra
+        monkeypatch.setattr(packages, "installed", lambda _, installed=installed: installed)
         lines = found(dump={"backend": "vllm"})
         assert [line.split(":")[0] for line in lines] == stages
         assert ("no head was tried beside a vision model" in caplog.text) == bool(extra)
-    monkeypatch.setattr(preflight, "_installed", packages)
+    monkeypatch.setattr(packages, "installed", installed_in)
     lines = found(synth={"mode": "keep"}, dump={"backend": "auto"})
     assert [line.split(":")[0] for line in lines] == ["bench"]

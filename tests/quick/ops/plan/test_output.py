@@ -14,8 +14,8 @@ from shared.paths import RunPaths
 from shared.target.model import read_config
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
-from stages.ops.chain.bench_prompts import room_problems
-from stages.ops.chain.preflight_settings import setting_problems
+from stages.ops.chain.preflight.bench_prompts import room_problems
+from stages.ops.chain.preflight.settings import setting_problems
 from stages.ops.chain.processes import Step
 from stages.ops.plan.architecture import understand
 from stages.ops.plan.model import Plan, make_plan

@@ -14,8 +14,9 @@ import pytest
 
 from shared.paths import RunPaths
 from shared.runtime import compiler
-from stages.ops.chain import containers, preflight
+from stages.ops.chain import containers
 from stages.ops.chain.machine import Machine
+from stages.ops.chain.preflight import checks, packages
 from tests.quick.ops.chain.recipes import CPU, GIB, KEPT, problems, steps
 from tests.quick.shared.conversations.gallery import FOLDER, tokenizer_of
 
@@ -45,7 +46,7 @@ def test_a_gpu_s_kernels_need_a_compiler_and_python_s_headers(
     python.chmod(0o755)
     monkeypatch.setenv("EYRIE_BENCH_PYTHON", str(python))
     assert compiler_lines(workspace, roomy) == []
-    preflight._include_folder.cache_clear()
+    packages.include_folder.cache_clear()
     (tmp_path / "include.py").write_text("print('/nowhere')")
     monkeypatch.setattr(compiler, "__file__", str(tmp_path / "include.py"))
     (line,) = compiler_lines(workspace, roomy)
@@ -59,7 +60,7 @@ def test_a_gpu_s_kernels_need_a_compiler_and_python_s_headers(
     assert "found no C compiler and no /nowhere/Python.h." in first
     assert second.startswith("bench: ") and "found no C compiler. " in second
     assert compiler_lines(workspace, Machine((), 64 * GIB, GIB)) == []
-    preflight._include_folder.cache_clear()
+    packages.include_folder.cache_clear()
 
 
 def compiler_lines(workspace: Path, machine: Machine) -> list[str]:
@@ -121,7 +122,7 @@ def test_what_holds_for_several_stages_is_said_once(
 ) -> None:
     monkeypatch.setattr(containers, "problems", lambda _: [])
     misspelt, paths = {"run": {"chat_template_kwargs": {"enable": 1}}}, RunPaths(workspace, "run")
-    for look_for in (preflight.problems, preflight.problems_of_containers):
+    for look_for in (checks.problems, checks.problems_of_containers):
         (line,) = look_for(steps(workspace, misspelt), paths, CPU)
         assert "found enable, which it does not read" in line
 
@@ -140,7 +141,7 @@ def test_other_packages_than_a_stage_needs_are_named(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = steps(workspace)
-    monkeypatch.setitem(preflight._FLOORS, "train", {"torch": ">=99", "no-such-package": ">=1"})
+    monkeypatch.setitem(packages.FLOORS, "train", {"torch": ">=99", "no-such-package": ">=1"})
     monkeypatch.setenv("EYRIE_BENCH_PYTHON", "/nowhere/python")
     torch, missing, python = problems(whole, workspace)
     assert "train's packages: expected torch >=99, found 2." in torch
@@ -155,9 +156,9 @@ def test_other_packages_than_a_stage_needs_are_named(
 def test_a_tracker_that_train_has_no_package_of_is_named(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, distribution: str
 ) -> None:
-    found = preflight._installed(sys.executable)
+    found = packages.installed(sys.executable)
     installed = {name: found[name] for name in found if not name.startswith(tracker)}
-    monkeypatch.setattr(preflight, "_installed", lambda _: installed)
+    monkeypatch.setattr(packages, "installed", lambda _: installed)
     chosen = {"train": {"trackers": [tracker]}}
     (told,) = problems(steps(workspace, chosen), workspace)
     assert f"train.trackers: expected trackers that are installed for {sys.executable}" in told
@@ -168,7 +169,7 @@ def test_a_tracker_that_train_has_no_package_of_is_named(
 
 def test_drafts_further_than_the_head_is_trained_are_told_and_no_obstacle(workspace: Path) -> None:
     further: dict[str, Any] = {"bench": {"num_speculative_tokens": [2, 5]}}
-    (told,) = preflight.warnings(steps(workspace, further))
+    (told,) = checks.warnings(steps(workspace, further))
     assert "num_speculative_tokens: 5 drafts further than train.ttt_steps: 3 trains" in told
     assert problems(steps(workspace, further), workspace) == []
     for other in (
@@ -177,4 +178,4 @@ def test_drafts_further_than_the_head_is_trained_are_told_and_no_obstacle(worksp
         {"bench": further["bench"] | {"head": "model"}},
         {"bench": {"num_speculative_tokens": 5, "endpoint": "http://127.0.0.1:9"}},
     ):
-        assert list(preflight.warnings(steps(workspace, other))) == []
+        assert list(checks.warnings(steps(workspace, other))) == []

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of preflight that is about the target: is it there, whole, and does it fit?"""
 
-import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,15 +10,16 @@ from shared.contracts import layers
 from shared.errors import EyrieError, UserError
 from shared.io import safetensors_files
 from shared.io.safetensors_files import TensorInfo
-from shared.paths import RunPaths, find_input
+from shared.paths import RunPaths
 from shared.runtime.wording import counted
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from shared.target.templates import require_chat_template
 from stages.ops.chain import sizes
-from stages.ops.chain.bench_prompts import room_problems
+from stages.ops.chain.inputs import find, targets
 from stages.ops.chain.machine import Machine
-from stages.ops.chain.preflight_bench import head_problems
+from stages.ops.chain.preflight.bench import head_problems
+from stages.ops.chain.preflight.bench_prompts import room_problems
 from stages.ops.chain.processes import Step
 from stages.ops.chain.served import Packages, problem, served_problems
 
@@ -37,12 +37,6 @@ def existing_folder(paths: RunPaths) -> Path:
     """The run's folder, or where it will be made: a plan makes nothing."""
     folders = (paths.root, *paths.root.absolute().parents)
     return next(folder for folder in folders if folder.exists())
-
-
-def targets(step: Step) -> list[str]:
-    """The targets that a stage loads."""
-    is_served = step.settings.get("endpoints") or step.settings.get("endpoint")
-    return [] if is_served else [step.target]
 
 
 def target_problems(
@@ -101,68 +95,6 @@ def _trainable(
                 sizes.head_config(step.run, config, step.settings)
     except UserError as error:
         yield str(error)
-
-
-Found = tuple[Path, dict[str, TensorInfo] | None]
-
-
-def find(name: str, revision: str | None, paths: RunPaths) -> Found:
-    """(the folder of its config.json, its tensors where only their headers were fetched).
-
-    A hub is asked once, also where that fails.
-
-    Raises:
-        UserError: there is no such target, or it has no safetensors files.
-        RetryableError: the hub cannot be reached.
-    """
-    folder = find_input(name, paths.workspace)
-    if folder is not None:
-        return folder, None
-    found = _asked(name, revision, paths)
-    if isinstance(found, EyrieError):
-        raise found
-    return found
-
-
-@functools.lru_cache
-def _asked(name: str, revision: str | None, paths: RunPaths) -> Found | EyrieError:
-    try:
-        return _ask_hub(name, revision, paths)
-    except EyrieError as error:
-        return error
-
-
-def _ask_hub(name: str, revision: str | None, paths: RunPaths) -> Found:
-    import huggingface_hub
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub_errors
-
-    from shared.target import hub
-
-    hub.require_id(name, paths.workspace)
-    try:
-        kept = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
-        if any(Path(kept).glob("*.safetensors")):
-            return Path(kept), None
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError):
-        pass
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(
-            f"run.target: expected {name} in the hub's cache, found none, offline.",
-            code="target-not-cached",
-            remedy="Fill the cache (HF_HOME) beforehand, or unset HF_HUB_OFFLINE.",
-            facts={"target": name},
-        )
-    path = hub.fetch_config(name, revision)
-    tensors = hub.fetch_tensors(name, revision)
-    if tensors is None:
-        raise UserError(
-            f"run.target: expected safetensors files in {name} on the hub, found none.",
-            code="safetensors-missing",
-            remedy="Choose a target whose weights are in safetensors files, or convert them.",
-            facts={"target": name},
-        )
-    return path.parent, tensors
 
 
 def _fits_target(run: Mapping[str, Any], config: TargetConfig) -> Iterator[str]:

@@ -8,7 +8,7 @@ from shared.errors import UserError
 from shared.io.files import sha256
 from shared.prompts import sources
 from shared.prompts.sources import Source
-from stages.ops.chain.estimates import prompt_sources
+from stages.ops.chain.inputs import prompt_sources
 from stages.ops.chain.processes import Step
 
 

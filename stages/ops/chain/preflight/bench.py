@@ -16,7 +16,7 @@ from shared.prompts import sources
 from shared.target.hub import require_id
 from shared.target.model import TargetConfig
 from shared.vllm.measured_rows import check_warmup
-from stages.ops.chain.bench_prompts import LABEL, conversations_of, prompts_of
+from stages.ops.chain.preflight.bench_prompts import LABEL, conversations_of, prompts_of
 from stages.ops.chain.processes import Step
 from stages.ops.chain.served import problem, said
 

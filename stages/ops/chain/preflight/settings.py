@@ -15,8 +15,8 @@ from shared.artifacts.borrowed import require_lender
 from shared.artifacts.manifest import MANIFEST
 from shared.errors import nearest
 from shared.paths import RunPaths
-from stages.ops.chain import vllm_options
-from stages.ops.chain.preflight_bench import bench_problems
+from stages.ops.chain.preflight import vllm_options
+from stages.ops.chain.preflight.bench import bench_problems
 from stages.ops.chain.processes import Step, environment, python_of, uses_vllm
 from stages.ops.chain.served import problem, said
 
@@ -109,5 +109,5 @@ def _known(python: str) -> dict[str, Any]:
             command, capture_output=True, text=True, timeout=60, check=True, env=environment()
         )
         return dict(json.loads(done.stdout))
-    except (OSError, subprocess.SubprocessError, ValueError):  # `_versions` tells it
+    except (OSError, subprocess.SubprocessError, ValueError):  # `package_problems` tells it
         return {}

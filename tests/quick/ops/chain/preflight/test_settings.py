@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shared.errors import UserError
-from stages.ops.chain import preflight, vllm_options
+from stages.ops.chain.preflight import checks, vllm_options
 from tests.heads import write_random_head
 from tests.quick.ops.chain.recipes import problems, steps
 
@@ -128,22 +128,22 @@ def test_options_are_not_held_to_a_vllm_that_is_laid_out_otherwise(tmp_path: Pat
 @pytest.mark.parametrize("name", ["held_out.jsonl", "link.jsonl", "copy.jsonl", "*.jsonl"])
 def test_prompts_that_training_sees_are_told_and_no_obstacle(workspace: Path, name: str) -> None:
     prompts = workspace / "held_out.jsonl"
-    assert list(preflight.warnings(steps(workspace))) == []
+    assert list(checks.warnings(steps(workspace))) == []
     if name == "link.jsonl":
         (workspace / name).symlink_to(prompts)
     if name == "copy.jsonl":
         shutil.copy(prompts, workspace / name)
     chosen = {"synth": {"prompts": name}}
-    (told,) = preflight.warnings(steps(workspace, chosen))
+    (told,) = checks.warnings(steps(workspace, chosen))
     assert f"bench.prompts: {prompts} is what synth reads too" in told
     assert problems(steps(workspace, chosen), workspace) == []
     other = chosen | {"bench": {"head": "org/head"}}
-    assert list(preflight.warnings(steps(workspace, other))) == []
+    assert list(checks.warnings(steps(workspace, other))) == []
 
 
 def test_a_data_set_of_a_hub_is_the_same_with_the_same_split(workspace: Path) -> None:
     same = {"synth": {"prompts": "org/rows"}, "bench": {"prompts": "org/rows"}}
-    (told,) = preflight.warnings(steps(workspace, same))
+    (told,) = checks.warnings(steps(workspace, same))
     assert "bench.prompts: org/rows is what synth reads too" in told
     split = same | {"bench": {"prompts": {"path": "org/rows", "split": "test"}}}
-    assert list(preflight.warnings(steps(workspace, split))) == []
+    assert list(checks.warnings(steps(workspace, split))) == []

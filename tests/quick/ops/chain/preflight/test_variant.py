@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stages.ops.chain import preflight
+from stages.ops.chain.preflight import packages
 from tests.heads import write_random_head
 from tests.quick.ops.chain.recipes import problems, steps
 
@@ -20,8 +20,8 @@ ONLY_BENCH = slice(3, 4)
 
 @pytest.fixture(autouse=True)
 def older_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = preflight._installed
-    monkeypatch.setattr(preflight, "_installed", lambda p: {**found(p), "vllm": "0.31.1+cpu"})
+    found = packages.installed
+    monkeypatch.setattr(packages, "installed", lambda p: {**found(p), "vllm": "0.31.1+cpu"})
 
 
 def head_in(folder: Path, workspace: Path, **changes: Any) -> None:

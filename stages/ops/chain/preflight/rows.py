@@ -15,7 +15,7 @@ from shared.paths import find_input, places
 from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Duplicates, Source
-from stages.ops.chain.estimates import prompt_sources
+from stages.ops.chain.inputs import prompt_sources
 from stages.ops.chain.processes import Step
 from stages.ops.chain.served import problem
 
