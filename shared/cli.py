@@ -22,7 +22,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from shared import config as configs
 from shared import errors
 from shared.artifacts.artifact import refusal
 from shared.config import CommandConfig, StageConfig
@@ -30,6 +29,7 @@ from shared.io.files import check_workspace
 from shared.runtime import process
 from shared.runtime.log import format_error, logged_to, start_logging
 from shared.runtime.status import Status
+from shared.settings import build, flag_fields
 from shared.usage import help_text
 
 Commands = Mapping[str, tuple[type[CommandConfig], str]]
@@ -78,9 +78,7 @@ def collect_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 def _spell_out(argv: Sequence[str], config: type[CommandConfig]) -> list[str]:
     """`--json` alone becomes `--json=true`, so that fire does not take the next word as its value."""
     switches = {
-        f"--{name}"
-        for name, field in configs.flag_fields(config).items()
-        if field.annotation is bool
+        f"--{name}" for name, field in flag_fields(config).items() if field.annotation is bool
     }
     return [
         f"{word}=true"
@@ -115,7 +113,7 @@ def _parse(
     flags |= dict(zip(config.positional, words, strict=False))
     if rest:
         flags[config.variadic] = json.dumps(rest, ensure_ascii=False)
-    built = configs.build(config, flags)
+    built = build(config, flags)
     return command, _resolved(built) if only_print else built
 
 

@@ -1,33 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration: environment = the machine, recipe = the run, flag = this invocation.
 
-Flag over recipe over default. Every stage's config is a pydantic model on `StageConfig`; a field is
-*identity* (it changes the result, so it is part of the fingerprint) or *operational* (it does not).
+Every stage's config is a pydantic model on `StageConfig`; a field is *identity* (it changes the result, so
+it is part of the fingerprint) or *operational* (it does not). `settings.py` fills it.
 A recipe is one YAML file with the section `run` and one section a stage:
 
     run:   {name: demo, target: targets/demo}
     synth: {prompts: targets/demo/prompts.jsonl}
-
-An unknown key or flag is refused with the nearest valid name, before anything runs.
 """
 
 import contextlib
 import os
-import reprlib
-import types
-import typing
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 from pydantic.fields import FieldInfo
 
-from shared.errors import UserError, nearest
 from shared.io import recipe_yaml
 from shared.paths import RunPaths
-from shared.recipe import read_recipe
 from shared.runtime.process import Share
 
 _MAX_NAME_BYTES = 200  # file systems take 255 bytes; a temporary name is longer than the final one
@@ -217,24 +210,6 @@ class StageConfig(CommandConfig):
         return whole
 
 
-def _from_text(text: str, field: FieldInfo) -> Any:
-    """A flag's text as the value that a recipe would hold: only non-scalars are YAML."""
-    parts: tuple[Any, ...] = (field.annotation,)
-    if typing.get_origin(field.annotation) in (types.UnionType, typing.Union):
-        parts = typing.get_args(field.annotation)
-    if type(None) in parts and text.lower() in ("null", "none", ""):
-        return None
-    if any(typing.get_origin(part) in (list, tuple, dict) for part in parts):
-        try:
-            value = recipe_yaml.parse(text)
-        except recipe_yaml.RecipeError as error:
-            raise ValueError(f"not a list or mapping: {text}") from error
-        if isinstance(value, str) and "," in value:
-            return [recipe_yaml.parse(item) for item in value.split(",")]
-        return value if isinstance(value, list | dict) else [value]
-    return text
-
-
 def is_plain_url(url: str) -> bool:
     """Whether it is an address and no more: http(s), a host, a port, a path; nothing secret."""
     try:
@@ -248,89 +223,3 @@ def is_plain_url(url: str) -> bool:
 
 class SecretValueError(ValueError):
     """Raised by a validator whose value may hold a secret: messages do not repeat the value."""
-
-
-def _refuse(
-    error: pydantic.ValidationError,
-    source: str,
-    valid: Iterable[str],
-    prefix: str = "",
-) -> UserError:
-    lines = []
-    for problem in error.errors(include_url=False):
-        where = prefix + ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            name = str(problem["loc"][-1])
-            if len(problem["loc"]) == 1 and name in RunConfig.model_fields:
-                lines.append(
-                    f"{where}: all stages share it; move it to the section `run` of {source}."
-                )
-                continue
-            lines.append(f"{where}: unknown key in {source}. {nearest(name, valid)}")
-        elif problem["type"] == "missing":
-            lines.append(f"{where}: needed, but neither {source} nor a flag gives it.")
-        else:
-            # A check over several keys has the whole section as its input: too much to show.
-            is_secret = isinstance(problem.get("ctx", {}).get("error"), SecretValueError)
-            shown = problem["loc"] and not is_secret
-            found = f", found {reprlib.repr(problem['input'])}" if shown else ""
-            message = problem["msg"].removeprefix("Value error, ")
-            named = where if problem["loc"] else "settings"
-            lines.append(f"{named}: {message}{found} (from {source}).")
-    return UserError(
-        "\n".join(lines),
-        code="setting-invalid",
-        remedy="Correct these settings in the recipe or the flags; --help explains each.",
-    )
-
-
-def _validate(model: type[S], values: Mapping[str, Any], source: str, prefix: str) -> S:
-    try:
-        return model.model_validate(values)
-    except pydantic.ValidationError as error:
-        raise _refuse(error, source, model.model_fields, prefix) from error
-
-
-def flag_fields(config: type[CommandConfig]) -> dict[str, FieldInfo]:
-    """Every flag that a command takes: its own fields, and the run section's for a stage.
-
-    A field whose flag is no good name in Python (`--from`, `--json`) has that as its alias.
-    """
-    fields = {
-        field.alias or name: field for name, field in config.model_fields.items() if name != "run"
-    }
-    if issubclass(config, StageConfig):
-        fields |= RunConfig.model_fields
-    return fields
-
-
-def build(config: type[C], flags: Mapping[str, str]) -> C:
-    """The validated config from raw flag texts over the recipe over defaults.
-
-    Raises:
-        UserError: an unknown flag or key, or a value that does not fit.
-    """
-    fields = flag_fields(config)
-    values: dict[str, Any] = {}
-    for name, text in flags.items():
-        if name not in fields:
-            raise UserError(
-                f"unknown flag --{name}.", code="flag-unknown", remedy=nearest(name, fields)
-            )
-        try:
-            values[name] = _from_text(text, fields[name])
-        except ValueError as error:
-            raise UserError(
-                f"--{name}: {error}.",
-                code="flag-value",
-                remedy=f"Write a list as --{name} A,B and a mapping as '{{key: value}}'.",
-            ) from error
-    if not issubclass(config, StageConfig):
-        return _validate(config, values, "the command line", "--")
-    recipe_path = values.get("recipe")
-    recipe = read_recipe(Path(recipe_path)) if recipe_path else {}
-    source = str(recipe_path) if recipe_path else "the command line (no --recipe given)"
-    run_flags = {name: values.pop(name) for name in list(values) if name in RunConfig.model_fields}
-    run = _validate(RunConfig, {**recipe.get("run", {}), **run_flags}, source, "run.")
-    section = {**recipe.get(config.section, {}), **values, "run": run}
-    return _validate(config, section, source, f"{config.section}.")

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from shared.config import CommandConfig, RunConfig, Section, StageConfig, flag_fields, kind_of
+from shared.config import CommandConfig, RunConfig, Section, StageConfig, kind_of
+from shared.settings import flag_fields
 
 _WIDTH = 100
 _INDENT = 8

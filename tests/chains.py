@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from shared.config import build
+from shared.settings import build
 from stages.dump.config import DumpConfig
 from stages.dump.run import run as dump
 from stages.synth.config import SynthConfig

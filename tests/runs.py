@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from shared.artifacts.artifact import Artifact
 from shared.artifacts.manifest import require_parent
-from shared.config import build
 from shared.contracts import conversations
 from shared.contracts.conversations import Conversation
 from shared.io import files
+from shared.settings import build
 from shared.target import model as target
 from shared.target.tokenizer import vocabulary_hash
 from stages.synth.config import SynthConfig

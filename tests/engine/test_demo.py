@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from shared.config import build
 from shared.contracts import conversations, hidden_states
 from shared.prompts.sources import read_source
+from shared.settings import build
 from shared.vllm.measured_rows import conversation_of
 from stages.bench.config import BenchConfig
 from stages.bench.measure import measurement, plans

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared.config import build
 from shared.contracts.conversations import Conversation
 from shared.contracts.layers import default_aux_layers, state_bytes
 from shared.runtime.status import Accounting
+from shared.settings import build
 from shared.target import model as targets
 from stages.dump.backends.base import Row
 from stages.dump.backends.choose import open_backend

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared.config import build
+from shared.settings import build
 from stages.synth.client import Endpoint
 from stages.synth.config import SynthConfig
 from stages.synth.engine import serve

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 import torch
 
-from shared.config import build
 from shared.io import files
 from shared.prompts.rows import Prompt, Turn
+from shared.settings import build
 from shared.vllm.measured_rows import conversation_of
 from stages.bench.config import BenchConfig
 from stages.bench.measure import measurement, plans

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.config import build
 from shared.errors import UserError
 from shared.prompts.rows import Prompt, Turn
+from shared.settings import build
 from shared.vllm.measured_rows import conversation_of
 from stages.bench import head_check
 from stages.bench.config import BenchConfig

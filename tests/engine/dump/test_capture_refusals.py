@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config
 
-from shared.config import build
 from shared.errors import EyrieError, RetryableError, Stopped, UserError
 from shared.runtime import process
+from shared.settings import build
 from shared.target import model as targets
 from stages.dump.backends.base import Row
 from stages.dump.backends.choose import choose

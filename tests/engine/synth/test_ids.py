@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from shared.config import build
 from shared.contracts.conversations import Conversation
 from shared.prompts.rows import Prompt, parse_row
 from shared.prompts.sources import Source, read_source
+from shared.settings import build
 from shared.target.special_tokens import SpecialTokens
 from stages.synth.client import Client, Dispatcher, Endpoint, Outcome
 from stages.synth.config import SynthConfig

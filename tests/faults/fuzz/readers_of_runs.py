@@ -9,12 +9,12 @@ import yaml
 from shared.artifacts.artifact import Artifact
 from shared.artifacts.history import read_curves
 from shared.artifacts.manifest import require_parent
-from shared.config import build
 from shared.contracts.bench_report import read_report
 from shared.errors import OutputError
 from shared.io import files
 from shared.paths import RunPaths
 from shared.runtime.status import Status
+from shared.settings import build
 from stages.bench.config import BenchConfig
 from stages.bench.measure import exposition
 from stages.bench.report import gates, html, lineage, report, terminal

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from shared.config import build
 from shared.errors import UserError
+from shared.settings import build
 from stages.bench.config import BenchConfig
 from stages.synth.config import SynthConfig
 

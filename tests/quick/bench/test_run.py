@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.config import build
 from shared.errors import UserError
+from shared.settings import build
 from shared.target.model import weights_hash
 from stages.bench.config import BenchConfig
 from stages.bench.measure import measurement

@@ -17,8 +17,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from shared.config import build
 from shared.errors import EXIT_OUTPUT, EXIT_STOPPED, EXIT_USER
+from shared.settings import build
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig

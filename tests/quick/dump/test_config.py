@@ -3,8 +3,8 @@
 
 import pytest
 
-from shared.config import build
 from shared.errors import UserError
+from shared.settings import build
 from stages.dump.config import DumpConfig
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from shared import config as configs
+from shared import settings
 from shared.cli import _outcome, _spell_out, collect_flags
 from shared.config import StageConfig, identity
 from shared.errors import EXIT_BUG, EXIT_USER, UserError
@@ -125,7 +126,7 @@ def test_flag_over_recipe_over_default(tmp_path: Path) -> None:
         "run: {target: t, seed: 3, aux_layers: [1, 2, 3]}\n"
         "train: {epochs: 5, learning_rate: 1e-3}\n",
     )
-    built = configs.build(
+    built = settings.build(
         TrainConfig, {"recipe": str(recipe), "epochs": "7", "aux_layers": "2,4,5"}
     )
     assert (built.epochs, built.learning_rate, built.ttt_steps) == (7, 1e-3, 3)
@@ -148,15 +149,15 @@ def test_flag_over_recipe_over_default(tmp_path: Path) -> None:
 )
 def test_a_bad_recipe_names_the_key(text: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r".") as refused:
-        configs.build(TrainConfig, {"recipe": str(write_recipe(tmp_path, text))})
+        settings.build(TrainConfig, {"recipe": str(write_recipe(tmp_path, text))})
     assert told in str(refused.value)
 
 
 def test_identity_is_what_changes_the_result() -> None:
-    first = configs.build(DumpConfig, {"target": "t"}).identity()
-    parallel = configs.build(DumpConfig, {"target": "t", "batch_tokens": "99", "name": "other"})
-    other_vocab = configs.build(DumpConfig, {"target": "t", "draft_vocab_size": "99"})
-    other_layers = configs.build(DumpConfig, {"target": "t", "aux_layers": "[1,2,3]"})
+    first = settings.build(DumpConfig, {"target": "t"}).identity()
+    parallel = settings.build(DumpConfig, {"target": "t", "batch_tokens": "99", "name": "other"})
+    other_vocab = settings.build(DumpConfig, {"target": "t", "draft_vocab_size": "99"})
+    other_layers = settings.build(DumpConfig, {"target": "t", "aux_layers": "[1,2,3]"})
     assert parallel.identity() == first
     assert other_vocab.identity() == first  # a new draft vocabulary does not void the states
     assert other_layers.identity() != first
@@ -165,8 +166,8 @@ def test_identity_is_what_changes_the_result() -> None:
 def test_workspace_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EYRIE_WORKSPACE", "/somewhere")
     flags = {"target": "t", "prompts": "p"}
-    assert configs.build(SynthConfig, flags).workspace == Path("/somewhere")
-    assert configs.build(SynthConfig, {**flags, "workspace": "x"}).workspace == Path("x")
+    assert settings.build(SynthConfig, flags).workspace == Path("/somewhere")
+    assert settings.build(SynthConfig, {**flags, "workspace": "x"}).workspace == Path("x")
 
 
 def test_every_field_has_a_doc_and_is_marked() -> None:

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from shared.config import CommandConfig, build
+from shared.config import CommandConfig
+from shared.settings import build
 from shared.usage import help_text
 from stages.bench import config as bench
 from stages.demo import config as demo

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import RunConfig, StageConfig, build, flag_fields
+from shared.config import RunConfig, StageConfig
 from shared.errors import UserError
+from shared.settings import build, flag_fields
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig

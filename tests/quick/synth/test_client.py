@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from shared.config import build
 from shared.prompts.rows import parse_row
+from shared.settings import build
 from stages.synth.client import Client, Outcome
 from stages.synth.config import SynthConfig
 from stages.synth.endpoints import KEY_VARIABLE, PROBE, connect

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from shared.config import build
 from shared.conversations.reader import Refused
 from shared.prompts.rows import Message, Prompt, parse_row
+from shared.settings import build
 from stages.synth.config import SynthConfig
 from stages.synth.play import Played, Reply, play, to_rows, trained_from
 

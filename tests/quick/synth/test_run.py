@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 from transformers import AutoTokenizer
 
-from shared.config import build
 from shared.contracts import conversations
 from shared.errors import EyrieError
+from shared.settings import build
 from stages.synth import parts
 from stages.synth.config import SynthConfig
 from stages.synth.run import run

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from shared.config import build
 from shared.errors import UserError
+from shared.settings import build
 from stages.train import curve, run
 from stages.train.config import CurveConfig
 from stages.train.curve import require_walks, sample_counts, settings_of, steps_by_epoch

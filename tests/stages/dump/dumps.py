@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from shared.config import build
+from shared.settings import build
 from stages.dump.config import DumpConfig
 from stages.dump.run import run as dump
 

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer
 
 from shared.artifacts.manifest import read_manifest
-from shared.config import build
 from shared.contracts import hidden_states
 from shared.errors import UserError
 from shared.runtime.status import Accounting
+from shared.settings import build
 from shared.target import model as target
 from stages.dump.config import DumpConfig
 from stages.dump.run import run as dump

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.artifacts.manifest import MANIFEST
-from shared.config import build
 from shared.contracts import conversations, hidden_states
 from shared.errors import UserError
+from shared.settings import build
 from shared.target import model as target
 from shared.target.tensors import FinalNorm, read_tensors
 from stages.dump.backends import files as files_backend

@@ -119,7 +119,7 @@ def test_mkl_is_asked_to_keep_the_order_of_its_sums(tmp_path: Path) -> None:
 import ctypes, sys
 from pathlib import Path
 import torch
-from shared.config import build
+from shared.settings import build
 from stages.train.config import TrainConfig
 from stages.train.loop.distributed import make_accelerator
 make_accelerator(build(TrainConfig, {"target": "t", "workspace": "w"}), Path("w"))

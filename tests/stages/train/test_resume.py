@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.artifacts.artifact import Artifact
-from shared.config import build
+from shared.settings import build
 from stages.train import run as train_run
 from stages.train.config import TrainConfig
 from tests.runs import run, write_recipe

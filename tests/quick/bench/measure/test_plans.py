@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from shared.config import build
 from shared.conversations.template import ChatTemplate
 from shared.errors import UserError
 from shared.prompts.rows import Prompt, parse_row
 from shared.prompts.sources import Source, read_source
+from shared.settings import build
 from shared.vllm.measured_rows import (
     WARMUP_TEXTS,
     check_room,

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from shared.config import build
+from shared.settings import build
 from stages.bench.config import BenchConfig
 from stages.bench.report import gates, report
 from tests.measurements import (

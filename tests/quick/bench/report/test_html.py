@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 import pytest
 
-from shared.config import build
 from shared.io import files
+from shared.settings import build
 from stages.bench import run
 from stages.bench.config import BenchConfig, CompareConfig
 from stages.bench.report import gates, html, report

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from shared.config import build
 from shared.errors import UserError
 from shared.paths import RunPaths
+from shared.settings import build
 from stages.bench.config import BenchConfig
 from stages.bench.report.lineage import of_run, require_same_template
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from shared.config import build
 from shared.errors import EyrieError, OutputError, RetryableError, UserError
+from shared.settings import build
 from shared.target import model as targets
 from stages.dump.backends.base import Row
 from stages.dump.backends.choose import open_backend

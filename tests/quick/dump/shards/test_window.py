@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from shared.artifacts.window import Reading, sidecar
-from shared.config import build
 from shared.io import files
 from shared.runtime.status import Status
+from shared.settings import build
 from stages.dump.config import DumpConfig
 from stages.dump.plan import Plan, ShardPlan
 from stages.dump.shards import window as windows

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import build
 from shared.errors import UserError
 from shared.prompts.rows import Prompt, parse_row
+from shared.settings import build
 from shared.vllm.measured_rows import WARMUP_TEXTS, check_warmup, conversation_of
 from stages.bench.config import BenchConfig
 from stages.bench.measure import plans

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import yaml
 
-from shared.config import build
 from shared.paths import RunPaths
+from shared.settings import build
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
 from stages.ops.chain import processes

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from shared.config import build
 from shared.errors import EXIT_STOPPED, UserError
 from shared.paths import STAGES, RunPaths
+from shared.settings import build
 from stages.ops.chain import containers
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.run import run

@@ -4,8 +4,8 @@
 from pathlib import Path
 
 from shared.artifacts.artifact import Artifact
-from shared.config import build
 from shared.paths import RunPaths
+from shared.settings import build
 from stages.ops.chain import estimates, pair
 from stages.ops.chain.machine import Machine
 from stages.synth.config import SynthConfig

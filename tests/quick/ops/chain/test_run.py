@@ -13,9 +13,9 @@ import pytest
 
 from shared.artifacts.artifact import Artifact
 from shared.artifacts.manifest import fingerprint
-from shared.config import build
 from shared.errors import EXIT_STOPPED, UserError
 from shared.paths import RunPaths
+from shared.settings import build
 from stages.ops.chain import processes
 from stages.ops.chain.run import _show_page, closing_line, look_ahead, run
 from stages.train.config import TrainConfig

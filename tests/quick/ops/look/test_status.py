@@ -15,10 +15,10 @@ import pytest
 
 from shared.artifacts.run_state import ProcessState, RunState, find_run
 from shared.artifacts.unfinished import IDENTITY
-from shared.config import build
 from shared.errors import RetryableError, UserError
 from shared.paths import RunPaths
 from shared.runtime.status import Status
+from shared.settings import build
 from stages.ops.config import StatusConfig, ValidateConfig, WatchConfig
 from stages.ops.look.status import _looks, read_states, run, sparkline, watch
 from stages.ops.look.validate.run import run as validate

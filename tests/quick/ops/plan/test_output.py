@@ -8,9 +8,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from shared.config import build
 from shared.errors import UserError
 from shared.paths import RunPaths
+from shared.settings import build
 from shared.target.model import read_config
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig

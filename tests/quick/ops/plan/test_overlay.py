@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from shared.config import build
 from shared.errors import UserError
+from shared.settings import build
 from stages.ops.config import PlanConfig
 from stages.ops.plan import overlay
 from stages.ops.plan.run import run

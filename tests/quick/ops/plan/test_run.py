@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared.config import build
 from shared.errors import UserError
+from shared.settings import build
 from shared.target.model import locate
 from stages.ops.config import PlanConfig
 from stages.ops.plan.run import read_model, run

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.config import build
+from shared.settings import build
 from stages.ops.config import PlanConfig
 from stages.ops.plan.architecture import understand
 from stages.ops.plan.model import Plan, make_plan

@@ -15,11 +15,11 @@ import pytest
 
 from shared.artifacts.artifact import Artifact
 from shared.artifacts.manifest import fingerprint, read_manifest, require_parent
-from shared.config import build
 from shared.errors import OutputError, RetryableError, UserError
 from shared.io import files
 from shared.runtime.process import lock
 from shared.runtime.status import Accounting
+from shared.settings import build
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig
 

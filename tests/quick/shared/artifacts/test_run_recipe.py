@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from shared.artifacts.artifact import Artifact
-from shared.config import StageConfig, build
+from shared.config import StageConfig
 from shared.recipe import read_recipe
+from shared.settings import build
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig
 

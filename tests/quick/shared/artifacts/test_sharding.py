@@ -12,9 +12,10 @@ import pytest
 from shared.artifacts.artifact import Artifact
 from shared.artifacts.manifest import MANIFEST, read_manifest
 from shared.artifacts.sharding import INDEX_VARIABLE, ShardedConfig
-from shared.config import build, identity
+from shared.config import identity
 from shared.errors import RetryableError, UserError
 from shared.runtime.process import Share, lock
+from shared.settings import build
 from tests.quick.shared.artifacts.test_manifest import killed_at
 
 ROOT = Path(__file__).resolve().parents[4]

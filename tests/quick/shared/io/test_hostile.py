@@ -16,7 +16,6 @@ import yaml
 from rich.console import Console
 
 from shared.artifacts.manifest import read_manifest
-from shared.config import build
 from shared.contracts import hidden_states
 from shared.contracts.row_files import RowFile
 from shared.conversations.spans import tokenize
@@ -26,6 +25,7 @@ from shared.io import files, tensor_files
 from shared.prompts.rows import parse_row
 from shared.runtime import log, process
 from shared.runtime.status import Accounting
+from shared.settings import build
 from shared.target import model as target
 from shared.target.special_tokens import SpecialTokens
 from shared.target.tensors import read_tensors

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.config import build
 from shared.errors import UserError
 from shared.prompts.content import Unusable
 from shared.prompts.rows import parse_row
 from shared.prompts.sources import Source, read_source
 from shared.runtime.status import Accounting
+from shared.settings import build
 from stages.dump.config import DumpConfig
 from stages.dump.plan import ShardPlan, ShardRows
 from stages.dump.shards.layouts import write_samples

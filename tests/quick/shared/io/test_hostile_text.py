@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from shared.artifacts.manifest import read_manifest
-from shared.config import build
 from shared.errors import UserError
 from shared.prompts.content import Unusable
 from shared.prompts.formats import parse_json
 from shared.prompts.rows import Prompt, parse_row
 from shared.prompts.sources import Source, read_source
+from shared.settings import build
 from stages.synth.config import SynthConfig
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared.config import build
 from shared.errors import UserError
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Source, digest, read_source
+from shared.settings import build
 from stages.synth import mixture
 from stages.synth.config import SynthConfig
 

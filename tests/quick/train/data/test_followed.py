@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from shared.artifacts import window
-from shared.config import build
 from shared.errors import UserError
+from shared.settings import build
 from stages.train.config import TrainConfig
 from stages.train.data.followed import FollowedShards
 from stages.train.data.loader import prefetched

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from shared.config import build
 from shared.contracts.head_variant import HeadVariant
 from shared.errors import UserError
+from shared.settings import build
 from stages.train.config import TrainConfig
 from stages.train.export.hf import export_head
 from tests.quick.train.export.warm_starts import AUX, Config, changed, same, start

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.config import build
 from shared.contracts.layers import to_output_ids
 from shared.contracts.vocab import from_token_ids
 from shared.errors import UserError
+from shared.settings import build
 from stages.train.config import TrainConfig
 from stages.train.export import warm_start
 from stages.train.model import DraftHead

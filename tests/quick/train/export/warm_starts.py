@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.config import build
+from shared.settings import build
 from stages.train.config import TrainConfig
 from stages.train.export import warm_start
 from stages.train.model import DraftHead

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from shared.config import build
 from shared.contracts import hidden_states
 from shared.io import files
+from shared.settings import build
 from shared.target.tensors import FinalNorm, TargetTensors
 from stages.train.config import TrainConfig
 from stages.train.data.dataset import Dataset

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shared.config import build
+from shared.settings import build
 from stages.train.config import TrainConfig
 from stages.train.loop import budget
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import tracking
 
-from shared.config import build
 from shared.errors import EyrieError, RetryableError, UserError
 from shared.runtime import processor
+from shared.settings import build
 from stages.train.config import TrainConfig
 from stages.train.loop import distributed
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import RunConfig, flag_fields
+from shared.config import RunConfig
+from shared.settings import flag_fields
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig, ParityConfig
 from stages.ops.config import RunChainConfig, TriageConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import build
 from shared.paths import STAGES
+from shared.settings import build
 from stages.ops.config import ValidateConfig
 from stages.ops.look.validate.findings import FAIL, PASS, UNKNOWN, Findings
 from stages.ops.look.validate.launcher import validate_experiment
