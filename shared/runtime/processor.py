@@ -46,6 +46,15 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 
 
+def release_freed_memory() -> None:
+    """Give the kernel what `keep_freed_memory` has kept so far.
+
+    Tensors of many lengths leave gaps between those that live on, and the kept memory would grow with them.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's alone
+        trim(0)
+
+
 def keep_order_of_sums() -> None:
     """Make MKL add in the same order in every run, so that a resumed run is exact.
 

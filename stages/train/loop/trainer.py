@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from shared.errors import UserError
+from shared.runtime import processor
 from shared.runtime.process import stop_requested, stopped
 from shared.runtime.status import Status
 from shared.target.tensors import TargetTensors
@@ -207,6 +208,8 @@ class Trainer:
         if last or self.step % self.config.eval_every_steps == 0:
             self.losses.check(self.step)
             is_best = self._evaluate()
+            if self.device.type == "cpu":
+                processor.release_freed_memory()
             if not self.losses.is_recorded and self._is_on_plateau():  # nothing comes after it
                 self.losses.record(self.step)
         stops = self._all_agree_to_stop()
