@@ -9,6 +9,7 @@ see the README's floor. A killed run continues from its last checkpoint to the s
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from shared.artifacts.artifact import Artifact
 from shared.artifacts.borrowed import borrow_dump
 from shared.artifacts.checksums import require_unchanged
 from shared.artifacts.manifest import MANIFEST, require_parent
+from shared.config import RunConfig
 from shared.contracts import hidden_states, layers
 from shared.errors import RetryableError, UserError
 from shared.io import files
@@ -25,7 +27,7 @@ from shared.target.model import TargetConfig
 from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
 from stages.train.export import warm_start
 from stages.train.export.again import forget_other_dtype
-from stages.train.export.as_trained import as_trained
+from stages.train.export.as_trained import as_trained, chat_settings, require_same
 from stages.train.loop import budget
 from stages.train.offer import require_dump
 
@@ -112,6 +114,8 @@ def run_export(config: ExportConfig) -> None:
     path = named.get(config.checkpoint) or Path(config.checkpoint)
     config, trained = as_trained(config, path)
     parent, target_config = inputs(config)
+    chat = {f"run.{name}": value for name, value in chat_settings(parent).items()}
+    require_same(config, chat, config.paths.stage("dump"))
     from stages.train import head as heads
     from stages.train.export.hf import export_head, require_replaceable
 
@@ -125,7 +129,7 @@ def run_export(config: ExportConfig) -> None:
         "provenance": card,
         "dtype": config.export_dtype,
         "num_draft_tokens": config.walk_tokens,
-        "serving": _serving(config),
+        "serving": _serving(config.run, parent),
     }
     if config.format == "speculators":
         options["target_architectures"] = target_config.whole.get("architectures") or []
@@ -137,13 +141,14 @@ def run_export(config: ExportConfig) -> None:
         push(out, config.push_to)
 
 
-def _serving(config: TrainConfig) -> dict[str, Any]:
-    """What vLLM must be told beside the head, so that it renders chats as the training's were."""
+def _serving(run: RunConfig, dump: Mapping[str, Any]) -> dict[str, Any]:
+    """What vLLM must be told beside the head, so that it renders chats as those of the dump were."""
+    run = run.model_copy(update=chat_settings(dump))
     return {
-        "revision": config.run.target_revision,
-        "trust-remote-code": config.run.trust_remote_code or None,
-        "chat-template": config.run.chat_template and Path(config.run.chat_template).name,
-        "default-chat-template-kwargs": config.run.template_kwargs or None,
+        "revision": run.target_revision,
+        "trust-remote-code": run.trust_remote_code or None,
+        "chat-template": run.chat_template and Path(run.chat_template).name,
+        "default-chat-template-kwargs": run.template_kwargs or None,
     }
 
 
@@ -278,7 +283,7 @@ def _export(
         dtype=config.export_dtype,
         num_draft_tokens=config.walk_tokens,
         name=str(folder),
-        serving=_serving(config),
+        serving=_serving(config.run, parent),
     )
     for path in (folder / "head").iterdir():
         path.replace(folder / path.name)

@@ -91,16 +91,24 @@ def test_an_export_is_of_the_head_that_was_trained(workspace: Path) -> None:
     trained = json.loads((workspace / "run" / "export" / "config.json").read_text())
     assert trained["sliding_window"] == 32
     for given, named in (
-        (("--draft_window", "64", "--epochs", "1"), "train.draft_window 64 instead of 32"),
-        (("--epochs", "1", "--loss", "lk"), "train.loss 'lk' instead of 'tv'"),
-        ((), f"train.epochs {TRAIN['epochs']} instead of 1"),  # the recipe's
-        (("--epochs", "1", "--aux_layers", "1,2,3"), "run.aux_layers [1, 2, 3] instead of None"),
+        (("--draft_window", "64"), "train.draft_window 32, not 64"),
+        (("--aux_layers", "1,2,3"), "run.aux_layers None, not [1, 2, 3]"),
+        (("--reasoning", "disable"), "run.reasoning 'keep', not 'disable'"),
     ):
         refused = run(workspace, "train", "export", *given)
         assert refused.returncode == 2 and named in refused.stderr, refused.stderr
+        assert "[export-settings]" in refused.stderr
     assert not (workspace / "run" / "export-hf").exists()
-    done = run(workspace, "train", "export", "--epochs", "1", "--walk_tokens", "5")
+    other = ("--loss", "lk", "--target", str(workspace / "tiny"))
+    done = run(workspace, "train", "export", "--walk_tokens", "5", *other)
     assert done.returncode == 0, done.stderr
+    told = [
+        "run.target 'tiny', not ",
+        f"train.epochs 1, not {TRAIN['epochs']}",
+        "train.loss 'tv', not",
+    ]
+    assert "as it was trained, not as given: " in done.stderr
+    assert all(each in done.stderr for each in told)
     exported = workspace / "run" / "export-hf"
     assert json.loads((exported / "config.json").read_text()) == trained
     card = (exported / "README.md").read_text()
@@ -115,12 +123,16 @@ def test_an_export_needs_its_training_and_the_head_that_it_began_with(
     shutil.copytree(trained / "run" / "export", workspace / "head")
     done = run(workspace, "train", "--init_from", "head", "--epochs", "1")
     assert done.returncode == 0, done.stderr
-    done = run(workspace, "train", "export", "--epochs", "1")  # init_from is the training's
+    done = run(workspace, "train", "export")  # init_from is the training's
     assert done.returncode == 0, done.stderr
     path = workspace / "head" / "config.json"
     path.write_text(path.read_text() + "\n")
-    refused = run(workspace, "train", "export", "--epochs", "1")
+    refused = run(workspace, "train", "export")
     assert refused.returncode == 2 and "[export-init-from-changed]" in refused.stderr
+    identity = workspace / "run" / "train" / "identity.json"
+    identity.write_text(identity.read_text().replace('"muon"', '"lion"'))
+    damaged = run(workspace, "train", "export")
+    assert damaged.returncode == 2 and "[training-identity]" in damaged.stderr, damaged.stderr
 
 
 def test_an_export_does_not_replace_what_is_none(trained: Path, tmp_path: Path) -> None:
