@@ -85,21 +85,27 @@ def make_synth(workspace: Path, *, num_rows: int = 40, copies: int = 1) -> None:
         artifact.finish([conversations.part_name(0)], counts=counts, facts=facts)
 
 
-def make_bench(workspace: Path) -> None:
-    """A finished bench artifact of the run's export, from measurements made up by hand."""
+def make_bench(workspace: Path, *, head: str = "") -> None:
+    """A finished bench artifact, from measurements made up by hand.
+
+    Args:
+        head: one from elsewhere; else the run's export.
+    """
     from stages.bench.config import BenchConfig
     from stages.bench.report import gates, html, lineage, report
     from tests.measurements import baseline_requests, engine, head_requests, lossless, under_load
 
     flags = {"recipe": str(workspace / "recipe.yaml"), "workspace": str(workspace)}
-    config = build(BenchConfig, flags)
-    export = require_parent(config.paths.export, stage="train", config=config)
-    artifact = Artifact(config.paths.stage("bench"), config, parents={"train": export})
+    config = build(BenchConfig, flags | ({"head": head} if head else {}))
+    measured, parents = {"prompts": "abc"}, {}
+    if not head:
+        parents["train"] = require_parent(config.paths.export, stage="train", config=config)
+        measured["head_fingerprint"] = parents["train"]["fingerprint"]
+    artifact = Artifact(config.paths.stage("bench"), config, parents=parents)
     results = {
         "head": engine(under_load(head_requests(), wall_s=6.0)),
         "baseline": engine(under_load(baseline_requests(), wall_s=12.0), lossless=lossless()),
     }
-    measured = {"prompts": "abc", "head_fingerprint": export["fingerprint"]}
     with artifact.work():
         found = report.build(config, results, measured=measured)
         found["lineage"] = lineage.of_run(config.paths)

@@ -41,10 +41,10 @@ def flattened(raw: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: vLLM serves no EAGLE-3 head of that kind; says what was found.
     """
     kind, layer = raw["speculators_model_type"], raw.get("transformer_layer_config")
-    if kind not in _OWN or not isinstance(layer, Mapping):
+    if not isinstance(kind, str) or kind not in _OWN or not isinstance(layer, Mapping):
         raise ValueError(f"speculators_model_type {kind!r}")
     classes, model_type = _CLASSES[kind], layer.get("model_type", "llama")
-    if model_type not in classes:
+    if not isinstance(model_type, str) or model_type not in classes:
         raise ValueError(f"a layer of model_type {model_type!r}")
     flat = {**layer, "speculators_model_type": kind, "architectures": [classes[model_type]]}
     flat |= {name: raw.get(name, unstated) for name, unstated in _OWN[kind].items()}

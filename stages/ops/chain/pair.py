@@ -40,7 +40,7 @@ def refuse_on_kubernetes(config: RunChainConfig, overlay: Overlay) -> None:
     if not set(PAIR) <= set(config.stages):
         return
     arguments = objects.arguments(overlay.job("dump"))
-    has_window = any(each.startswith("--window_shards") for each in arguments)
+    has_window = any(each.replace("-", "_").startswith("__window_shards") for each in arguments)
     if has_window or PAIR in groups(config.stages, config.recipe):
         raise UserError(
             "--by kubernetes follows one Job at a time, and with a window of shards dump and train run "

@@ -119,8 +119,10 @@ def tell(config: TrainConfig, total_steps: int, warmup: int) -> None:
         counted(config.epochs, "epoch"),
     )
     if total_steps < FEW_STEPS:
-        logger.warning(
-            "only %s: expect a low acceptance length. Train on more rows, or raise train.epochs%s",
-            counted(total_steps, "step"),
-            ", or lower train.batch_tokens" if config.batch_tokens != MIN_BATCH_TOKENS else "",
-        )
+        advice = "Train on more rows, or raise train.epochs"
+        if config.max_steps is not None and total_steps >= config.max_steps:
+            advice = "Raise train.max_steps; for a curve of a recipe without it, train.epochs"
+        elif config.batch_tokens != MIN_BATCH_TOKENS:
+            advice += ", or lower train.batch_tokens"
+        few = counted(total_steps, "step")
+        logger.warning("only %s: expect a low acceptance length. %s", few, advice)

@@ -152,6 +152,18 @@ def test_a_p_eagle_head_is_drafted_with_in_parallel(
         read_head(changed(made, tmp_path / "wordy", set_config(mask_token_id="a word")))
 
 
+@pytest.mark.parametrize("kind", [["eagle3"], {}, 3])
+def test_a_kind_that_is_no_word_is_refused(made: Path, tmp_path: Path, kind: Any) -> None:
+    layer: Config = {"speculators_model_type": "eagle3"}
+    for name, settings in (
+        ("head", {"speculators_model_type": kind}),
+        ("layer", layer | {"transformer_layer_config": {"model_type": kind}}),
+    ):
+        with pytest.raises(UserError, match=r"found .*model_type") as refused:
+            read_head(changed(made, tmp_path / name, set_config(**settings)))
+        assert refused.value.code == "head-not-eagle3" and repr(kind) in str(refused.value)
+
+
 def test_numbers_that_are_none_are_refused(made: Path, tmp_path: Path) -> None:
     head.check_numbers(made / "whole")
 

@@ -10,8 +10,8 @@ from shared.errors import UserError
 from shared.settings import build
 from stages.train import curve, run
 from stages.train.config import CurveConfig
-from stages.train.curve import require_walks, sample_counts, settings_of, steps_by_epoch
-from stages.train.data.dataset import Dataset, Sample
+from stages.train.curve import require_walks, sample_counts, settings_of
+from stages.train.data.dataset import Dataset, Sample, pack, shuffled
 from stages.train.forecast import WALK_NOISE, forecast, walk_noise
 
 # Measured on the demo, K = 3: classic EAGLE-3 in 255 steps, EAGLE-3.1 in 173 to 198.
@@ -133,6 +133,12 @@ class Some(Dataset):
         self.held_out, self.training = samples[:held_out], samples[held_out:]
 
 
+def steps_of(rows: int, epochs: int) -> list[int]:
+    """Of each epoch, at 512 tokens a step."""
+    orders = (shuffled(Some(rows).training, seed=0, epoch=epoch) for epoch in range(epochs))
+    return [len(pack(order, 512)) for order in orders]
+
+
 @pytest.mark.parametrize("epochs", ["1", "2", "5"])
 @pytest.mark.parametrize("max_steps", [None, 7])
 def test_every_share_makes_as_many_steps(
@@ -141,14 +147,11 @@ def test_every_share_makes_as_many_steps(
     """Those of all rows, whatever part of an epoch that is."""
     flags = {"target": "t", "epochs": epochs, "batch_tokens": "512"}
     whole = build(CurveConfig, flags).model_copy(update={"max_steps": max_steps})
-    steps = max_steps or sum(
-        made for made, _ in zip(steps_by_epoch(whole, Some(100)), range(int(epochs)), strict=False)
-    )
+    steps = max_steps or sum(steps_of(100, int(epochs)))
     monkeypatch.setattr(run, "open_dataset", lambda config, parent: Some(config.max_samples))
     for samples in (7, 13, 60, 80, 90, 100):
         settings = settings_of(whole, {}, samples, steps)
-        by_epoch = steps_by_epoch(settings, Some(samples))
-        made = [next(by_epoch) for _ in range(settings.epochs)]
+        made = steps_of(samples, settings.epochs)
         assert sum(made[:-1]) < steps <= sum(made)
         assert (settings.max_steps, settings.plateau_fraction) == (steps, None)
         assert settings.max_samples == samples

@@ -66,9 +66,10 @@ def claims(job: Object) -> list[str]:
 
 
 def arguments(job: Object) -> list[str]:
-    """What its containers' commands are given."""
-    containers = [each for pod in _pods(job) for each in pod.get("containers", ())]
-    return [str(word) for each in containers for word in each.get("args", ())]
+    """The words of its containers' commands, and of a shell's script among them."""
+    containers = [each for pod in _pods(job) for each in pod.get("containers") or ()]
+    parts = [each.get(key) or () for each in containers for key in ("command", "args")]
+    return [word for part in parts for text in part for word in str(text).split()]
 
 
 def _pods(job: Object) -> list[Object]:
@@ -77,7 +78,7 @@ def _pods(job: Object) -> list[Object]:
 
 
 def _mounted(job: Object, kind: str, field: str) -> list[str]:
-    volumes = [volume for pod in _pods(job) for volume in pod.get("volumes", ())]
+    volumes = [volume for pod in _pods(job) for volume in pod.get("volumes") or ()]
     return sorted({each[kind][field] for each in volumes if kind in each})
 
 

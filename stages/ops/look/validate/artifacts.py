@@ -48,6 +48,13 @@ class RunView(RunState):
         super().__init__(paths)
         self.checksums = checksums
 
+    @functools.cached_property
+    def skipped(self) -> frozenset[str]:
+        """As the run's, of artifacts: without its maker no artifact is expected, unless it is there."""
+        skipped = super().skipped
+        made = {name for name, maker in MAKER.items() if maker in skipped}
+        return skipped | {name for name in made if self._is_untouched(name)}
+
     def folder(self, artifact: str) -> Path:
         return self.paths.root / artifact
 

@@ -20,11 +20,12 @@ def measured(
     temperature: float = 0.0,
     per_position: tuple[float, ...] = (),
     shares: tuple[float, ...] | None = None,
+    max_steps: int | None = None,
 ) -> dict[str, Any]:
     """A report of which only the facts that decide are there."""
     best = max(walks, key=lambda walk: walk[1]) if walks else (steps, None)
     entry = {"rows": rows, "seconds": seconds, "settings": {}, "facts": {}}
-    train = {
+    train: dict[str, Any] = {
         "stage": "train",
         "facts": {"steps": steps, "best_step": best[0], "walked_acceptance_length": best[1]},
         "settings": {"epochs": 5, "batch_tokens": 2048, "eval_every_steps": 100, "walk_tokens": 3},
@@ -34,6 +35,7 @@ def measured(
         "acceptance_length_interval": interval,
         "per_position": per_position,
     }
+    train["settings"] |= {"max_steps": max_steps}
     stages = [{**entry, "stage": "synth"}, {**entry, "stage": "dump"}, {**entry, **train}]
     return {
         "num_speculative_tokens": drafted,
@@ -71,6 +73,32 @@ def test_the_limit_of_a_run(report: dict[str, Any], limit: str, told: str) -> No
     found = find(report)
     assert found is not None
     assert (found["limit"], told in found["next"]) == (limit, True), found
+
+
+@pytest.mark.parametrize(
+    ("report", "told"),
+    [
+        (
+            measured(1.58, RISING, max_steps=467),
+            "Raise train.max_steps: 934 instead of 467, about 20",
+        ),
+        (measured(1.39, [(92, 1.40)], steps=92, max_steps=92), "Raise train.max_steps: it is 92."),
+        (measured(1.58, RISING, max_steps=500), "Train for more epochs: 10 instead of 5"),
+    ],
+)
+def test_steps_that_a_limit_ended_come_from_a_higher_limit(
+    report: dict[str, Any], told: str
+) -> None:
+    found = find(report)
+    assert found is not None and found["limit"] == "steps"
+    assert found["next"].startswith(told), found
+
+
+def test_one_of_a_thing_has_no_s() -> None:
+    short = find(measured(1.58, RISING, seconds=20.0))
+    assert short is not None and short["next"].endswith("about 1 minute on this machine.")
+    once = find(measured(1.45, [(300, 1.5)], steps=300))
+    assert once is not None and "have 1 walk:" in once["says"]
 
 
 def test_a_difference_within_the_interval_says_nothing_about_prompts() -> None:

@@ -64,6 +64,38 @@ def test_another_revision_than_the_folder_s_is_refused(cache: Path) -> None:
         make_real_target(cache / "target", model="acme/small", revision="v3")
 
 
+COMMIT = "c0ffee" + 34 * "0"
+
+
+def a_target(folder: Path, **more: str) -> Path:
+    folder.mkdir(parents=True)
+    facts = {"source": "acme/small", "revision": COMMIT, **more}
+    (folder / "target.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_the_same_command_asks_no_hub_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "cache" / "models--acme--small" / "refs" / "v2").write_text("c0ffee")
+    found = make_real_target(cache / "target", model="acme/small", revision="v2")
+    assert json.loads((cache / "target" / "target.json").read_text())["asked"] == "v2"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "empty"))
+    assert make_real_target(cache / "target", model="acme/small", revision="v2") == found
+    make_real_target(a_target(cache / "old"), model="acme/small", revision=COMMIT[:7])
+
+
+def test_where_the_hub_is_silent_a_folder_is_kept_unless_something_says_otherwise(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, named = a_target(cache / "old"), a_target(cache / "named", asked="v2")
+    assert make_real_target(old, model="acme/small", revision="v9").revision == COMMIT
+    assert f"at revision {COMMIT}, which may be another than v9" in caplog.text
+    for folder, revision in ((named, "v9"), (old, "facade1")):
+        with pytest.raises(RetryableError):
+            make_real_target(folder, model="acme/small", revision=revision)
+    with pytest.raises(UserError, match="found acme/small at revision c0ffee"):
+        make_real_target(old, model="acme/small", revision="facade" + 34 * "0")
+
+
 def test_the_package_s_target_is_no_revision_of_the_hub_s(tmp_path: Path) -> None:
     (tmp_path / "target.json").write_text(json.dumps({"source": _WHEEL, "revision": "0"}))
     assert make_real_target(tmp_path, model=PACKAGED, revision=None).source == _WHEEL

@@ -113,6 +113,16 @@ def test_few_steps_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.messages) == 1
 
 
+def test_the_limit_that_made_the_steps_few_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    limited = budget.resolved(config(batch_tokens="1024", max_steps="24"), DUMP, 4096)
+    budget.tell(limited, 24, 0)
+    budget.tell(limited, 20, 0)  # the epochs end before
+    by_limit, by_epochs = caplog.messages
+    assert "Raise train.max_steps" in by_limit and "batch_tokens" not in by_limit
+    assert "train.max_steps" not in by_epochs
+    assert by_epochs.endswith("raise train.epochs, or lower train.batch_tokens")
+
+
 def test_a_training_that_follows_no_dump_is_what_it_is_without_the_key() -> None:
     plain = config()
     assert "train.follow" not in plain.identity() and config(follow="false") == plain

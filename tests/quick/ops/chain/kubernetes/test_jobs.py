@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from stages.ops.chain.kubernetes.objects import arguments
+
 ROOT = Path(__file__).resolve().parents[5]
 RECIPE = "run: {name: r, target: t}\n"
 KUBECTL = Path(__file__).with_name("scripted_kubectl.py")
@@ -112,17 +114,33 @@ def test_a_chain_that_goes_well(cluster: Cluster) -> None:
     assert applied == ["configmap-recipe-abc", "job-dump-r", "job-synth-r"]
 
 
-def test_an_overlay_with_a_window_of_shards_is_not_followed_job_by_job(cluster: Cluster) -> None:
+@pytest.mark.parametrize(
+    "container",
+    [
+        {"args": ["--window_shards", "2000"]},
+        {"args": ["--window-shards=2000"]},
+        {"command": ["python", "-m", "stages.dump", "--window_shards", "2000"], "args": None},
+        {"command": ["sh", "-c", "python -m stages.dump --window_shards 2000"]},
+    ],
+)
+def test_an_overlay_with_a_window_of_shards_is_not_followed_job_by_job(
+    cluster: Cluster, container: dict[str, Any]
+) -> None:
     """dump would wait for train, whose Job is not there yet."""
     objects = [*yaml.safe_load_all((cluster.folder / "rendered.yaml").read_text())]
     pod = objects[2]["spec"]["template"]["spec"]
-    pod["containers"] = [{"name": "dump", "args": ["--window_shards", "2000"]}]
+    pod["containers"] = [{"name": "dump", **container}]
     (cluster.folder / "rendered.yaml").write_text(yaml.safe_dump_all(objects))
     code, log = cluster.run()
     assert code == 2 and "dump and train run at the same time" in log
     assert not any((cluster.folder / "objects").iterdir())
     cluster.script(synth=[COMPLETE])
     assert cluster.run("--only", "synth")[0] == 0
+
+
+@pytest.mark.parametrize("pod", [{}, {"containers": None}, {"containers": [{"args": None}]}])
+def test_a_job_may_leave_its_words_out(pod: dict[str, Any]) -> None:
+    assert arguments({"spec": {"template": {"spec": pod}}}) == []
 
 
 @pytest.mark.parametrize("kind", ["Failed", "FailureTarget"])

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from shared.prompts import sources
 from shared.prompts.sources import Source
+from shared.target.model import read_config
+from stages.ops.chain.preflight.bench_prompts import room_problems
 from tests.models import tiny_llama
 from tests.quick.bench.report import reports
 from tests.quick.ops.chain.recipes import problems, steps
@@ -49,6 +52,18 @@ def test_a_prompt_that_is_too_long_for_the_target_is_named(real_target: Path) ->
     write_prompts(real_target, *turns)
     assert "needs " in told(real_target, {})[0]
     assert told(real_target, {"max_tokens": 16}) == []
+
+
+def test_without_transformers_nothing_is_said_of_lengths(
+    real_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ops image has none."""
+    write_prompts(real_target, {"prompt": "why " * 400})
+    found = steps(real_target, {"bench": {}})
+    config = read_config(real_target / "model")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    bench = next(step for step in found if step.stage == "bench")
+    assert [*room_problems(bench, config, real_target)] == []
 
 
 def test_without_a_tokenizer_nothing_is_said_of_lengths(workspace: Path) -> None:
