@@ -18,16 +18,22 @@ _ALIASES = {
     "spec-model": "speculative-config",
     "spec-tokens": "speculative-config",
 }
-# Of beginnings that vLLM's parser takes: shorter ones are those of several options, which it refuses.
-_SHORTEST = 3
+
+
+def plain_name(given: str) -> str:
+    """An option's name as vLLM's flags have it, without the dashes before it.
+
+    Worked example: `max_num_seqs`, `max-num-seqs` and `--max-num-seqs` are `max-num-seqs`.
+    """
+    return given.lstrip("-").replace("_", "-")
 
 
 def refuse_own(options: Iterable[str], own: Mapping[str, str]) -> None:
     """Refuse options that are the stage's own to set.
 
     Worked example: with `own` = {"max-model-len": "run.max_length_tokens"} the names `max_model_len`,
-    `--max-model-len`, `max-model` (vLLM's parser takes the beginning of a name) and `max-model-len.x` (a
-    key inside an option) are refused.
+    `--max-model-len`, `max-model` (vLLM's parser takes the beginning of a name, however short, that no other
+    name has) and `max-model-len.x` (a key inside an option) are refused.
 
     Args:
         own: the options' names, with dashes -> what sets them.
@@ -36,17 +42,18 @@ def refuse_own(options: Iterable[str], own: Mapping[str, str]) -> None:
         SecretValueError: an option's value may be a key; the message names the option alone.
     """
     for given in options:
-        if (name := _own_name(_plain(given), own)) is not None:
-            short = "" if name == _plain(given) else f" ({name})"
+        option = _option(given)
+        if (name := _own_name(option, own)) is not None:
+            short = "" if name == option else f" ({name})"
             raise SecretValueError(
                 f"expected no option that the stage sets itself, found {given}{short}, which is set by "
                 f"{own[name]}"
             )
 
 
-def _plain(given: str) -> str:
-    """The option that a name means: without dashes before it, `no-` and what is inside it."""
-    return given.lstrip("-").replace("_", "-").partition(".")[0].removeprefix("no-")
+def _option(given: str) -> str:
+    """The option that a name means: without `no-`, and without what is inside it."""
+    return plain_name(given).partition(".")[0].removeprefix("no-")
 
 
 def _own_name(name: str, own: Mapping[str, str]) -> str | None:
@@ -55,6 +62,4 @@ def _own_name(name: str, own: Mapping[str, str]) -> str | None:
     names |= {alias: option for alias, option in _ALIASES.items() if option in own}
     if name in names:
         return names[name]
-    if len(name) < _SHORTEST:
-        return None
     return next((names[each] for each in names if each.startswith(name)), None)

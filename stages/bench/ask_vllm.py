@@ -142,7 +142,7 @@ def _unwritten(
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
-    options = {name.replace("-", "_"): value for name, value in question["engine_args"].items()}
+    options = question["engine_args"]
     try:
         config = EngineArgs(
             model=question["target"],
@@ -179,11 +179,12 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
 def main(question_path: Path, answer_path: Path) -> int:
     """Write the answer, or vLLM's refusal. Any other exception is a bug and a traceback."""
     question = read_json(question_path)
-    options = {name.replace("-", "_") for name in question["engine_args"]}
     known: dict[str, Any] = {
         "vllm_version": VLLM_VERSION,
         "max_draft_length": MAX_SPEC_LEN,
-        "unknown_options": sorted(options - EngineArgs.__dataclass_fields__.keys()),
+        "unknown_options": sorted(
+            question["engine_args"].keys() - EngineArgs.__dataclass_fields__.keys()
+        ),
     }
     depth = question["speculative"]["num_speculative_tokens"]
     is_plain = not known["unknown_options"] and depth <= MAX_SPEC_LEN

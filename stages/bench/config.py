@@ -18,13 +18,14 @@ from shared.config import (
 )
 from shared.contracts.dtypes import Dtype
 from shared.prompts.sources import Source
-from shared.vllm.own_options import refuse_own
+from shared.vllm.own_options import plain_name, refuse_own
 
 Counts = tuple[Annotated[int, pydantic.Field(ge=1)], ...]
 Temperatures = tuple[Annotated[float, pydantic.Field(ge=0)], ...]
 
 _HEAD = "the head's own config.json"
 _VLLM = "vLLM itself"
+_OWN_METHOD = ("method", "eagle3")  # that it is said again changes nothing
 # What the report says of the measurement, and so no option may replace.
 _OWN_SPECULATIVE_ARGS = {
     "model": "bench.head",
@@ -47,6 +48,7 @@ _OWN_ENGINE_ARGS = {
     "dtype": "bench.dtype",
     "tensor-parallel-size": "bench.tensor_parallel_size",
     "max-model-len": "bench itself, from the longest row: nearer the limit vLLM drafts zeros",
+    "config": "nothing: the file's options belong into the recipe",
     "served-model-name": "bench itself, which alone asks the server",
     "speculative-config": "bench.head, bench.num_speculative_tokens and bench.speculative_args",
 }
@@ -113,7 +115,9 @@ class BenchConfig(StageConfig):
     )
 
     min_acceptance_length: float = identity(
-        2.1, "Gate: required acceptance length; a lower one is exit 3.", ge=0
+        2.1,
+        "Gate: required acceptance length; a lower one is exit 3. Not given, with a first K of 1: 0.",
+        ge=0,
     )
     min_gain_over_ngram: float | None = identity(
         None, "Gate: required gain in tokens per step over the ngram proposer; needs compare_ngram."
@@ -150,8 +154,9 @@ class BenchConfig(StageConfig):
         cls, options: dict[str, Any], info: pydantic.ValidationInfo
     ) -> dict[str, Any]:
         is_head = info.field_name == "speculative_args"
-        refuse_own(options, _OWN_SPECULATIVE_ARGS if is_head else _OWN_ENGINE_ARGS)
-        return options
+        changing = [each for each, value in options.items() if (each, value) != _OWN_METHOD]
+        refuse_own(changing, _OWN_SPECULATIVE_ARGS if is_head else _OWN_ENGINE_ARGS)
+        return {plain_name(name).replace("-", "_"): value for name, value in options.items()}
 
     @pydantic.field_validator("endpoint", "baseline_endpoint", mode="before")
     @classmethod
@@ -207,7 +212,10 @@ class BenchConfig(StageConfig):
     @pydantic.model_validator(mode="after")
     def _a_head_can_meet_the_gates(self) -> "BenchConfig":
         depth = self.num_speculative_tokens[0]
-        if self.min_acceptance_length > depth + 1:
+        if "min_acceptance_length" not in self.model_fields_set:
+            if self.min_acceptance_length > depth + 1:
+                object.__setattr__(self, "min_acceptance_length", 0.0)  # the config is frozen
+        elif self.min_acceptance_length > depth + 1:
             raise ValueError(
                 f"min_acceptance_length: expected at most {depth + 1}, all that a step with "
                 f"num_speculative_tokens: {depth} can give, found {self.min_acceptance_length:g}"
@@ -222,11 +230,14 @@ class BenchConfig(StageConfig):
 
     @pydantic.model_validator(mode="after")
     def _the_batch_holds_the_load(self) -> "BenchConfig":
-        limit, wanted = self.engine_options.get("max-num-seqs"), max(self.concurrency)
-        if not self.endpoint and isinstance(limit, int) and limit < wanted:
+        limit, wanted = self.engine_args.get("max_num_seqs"), max(self.concurrency)
+        engines = self.engine_args.get("data_parallel_size", 1)  # the limit is each one's
+        if self.endpoint or not (str(limit).isdecimal() and str(engines).isdecimal()):
+            return self  # none, or vLLM refuses it
+        if (held := int(str(limit)) * int(str(engines))) < wanted:
             raise ValueError(
                 f"engine_args: max_num_seqs {limit} holds fewer requests than concurrency {wanted} has "
-                f"in flight; the others would wait, at a load of {limit}: raise max_num_seqs or leave "
+                f"in flight; the others would wait, at a load of {held}: raise max_num_seqs or leave "
                 "it out, or lower concurrency"
             )
         return self
@@ -234,12 +245,7 @@ class BenchConfig(StageConfig):
     @property
     def engine_options(self) -> dict[str, Any]:
         """`engine_args` by the names of vLLM's flags."""
-        return {name.replace("_", "-"): value for name, value in self.engine_args.items()}
-
-    @property
-    def speculative_options(self) -> dict[str, Any]:
-        """`speculative_args` as vLLM reads them: it takes dashes, too."""
-        return {name.replace("-", "_"): value for name, value in self.speculative_args.items()}
+        return {plain_name(name): value for name, value in self.engine_args.items()}
 
     @property
     def measured_through(self) -> str:

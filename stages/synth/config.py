@@ -18,7 +18,7 @@ from shared.config import (
 from shared.contracts.dtypes import Dtype
 from shared.prompts.sources import Source
 from shared.target.special_tokens import POLICY_DOC, Policy
-from shared.vllm.own_options import refuse_own
+from shared.vllm.own_options import plain_name, refuse_own
 
 # Server options that have a field of their own here, or that are ours alone to set.
 _OWN_OPTIONS = {
@@ -173,7 +173,7 @@ class SynthConfig(ShardedConfig):
     @classmethod
     def _options_are_free(cls, options: dict[str, Any]) -> dict[str, Any]:
         refuse_own(options, _OWN_OPTIONS)
-        return {name.lstrip("-").replace("_", "-"): value for name, value in options.items()}
+        return {plain_name(name): value for name, value in options.items()}
 
     @pydantic.field_validator("server_env")
     @classmethod

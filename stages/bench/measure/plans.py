@@ -100,7 +100,7 @@ def drafters_of(
             "model": str(head),
             "num_speculative_tokens": depth,
             **(own or {}),
-            **config.speculative_options,
+            **config.speculative_args,
         }
     if config.compare_ngram:
         for depth in config.num_speculative_tokens:

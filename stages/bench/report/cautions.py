@@ -17,7 +17,7 @@ Report = Mapping[str, Any]
 
 def lossy(config: BenchConfig) -> list[str]:
     """What a verifier that is not exact means for the figures."""
-    method = config.speculative_options.get("rejection_sample_method", EXACT_VERIFIERS[0])
+    method = config.speculative_args.get("rejection_sample_method", EXACT_VERIFIERS[0])
     if method in EXACT_VERIFIERS:
         return []
     return [

@@ -170,7 +170,7 @@ def _drafting(config: BenchConfig, best: Report, own: Mapping[str, Any]) -> dict
         **({"revision": revision} if revision else {}),
         "num_speculative_tokens": best["num_speculative_tokens"],
         **own,
-        **config.speculative_options,
+        **config.speculative_args,
     }
 
 

@@ -85,8 +85,7 @@ def _of_step(
 def _without_hooks(step: Step, config: TargetConfig) -> Iterator[str]:
     """Why no EAGLE-3 head can be served to the target as bench would start it."""
     table, name, how = read_hooks(), architecture(config), how_served(config)
-    options = step.settings["engine_args"]
-    asks = "transformers" in (options.get("model_impl"), options.get("model-impl"))
+    asks = step.settings["engine_args"].get("model_impl") == "transformers"
     if how == "auto" and not asks:
         if is_vision(config):
             logger.warning(

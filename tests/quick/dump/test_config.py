@@ -15,6 +15,7 @@ def config(**flags: str) -> DumpConfig:
 def test_options_of_speed_and_memory_keep_the_identity() -> None:
     plain = config().identity()
     assert config(engine_args="{gpu_memory_utilization: 0.5, max_num_seqs: 8}").identity() == plain
+    assert config(engine_args="{--max-num-seqs: 8}").identity() == plain
     changed = config(engine_args="{quantization: fp8, max_num_seqs: 8}").identity()
     assert changed == plain | {"dump.engine_args": {"quantization": "fp8"}}
 

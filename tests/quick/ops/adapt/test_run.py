@@ -35,6 +35,11 @@ def test_a_dry_run_shows_both_plans_and_leaves_nothing(
     assert files_in(workspace) == before
 
 
+def test_a_recipe_that_drafts_one_token_is_taken(workspace: Path) -> None:
+    write_recipe(workspace, {"bench": {"num_speculative_tokens": 1}})
+    assert run(asked(workspace, dry_run=True)) == EXIT_DONE
+
+
 def test_what_a_stage_refuses_is_told_of_the_recipe_that_was_given(workspace: Path) -> None:
     path = write_recipe(workspace, {"train": {"epoch": 1}})
     before = files_in(workspace)

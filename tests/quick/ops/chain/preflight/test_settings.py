@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a single setting names is there, and an engine takes it: told before the first stage."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -9,8 +10,13 @@ from typing import Any
 
 import pytest
 
+from shared.config import StageConfig
 from shared.errors import UserError
+from shared.settings import build
+from stages.bench.config import BenchConfig
+from stages.dump.config import DumpConfig
 from stages.ops.chain.preflight import checks, vllm_options
+from stages.synth.config import SynthConfig
 from tests.heads import write_random_head
 from tests.quick.ops.chain.recipes import problems, steps
 
@@ -59,14 +65,14 @@ def test_what_is_there_and_what_vllm_takes_is_no_obstacle(workspace: Path) -> No
             "max_samples": 2,
             "server_args": {
                 "enable_auto_tool_choice": True,
-                "no-enable-prefix-caching": True,
+                "--no-enable-prefix-caching": True,
                 "uvicorn-log-level": "info",
                 "data_parallel_size": 2,
             },
         },
         "bench": {
             "max_tokens": 200,
-            "engine_args": {"max-num-seqs": 8, "enable_prefix_caching": False},
+            "engine_args": {"--max-num-seqs": 8, "enable_prefix_caching": False},
             "speculative_args": {"draft_tensor_parallel_size": 1},
             "head": "org/head",
         },
@@ -116,6 +122,32 @@ def test_a_precision_that_no_engine_has_is_refused_by_its_stage(
 ) -> None:
     with pytest.raises(UserError, match=rf"{stage}.dtype: Input should be .*found 'bfloat61'"):
         steps(workspace, {stage: {"dtype": "bfloat61"}})
+
+
+@pytest.mark.parametrize(
+    ("config", "setting", "kind"),
+    [
+        (SynthConfig, "server_args", "server"),
+        (DumpConfig, "engine_args", "engine"),
+        (BenchConfig, "engine_args", "engine"),
+        (BenchConfig, "speculative_args", "speculative"),
+    ],
+)
+def test_no_name_of_vllms_is_taken_for_the_beginning_of_a_stages_own(
+    config: type[StageConfig], setting: str, kind: str
+) -> None:
+    vllm = importlib.util.find_spec("vllm")
+    assert vllm and vllm.submodule_search_locations
+    flags = {"target": "t"} | ({"prompts": "p"} if config is SynthConfig else {})
+    free = []
+    for name in vllm_options.read(Path(vllm.submodule_search_locations[0]))[kind]:
+        try:
+            build(config, flags | {setting: f"{{{name}: 1}}"})
+            free.append(name)
+        except UserError as refused:
+            is_alias = name.startswith("spec_")
+            assert is_alias or f"found {name}, which is set by" in refused.problem, name
+    assert len(free) > 20
 
 
 def test_options_are_not_held_to_a_vllm_that_is_laid_out_otherwise(tmp_path: Path) -> None:

@@ -163,6 +163,13 @@ def test_no_row_of_the_known_tables_is_left_out() -> None:
     assert {rule for rows in KNOWN_ROWS.values() for rule in rows} <= {rule.id for rule in RULES}
 
 
+def test_what_bench_sets_itself_is_not_told_to_be_set_in_its_free_options() -> None:
+    (rule,) = [each for each in RULES if each.id == "speculative-config-rejected"]
+    assert {"bench.num_speculative_tokens", "bench.head"} <= set(
+        re.findall(r"bench\.\w+", rule.fix)
+    )
+
+
 def test_what_a_fix_tells_to_set_is_there_to_be_set() -> None:
     commands = (SynthConfig, DumpConfig, ParityConfig, TrainConfig, ExportConfig, BenchConfig)
     operators = (TriageConfig, RunChainConfig)
