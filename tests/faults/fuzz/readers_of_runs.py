@@ -61,7 +61,7 @@ def _make_identity(folder: Path) -> Path:
 def _make_recipe(folder: Path) -> Path:
     recipe = {
         "run": {"name": "r", "target": "t", "aux_layers": [1, 2], "seed": 0},
-        "synth": {"sources": [{"path": "p", "columns": {"id": "x"}}], "server_args": {"a": [1, 2]}},
+        "synth": {"sources": [{"path": "p", "columns": {"id": "x"}}], "server_args": {"x": [1, 2]}},
         "dump": {"backend": "hf", "min_agreement": 0.5},
     }
     path = folder / "recipe.yaml"
