@@ -14,7 +14,7 @@ import os
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import pydantic
 from pydantic.fields import FieldInfo
@@ -24,9 +24,6 @@ from shared.paths import RunPaths
 from shared.runtime.process import Share
 
 _MAX_NAME_BYTES = 200  # file systems take 255 bytes; a temporary name is longer than the final one
-
-S = TypeVar("S", bound="Section")
-C = TypeVar("C", bound="CommandConfig")
 
 
 def identity(default: Any, doc: str, **constraints: Any) -> Any:
