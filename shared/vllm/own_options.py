@@ -28,6 +28,11 @@ def plain_name(given: str) -> str:
     return given.lstrip("-").replace("_", "-")
 
 
+def field_name(given: str) -> str:
+    """An option's name as the fields of vLLM's classes have it: `max_num_seqs`."""
+    return plain_name(given).replace("-", "_")
+
+
 def refuse_own(options: Iterable[str], own: Mapping[str, str]) -> None:
     """Refuse options that are the stage's own to set.
 

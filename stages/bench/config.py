@@ -18,7 +18,7 @@ from shared.config import (
 )
 from shared.contracts.dtypes import Dtype
 from shared.prompts.sources import Source
-from shared.vllm.own_options import plain_name, refuse_own
+from shared.vllm.own_options import field_name, plain_name, refuse_own
 
 Counts = tuple[Annotated[int, pydantic.Field(ge=1)], ...]
 Temperatures = tuple[Annotated[float, pydantic.Field(ge=0)], ...]
@@ -156,7 +156,7 @@ class BenchConfig(StageConfig):
         is_head = info.field_name == "speculative_args"
         changing = [each for each, value in options.items() if (each, value) != _OWN_METHOD]
         refuse_own(changing, _OWN_SPECULATIVE_ARGS if is_head else _OWN_ENGINE_ARGS)
-        return {plain_name(name).replace("-", "_"): value for name, value in options.items()}
+        return {field_name(name): value for name, value in options.items()}
 
     @pydantic.field_validator("endpoint", "baseline_endpoint", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from shared.artifacts.sharding import ShardedConfig
 from shared.config import identity, operational
 from shared.contracts.dtypes import Dtype
 from shared.target.special_tokens import POLICY_DOC, Policy
-from shared.vllm.own_options import plain_name, refuse_own
+from shared.vllm.own_options import field_name, refuse_own
 
 # Set for each engine that `data_parallel` starts: how many of them share this node.
 ENGINES_VARIABLE = "EYRIE_ENGINES_ON_NODE"
@@ -204,7 +204,7 @@ class DumpConfig(ShardedConfig):
     @classmethod
     def _options_are_free(cls, options: dict[str, Any]) -> dict[str, Any]:
         refuse_own(options, _OWN_ENGINE_ARGS)
-        return {plain_name(name).replace("-", "_"): value for name, value in options.items()}
+        return {field_name(name): value for name, value in options.items()}
 
 
 class ParityConfig(DumpConfig):

@@ -20,7 +20,7 @@ from shared.io import files
 from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Duplicates, Source
-from shared.runtime.wording import counted
+from shared.runtime.wording import counted, listed
 from stages.ops.adapt.server_log import NO_CHAT, Rendering, log_files, read_logs
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
@@ -90,7 +90,7 @@ def split(
         raise UserError(
             f"{traffic}: expected at least {MIN_ROWS} chats, most with openings of their own, found "
             f"{len(prompts)}, of which {len(held_out)} can be held out.{why} Left out: "
-            f"{_listed(reasons) or 'none'}.",
+            f"{listed(reasons) or 'none'}.",
             code="traffic-too-small",
             remedy="Gather more traffic. A vLLM server logs it with --enable-log-requests and "
             "VLLM_LOGGING_LEVEL=DEBUG. Where chats do not fit, lower bench.max_tokens.",
@@ -102,8 +102,8 @@ def split(
     if unfit:
         logger.info("traffic: too long for bench, and not held out: %s", counted(unfit, "chat"))
     found = Split(folder, counts, reasons[_TOO_MANY])
-    listed = _listed(reasons)
-    logger.info("traffic: %s%s", found.summary(), f" ({listed})" if listed else "")
+    left_out = listed(reasons)
+    logger.info("traffic: %s%s", found.summary(), f" ({left_out})" if left_out else "")
     _write(found.held_out, held_out)
     _write(found.train, train[:max_rows])
     return found
@@ -132,11 +132,6 @@ def chats(
     return prompts, reasons
 
 
-def _listed(reasons: collections.Counter[str]) -> str:
-    """`7 cut, 2 no_chat`."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in (+reasons).most_common())
-
-
 def _require_most(
     traffic: str, usable: int, reasons: collections.Counter[str], examples: Mapping[str, str]
 ) -> None:
@@ -157,7 +152,7 @@ def _require_most(
     most = bad.most_common(1)[0][0]
     raise UserError(
         f"{traffic}: expected chats, found {bad.total()} of {bad.total() + usable} rows that cannot be "
-        f"used: {_listed(reasons)}; for example, {most}: {examples[most] or 'no more is known'}.",
+        f"used: {listed(reasons)}; for example, {most}: {examples[most] or 'no more is known'}.",
         code="traffic-unusable",
         remedy="Give chats with `messages`. A server's log must not be cut (--max-log-len); "
         "other_template: set run.chat_template_kwargs to what the requests say.",

@@ -15,6 +15,7 @@ from shared.paths import find_input, places
 from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Duplicates, Source
+from shared.runtime.wording import listed
 from stages.ops.chain.inputs import prompt_sources
 from stages.ops.chain.processes import Step
 from stages.ops.chain.served import problem
@@ -103,7 +104,7 @@ class _Look:
         is_too_little = self.is_whole and self.failed > self.limit * rows
         if self.usable and not is_too_little:
             return
-        why = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common(3))
+        why = listed(self.reasons, 3)
         lacks_answers = {"no_answer", "unanswered_turn", LEFT_OUT} & self.reasons.keys()
         yield problem(
             self.label,

@@ -15,7 +15,7 @@ from shared.artifacts.borrowed import require_lender
 from shared.artifacts.manifest import MANIFEST
 from shared.errors import nearest
 from shared.paths import RunPaths
-from shared.vllm.own_options import plain_name
+from shared.vllm.own_options import field_name
 from stages.ops.chain.preflight import vllm_options
 from stages.ops.chain.preflight.bench import bench_problems
 from stages.ops.chain.processes import Step, environment, python_of, uses_vllm
@@ -88,7 +88,7 @@ def _unknown(label: str, step: Step, known: Collection[str] | None) -> Iterator[
     key = label.partition(".")[2]
     beginnings = key == "server_args"
     for given in step.settings[key]:
-        name = plain_name(given).replace("-", "_")
+        name = field_name(given)
         plain = name.removeprefix("no_") if beginnings else name
         if plain in known or (beginnings and any(each.startswith(plain) for each in known)):
             continue
