@@ -64,12 +64,18 @@ def stopping_at_once(saved: str) -> Iterator[None]:
     Only for calls that may be broken off at any line, such as loading a model or starting an engine.
 
     Raises:
-        Stopped: a signal asked for it before or inside the block.
+        Stopped: a signal asked for it before or inside the block. A library that was broken off may
+            have raised an error of its own, or have gone on without what it was importing.
     """
     _at_once.append(saved)
     try:
         stop_if_requested(saved)
         yield
+        stop_if_requested(saved)
+    except Exception as error:
+        if _stop.is_set() and not isinstance(error, Stopped):
+            raise stopped(saved) from error
+        raise
     finally:
         _at_once.pop()
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -5,10 +5,13 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
+from shared.runtime.process import stopping_at_once
 from tests.runs import ROOT
 
-# A library that goes on after any exception, as around an optional import, and is done after 30 s.
-SWALLOWS = """
+# A library that is broken off inside `try`, and what it does then.
+BROKEN_OFF = """
 import time
 from shared.errors import Stopped
 from shared.runtime import process
@@ -20,21 +23,28 @@ try:
         try:
             print("ready", flush=True)
             time.sleep(30)
-        except Exception:
+        except Exception as error:
             print("swallowed", flush=True)
-        while time.monotonic() < deadline_s:
-            time.sleep(0.01)
+            {then}
     print("went on", flush=True)
 except Stopped as stop:
     print(stop, flush=True)
 time.sleep(3)  # outside the block nothing is raised any more
 print("left", flush=True)
 """
+GOES_ON = "while time.monotonic() < deadline_s: time.sleep(0.01)"  # as around an optional import
+IS_DONE = "pass"
+# As vLLM does where a model's module cannot be imported.
+RAISES_ITS_OWN = "raise ValueError('the model failed to be inspected') from error"
 
 
-def test_a_stop_that_a_library_swallows_is_raised_again_and_only_in_the_block() -> None:
+@pytest.mark.parametrize("then", [GOES_ON, IS_DONE, RAISES_ITS_OWN])
+def test_a_stop_that_a_library_swallows_ends_the_block_as_a_stop(then: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SWALLOWS], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", BROKEN_OFF.format(then=then)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -44,3 +54,8 @@ def test_a_stop_that_a_library_swallows_is_raised_again_and_only_in_the_block() 
     assert (lines[0], lines[-1]) == ("swallowed", "left")
     assert "stopped by a signal; nothing is lost." in lines[1]
     assert "went on" not in lines
+
+
+def test_an_error_of_a_block_that_nobody_stopped_stays_itself() -> None:
+    with pytest.raises(ValueError, match="its own"), stopping_at_once("nothing is lost"):
+        raise ValueError("its own")
