@@ -2,7 +2,8 @@
 """`python -m stages.train`: train a draft head on dump's hidden states."""
 
 from shared.cli import launch
-from stages.train.config import CheckHeadConfig, CurveConfig, ExportConfig, TrainConfig, VocabConfig
+from stages.train.commands import CheckHeadConfig, CurveConfig, ExportConfig, VocabConfig
+from stages.train.config import TrainConfig
 
 if __name__ == "__main__":
     launch(

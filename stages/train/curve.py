@@ -20,7 +20,8 @@ from shared.io import files
 from shared.runtime import tables
 from shared.runtime.tables import cell
 from stages.train import run as training
-from stages.train.config import CurveConfig, TrainConfig, rank
+from stages.train.commands import CurveConfig
+from stages.train.config import TrainConfig, rank
 from stages.train.forecast import forecast, walk_noise
 from stages.train.loop import budget
 

@@ -24,7 +24,8 @@ from shared.io import files
 from shared.paths import find_input
 from shared.target import model as target
 from shared.target.model import TargetConfig
-from stages.train.config import ExportConfig, TrainConfig, VocabConfig, rank
+from stages.train.commands import ExportConfig, VocabConfig
+from stages.train.config import TrainConfig, rank
 from stages.train.export import warm_start
 from stages.train.export.again import forget_other_dtype
 from stages.train.export.as_trained import as_trained, chat_settings, require_same

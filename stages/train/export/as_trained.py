@@ -14,7 +14,7 @@ import pydantic
 
 from shared.artifacts.unfinished import IDENTITY, started_identity
 from shared.errors import UserError
-from stages.train.config import ExportConfig
+from stages.train.commands import ExportConfig
 from stages.train.export import warm_start
 
 # The export's own choice (the draft length on its card), and how the dump was read.

@@ -6,7 +6,7 @@ import logging
 from shared.contracts import layers
 from shared.errors import UserError
 from shared.target import model as target
-from stages.train.config import CheckHeadConfig
+from stages.train.commands import CheckHeadConfig
 from stages.train.export import warm_start
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,12 @@ from stages.demo import config as demo
 from stages.dump import config as dump
 from stages.ops import config as ops
 from stages.synth import config as synth
+from stages.train import commands
 from stages.train import config as train
 
 COMMANDS = [
     value
-    for module in (synth, dump, train, bench, ops, demo)
+    for module in (synth, dump, train, commands, bench, ops, demo)
     for value in vars(module).values()
     if isinstance(value, type)
     and issubclass(value, CommandConfig)
@@ -59,7 +60,9 @@ def test_a_list_is_written_as_a_flag_takes_it() -> None:
     assert entries(synth.SynthConfig)["sources"].startswith("'[{KEY: VALUE}]' Several sources")
 
 
-@pytest.mark.parametrize("config", [train.VocabConfig, train.CheckHeadConfig, train.ExportConfig])
+@pytest.mark.parametrize(
+    "config", [commands.VocabConfig, commands.CheckHeadConfig, commands.ExportConfig]
+)
 def test_a_small_command_lists_the_flags_that_it_uses(config: type[CommandConfig]) -> None:
     found = entries(config)
     assert {"recipe", "draft_vocab_size"} < found.keys()

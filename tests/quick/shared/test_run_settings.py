@@ -12,7 +12,8 @@ from shared.settings import build, flag_fields
 from stages.bench.config import BenchConfig
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig
-from stages.train.config import CurveConfig, TrainConfig
+from stages.train.commands import CurveConfig
+from stages.train.config import TrainConfig
 
 
 def test_reasoning_and_switches_become_the_templates_variables() -> None:

@@ -9,7 +9,7 @@ import pytest
 from shared.errors import UserError
 from shared.settings import build
 from stages.train import curve, run
-from stages.train.config import CurveConfig
+from stages.train.commands import CurveConfig
 from stages.train.curve import require_walks, sample_counts, settings_of
 from stages.train.data.dataset import Dataset, Sample, pack, shuffled
 from stages.train.forecast import WALK_NOISE, forecast, walk_noise

@@ -17,7 +17,8 @@ from stages.ops.look.triage.diagnosis import Outcome, diagnose
 from stages.ops.look.triage.failure_rules import Rule, read_rules
 from stages.ops.look.triage.wording import render
 from stages.synth.config import SynthConfig
-from stages.train.config import ExportConfig, TrainConfig
+from stages.train.commands import ExportConfig
+from stages.train.config import TrainConfig
 from tests.triage.cases import FailureCase, read_cases
 
 RULES = read_rules()
