@@ -34,6 +34,8 @@ from shared.vllm import cpu, engine_start
 MODEL_NAME = "target"
 _MODULE = "vllm.entrypoints.openai.api_server"
 _GRACE_S = 20.0
+# While its engine loads, vLLM's server sits out a signal; there is nothing to finish or to lose yet.
+_STARTING_GRACE_S = 1.0
 _POLL_S = 0.2
 _DEATH_S = 10.0  # from the engine's end to the server's own
 _KEPT_LINES = 400
@@ -64,6 +66,7 @@ class ChildServer:
     def __init__(self, process: "subprocess.Popen[bytes]", port: int, api_key: str) -> None:
         self._process = process
         self._started_s = time.monotonic()
+        self._was_ready = False
         self.base_url = f"http://127.0.0.1:{port}"
         self.api_key = api_key
         self._lines: collections.deque[bytes] = collections.deque(maxlen=_KEPT_LINES)
@@ -117,7 +120,12 @@ class ChildServer:
                     facts={"timeout_s": timeout_s},
                 )
             time.sleep(_POLL_S)
+        self._was_ready = True
         logger.info("the server is ready after %.0f s", time.monotonic() - self._started_s)
+
+    def end(self) -> None:
+        """Ask the server to end, then end it and its own processes."""
+        end_group(self._process, grace_s=_GRACE_S if self._was_ready else _STARTING_GRACE_S)
 
 
 @contextlib.contextmanager
@@ -160,10 +168,11 @@ def start_server(
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
+    server = ChildServer(process, port, api_key)
     try:
-        yield ChildServer(process, port, api_key)
+        yield server
     finally:
-        end_group(process, grace_s=_GRACE_S)
+        server.end()
 
 
 def _has_accelerator(environment: Mapping[str, str]) -> bool:

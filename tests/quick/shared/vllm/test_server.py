@@ -143,3 +143,33 @@ def test_a_start_is_told_and_its_end_too(
         assert "starting the vLLM server for models/small: usually about a minute" in caplog.text
         child.wait_until_ready(stage="bench", timeout_s=60)
     assert "the server is ready after 0 s" in caplog.text
+
+
+SLOW_TO_END = """
+import os, pathlib, signal, sys, time
+out = pathlib.Path(os.environ["PROBE_OUT"])
+def end(*_):
+    time.sleep(3)
+    out.write_text("ended by itself")
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+out.write_text("is there")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("is_ready", "left"), [(True, "ended by itself"), (False, "is there")])
+def test_only_a_server_that_was_ready_is_given_time_to_end(
+    probed: Path, monkeypatch: pytest.MonkeyPatch, is_ready: bool, left: str
+) -> None:
+    """vLLM's own, while it loads, takes more than 20 s to heed a signal."""
+    (probed.parent / "probe.py").write_text(SLOW_TO_END)
+    monkeypatch.setattr(server.ChildServer, "is_healthy", lambda _: is_ready)
+    with server.start_server({}) as child:
+        deadline = time.monotonic() + 60
+        while not probed.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if is_ready:
+            child.wait_until_ready(stage="bench", timeout_s=60)
+    assert probed.read_text() == left
+    assert child.exit_code() is not None
