@@ -60,7 +60,8 @@ def run(config: RunChainConfig) -> int:
         stage, code = _run_together(stages, config, paths)
         seconds["+".join(stages)] = spent_s = time.monotonic() - started_s
         if code != EXIT_DONE:
-            logger.error(
+            logger.log(
+                logging.INFO if code == EXIT_STOPPED else logging.ERROR,
                 "%s ended with exit code %d after %.0f s; its log: %s",
                 stage,
                 code,

@@ -145,13 +145,21 @@ def play(monkeypatch: pytest.MonkeyPatch, workspace: Path, stage: str, script: s
 
 
 @pytest.mark.parametrize(
-    ("script", "code"), [("kill -KILL $$", 137), ("kill -SEGV $$", 139), ("exit 75", 75)]
+    ("script", "code"),
+    [("kill -KILL $$", 137), ("kill -SEGV $$", 139), ("exit 75", 75), ("exit 143", 143)],
 )
 def test_what_ended_a_stage_is_told_as_a_shell_tells_it(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, script: str, code: int
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    script: str,
+    code: int,
 ) -> None:
+    caplog.set_level("INFO")
     play(monkeypatch, workspace, "synth", script)
     assert run(config(workspace, preflight="false", only="synth")) == code
+    (told,) = [record for record in caplog.records if "ended with exit code" in record.message]
+    assert told.levelname == ("INFO" if code == EXIT_STOPPED else "ERROR")
 
 
 def test_a_stage_that_outlives_its_grace_was_killed(
