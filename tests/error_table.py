@@ -20,8 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "stages" / "ops" / "look" / "triage" / "ERRORS.md"
 _METHODS = frozenset(("join", "get", "name", "exists", "items", "values", "keys", "strip"))
 _PLAIN = frozenset(
-    ("self", "str", "len", "sorted", "list", "repr", "map", "min", "max", "os", "type")
-    + ("decimal", "filesize", "files", "float", "getattr", "hide_key", "printable", "splitlines")
+    (
+        *("self", "str", "len", "sorted", "list", "repr", "map", "min", "max", "os", "type"),
+        *("decimal", "filesize", "files", "float", "getattr"),
+        *("hide_key", "printable", "splitlines"),
+    )
 )
 _SHOWN = {"getuid": "UID", "getgid": "GID", "st_uid": "OWNER", "strerror": "ERROR"}
 CLASSES = {
