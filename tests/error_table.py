@@ -20,8 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "stages" / "ops" / "look" / "triage" / "ERRORS.md"
 _METHODS = frozenset(("join", "get", "name", "exists", "items", "values", "keys", "strip"))
 _PLAIN = frozenset(
-    ("self", "str", "len", "sorted", "list", "repr", "map", "min", "max", "os", "type")
+    (
+        *("self", "str", "len", "sorted", "list", "repr", "map", "min", "max", "os", "type"),
+        *("decimal", "filesize", "files", "float", "getattr"),
+        *("hide_key", "printable", "splitlines"),
+    )
 )
+_SHOWN = {"getuid": "UID", "getgid": "GID", "st_uid": "OWNER", "strerror": "ERROR"}
 CLASSES = {
     name: kind
     for name, kind in vars(errors).items()
@@ -144,7 +149,7 @@ def _label(node: ast.expr) -> str:
     ]
     # `self.folder`: the attribute is met first.
     named = [name for name in names if name not in _PLAIN]
-    return named[0].strip("_").upper() if named else "VALUE"
+    return _SHOWN.get(named[0], named[0].strip("_").upper()) if named else "VALUE"
 
 
 @functools.cache

@@ -116,7 +116,8 @@ class BenchConfig(StageConfig):
 
     min_acceptance_length: float = identity(
         2.1,
-        "Gate: required acceptance length; a lower one is exit 3. Not given, with a first K of 1: 0.",
+        "Gate: required acceptance length; a lower one is exit 3. If it is not given and the first K is "
+        "1: 0.",
         ge=0,
     )
     min_gain_over_ngram: float | None = identity(

@@ -21,7 +21,7 @@ class MakeTargetConfig(CommandConfig):
     out: Path = pydantic.Field(description="Folder to make; done already if it is there.")
     seed: int = pydantic.Field(0, description="Seed of the dialogues and the weights.")
     steps: int | None = pydantic.Field(
-        None, description="Training steps; fewer is a worse model.", ge=1
+        None, description="Training steps; fewer make a worse model; default: 200.", ge=1
     )
     num_prompts: int = pydantic.Field(1000, description="Prompts for synth.", ge=1)
     num_held_out: int = pydantic.Field(96, description="Prompts for bench, never trained on.", ge=1)

@@ -86,7 +86,7 @@ class DumpConfig(ShardedConfig):
         "Hidden states made elsewhere, to check and import instead of capturing: a folder of "
         "ModelOpt's or speculators' .pt, one file per conversation.",
     )
-    special_token_text: Policy = identity("skip", f"For --conversations: {POLICY_DOC}")
+    special_token_text: Policy = identity("skip", f"For --conversations. {POLICY_DOC}")
     backend: Literal["vllm", "hf", "trtllm", "auto"] = identity(
         "vllm",
         "What captures. hf: targets whose vLLM model has no hooks. trtllm: needs TensorRT-LLM "

@@ -47,7 +47,7 @@ class RunChainConfig(CommandConfig):
     """
 
     recipe: Path = pydantic.Field(description="The recipe, a YAML file.")
-    only: Stages = pydantic.Field(STAGES, description="Run these stages alone.")
+    only: Stages = pydantic.Field(STAGES, description="Run only these stages.")
     from_stage: Literal["synth", "dump", "train", "bench"] | None = pydantic.Field(
         None, alias="from", description="Run this stage and those after it."
     )
@@ -196,7 +196,7 @@ class PlanConfig(CommandConfig):
         "H100", description=f"GPU type that the recipe is for: {', '.join(_GPUS)}."
     )
     samples: int = pydantic.Field(
-        50_000, description="Conversations to train on, one of them held out.", ge=2
+        50_000, description="Conversations for train, its held-out ones included.", ge=2
     )
     length: int = pydantic.Field(2048, description="Tokens of a conversation, at most.", ge=8)
     out: Path | None = pydantic.Field(None, description="Write a recipe here.")

@@ -136,7 +136,7 @@ class TrainConfig(StageConfig):
     num_layers: int = identity(1, "Decoder layers of the head; engines serve only 1.", ge=1)
     init_from: str | None = identity(
         None,
-        "Warm start: folder of an exported head; its weights and vocabulary are the initial ones.",
+        "Warm start: an exported head, a folder or a hub id, whose weights and vocabulary to begin with.",
     )
     init_vocabulary: Literal["keep", "redraw"] = identity(
         "keep",

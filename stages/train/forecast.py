@@ -22,7 +22,7 @@ import numpy as np
 
 EXPONENTS = np.geomspace(0.05, 1.5, 60)
 WALK_NOISE = 0.03  # what two trainings differ by in any case
-# Standard deviation of AL among answers, by the intervals in the README: 0.03 to 0.04 over 80 prompts.
+# Standard deviation of AL among answers, by the intervals in MEASUREMENTS.md: 0.03 to 0.04 over 80 prompts.
 _ANSWER_SPREAD = 0.3
 
 

@@ -127,7 +127,7 @@ def _of_training(lineage: Report) -> list[tuple[str, str]]:
         # A training that does not name its loss is older than the others.
         loss = stages.get("train", {}).get("settings", {}).get("loss", "cross_entropy")
         svg = plots.over_steps(lineage["loss"], "Training loss", _LOSSES.get(loss, loss))
-        drawn.append((svg, "Weighted over the TTT steps; it may fall on after acceptance peaked."))
+        drawn.append((svg, "Weighted over TTT steps; it may keep falling after acceptance peaks."))
     if len(lineage.get("walks") or ()) > 1:
         title, unit = "Walked acceptance length", "acceptance length (tokens per drafted step)"
         svg = plots.over_steps(lineage["walks"], title, unit)

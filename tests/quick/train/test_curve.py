@@ -21,7 +21,7 @@ CURVES = (
     {59: 2.84, 119: 3.27, 238: 3.51, 950: 3.70},
 )
 ROWS = (250, 500, 1000, 2000, 5000)
-# The README's columns over these rows of SmolLM2-135M: walked, and in vLLM over 80 prompts each.
+# MEASUREMENTS.md's columns over these rows of SmolLM2-135M: walked, and in vLLM over 80 prompts each.
 COLUMNS = {
     "walked": (1.88, 2.22, 2.50, 2.71, 2.84),
     "GSM8K": (1.95, 2.28, 2.50, 2.70, 2.79),
