@@ -42,6 +42,11 @@ def make_target(workspace: Path, target: Path) -> subprocess.CompletedProcess[st
     return _module("stages.demo", workspace, "make-target", str(target))
 
 
+def real_target(workspace: Path, target: Path) -> subprocess.CompletedProcess[str]:
+    """The first command of `make real`, by its quarter tier."""
+    return _module("stages.demo", workspace, "real-target", str(target))
+
+
 def _module(module: str, workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *arguments, "--workspace", str(workspace)]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=1500)
