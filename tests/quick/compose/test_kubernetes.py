@@ -5,6 +5,7 @@ Bases are plain YAML and are always checked; overlays are rendered where kubectl
 the Jobs inside are checked here; JobSet itself in test_jobset.
 """
 
+import functools
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import kubernetes_validate.utils
 import pytest
 import yaml
 
@@ -45,6 +47,10 @@ VERSIONS = [
     f"1.{int(kubernetes_validate.latest_version().split('.')[1]) - back}" for back in range(3)
 ] + ["1.34"]
 CONFIGS = (SynthConfig, DumpConfig, TrainConfig, BenchConfig)
+# It reads a version's schemas, megabytes of JSON, again for every object.
+kubernetes_validate.utils.schema_contents = functools.cache(
+    kubernetes_validate.utils.schema_contents
+)
 
 
 def render(overlay: Path) -> list[dict[str, Any]]:

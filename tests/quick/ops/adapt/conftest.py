@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stages.ops.chain import processes
 from stages.ops.chain import run as chain
 from stages.ops.config import AdaptConfig
 from tests.heads import write_random_head
 from tests.models import tiny_llama
+from tests.quick.ops.chain.recipes import asked_here
 
 RECIPE = {
     "run": {"name": "new", "target": "tiny", "max_length_tokens": 64},
@@ -23,6 +25,13 @@ RECIPE = {
 def no_stage_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not refused as it should be must not start an engine."""
     monkeypatch.setattr(chain, "run", lambda _: pytest.fail("a stage would have started"))
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages are asked here, and train takes any head; tests/stages/ops asks them as adapt does."""
+    monkeypatch.setattr(processes, "steps", asked_here)
+    monkeypatch.setattr(processes, "refused_heads", lambda *_: [])
 
 
 @pytest.fixture

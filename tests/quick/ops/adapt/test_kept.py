@@ -18,7 +18,7 @@ Start = Callable[..., bytes]
 
 
 @pytest.fixture
-def start(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(workspace: Path, no_processes: None, monkeypatch: pytest.MonkeyPatch) -> Start:
     """The command, stopped where its first stage begins; gives the rows to learn from."""
     monkeypatch.setattr(chain, "look_ahead", lambda *_, **__: None)
     monkeypatch.setattr(chain, "run", lambda _: EXIT_STOPPED)

@@ -24,6 +24,7 @@ def files_in(workspace: Path) -> set[Path]:
     return {each for each in workspace.rglob("*") if each.is_file() and each.parent.name != "logs"}
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_a_dry_run_shows_both_plans_and_leaves_nothing(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -35,6 +36,7 @@ def test_a_dry_run_shows_both_plans_and_leaves_nothing(
     assert files_in(workspace) == before
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_a_recipe_that_drafts_one_token_is_taken(workspace: Path) -> None:
     write_recipe(workspace, {"bench": {"num_speculative_tokens": 1}})
     assert run(asked(workspace, dry_run=True)) == EXIT_DONE

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe, and the chain as the stages read it, for tests of the chain before it starts."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from shared.paths import RunPaths
 from shared.settings import build
@@ -50,6 +52,23 @@ KEPT = {"mode": "keep", "prompts": "answered.jsonl"}  # synth, without an engine
 CONFIGS = {"synth": SynthConfig, "dump": DumpConfig, "train": TrainConfig, "bench": BenchConfig}
 
 
+def make_workspace(workspace: Path) -> Path:
+    """A target's folder as far as anything looks before it is loaded, prompts, and a recipe."""
+    folder = workspace / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    save_file(TENSORS, folder / "model.safetensors")
+    prompts = [json.dumps({"prompt": f"say {n}"}) for n in range(5)]
+    (workspace / "prompts.jsonl").write_text("\n".join(prompts))
+    answered = [json.dumps({"question": f"say {n}", "response": f"{n}"}) for n in range(5)]
+    (workspace / "answered.jsonl").write_text("\n".join(answered))
+    held_out = [json.dumps({"prompt": f"say nothing of {n}"}) for n in range(5)]
+    (workspace / "held_out.jsonl").write_text("\n".join(held_out))
+    write(workspace, {})
+    return workspace
+
+
 def write(workspace: Path, changes: Mapping[str, dict[str, Any]]) -> Path:
     """The recipe with these settings on top."""
     path = workspace / "recipe.yaml"
@@ -67,13 +86,23 @@ def steps(
     workspace: Path, changes: Mapping[str, dict[str, Any]] | None = None
 ) -> list[processes.Step]:
     """The chain as the stages read the recipe, asked here instead of in processes of their own."""
-    path, paths = write(workspace, changes or {}), RunPaths(workspace, "run")
-    flags = {"recipe": str(path), "workspace": str(workspace)}
+    path = write(workspace, changes or {})
+    chain = RunChainConfig(recipe=path, workspace=workspace)
+    return asked_here(chain, tuple(CONFIGS), RunPaths(workspace, "run"))
+
+
+def asked_here(
+    chain: RunChainConfig, stages: Sequence[str], paths: RunPaths
+) -> list[processes.Step]:
+    """What `processes.steps` gives, without processes."""
+    flags = {"recipe": str(chain.recipe), "workspace": str(chain.workspace)}
     return [
         processes.Step(
-            stage, build(model, flags).model_dump(mode="json"), processes.is_done(stage, paths)
+            stage,
+            build(CONFIGS[stage], flags).model_dump(mode="json"),
+            processes.is_done(stage, paths),
         )
-        for stage, model in CONFIGS.items()
+        for stage in stages
     ]
 
 

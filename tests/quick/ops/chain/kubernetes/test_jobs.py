@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ops run --by kubernetes`: a stage applied, followed and reported, on a scripted cluster."""
 
-import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,100 +10,27 @@ from typing import Any
 import pytest
 import yaml
 
+from shared.errors import UserError
 from stages.ops.chain.kubernetes.objects import arguments
-
-ROOT = Path(__file__).resolve().parents[5]
-RECIPE = "run: {name: r, target: t}\n"
-KUBECTL = Path(__file__).with_name("scripted_kubectl.py")
-# `python -m stages.ops`, but the cluster is asked again at once.
-OPS = """
-import runpy
-from stages.ops.chain.kubernetes import jobs
-jobs._POLL_S = 0.05
-runpy.run_module("stages.ops", run_name="__main__", alter_sys=True)
-"""
-COMPLETE = {"conditions": [{"type": "Complete", "status": "True"}], "succeeded": 1}
-
-
-def failed(reason: str, message: str = "", kind: str = "Failed") -> dict[str, Any]:
-    condition = {"type": kind, "status": "True", "reason": reason, "message": message}
-    return {"conditions": [condition], "failed": 1}
-
-
-def pod(name: str, **state: Any) -> dict[str, Any]:
-    return {"metadata": {"name": name}, "status": {"containerStatuses": [{"state": state}]}}
-
-
-def an_object(kind: str, name: str, component: str, **more: Any) -> dict[str, Any]:
-    labels = {"app.kubernetes.io/component": component}
-    metadata = {"name": name, "namespace": "eyrie", "labels": labels}
-    return {"kind": kind, "metadata": metadata, **more}
-
-
-def a_job(stage: str, recipe: str = "recipe-abc") -> dict[str, Any]:
-    volumes = [{"name": "recipe", "configMap": {"name": recipe}}]
-    template = {"spec": {"volumes": volumes}}
-    return an_object("Job", f"{stage}-r", stage, spec={"completions": 2, "template": template})
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    folder: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.folder / "recipe.yaml"
-
-    def script(self, **statuses: list[dict[str, Any]]) -> None:
-        named = {f"{stage}-r": each for stage, each in statuses.items()}
-        (self.folder / "script.json").write_text(json.dumps(named))
-
-    def pods(self, **pods: list[dict[str, Any]]) -> None:
-        named = {f"{stage}-r": each for stage, each in pods.items()}
-        (self.folder / "pods.json").write_text(json.dumps(named))
-
-    def put(self, made: dict[str, Any]) -> None:
-        path = self.folder / "objects" / f"{made['kind'].lower()}-{made['metadata']['name']}.json"
-        path.write_text(json.dumps(made))
-
-    def start(self, *flags: str) -> "subprocess.Popen[str]":
-        search_path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        command = [sys.executable, "-c", OPS, "run", "--by", "kubernetes", "--recipe"]
-        return subprocess.Popen(
-            [*command, str(self.recipe), "--overlay", str(self.folder), *flags],
-            cwd=ROOT,
-            env={**os.environ, "CLUSTER": str(self.folder), "PATH": search_path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *flags: str) -> tuple[int, str]:
-        process = self.start(*flags)
-        _, log = process.communicate(timeout=90)
-        return process.returncode, log
-
-    def commands(self) -> list[str]:
-        return (self.folder / "commands.txt").read_text().splitlines()
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
-    for name in ("bin", "objects"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "bin" / "kubectl").symlink_to(KUBECTL)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    config = an_object("ConfigMap", "recipe-abc", "recipe", data={"recipe.yaml": RECIPE})
-    objects = [config, *(a_job(stage) for stage in ("synth", "dump", "train", "bench"))]
-    (tmp_path / "rendered.yaml").write_text(yaml.safe_dump_all(objects))
-    return Cluster(tmp_path)
+from tests.quick.ops.chain.kubernetes.cluster import (
+    COMPLETE,
+    RECIPE,
+    WITHIN_S,
+    Cluster,
+    a_claim,
+    a_job,
+    config,
+    failed,
+    pod,
+)
 
 
 def test_a_chain_that_goes_well(cluster: Cluster) -> None:
     running = {"ready": 2, "succeeded": 0}
     cluster.script(synth=[{}, running, COMPLETE], dump=[COMPLETE])
-    code, log = cluster.run("--only", "synth,dump")
-    assert code == 0, log
+    process = cluster.start("--only", "synth,dump")
+    _, log = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 0, log
     assert "synth: pods: 2 running, 0 done, 0 failed, of 2" in log
     assert "dump: done" in log
     applied = sorted(path.stem for path in (cluster.folder / "objects").iterdir())
@@ -245,22 +168,16 @@ def test_a_cluster_that_does_not_answer_is_worth_another_try(cluster: Cluster) -
 def test_the_two_flags_need_each_other(tmp_path: Path, flags: tuple[str, ...]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
-    command = [sys.executable, "-m", "stages.ops", "run", "--recipe", str(recipe), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "need each other" in done.stderr
+    with pytest.raises(UserError, match="need each other"):
+        config("--recipe", str(recipe), *flags)
 
 
 @pytest.mark.parametrize("flag", ["--dry_run", "--overwrite", "--open"])
 def test_a_flag_that_would_be_passed_over_is_refused(cluster: Cluster, flag: str) -> None:
-    code, log = cluster.run(flag)
-    assert code == 2
-    assert "settings: --by kubernetes takes no --dry_run, --overwrite or --open" in log
+    refusal = "settings: --by kubernetes takes no --dry_run, --overwrite or --open"
+    with pytest.raises(UserError, match=refusal):
+        cluster.run(flag)
     assert not (cluster.folder / "commands.txt").exists()
-
-
-def a_claim(name: str) -> dict[str, Any]:
-    return {"kind": "PersistentVolumeClaim", "metadata": {"name": name}}
 
 
 def test_a_missing_claim_is_refused_before_the_first_job(cluster: Cluster) -> None:
