@@ -67,8 +67,8 @@ def stopping_at_once(saved: str) -> Iterator[None]:
         Stopped: a signal asked for it before or inside the block. A library that was broken off may
             have raised an error of its own, or have gone on without what it was importing.
     """
-    _at_once.append(saved)
     try:
+        _at_once.append(saved)  # a signal from here on leaves the block
         stop_if_requested(saved)
         yield
         stop_if_requested(saved)
@@ -94,14 +94,13 @@ def is_alive(pid: int) -> bool:
     """Whether a process of this machine runs; a zombie does not."""
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):  # a number above every process's
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    # Gone, maybe between the two; or a number above every process's.
+    except (ProcessLookupError, FileNotFoundError, OverflowError):
         return False
     except PermissionError:  # somebody else's, so alive
         return True
-    status = Path(f"/proc/{pid}/status")
-    return not (
-        status.exists() and "\nState:\tZ" in status.read_text(encoding="ascii", errors="replace")
-    )
+    return "\nState:\tZ" not in status
 
 
 @dataclasses.dataclass(frozen=True)
