@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_variant import named_variant
+from shared.runtime import process
 from shared.target.tensors import FinalNorm
 from stages.train.data.batch import Batch
 from stages.train.data.dataset import Sample, split_step
@@ -145,7 +146,9 @@ def main() -> None:
     )
     for case in CASES:
         run_case(accelerator, how, case, folder)
-    distributed.leave(accelerator)
+    accelerator.end_training()
+    process.expect_threads_to_outlive_the_work()
+    process.leave(0)
 
 
 if __name__ == "__main__":
