@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from shared.errors import EXIT_DONE
+from shared.errors import EXIT_DONE, EXIT_STOPPED
 from shared.runtime.process import stop_requested
 
 _POLL_S = 0.2
@@ -24,7 +24,8 @@ def wait_for_all(children: Children, *, grace_s: float = math.inf) -> dict[int, 
     143 counts as a failure too: somebody stopped that one alone.
 
     Args:
-        grace_s: after a failure the others are killed in so many seconds; after a stop never.
+        grace_s: after a failure the others are killed in so many seconds; after a stop only if one
+            of them failed otherwise, since those that save have no limit.
     """
     failed: dict[int, int] = {}
     ends_s = math.inf
@@ -33,9 +34,11 @@ def wait_for_all(children: Children, *, grace_s: float = math.inf) -> dict[int, 
         failed = failed or _failed(children)
         if (failed or stop_requested()) and not is_told:
             is_told = True
-            ends_s = time.monotonic() + (grace_s if failed else math.inf)
             send(children, signal.SIGTERM)
-        if time.monotonic() > ends_s and not stop_requested():
+        saved = EXIT_STOPPED if stop_requested() else None
+        if ends_s == math.inf and any(code != saved for code in _failed(children).values()):
+            ends_s = time.monotonic() + grace_s
+        if time.monotonic() > ends_s:
             send(children, signal.SIGKILL)
         time.sleep(_POLL_S)
     return failed or _failed(children)

@@ -29,6 +29,7 @@ _stop = threading.Event()
 # What was saved, while a stop signal is to raise at once (`stopping_at_once`).
 _at_once: list[str] = []
 _RAISE_AGAIN_S = 2.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Whether a library's threads may outlive the work, and the exit code if they do.
 _is_outlived = False
 _exit_code: int | None = None
@@ -44,8 +45,17 @@ def _ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
 
 def catch_stop_signals() -> None:
     """From now on SIGTERM and Ctrl-C set a flag that the stage's loops look at."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+    for number in (*_STOP_SIGNALS, signal.SIGALRM):
         signal.signal(number, _ask_to_stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+
+
+def hold_stop_signals() -> None:
+    """For `Popen(preexec_fn=...)`: stop signals wait until the child calls `catch_stop_signals`.
+
+    Without it they end a child that still imports, at once and without a word.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 
 
 def stop_requested() -> bool:

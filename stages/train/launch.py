@@ -9,6 +9,7 @@ and exits.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,12 @@ from shared.artifacts.sharding import INDEX_VARIABLE
 from shared.errors import EXIT_BUG, EXIT_DONE, EXIT_OUTPUT, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
 from shared.runtime.children import Children, free_port, wait_for_all
 from shared.runtime.gpus import listed_devices
-from shared.runtime.process import catch_stop_signals, die_with_parent, stop_requested
+from shared.runtime.process import (
+    catch_stop_signals,
+    die_with_parent,
+    hold_stop_signals,
+    stop_requested,
+)
 
 _DEVICES = Path("/dev")
 # A rank that lost another one hangs in a collective; after this time it is killed.
@@ -63,7 +69,6 @@ def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
 
 def watch(processes: Children) -> int:
     """Wait for all ranks; the first failure ends the others. Returns the node's exit code."""
-    # After a stop signal the ranks' saves have no limit.
     failed = wait_for_all(processes, grace_s=_GRACE_S)
     if not failed:
         return EXIT_DONE
@@ -75,7 +80,7 @@ def _exit_code(failed: Sequence[int | None], codes: Sequence[int]) -> int:
 
     Ranks that lost another one exit with EXIT_RETRY, so any other code takes precedence.
     """
-    if stop_requested() and EXIT_STOPPED in codes:
+    if stop_requested() and not {EXIT_STOPPED, -signal.SIGTERM}.isdisjoint(codes):
         return EXIT_STOPPED
     # Ranks that lost another one fail too, and maybe earlier than it is noticed.
     if any(code is not None and code < 0 for code in failed):
@@ -83,6 +88,12 @@ def _exit_code(failed: Sequence[int | None], codes: Sequence[int]) -> int:
     causes = [code for code in failed if code not in (None, EXIT_RETRY)]
     causes += [code for code in codes if code in (EXIT_BUG, EXIT_USER, EXIT_OUTPUT)]
     return (causes or failed)[0] or EXIT_RETRY
+
+
+def _prepare_rank() -> None:
+    die_with_parent()
+    # One that a stop ended while it imports would leave the others waiting for it to connect.
+    hold_stop_signals()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -97,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
     catch_stop_signals()
     return watch(
         [
-            subprocess.Popen(command, env={**os.environ, **own}, preexec_fn=die_with_parent)
+            subprocess.Popen(command, env={**os.environ, **own}, preexec_fn=_prepare_rank)
             for own in environments(ranks, nodes, node)
         ]
     )

@@ -100,6 +100,17 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     return accelerator
 
 
+def stop_if_any_rank_is_to(accelerator: Accelerator) -> None:
+    """Leave here, all ranks together, if a stop was asked for while they started.
+
+    Raises:
+        Stopped: a signal reached one of them.
+    """
+    votes = torch.tensor(float(process.stop_requested()), device=accelerator.device)
+    if summed(accelerator, votes) > 0:
+        raise process.stopped("the training was not begun")
+
+
 def require_trackers(config: TrainConfig) -> None:
     """Refuse a tracker that accelerate would leave out with one line of its log.
 

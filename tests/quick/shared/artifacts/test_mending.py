@@ -208,6 +208,9 @@ def test_a_stop_outweighs_what_ranks_say_of_it(monkeypatch: pytest.MonkeyPatch) 
     assert ranks._exit_code([75], [75, 143]) == 143
     assert ranks._exit_code([2], [2, 143]) == 143
     assert ranks._exit_code([75], [75, 2]) == 2
+    # Ended by the signal itself, or waiting for one that was.
+    assert ranks._exit_code([-signal.SIGTERM], [-signal.SIGTERM, -signal.SIGKILL]) == 143
+    assert ranks._exit_code([-signal.SIGKILL], [-signal.SIGKILL, 75]) == 75
 
 
 def test_only_the_named_leftovers_are_swept(tmp_path: Path) -> None:
