@@ -35,7 +35,7 @@ MODEL_NAME = "target"
 _MODULE = "vllm.entrypoints.openai.api_server"
 _GRACE_S = 20.0
 _POLL_S = 0.2
-_DEATH_S = 10.0  # from the engine's end to the server's own
+_DEATH_S = 30.0  # from the engine's end to the server's own, which looks every five seconds
 _KEPT_LINES = 400
 # CUDA, ROCm, CUDA below WSL2.
 _ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
