@@ -4,10 +4,10 @@
 Writes for each case the step's loss, counts, unclipped gradients and new weights, gathered.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_variant import named_variant
 from shared.runtime import process
+from shared.runtime.children import held_port
 from shared.target.tensors import FinalNorm
 from stages.train.data.batch import Batch
 from stages.train.data.dataset import Sample, split_step
@@ -86,10 +87,12 @@ class Documents:
         )
 
 
+_held = contextlib.ExitStack()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody else gets for as long as this process lives."""
+    return _held.enter_context(held_port())
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from shared.errors import EXIT_DONE, EXIT_STOPPED
 from shared.runtime.process import stop_requested
@@ -56,8 +56,15 @@ def send(children: Children, number: signal.Signals) -> None:
             child.send_signal(number)
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A TCP port of this machine for a server that is to start, kept from others for the block.
+
+    The socket that holds it does not listen. Servers bind with SO_REUSEADDR, and may then listen beside
+    it on Linux; whoever asks for any free port, or connects from one, gets another.
+    """
+    with socket.socket() as holder:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            holder.setsockopt(socket.SOL_SOCKET, option, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])

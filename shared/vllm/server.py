@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shared.errors import EyrieError, RetryableError
-from shared.runtime.children import free_port
+from shared.runtime.children import held_port
 from shared.runtime.gpus import listed_devices
 from shared.runtime.process import die_with_parent, end_group, stop_if_requested
 from shared.vllm import cpu, engine_start
@@ -134,7 +134,7 @@ def start_server(
         "starting the vLLM server for %s: usually about a minute; a large target takes longer",
         options.get("model"),
     )
-    port, api_key = free_port(), secrets.token_urlsafe(32)
+    api_key = secrets.token_urlsafe(32)
     inherited = {**_ENVIRONMENT, _CPU_CACHE: "1", **os.environ}
     if "kv-cache-memory-bytes" in options:  # the variable would overrule the option in silence
         inherited.pop(_CPU_CACHE)
@@ -143,7 +143,6 @@ def start_server(
     own: dict[str, Any] = {
         "served-model-name": MODEL_NAME,
         "host": "127.0.0.1",
-        "port": port,
         "disable-uvicorn-access-log": True,
         # Compiling for a CPU takes longer than most runs there.
         "enforce-eager": is_cpu or None,
@@ -152,18 +151,19 @@ def start_server(
         own["distributed-executor-backend"] = cpu.ONE_PROCESS_EXECUTOR
         # As vLLM does it: a core for the server itself. Small steps take half as long again without.
         variables.setdefault("OMP_NUM_THREADS", str(max(1, cpu.num_cpus() - 1)))
-    process = subprocess.Popen(
-        [sys.executable, "-m", _MODULE, *flags(own | dict(options))],
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-    )
-    try:
-        yield ChildServer(process, port, api_key)
-    finally:
-        end_group(process, grace_s=_GRACE_S)
+    with held_port() as port:  # the server takes it many seconds later
+        process = subprocess.Popen(
+            [sys.executable, "-m", _MODULE, *flags(own | {"port": port} | dict(options))],
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        try:
+            yield ChildServer(process, port, api_key)
+        finally:
+            end_group(process, grace_s=_GRACE_S)
 
 
 def _has_accelerator(environment: Mapping[str, str]) -> bool:

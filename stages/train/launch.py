@@ -17,7 +17,7 @@ from pathlib import Path
 
 from shared.artifacts.sharding import INDEX_VARIABLE
 from shared.errors import EXIT_BUG, EXIT_DONE, EXIT_OUTPUT, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
-from shared.runtime.children import Children, free_port, wait_for_all
+from shared.runtime.children import Children, held_port, wait_for_all
 from shared.runtime.gpus import listed_devices
 from shared.runtime.process import (
     catch_stop_signals,
@@ -27,6 +27,8 @@ from shared.runtime.process import (
 )
 
 _DEVICES = Path("/dev")
+# Where several nodes meet, unless they are told otherwise.
+_PORT = 29500
 # A rank that lost another one hangs in a collective; after this time it is killed.
 _GRACE_S = 60.0
 
@@ -45,7 +47,7 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
+def environments(ranks: int, nodes: int, node: int, free_port: int = _PORT) -> list[dict[str, str]]:
     """The environment of each rank of this node, with torchrun's names.
 
     Each rank gets its share of the cores, since torch would take all of them in every rank.
@@ -56,7 +58,7 @@ def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
         sys.stderr.write("$MASTER_ADDR: required if $EYRIE_NODES is more than 1.\n")
         sys.exit(EXIT_USER)
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = os.environ.get("MASTER_PORT") or ("29500" if nodes > 1 else str(free_port()))
+    port = os.environ.get("MASTER_PORT") or str(_PORT if nodes > 1 else free_port)
     common = {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": str(ranks * nodes)}
     common["LOCAL_WORLD_SIZE"] = str(ranks)
     if "OMP_NUM_THREADS" not in os.environ:
@@ -106,12 +108,13 @@ def main(arguments: Sequence[str]) -> int:
         os.execv(sys.executable, command)
     node = _number("EYRIE_NODE_RANK", _number(INDEX_VARIABLE, 0))
     catch_stop_signals()
-    return watch(
-        [
-            subprocess.Popen(command, env={**os.environ, **own}, preexec_fn=_prepare_rank)
-            for own in environments(ranks, nodes, node)
-        ]
-    )
+    with held_port() as port:
+        return watch(
+            [
+                subprocess.Popen(command, env={**os.environ, **own}, preexec_fn=_prepare_rank)
+                for own in environments(ranks, nodes, node, port)
+            ]
+        )
 
 
 if __name__ == "__main__":

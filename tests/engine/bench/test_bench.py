@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 
 from shared.io import files
 from shared.prompts.rows import Prompt, Turn
+from shared.runtime.children import held_port
 from shared.settings import build
 from shared.vllm.measured_rows import conversation_of
 from stages.bench.config import BenchConfig
@@ -156,9 +156,11 @@ def test_served_figures_are_those_of_the_raw_metrics(place: Path) -> None:
 @contextlib.contextmanager
 def server(target: Path, head: Path) -> Iterator[str]:
     """Somebody else's server: with a head and a key, and without counts by request."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with held_port() as port:
+        yield from served(target, head, port)
+
+
+def served(target: Path, head: Path, port: int) -> Iterator[str]:
     speculative = {"method": "eagle3", "model": str(head), "num_speculative_tokens": 3}
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)]
     words += ["--port", str(port), "--host", "127.0.0.1", "--enforce-eager"]

@@ -2,6 +2,7 @@
 """Processes that are waited for together, where one fails and another does not hear."""
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -60,3 +61,18 @@ def test_who_saves_after_a_stop_has_no_limit(monkeypatch: pytest.MonkeyPatch) ->
     saves = start("import time; print(1, flush=True); time.sleep(3); raise SystemExit(143)")
     assert set(children.wait_for_all([saved, saves], grace_s=0.0).values()) == {143}
     assert saves.returncode == 143
+
+
+def test_a_port_that_is_held_is_the_servers_and_nobody_elses() -> None:
+    with children.held_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        # With SO_REUSEADDR, as servers do.
+        with (
+            socket.create_server(("127.0.0.1", port)) as server,
+            socket.create_connection(("127.0.0.1", port)) as client,
+        ):
+            answering, _ = server.accept()
+            answering.sendall(b"here")
+            answering.close()
+            assert client.recv(4) == b"here"
