@@ -204,7 +204,7 @@ def launch(
         sys.exit(errors.EXIT_DONE)
     function = commands[command][1]
     if not isinstance(config, StageConfig):
-        sys.exit(_run(config, function))
+        process.leave(_run(config, function))
     is_stage = command == next(iter(commands))
     name = config.process_name
     recipe = str(config.recipe.absolute()) if config.recipe else None
@@ -215,4 +215,4 @@ def launch(
             logger.info("begin: process %d", os.getpid())
         status = Status(config.paths.status(name)) if is_stage else None
         code = _run(config, function, status, replay)
-    sys.exit(code)
+    process.leave(code)

@@ -5,7 +5,7 @@
 last user message decide what happens:
 
     busy     429 twice, then an answer          broken   500, always
-    long     400, too long (longer: other words)  slow     no answer for ten seconds
+    long     400, too long (longer: other words)  slow     no answer for a minute
     die      the process ends, the first time
 """
 
@@ -60,7 +60,7 @@ class Loopback:
                 text = "The decoder prompt is longer than the maximum model length of 8."
             return web.json_response({"error": {"message": text}}, status=400)
         if "slow" in word:
-            await asyncio.sleep(10)
+            await asyncio.sleep(60)
         if "die" in word and not (self.folder / "died").exists():
             (self.folder / "died").touch()
             os._exit(1)

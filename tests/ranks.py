@@ -4,10 +4,10 @@
 Writes for each case the step's loss, counts, unclipped gradients and new weights, gathered.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_variant import named_variant
+from shared.runtime import process
+from shared.runtime.children import held_port
 from shared.target.tensors import FinalNorm
 from stages.train.data.batch import Batch
 from stages.train.data.dataset import Sample, split_step
@@ -85,10 +87,12 @@ class Documents:
         )
 
 
+_held = contextlib.ExitStack()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody else gets for as long as this process lives."""
+    return _held.enter_context(held_port())
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,7 +149,9 @@ def main() -> None:
     )
     for case in CASES:
         run_case(accelerator, how, case, folder)
-    distributed.leave(accelerator)
+    accelerator.end_training()
+    process.expect_threads_to_outlive_the_work()
+    process.leave(0)
 
 
 if __name__ == "__main__":

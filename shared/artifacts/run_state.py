@@ -174,7 +174,7 @@ class RunState:
         folder, own = self.paths.root / "status", re.compile(rf"{stage}(-\d+)?\.json")
         files = [path for path in sorted(folder.glob(f"{stage}*.json")) if own.fullmatch(path.name)]
         manifest = self.paths.stage(stage) / MANIFEST
-        finished_s = manifest.stat().st_mtime if manifest.exists() else None
+        finished_s = _written_s(manifest)
         found = _without_history([_read(path, finished_s) for path in files], finished_s)
         if not found and stage in self.skipped:
             return [ProcessState(stage, "skipped", "what came after it was made without it")]
@@ -254,6 +254,27 @@ def _position(name: str) -> int:
     return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
+def _written_s(path: Path) -> float | None:
+    """When a file was written, in seconds since 1970; None where it is not there, or no longer."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _looked_at(path: Path) -> tuple[dict[str, Any], str]:
+    """What a status file says, and how its process is known to be gone; "" where it may well run.
+
+    A process that ended well between the two has said so meanwhile: then its last word counts.
+    """
+    while True:
+        record = read_status(path)
+        age_s = time.time() - path.stat().st_mtime
+        reason = _reason_of_death(record, age_s) if record["state"] == "running" else ""
+        if not reason or read_status(path) == record:
+            return record, reason
+
+
 def _read(path: Path, finished_s: float | None) -> ProcessState:
     """The process of one status file.
 
@@ -261,12 +282,11 @@ def _read(path: Path, finished_s: float | None) -> ProcessState:
         finished_s: when the stage's manifest was written, in seconds since 1970.
     """
     try:
-        record = read_status(path)
-        age_s = time.time() - path.stat().st_mtime
+        record, reason = _looked_at(path)
     except (EyrieError, OSError) as error:
         return ProcessState(path.stem, "unreadable", f"{path}: {error}", path=path)
     state, message = record["state"], str(record.get("message", ""))
-    if state == "running" and (reason := _reason_of_death(record, age_s)):
+    if reason:
         state, message = "died", reason
     end_s = time.time() if state == "running" else float(record["updated_s"])
     if state == "done" and finished_s:
@@ -301,7 +321,8 @@ def _without_history(found: list[ProcessState], finished_s: float | None) -> lis
     def is_history(each: ProcessState) -> bool:
         if each.state not in ENDED_BADLY or each.path is None or not each.record:
             return False
-        if finished_s is not None and each.path.stat().st_mtime <= finished_s:
+        told_s = _written_s(each.path)
+        if finished_s is not None and told_s is not None and told_s <= finished_s:
             return True
         return _share_count(each) != _share_count(newest)
 

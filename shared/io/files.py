@@ -7,6 +7,7 @@ named `.<name>.tmp-<host>-<pid>` and is swept by the next writer of the same fol
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -244,23 +245,39 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def below(folder: Path, pattern: str) -> Iterator[Path]:
+    """What lies below `folder` by a name that fits, while others may remove files and folders there."""
+    for place, folders, names in os.walk(
+        folder
+    ):  # passes over a folder that is gone, as rglob does not
+        for name in (*folders, *names):
+            if fnmatch.fnmatchcase(name, pattern):
+                yield Path(place, name)
+
+
+def bytes_below(folder: Path, pattern: str) -> int:
+    """The bytes of the files below `folder` whose names fit."""
+    total = 0
+    for path in below(folder, pattern):
+        with contextlib.suppress(FileNotFoundError):  # removed since
+            total += path.stat().st_size
+    return total
+
+
 def sweep_temporaries(folder: Path, *, idle_s: float = 0.0, of: str = "*") -> None:
     """Delete what a killed writer left below `folder`, of the files named `of`.
 
     Args:
         idle_s: where the writer may live, only what nobody has touched for so long.
     """
-    if folder.is_dir():
-        for leftover in list(folder.rglob(f".{of}.tmp-*")):
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # its writer may be alive, and done with it
-                if time.time() - leftover.lstat().st_mtime < idle_s:
-                    continue
-                if leftover.is_dir() and not leftover.is_symlink():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
+    for leftover in list(below(folder, f".{of}.tmp-*")):
+        with contextlib.suppress(FileNotFoundError):  # its writer may be alive, and done with it
+            if time.time() - leftover.lstat().st_mtime < idle_s:
+                continue
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 @contextlib.contextmanager

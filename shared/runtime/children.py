@@ -7,9 +7,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from shared.errors import EXIT_DONE
+from shared.errors import EXIT_DONE, EXIT_STOPPED
 from shared.runtime.process import stop_requested
 
 _POLL_S = 0.2
@@ -24,7 +24,8 @@ def wait_for_all(children: Children, *, grace_s: float = math.inf) -> dict[int, 
     143 counts as a failure too: somebody stopped that one alone.
 
     Args:
-        grace_s: after a failure the others are killed in so many seconds; after a stop never.
+        grace_s: after a failure the others are killed in so many seconds; after a stop only if one
+            of them failed otherwise, since those that save have no limit.
     """
     failed: dict[int, int] = {}
     ends_s = math.inf
@@ -33,9 +34,11 @@ def wait_for_all(children: Children, *, grace_s: float = math.inf) -> dict[int, 
         failed = failed or _failed(children)
         if (failed or stop_requested()) and not is_told:
             is_told = True
-            ends_s = time.monotonic() + (grace_s if failed else math.inf)
             send(children, signal.SIGTERM)
-        if time.monotonic() > ends_s and not stop_requested():
+        saved = EXIT_STOPPED if stop_requested() else None
+        if ends_s == math.inf and any(code != saved for code in _failed(children).values()):
+            ends_s = time.monotonic() + grace_s
+        if time.monotonic() > ends_s:
             send(children, signal.SIGKILL)
         time.sleep(_POLL_S)
     return failed or _failed(children)
@@ -53,8 +56,15 @@ def send(children: Children, number: signal.Signals) -> None:
             child.send_signal(number)
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A TCP port of this machine for a server that is to start, kept from others for the block.
+
+    The socket that holds it does not listen. Servers bind with SO_REUSEADDR, and may then listen beside
+    it on Linux; whoever asks for any free port, or connects from one, gets another.
+    """
+    with socket.socket() as holder:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            holder.setsockopt(socket.SOL_SOCKET, option, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])

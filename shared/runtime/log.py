@@ -28,8 +28,12 @@ SHOW_ENGINE = "EYRIE_SHOW_ENGINE"
 _OURS = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (?P<level>[A-Z]+) [a-z]+ ")
 _CONTINUED = b"    "
 _OUR_LOGGERS = {"shared", "stages", "__main__", "root"}
-_REPLAY = b"\0replay\n"  # in the pipe: now show what was kept from the terminal
+# In the pipe, after whatever an engine began a line with: now show what was kept from the terminal; the
+# block has ended.
+_REPLAY, _END = b"\0replay\n", b"\0end\n"
 _KEPT_LINES = 60  # an engine's two tracebacks
+# A terminal that takes no more, and is not closed, holds the stage's end up for so long.
+_DRAIN_S = 60.0
 
 
 def format_error(error: EyrieError) -> str:
@@ -82,6 +86,7 @@ class _Copier:
         self._shows_all = os.environ.get(SHOW_ENGINE, "0") not in ("", "0")
         self._is_ours = False
         self._hidden: collections.deque[bytes] = collections.deque(maxlen=_KEPT_LINES)
+        self.has_ended = threading.Event()  # all that came before the block's end is written
 
     def run(self) -> None:
         begun = b""
@@ -92,19 +97,27 @@ class _Copier:
             self._take(lines)
         self._take([begun] if begun else [])
         os.close(self._source)
+        self.has_ended.set()
 
     def _take(self, lines: list[bytes]) -> None:
+        kept: list[bytes] = []
         shown: list[bytes] = []
-        for line in lines:
-            if line == _REPLAY:
+        has_ended = False
+        for each in lines:
+            line = each.removesuffix(_REPLAY).removesuffix(_END)
+            kept.append(line)
+            if self._shows_all or (line and self._belongs_to_us(line)):
+                shown.append(line)
+            elif line:
+                self._hidden.append(line)
+            if each.endswith(_REPLAY):
                 shown += self._hidden
                 self._hidden.clear()
-            elif self._shows_all or self._belongs_to_us(line):
-                shown.append(line)
-            else:
-                self._hidden.append(line)
-        _write(self._log, b"".join(line for line in lines if line != _REPLAY))
+            has_ended = has_ended or each.endswith(_END)
+        _write(self._log, b"".join(kept))
         _write(self._terminal, b"".join(shown))
+        if has_ended:
+            self.has_ended.set()
 
     def _belongs_to_us(self, line: bytes) -> bool:
         if begun := _OURS.match(line):
@@ -143,22 +156,23 @@ def logged_to(path: Path, *, is_quiet: bool = False) -> Iterator[Callable[[], No
     source, sink = os.pipe()
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    os.close(sink)
-    copier = threading.Thread(target=_Copier(source, stderr, log, is_quiet).run, daemon=True)
-    copier.start()
+    copier = _Copier(source, stderr, log, is_quiet)
+    threading.Thread(target=copier.run, daemon=True).start()
 
     def replay() -> None:
         _flush()
-        _write(2, _REPLAY)
+        _write(sink, _REPLAY)
 
     try:
         yield replay
     finally:
         _flush()
+        # Not the pipe's own end: a child that outlives the stage keeps it open.
+        _write(sink, _END)
+        os.close(sink)
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
-        # A child that outlives the stage keeps the pipe open; do not wait for it.
-        copier.join(timeout=2.0)
+        copier.has_ended.wait(_DRAIN_S)
         os.close(stdout)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of a stage: stop signals, locks on its folder, children that end with it."""
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -10,10 +11,12 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from shared.errors import RetryableError, Stopped, UserError
 from shared.io.files import not_writable
@@ -26,6 +29,10 @@ _stop = threading.Event()
 # What was saved, while a stop signal is to raise at once (`stopping_at_once`).
 _at_once: list[str] = []
 _RAISE_AGAIN_S = 2.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Whether a library's threads may outlive the work, and the exit code if they do.
+_is_outlived = False
+_exit_code: int | None = None
 
 
 def _ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
@@ -38,8 +45,17 @@ def _ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
 
 def catch_stop_signals() -> None:
     """From now on SIGTERM and Ctrl-C set a flag that the stage's loops look at."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+    for number in (*_STOP_SIGNALS, signal.SIGALRM):
         signal.signal(number, _ask_to_stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+
+
+def hold_stop_signals() -> None:
+    """For `Popen(preexec_fn=...)`: stop signals wait until the child calls `catch_stop_signals`.
+
+    Without it they end a child that still imports, at once and without a word.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 
 
 def stop_requested() -> bool:
@@ -67,8 +83,8 @@ def stopping_at_once(saved: str) -> Iterator[None]:
         Stopped: a signal asked for it before or inside the block. A library that was broken off may
             have raised an error of its own, or have gone on without what it was importing.
     """
-    _at_once.append(saved)
     try:
+        _at_once.append(saved)  # a signal from here on leaves the block
         stop_if_requested(saved)
         yield
         stop_if_requested(saved)
@@ -79,6 +95,32 @@ def stopping_at_once(saved: str) -> Iterator[None]:
     finally:
         _at_once.pop()
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def expect_threads_to_outlive_the_work() -> None:
+    """From now on `leave` ends this process without the interpreter's own end.
+
+    For libraries whose threads take the GIL at any time, as gloo's do to drop a collective's tensors:
+    before Python 3.14 such a thread aborts the process if the interpreter is about to end.
+    """
+    global _is_outlived
+    _is_outlived = True
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; what was registered with `atexit` is called."""
+    global _exit_code
+    if _is_outlived:
+        _exit_code = code
+    sys.exit(code)
+
+
+@atexit.register  # before any library's, as this module is imported early: so it is called after them
+def _end_at_once() -> None:
+    if _exit_code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_code)
 
 
 def stopped(saved: str) -> Stopped:
@@ -94,14 +136,13 @@ def is_alive(pid: int) -> bool:
     """Whether a process of this machine runs; a zombie does not."""
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):  # a number above every process's
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    # Gone, maybe between the two; or a number above every process's.
+    except (ProcessLookupError, FileNotFoundError, OverflowError):
         return False
     except PermissionError:  # somebody else's, so alive
         return True
-    status = Path(f"/proc/{pid}/status")
-    return not (
-        status.exists() and "\nState:\tZ" in status.read_text(encoding="ascii", errors="replace")
-    )
+    return "\nState:\tZ" not in status
 
 
 @dataclasses.dataclass(frozen=True)

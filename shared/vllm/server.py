@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shared.errors import EyrieError, RetryableError
-from shared.runtime.children import free_port
+from shared.runtime.children import held_port
 from shared.runtime.gpus import listed_devices
 from shared.runtime.process import die_with_parent, end_group, stop_if_requested
 from shared.vllm import cpu, engine_start
@@ -37,7 +37,7 @@ _GRACE_S = 20.0
 # While its engine loads, vLLM's server sits out a signal; there is nothing to finish or to lose yet.
 _STARTING_GRACE_S = 1.0
 _POLL_S = 0.2
-_DEATH_S = 10.0  # from the engine's end to the server's own
+_DEATH_S = 30.0  # from the engine's end to the server's own, which looks every five seconds
 _KEPT_LINES = 400
 # CUDA, ROCm, CUDA below WSL2.
 _ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
@@ -142,7 +142,7 @@ def start_server(
         "starting the vLLM server for %s: usually about a minute; a large target takes longer",
         options.get("model"),
     )
-    port, api_key = free_port(), secrets.token_urlsafe(32)
+    api_key = secrets.token_urlsafe(32)
     inherited = {**_ENVIRONMENT, _CPU_CACHE: "1", **os.environ}
     if "kv-cache-memory-bytes" in options:  # the variable would overrule the option in silence
         inherited.pop(_CPU_CACHE)
@@ -151,7 +151,6 @@ def start_server(
     own: dict[str, Any] = {
         "served-model-name": MODEL_NAME,
         "host": "127.0.0.1",
-        "port": port,
         "disable-uvicorn-access-log": True,
         # Compiling for a CPU takes longer than most runs there.
         "enforce-eager": is_cpu or None,
@@ -160,19 +159,20 @@ def start_server(
         own["distributed-executor-backend"] = cpu.ONE_PROCESS_EXECUTOR
         # As vLLM does it: a core for the server itself. Small steps take half as long again without.
         variables.setdefault("OMP_NUM_THREADS", str(max(1, cpu.num_cpus() - 1)))
-    process = subprocess.Popen(
-        [sys.executable, "-m", _MODULE, *flags(own | dict(options))],
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-    )
-    server = ChildServer(process, port, api_key)
-    try:
-        yield server
-    finally:
-        server.end()
+    with held_port() as port:  # the server takes it many seconds later
+        process = subprocess.Popen(
+            [sys.executable, "-m", _MODULE, *flags(own | {"port": port} | dict(options))],
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        server = ChildServer(process, port, api_key)
+        try:
+            yield server
+        finally:
+            server.end()
 
 
 def _has_accelerator(environment: Mapping[str, str]) -> bool:

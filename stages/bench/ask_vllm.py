@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from shared.errors import FOREIGN_ERRORS
 from shared.io.files import read_json, write_json
+from shared.runtime.process import expect_threads_to_outlive_the_work, leave
 
 # Options of the engine that decide how models are read.
 _READING = (
@@ -193,4 +194,5 @@ def main(question_path: Path, answer_path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    expect_threads_to_outlive_the_work()  # gloo's, which vLLM's layers ask for
+    leave(main(Path(sys.argv[1]), Path(sys.argv[2])))

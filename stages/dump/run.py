@@ -13,6 +13,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import UserError
+from shared.io import files
 from shared.runtime.process import stopping_at_once
 from shared.runtime.status import Accounting, Status
 from shared.runtime.wording import counted
@@ -106,7 +107,7 @@ def _require_disk(job: Job, plan: Plan) -> None:
     if (window_shards := job.config.window_shards) is not None:
         tokens = min(tokens, window_shards * max(shard.tokens for shard in plan.shards))
     total = tokens * job.token_bytes
-    needed = total - sum(path.stat().st_size for path in job.folder.rglob("*.pt"))
+    needed = total - files.bytes_below(job.folder, "*.pt")
     free = shutil.disk_usage(job.folder).free
     logger.info(
         "%d tokens in %s: %.3f GB", plan.tokens, counted(len(plan.shards), "shard"), total / 1e9

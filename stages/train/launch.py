@@ -9,6 +9,7 @@ and exits.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,18 @@ from pathlib import Path
 
 from shared.artifacts.sharding import INDEX_VARIABLE
 from shared.errors import EXIT_BUG, EXIT_DONE, EXIT_OUTPUT, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
-from shared.runtime.children import Children, free_port, wait_for_all
+from shared.runtime.children import Children, held_port, wait_for_all
 from shared.runtime.gpus import listed_devices
-from shared.runtime.process import catch_stop_signals, die_with_parent, stop_requested
+from shared.runtime.process import (
+    catch_stop_signals,
+    die_with_parent,
+    hold_stop_signals,
+    stop_requested,
+)
 
 _DEVICES = Path("/dev")
+# Where several nodes meet, unless they are told otherwise.
+_PORT = 29500
 # A rank that lost another one hangs in a collective; after this time it is killed.
 _GRACE_S = 60.0
 
@@ -39,7 +47,7 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
+def environments(ranks: int, nodes: int, node: int, free_port: int = _PORT) -> list[dict[str, str]]:
     """The environment of each rank of this node, with torchrun's names.
 
     Each rank gets its share of the cores, since torch would take all of them in every rank.
@@ -50,7 +58,7 @@ def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
         sys.stderr.write("$MASTER_ADDR: required if $EYRIE_NODES is more than 1.\n")
         sys.exit(EXIT_USER)
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = os.environ.get("MASTER_PORT") or ("29500" if nodes > 1 else str(free_port()))
+    port = os.environ.get("MASTER_PORT") or str(_PORT if nodes > 1 else free_port)
     common = {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": str(ranks * nodes)}
     common["LOCAL_WORLD_SIZE"] = str(ranks)
     if "OMP_NUM_THREADS" not in os.environ:
@@ -63,7 +71,6 @@ def environments(ranks: int, nodes: int, node: int) -> list[dict[str, str]]:
 
 def watch(processes: Children) -> int:
     """Wait for all ranks; the first failure ends the others. Returns the node's exit code."""
-    # After a stop signal the ranks' saves have no limit.
     failed = wait_for_all(processes, grace_s=_GRACE_S)
     if not failed:
         return EXIT_DONE
@@ -75,7 +82,7 @@ def _exit_code(failed: Sequence[int | None], codes: Sequence[int]) -> int:
 
     Ranks that lost another one exit with EXIT_RETRY, so any other code takes precedence.
     """
-    if stop_requested() and EXIT_STOPPED in codes:
+    if stop_requested() and not {EXIT_STOPPED, -signal.SIGTERM}.isdisjoint(codes):
         return EXIT_STOPPED
     # Ranks that lost another one fail too, and maybe earlier than it is noticed.
     if any(code is not None and code < 0 for code in failed):
@@ -83,6 +90,12 @@ def _exit_code(failed: Sequence[int | None], codes: Sequence[int]) -> int:
     causes = [code for code in failed if code not in (None, EXIT_RETRY)]
     causes += [code for code in codes if code in (EXIT_BUG, EXIT_USER, EXIT_OUTPUT)]
     return (causes or failed)[0] or EXIT_RETRY
+
+
+def _prepare_rank() -> None:
+    die_with_parent()
+    # One that a stop ended while it imports would leave the others waiting for it to connect.
+    hold_stop_signals()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -95,12 +108,13 @@ def main(arguments: Sequence[str]) -> int:
         os.execv(sys.executable, command)
     node = _number("EYRIE_NODE_RANK", _number(INDEX_VARIABLE, 0))
     catch_stop_signals()
-    return watch(
-        [
-            subprocess.Popen(command, env={**os.environ, **own}, preexec_fn=die_with_parent)
-            for own in environments(ranks, nodes, node)
-        ]
-    )
+    with held_port() as port:
+        return watch(
+            [
+                subprocess.Popen(command, env={**os.environ, **own}, preexec_fn=_prepare_rank)
+                for own in environments(ranks, nodes, node, port)
+            ]
+        )
 
 
 if __name__ == "__main__":

@@ -189,11 +189,13 @@ def _train(
     from shared.target.tensors import read_tensors
     from stages.train import head as heads
     from stages.train.kernels.fused import require_compiler
-    from stages.train.loop.distributed import make_accelerator, together
+    from stages.train.loop.distributed import make_accelerator, stop_if_any_rank_is_to, together
     from stages.train.loop.trainer import Trainer
     from stages.train.objective import vocabulary
 
     accelerator = make_accelerator(config, folder)
+    with together(accelerator):
+        stop_if_any_rank_is_to(accelerator)
     require_compiler(accelerator.device)
     torch.manual_seed(config.run.seed)
     tensors = read_tensors(target_config)

@@ -164,7 +164,7 @@ def test_a_finished_stage_is_done_at_once(story: Story, project: Project) -> Non
     again = project.compose("run", "--rm", "--no-deps", "train", files=CHAIN)
     assert again.returncode == 0
     assert "already done" in again.stderr
-    assert time.monotonic() - began_s < 15
+    assert time.monotonic() - began_s < 60  # the training alone takes minutes
 
 
 def test_codes_reach_the_caller(story: Story, project: Project) -> None:
@@ -199,13 +199,13 @@ def streamed(story: Story, project: Project) -> Iterator[tuple[Path, int, int, i
         os.chown(each, int(project.variables["EYRIE_UID"]), -1)
     own = dataclasses.replace(project, name=f"{project.name}-stream", recipe=path)
     both = own.start("run", "--rm", "train", files=STREAM)
-    most, deadline = 0, time.monotonic() + 300
+    most, deadline = 0, time.monotonic() + 900
     try:
         while both.poll() is None and time.monotonic() < deadline:
             most = max(most, len(list((run / "dump").glob("shard_*.pt"))))
             time.sleep(0.02)
-        of_dump = int(docker("wait", own.container("dump"), timeout=60).stdout)
-        yield run, of_dump, both.wait(timeout=1), most
+        of_dump = int(docker("wait", own.container("dump"), timeout=300).stdout)
+        yield run, of_dump, both.wait(timeout=60), most
     finally:
         both.kill()
         own.down()

@@ -119,7 +119,7 @@ def test_again_is_done_within_seconds_and_redoes_nothing(demo: Demo) -> None:
     started_s = time.monotonic()
     assert make_target(demo.workspace, demo.target).returncode == 0
     assert ops(demo.workspace, "run", "--recipe", str(RECIPE)).returncode == 0
-    assert time.monotonic() - started_s < 30
+    assert time.monotonic() - started_s < 60  # minutes if it were done anew
     for path, written in before.items():
         if path.parent.name != "status":
             assert path.stat().st_mtime_ns == written, path

@@ -23,6 +23,7 @@ from shared.errors import EXIT_DONE, UserError
 from shared.paths import RunPaths
 from shared.recipe import read_recipe
 from shared.runtime.gpus import DEVICES
+from shared.runtime.process import stop_if_requested
 from stages.ops.chain.machine import look
 from stages.ops.config import RunChainConfig
 
@@ -161,6 +162,7 @@ def steps(config: RunChainConfig, stages: Sequence[str], paths: RunPaths) -> lis
 
     Raises:
         UserError: a stage refuses it; with that stage's message.
+        Stopped: a signal asked for it.
     """
     answers = {
         stage: start(
@@ -175,6 +177,7 @@ def steps(config: RunChainConfig, stages: Sequence[str], paths: RunPaths) -> lis
     answered = []
     for stage, process in answers.items():
         answer, complaint = process.communicate()
+        stop_if_requested("no stage was begun")  # Ctrl-C has ended the processes that answer, too
         if process.returncode != EXIT_DONE:
             raise UserError(
                 f"{stage} refuses {config.recipe}: {_message(complaint, stage)}",
@@ -203,6 +206,7 @@ def refused_heads(config: RunChainConfig, steps: Sequence[Step]) -> list[str]:
     command.insert(command.index("stages.train") + 1, "check-head")
     asked = start(command, "train", stderr=subprocess.PIPE, text=True)
     _, complaint = asked.communicate()
+    stop_if_requested("no stage was begun")
     return [] if asked.returncode == EXIT_DONE else [_message(complaint, "train")]
 
 

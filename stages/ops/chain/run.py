@@ -31,6 +31,8 @@ from stages.ops.config import RunChainConfig
 # What a stage that was asked to stop gets to save; as compose.yaml's stop_grace_period.
 _GRACE_S = 300.0
 _POLL_S = 0.1
+# How a stage ends that lost another one, or that was stopped: by itself, or while it imported.
+_NO_CAUSES = (EXIT_RETRY, EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT)
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +162,11 @@ def _run_together(
     if config.by == "compose":
         for stage in failed:
             containers.check_begun(stage, codes[stage], paths, started_s)
-    # Of two that end at once, the one that only lost the other is not the cause.
-    causes = sorted(failed, key=lambda stage: codes[stage] in (EXIT_RETRY, EXIT_STOPPED))
-    stage = (causes or [stage for stage in stages if codes[stage]] or [stages[-1]])[0]
+    # One that only lost the other, or was asked to stop, is not the cause, even if it was gone before.
+    ended = failed or [stage for stage in stages if codes[stage]]  # all ended between two looks
+    ended += [stage for stage in stages if codes[stage] > 0 and stage not in ended]
+    causes = sorted(ended, key=lambda stage: codes[stage] in _NO_CAUSES)
+    stage = (causes or [stages[-1]])[0]
     return stage, _as_shell_code(codes[stage])
 
 
@@ -175,7 +179,12 @@ def _start(
 
 
 def _as_shell_code(code: int) -> int:
-    """An exit code; 128 + n of a process that signal n ended, where Python says -n."""
+    """An exit code; 128 + n of a process that signal n ended, where Python says -n.
+
+    Ctrl-C reaches a stage too, and ends one that still imports: that is a stop.
+    """
+    if code == -signal.SIGINT and stop_requested():
+        return EXIT_STOPPED
     return code if code >= 0 else 128 - code
 
 

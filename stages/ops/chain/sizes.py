@@ -8,6 +8,7 @@ from shared.artifacts.manifest import read_manifest
 from shared.contracts import layers
 from shared.contracts.head_config import HeadConfig
 from shared.contracts.head_variant import named_variant
+from shared.io import files
 from shared.io.safetensors_files import TensorInfo, tensor_bytes
 from shared.paths import RunPaths
 from shared.target.model import TargetConfig
@@ -83,7 +84,7 @@ def certain_disk_bytes(left: Sequence[Step], config: TargetConfig, paths: RunPat
             made = read_manifest(paths.stage("synth")) or {"facts": {}}
             aux = layers.resolve_aux_layers(step.run["aux_layers"], config.num_layers)
             tokens = int(made["facts"].get("tokens", 0))
-            held = sum(path.stat().st_size for path in paths.stage("dump").rglob("*.pt"))
+            held = files.bytes_below(paths.stage("dump"), "*.pt")
             dtype = step.settings["state_dtype"]
             states = layers.state_bytes(tokens, len(aux), config.hidden_size, dtype)
             needed += max(0, held_states(step.settings, states) - held)

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from shared.errors import RetryableError, UserError
 from shared.io.files import write_json
 from shared.io.records import Shape, read_record
-from shared.runtime import processor
+from shared.runtime import process, processor
 from stages.train.config import TrainConfig
 from stages.train.loop.step import TrainingStep
 from stages.train.model import DraftHead
@@ -51,8 +50,6 @@ _LOST = (
 )
 # NCCL's own failures that come again: two ranks on one GPU, no shared memory, a broken driver.
 _NCCL = ("NCCL error", "NCCL Error", "ncclInvalidUsage", "ncclSystemError", "ncclInternalError")
-# What gloo's threads take to let go of a collective's tensors: milliseconds on a busy machine.
-_LETTING_GO_S = 0.5
 logger = logging.getLogger(__name__)
 
 _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -94,11 +91,24 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             remedy="Make $MASTER_PORT free on the first node and $MASTER_ADDR reachable from all.",
             facts={"address": address},
         ) from error
+    if accelerator.num_processes > 1:  # gloo's threads outlive the process group
+        process.expect_threads_to_outlive_the_work()
     if config.trackers:
         accelerator.init_trackers(config.run.name)
     if accelerator.device.type == "cpu":
         processor.keep_freed_memory()
     return accelerator
+
+
+def stop_if_any_rank_is_to(accelerator: Accelerator) -> None:
+    """Leave here, all ranks together, if a stop was asked for while they started.
+
+    Raises:
+        Stopped: a signal reached one of them.
+    """
+    votes = torch.tensor(float(process.stop_requested()), device=accelerator.device)
+    if summed(accelerator, votes) > 0:
+        raise process.stopped("the training was not begun")
 
 
 def require_trackers(config: TrainConfig) -> None:
@@ -268,15 +278,3 @@ def summed(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     total: torch.Tensor = accelerator.reduce(tensor)
     return total
-
-
-def leave(accelerator: Accelerator) -> None:
-    """End the trackers and the process group.
-
-    gloo's threads outlive the group, and drop the tensors of the last collectives holding the GIL. Before
-    Python 3.14 a thread that waits for the GIL while the interpreter ends aborts the process, after all
-    its work.
-    """
-    accelerator.end_training()
-    if accelerator.num_processes > 1:
-        time.sleep(_LETTING_GO_S)

@@ -145,7 +145,7 @@ class Trainer:
                     break
         self._save_and_wait()
         self.following.finished()
-        distributed.leave(self.accelerator)
+        self.accelerator.end_training()
         return Outcome(
             samples=len(self.dataset.training) + len(self.dataset.held_out),
             held_out=len(self.dataset.held_out),

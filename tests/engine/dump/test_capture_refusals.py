@@ -117,7 +117,8 @@ def test_an_engine_killed_while_it_starts_is_retryable(tmp_path: Path) -> None:
 def _kill_engine_core() -> None:
     for _ in range(3000):  # importing vLLM on a busy machine takes a while
         for child in multiprocessing.active_children():
-            if "EngineCore" in child.name:
+            if "EngineCore" in child.name and child.pid is not None:
+                os.kill(child.pid, signal.SIGSTOP)  # else it might be ready before it is killed
                 time.sleep(0.5)
                 child.kill()
                 return

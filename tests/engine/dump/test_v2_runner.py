@@ -151,7 +151,7 @@ def states(runner: Runner, num_tokens: int, seed: int) -> torch.Tensor:
 
 def written(path: Path) -> dict[str, torch.Tensor]:
     """The file, which a thread of the connector's writes."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     return load_file(path)

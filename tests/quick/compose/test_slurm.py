@@ -21,6 +21,8 @@ with open(os.environ["SPY"], "a") as log:
     log.write(" ".join(["srun", *words]) + "\\n")
 if os.environ.get("CODE") == "term":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with open(os.environ["SPY"], "a") as log:
+        log.write("ready\\n")
     time.sleep(60)
 if os.environ.get("CODE"):
     sys.exit(int(os.environ["CODE"]))
@@ -155,11 +157,11 @@ def test_an_apptainer_sees_the_containers_paths_and_not_the_jobs(machine: Machin
 
 def test_sigterm_reaches_the_stage_which_is_queued_again(machine: Machine) -> None:
     process = machine.start(STAGE="train", CODE="term")
-    while "srun" not in machine.told():
+    while "ready" not in machine.told():
+        assert process.poll() is None
         time.sleep(0.05)
-    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 143
     assert "scontrol requeue 7" in machine.told()
 

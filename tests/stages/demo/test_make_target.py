@@ -4,7 +4,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 
@@ -17,7 +16,5 @@ def test_sigterm_ends_it_at_once_with_143(tmp_path: Path) -> None:
         if "step 1 of" in line:
             break
     process.send_signal(signal.SIGTERM)
-    began_s = time.monotonic()
-    assert process.wait(timeout=60) == 143
-    assert time.monotonic() - began_s < 10
+    assert process.wait(timeout=60) == 143  # the steps to come take hours
     assert not out.exists()

@@ -60,6 +60,7 @@ class ApiServer(ThreadingHTTPServer):
         self.logs: dict[str, str] = {}
         self.refusals: dict[str, int] = {}  # resource -> HTTP status
         self.refused: list[str] = []  # resources, as they were asked for
+        self.asked: list[str] = []  # the same, refused or not
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -121,6 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         ):  # an empty protobuf: kubectl knows no schema, and validates nothing
             return self.answer("")
         resource, name, below, query = self.place()
+        self.server.asked.append(resource)
         if status := self.server.refusals.get(resource):
             self.server.refused.append(resource)
             reasons = {403: "Forbidden", 503: "ServiceUnavailable"}

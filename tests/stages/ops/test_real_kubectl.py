@@ -118,6 +118,7 @@ def test_an_evicted_pod_and_warnings_are_told(server: ApiServer, tmp_path: Path)
     log = read_until(process, "FailedCreate")
     server.refusals["jobs"] = 503
     while not server.refused:
+        assert process.poll() is None
         time.sleep(0.05)
     del server.refusals["jobs"]
     end(server, job, type="Failed", reason="BackoffLimitExceeded", message="limit reached")
@@ -142,7 +143,10 @@ def test_who_may_not_read_events_and_claims_may_run_all_the_same(
     process = start(server, tmp_path)
     job = wait_for_job(server, "target-smoke", process)
     log = read_until(process, "pods: ")  # said after a look at the events
-    time.sleep(1)  # for another look
+    looks = server.asked.count("jobs")
+    while server.asked.count("jobs") < looks + 3:  # at least one whole look more
+        assert process.poll() is None
+        time.sleep(0.05)
     end(server, job, type="Failed", reason="DeadlineExceeded", message="")
     log += process.communicate(timeout=60)[1]
     assert process.returncode == 1

@@ -3,11 +3,13 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace
 
 
-def start(workspace: Path, *arguments: str) -> "subprocess.Popen[str]":
+def start(
+    workspace: Path, *arguments: str, start_new_session: bool = False
+) -> "subprocess.Popen[str]":
     """Two ranks on this node."""
     command = [sys.executable, "-m", "stages.train.launch", *arguments]
     command += ["--recipe", str(workspace / "recipe.yaml"), "--workspace", str(workspace)]
@@ -37,6 +41,7 @@ def start(workspace: Path, *arguments: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=start_new_session,
     )
 
 
@@ -103,15 +108,40 @@ def test_a_port_that_is_taken_may_be_free_on_the_next_start(
     assert "Traceback" not in refused.stderr
 
 
+def children_of(process: "subprocess.Popen[str]") -> list[str]:
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def wait_for(found: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 200
+    while not found():
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_the_ranks_start_is_a_stop(
+    workspace: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """They import for seconds, and one that ended there would leave the other waiting for it."""
+    shutil.copytree(workspace, tmp_path / "workspace")
+    training = start(tmp_path / "workspace", start_new_session=True)
+    wait_for(lambda: len(children_of(training)) == 2, training)
+    os.killpg(training.pid, number)  # as a terminal or Slurm sends it: to all of them
+    out, _ = training.communicate(timeout=120)
+    assert training.returncode == 143, out
+    assert "Traceback" not in out
+    assert not (tmp_path / "workspace/run/train/checkpoints").exists(), "no step was taken"
+
+
 def test_a_stop_reaches_every_rank_and_the_next_start_continues(workspace: Path) -> None:
     settings = ("--epochs", "60", "--checkpoint_every_steps", "5")
     training = start(workspace, *settings)
     latest = workspace / "run" / "train" / "checkpoints" / "latest.pt"
-    deadline = time.monotonic() + 120
-    while not latest.exists() and training.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(latest.exists, training)
     training.send_signal(signal.SIGTERM)
-    out, _ = training.communicate(timeout=120)
+    out, _ = training.communicate(timeout=200)
     assert training.returncode == 143, out
     again = start(workspace, *settings)
     out, _ = again.communicate(timeout=300)

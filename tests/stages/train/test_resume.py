@@ -17,7 +17,7 @@ from tests.stages.train.trainings import (
     TRAIN,
     furthest,
     interrupt_after_a_checkpoint,
-    kill_once_there,
+    kill_ranks_at,
     losses,
     start_ranks,
 )
@@ -115,10 +115,9 @@ def test_another_number_of_threads_goes_on_with_the_same_curve(
 
 def test_other_numbers_of_ranks_go_on_with_the_same_curve(workspace: Path, trained: Path) -> None:
     """Two ranks, killed; one, killed; two to the end."""
-    states = workspace / "run" / "train" / "checkpoints"
     for num_ranks, step in ((2, 12), (1, 40)):
-        kill_once_there(start_ranks(workspace, num_ranks), states / f"step_{step:08d}.pt")
-    assert [process.wait(timeout=120) for process in start_ranks(workspace, 2)] == [0, 0]
+        kill_ranks_at(workspace, num_ranks, step)
+    assert [process.wait(timeout=200) for process in start_ranks(workspace, 2)] == [0, 0]
     assert len(losses(trained)) > 5
     assert losses(workspace) == pytest.approx(losses(trained), rel=1e-3, abs=CURVE)
 

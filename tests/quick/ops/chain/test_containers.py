@@ -48,7 +48,7 @@ if stage not in play.get("never_begins", ()):
 if stage in play.get("waits", ()):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     (here / "waiting").touch()
-    time.sleep(60)
+    time.sleep(600)
 if stage == "bench":
     (root / "bench").mkdir()
     report = {{"head": {{"acceptance": {{"acceptance_length": 2.5}}}}}}
@@ -214,7 +214,7 @@ def test_a_signal_reaches_the_container(docker: Stub, recipe: Path) -> None:
             assert time.monotonic() < until
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED
     assert docker.stages() == ["synth"]
 

@@ -3,11 +3,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import webbrowser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from shared.errors import EXIT_STOPPED, UserError
 from shared.paths import RunPaths
 from shared.settings import build
 from stages.ops.chain import processes
+from stages.ops.chain import run as chain
 from stages.ops.chain.run import _show_page, closing_line, look_ahead, run
 from stages.train.config import TrainConfig
 from tests.quick.ops.chain.recipes import ROOT, config, steps, write
@@ -165,6 +168,69 @@ def test_a_stage_that_outlives_its_grace_was_killed(
     monkeypatch.setattr("stages.ops.chain.run.stop_requested", deaf.exists)
     play(monkeypatch, workspace, "synth", f"trap '' TERM; touch {deaf}; exec sleep 60")
     assert run(config(workspace, preflight="false", only="synth")) == 137
+
+
+def test_a_stage_that_only_lost_the_other_is_not_the_cause(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train says in its status that it failed; dump reads that, and may be gone first."""
+    write(workspace, {"dump": {"window_shards": 4}, "train": {"follow": True}})
+    begun = workspace / "begun"
+    play(monkeypatch, workspace, "dump", f"until [ -e {begun} ]; do sleep 0.05; done; exit 75")
+    play(monkeypatch, workspace, "train", f"trap 'exit 2' TERM; touch {begun}; sleep 60 & wait")
+    assert run(config(workspace, preflight="false", only="dump,train")) == 2
+
+
+def test_of_two_that_end_between_two_looks_the_cause_counts(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(workspace, {"dump": {"window_shards": 4}, "train": {"follow": True}})
+    play(monkeypatch, workspace, "dump", "exit 75")
+    play(monkeypatch, workspace, "train", "exit 2")
+    start = chain._start
+
+    def late(*how: Any) -> "subprocess.Popen[bytes]":
+        started = start(*how)
+        started.wait()
+        return started
+
+    monkeypatch.setattr(chain, "_start", late)
+    assert run(config(workspace, preflight="false", only="dump,train")) == 2
+
+
+def test_ctrl_c_that_ends_a_stage_while_it_imports_is_a_stop(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(monkeypatch, workspace, "synth", "kill -INT $PPID; kill -INT $$")
+    done = ops(workspace, "--preflight", "false", "--only", "synth")
+    assert done.returncode == EXIT_STOPPED, done.stderr
+
+
+def test_ctrl_c_while_the_stages_answer_is_a_stop_and_no_refusal(workspace: Path) -> None:
+    """A terminal sends it to them as well."""
+    answering = workspace / "answering"
+    python = workspace / "python-synth"
+    python.write_text(f"#!/bin/sh\ntouch {answering}; exec sleep 600\n")
+    python.chmod(0o755)
+    command = [sys.executable, "-m", "stages.ops", "run", "--workspace", str(workspace)]
+    command += ["--recipe", str(workspace / "recipe.yaml"), "--only", "synth"]
+    environment = {**os.environ, "EYRIE_SYNTH_PYTHON": str(python)}
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        until = time.monotonic() + 60
+        while not answering.exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, said
+    assert "no stage was begun" in said
 
 
 def test_a_stop_between_two_stages_begins_no_other(

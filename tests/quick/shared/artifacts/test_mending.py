@@ -2,6 +2,8 @@
 """What was finished or saved, and then removed or changed: made again, or refused by name."""
 
 import json
+import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +210,9 @@ def test_a_stop_outweighs_what_ranks_say_of_it(monkeypatch: pytest.MonkeyPatch) 
     assert ranks._exit_code([75], [75, 143]) == 143
     assert ranks._exit_code([2], [2, 143]) == 143
     assert ranks._exit_code([75], [75, 2]) == 2
+    # Ended by the signal itself, or waiting for one that was.
+    assert ranks._exit_code([-signal.SIGTERM], [-signal.SIGTERM, -signal.SIGKILL]) == 143
+    assert ranks._exit_code([-signal.SIGKILL], [-signal.SIGKILL, 75]) == 75
 
 
 def test_only_the_named_leftovers_are_swept(tmp_path: Path) -> None:
@@ -215,3 +220,29 @@ def test_only_the_named_leftovers_are_swept(tmp_path: Path) -> None:
         (tmp_path / f".{name}.tmp-host-1").touch()
     files.sweep_temporaries(tmp_path, of="a")
     assert [path.name for path in tmp_path.iterdir()] == [".b.tmp-host-1"]
+
+
+def test_what_others_remove_meanwhile_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several processes of a dump the last one removes the plan, and a window its shards."""
+    for name in ("plan/shard_0.pt", "shard_0.pt", "shard_1.pt"):
+        files.write_text(tmp_path / name, "four")
+    stat, scandir = Path.stat, os.scandir
+
+    def removed(path: Path, **how: Any) -> Any:
+        if path.name == "shard_1.pt":
+            path.unlink()
+        return stat(path, **how)
+
+    def gone(path: Any = ".") -> Any:
+        if str(path).endswith("/plan"):
+            shutil.rmtree(path)
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", removed)
+        patch.setattr(os, "scandir", gone)
+        files.sweep_temporaries(tmp_path)
+        assert files.bytes_below(tmp_path, "*.pt") == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["shard_0.pt"]

@@ -83,7 +83,7 @@ def test_processes_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(index)], cwd=ROOT)
         for index in range(4)
     ]
-    assert [process.wait(timeout=60) for process in started] == [0] * 4
+    assert [process.wait(timeout=200) for process in started] == [0] * 4
     folder = tmp_path / "run" / "dump"
     assert (folder / MANIFEST).exists()
     for index in range(NUM_ITEMS):

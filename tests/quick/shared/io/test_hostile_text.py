@@ -47,10 +47,10 @@ RECIPES = {
 def test_a_recipe_that_unfolds_or_breaks_is_refused_at_once(tmp_path: Path, name: str) -> None:
     path, content = tmp_path / "recipe.yaml", RECIPES[name]
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    began = time.monotonic()
+    began = time.process_time()  # a machine that is busy otherwise says nothing about the reader
     with pytest.raises(UserError, match=r"recipe\.yaml.*(not valid YAML|UTF-8)"):
         build(SynthConfig, {"recipe": str(path)})
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_recipe_may_use_an_alias(tmp_path: Path) -> None:

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a stage's output a person sees, and what the log file keeps."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from shared.runtime import log
 
 STAGE = """
 import logging, os, subprocess, sys
@@ -36,8 +42,8 @@ NOISE = (
 )
 
 
-def say(log: Path, how: str, **environment: str) -> str:
-    command = [sys.executable, "-c", STAGE, str(log), how]
+def say(kept: Path, how: str, **environment: str) -> str:
+    command = [sys.executable, "-c", STAGE, str(kept), how]
     root = str(Path(__file__).resolve().parents[4])
     environment = {"PYTHONPATH": root, "PATH": "/usr/bin:/bin", **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -92,3 +98,44 @@ for library in (datasets, huggingface_hub):
     first, second = done.stderr.splitlines()
     assert first.startswith("[datasets.http] ") and first.endswith("WARNING ops retrying")
     assert second.startswith("[huggingface_hub.http] ")
+
+
+def after_the_copier_stalls(monkeypatch: pytest.MonkeyPatch, stalls_s: float) -> None:
+    """The thread that copies reads nothing for so long, as on a machine that has no time for it."""
+    take = log._Copier._take
+
+    def late(self: log._Copier, lines: list[bytes]) -> None:
+        time.sleep(stalls_s)
+        take(self, lines)
+
+    monkeypatch.setattr(log._Copier, "_take", late)
+
+
+def test_the_last_words_are_kept_however_late_they_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    after_the_copier_stalls(monkeypatch, 3.0)
+    with log.logged_to(tmp_path / "log"):
+        os.write(2, b"2026-01-01T00:00:00Z ERROR dump the end\n")
+    assert "the end" in (tmp_path / "log").read_text()
+    assert capfd.readouterr().err == "2026-01-01T00:00:00Z ERROR dump the end\n"
+
+
+def test_a_child_that_outlives_the_block_is_not_waited_for(tmp_path: Path) -> None:
+    with log.logged_to(tmp_path / "log"):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        os.write(2, b"a line\nhalf a line")
+    assert (tmp_path / "log").read_text() == "a line\nhalf a line"
+    assert child.poll() is None
+    child.communicate(b"\n")
+
+
+def test_an_engine_that_has_begun_a_line_does_not_hide_the_replay(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A bar that draws itself: the word to the copier comes after what it drew last."""
+    with log.logged_to(tmp_path / "log") as replay:
+        os.write(1, b"the cause\n 10%")
+        replay()
+    assert "the cause\n 10%" in capfd.readouterr().err
+    assert (tmp_path / "log").read_text() == "the cause\n 10%"

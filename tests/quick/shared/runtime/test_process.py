@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stop signal inside a library's call, in a process of its own."""
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from shared.runtime.process import stopping_at_once
+from shared.runtime.process import is_alive, stopping_at_once
 from tests.runs import ROOT
 
 # A library that is broken off inside `try`, and what it does then.
@@ -59,3 +61,17 @@ def test_a_stop_that_a_library_swallows_ends_the_block_as_a_stop(then: str) -> N
 def test_an_error_of_a_block_that_nobody_stopped_stays_itself() -> None:
     with pytest.raises(ValueError, match="its own"), stopping_at_once("nothing is lost"):
         raise ValueError("its own")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError])
+def test_a_process_that_goes_while_it_is_looked_at_is_gone(
+    monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    """Between the question whether there is one and the reading of its state."""
+
+    def gone(*_: object, **__: object) -> str:
+        raise error
+
+    assert is_alive(os.getpid())
+    monkeypatch.setattr(Path, "read_text", gone)
+    assert not is_alive(os.getpid())

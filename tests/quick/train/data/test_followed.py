@@ -27,7 +27,7 @@ def test_what_fails_in_one_batch_ends_the_waiting_of_the_next(
     offer: dict[str, Any] = {"fingerprint": "f", "facts": {"window_shards": 2}}
     described: dict[str, Any] = {"hidden_states": {"layer_ids": [2]}, "model": {"hidden_size": 8}}
     followed = FollowedShards(config, offer, described)
-    late = threading.Timer(10, followed.close)
+    late = threading.Timer(60, followed.close)
     late.start()
 
     def make(index: int) -> Any:

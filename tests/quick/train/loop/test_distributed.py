@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a failed collective means, and the precision that `auto` comes to."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from shared.runtime import processor
 from shared.settings import build
 from stages.train.config import TrainConfig
 from stages.train.loop import distributed
+from tests.runs import ROOT
 
 LOST = [
     "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]",
@@ -90,3 +93,42 @@ def test_a_tracker_that_is_not_installed_is_refused() -> None:
 def test_sizes_are_above_zero(name: str, number: str) -> None:
     with pytest.raises(UserError, match=rf"train\.{name}"):
         build(TrainConfig, {"target": "t", name: number})
+
+
+# A thread of gloo's takes the GIL after the work, as it does to drop tensors; here again and again.
+OUTLIVED = """
+import atexit, sys, threading, time
+from shared.runtime import process
+import torch
+
+folder, code = sys.argv[1:]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/r", rank=0, world_size=1)
+atexit.register(print, "a tracker's last words")
+is_outlived = threading.Event()
+
+def outlive(_):
+    if threading.current_thread() is not threading.main_thread():  # else it was done already
+        is_outlived.set()
+        while True:
+            time.sleep(0.0001)
+
+while not is_outlived.is_set():
+    torch.distributed.all_reduce(torch.ones(1 << 20), async_op=True).get_future().then(outlive)
+process.expect_threads_to_outlive_the_work()
+process.leave(int(code))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_thread_of_gloo_that_outlives_the_work_does_not_change_the_exit_code(
+    tmp_path: Path, code: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OUTLIVED, str(tmp_path), str(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout == "a tracker's last words\n"

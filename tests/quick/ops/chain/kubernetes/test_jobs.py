@@ -135,7 +135,7 @@ def test_a_signal_ends_the_watching_and_not_the_job(cluster: Cluster) -> None:
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=30)
+    _, log = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "job synth-r goes on in the cluster" in log
     assert path.exists()
