@@ -61,8 +61,8 @@ def _asked(name: str, revision: str | None, paths: RunPaths) -> Found | EyrieErr
 def _ask_hub(name: str, revision: str | None, paths: RunPaths) -> Found:
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub import errors as hub_errors
 
+    from shared.io.hub import HUB_ERRORS
     from shared.target import hub
 
     hub.require_id(name, paths.workspace)
@@ -70,7 +70,7 @@ def _ask_hub(name: str, revision: str | None, paths: RunPaths) -> Found:
         kept = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
         if any(Path(kept).glob("*.safetensors")):
             return Path(kept), None
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError):
+    except HUB_ERRORS:  # nothing that can be used is kept here: the hub says what is wrong
         pass
     if constants.HF_HUB_OFFLINE:
         raise UserError(
