@@ -22,13 +22,23 @@ _NOT_THERE = (
 )
 
 
-def require_id(name: str, workspace: Path, *, label: str = "run.target") -> None:
+def require_id(
+    name: str, workspace: Path, *, label: str = "run.target", is_head: bool = False
+) -> None:
     """Refuse what is no folder here and cannot be a hub's either.
 
     Raises:
         UserError: it is no organisation/name.
     """
     if name.count("/") != 1 or name.startswith((".", "/")):
+        if is_head:
+            raise UserError(
+                f"{label}: expected a draft head's folder at {places(name, workspace)}, or a hub id "
+                "(organisation/name); found neither.",
+                code="head-not-found",
+                remedy="Correct the name, or mount the folder.",
+                facts={"head": name},
+            )
         raise UserError(
             f"{label}: expected a model's folder at {places(name, workspace)}, or a hub id "
             "(organisation/name); found neither.",
@@ -96,32 +106,33 @@ def _asking(name: str, revision: str | None, label: str) -> Iterator[None]:
 
 def _refusal(error: Exception, name: str, revision: str | None, label: str) -> EyrieError:
     """What the hub's client raised, as one of our own errors."""
-    where = f"{label}: {name} is no folder here, and"
+    said = next(iter(str(error).splitlines()), type(error).__name__)
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     is_kept_nowhere = isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled)
     if is_kept_nowhere or may_pass(error):
         return RetryableError(
-            f"{where} the hub could not be reached ({reason}).",
+            f"{label}: {name} is no folder here, and the hub could not be reached ({reason}).",
             code="hub-unreachable",
             remedy="Check the name and the network, or set HF_HOME to a filled cache.",
             facts={"target": name},
         )
     if isinstance(error, _NOT_THERE) or status_of(error) is not None:
         return UserError(
-            f"{where} the hub answered: {(str(error).splitlines() or [reason])[0]}",
+            f"{label}: {name} is no folder here, and the hub answered: {said}",
             code="target-not-on-hub",
             remedy="Correct the name or the revision, or set HF_TOKEN if the target is private or gated.",
             facts={"target": name, "revision": revision},
         )
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno):
         return UserError(
-            f"{where} its files could not be kept in the hub's cache, {constants.HF_HUB_CACHE}: {error}.",
+            f"{label}: {name} could not be kept in the hub's cache, {constants.HF_HUB_CACHE}: {error}.",
             code="hub-cache",
             remedy="Free some space there, make it writable, or set HF_HOME to another folder.",
             facts={"target": name, "cache": constants.HF_HUB_CACHE},
         )
     return RetryableError(
-        f"{where} the hub's answer could not be understood ({reason}).",
+        f"{label}: {name} is no folder here, and the hub's answer could not be understood "
+        f"({reason}).",
         code="hub-answer",
         remedy="Run the same command again. If it stays so, see whether HF_ENDPOINT and the proxy are right: "
         "something else than a hub may answer there.",

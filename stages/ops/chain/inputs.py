@@ -2,9 +2,10 @@
 """What the stages read from outside the run: prompts, and targets on this disk or on the hub."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
-from shared.errors import EyrieError, UserError
+from shared.errors import EyrieError, RetryableError, UserError
 from shared.io.safetensors_files import TensorInfo
 from shared.paths import RunPaths, find_input
 from shared.prompts.sources import Source
@@ -47,6 +48,19 @@ def find(name: str, revision: str | None, paths: RunPaths) -> Found:
     found = _asked(name, revision, paths)
     if isinstance(found, EyrieError):
         raise found
+    return found
+
+
+def unanswered(left: Sequence[Step], paths: RunPaths) -> list[RetryableError]:
+    """What a hub that could not be asked leaves open about the stages' targets, an error for each."""
+    found = []
+    for name, step in {name: step for step in left for name in targets(step)}.items():
+        try:
+            find(name, step.run["target_revision"], paths)
+        except RetryableError as error:
+            found.append(error)
+        except EyrieError:  # it is known what is wrong with it
+            continue
     return found
 
 

@@ -23,7 +23,7 @@ from shared.io import files
 from shared.paths import RunPaths
 from shared.recipe import read_recipe
 from shared.runtime.process import stop_if_requested, stop_requested
-from stages.ops.chain import containers, pair, processes
+from stages.ops.chain import containers, inputs, pair, processes
 from stages.ops.chain.kubernetes import jobs
 from stages.ops.chain.kubernetes.kubectl import Overlay
 from stages.ops.config import RunChainConfig
@@ -113,6 +113,9 @@ def look_ahead(config: RunChainConfig, paths: RunPaths, *, even_if_done: bool = 
         if line := ahead.expectation():
             logger.info("expected: %s", line)
     if found:
+        open_questions = inputs.unanswered([step for step in steps if not step.done], paths)
+        if len(open_questions) == len(found):  # nothing is known to be wrong
+            raise open_questions[0]
         *others, last = found
         for other in others:
             logger.error("%s", other)

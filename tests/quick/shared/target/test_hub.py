@@ -15,6 +15,7 @@ import pytest
 
 from shared.errors import UserError
 from shared.settings import build
+from shared.target.model import locate
 from stages.train.commands import ExportConfig
 from tests.conftest import ROOT
 from tests.quick.ops.chain.recipes import CONFIG
@@ -122,8 +123,11 @@ def test_nor_in_a_dry_run(cached: Path) -> None:
     (cached / "recipe.yaml").write_text(recipe)
     chain = ("ops", "run", "--dry_run", "--recipe", "recipe.yaml", "--workspace", ".")
     code, said = told(cached, CLOSED, RUN, *chain)
-    assert "the hub could not be reached (ConnectError" in said
-    assert code in (2, 75), said
+    assert (code, "[hub-unreachable]" in said, "│ synth │ to do" in said) == (75, True, True), said
+    recipe = recipe.replace("prompts.jsonl", "gone.jsonl")  # which no network mends
+    (cached / "recipe.yaml").write_text(recipe)
+    code, said = told(cached, CLOSED, RUN, *chain)
+    assert (code, "the hub could not be reached (ConnectError" in said) == (2, True), said
 
 
 PLAN, FETCH = ("ops", "plan"), ("demo", "real-target", "out", "--model")
@@ -147,10 +151,18 @@ def test_a_cut_or_malformed_answer_is_told(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_the_machine_s_fault(tmp_path: Path, endpoint: str) -> None:
+def test_a_cache_that_cannot_be_written_is_the_machine_s_fault(
+    tmp_path: Path, endpoint: str
+) -> None:
     (tmp_path / "hf").write_text("no folder")
     code, said = told(tmp_path, endpoint, RUN, "ops", "plan", "words/z")
     assert (code, "[hub-cache]" in said) == (2, True), said
+
+
+def test_a_head_that_is_nowhere_is_no_target(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--head: expected a draft head's folder") as refused:
+        locate("nosuch", tmp_path, revision=None, label="--head", is_head=True)
+    assert refused.value.code == "head-not-found"
 
 
 @pytest.mark.parametrize("place", [CLOSED, "loopback"])
