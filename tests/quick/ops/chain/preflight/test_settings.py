@@ -120,7 +120,7 @@ def test_a_dump_that_train_would_borrow_is_there_and_finished(workspace: Path) -
 def test_a_precision_that_no_engine_has_is_refused_by_its_stage(
     workspace: Path, stage: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"{stage}.dtype: Input should be .*found 'bfloat61'"):
+    with pytest.raises(UserError, match=rf"{stage}.dtype: expected .*found 'bfloat61'"):
         steps(workspace, {stage: {"dtype": "bfloat61"}})
 
 
