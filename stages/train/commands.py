@@ -18,7 +18,7 @@ class VocabConfig(TrainConfig):
     Out: <workspace>/<run>/train/d2t.npy and t2d.npy. A later `train` uses the same ones.
     """
 
-    groups: ClassVar[Mapping[str, str]] = {"Data": "dump_of follow patience_s"}
+    groups: ClassVar[Mapping[str, str]] = {"Data": "dump_of"}
     lists_all: ClassVar[bool] = False
 
 
@@ -75,7 +75,7 @@ class ExportConfig(TrainConfig):
 
     groups: ClassVar[Mapping[str, str]] = {
         "Export": "checkpoint format output push_to export_dtype walk_tokens",
-        "Data": "dump_of follow patience_s",
+        "Data": "dump_of",
     }
     lists_all: ClassVar[bool] = False
 
