@@ -54,7 +54,8 @@ def find(name: str, revision: str | None, paths: RunPaths) -> Found:
 def unanswered(left: Sequence[Step], paths: RunPaths) -> list[RetryableError]:
     """What a hub that could not be asked leaves open about the stages' targets, an error for each."""
     found = []
-    for name, step in {name: step for step in left for name in targets(step)}.items():
+    users = {name: step for step in left for name in targets(step)}
+    for name, step in users.items():
         try:
             find(name, step.run["target_revision"], paths)
         except RetryableError as error:
