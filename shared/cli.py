@@ -95,8 +95,8 @@ def _parse(
     """(command, its config), or (command, text) where help or the configuration was asked for."""
     argv = [word for word in argv_given if word != PRINT_CONFIG]
     only_print = len(argv) < len(argv_given)
-    default = next(iter(commands))
-    command = argv.pop(0) if argv and not argv[0].startswith("-") else default
+    is_named = bool(argv) and not argv[0].startswith("-")
+    command = argv.pop(0) if is_named else next(iter(commands))
     if command not in commands:
         raise errors.UserError(
             f"unknown command {command!r}.",
@@ -107,6 +107,12 @@ def _parse(
         return command, help_text(stage, commands, command)
     config = commands[command][0]
     words, flags = collect_flags(_spell_out(argv, config))
+    if not is_named and (late := next((word for word in words if word in commands), None)):
+        raise errors.UserError(
+            f"{late!r}: expected the command before its flags, found it behind.",
+            code="command-late",
+            remedy=f"Type python -m stages.{stage} {late} and then the flags.",
+        )
     rest = words[len(config.positional) :]
     if rest and not config.variadic:
         raise _unexpected(rest[0])

@@ -4,20 +4,20 @@
 An unknown key or flag is refused with the nearest valid name, before anything runs.
 """
 
-import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 from pydantic.fields import FieldInfo
 
-from shared.config import CommandConfig, RunConfig, SecretValueError, Section, StageConfig
+from shared.config import CommandConfig, RunConfig, Section, StageConfig
 from shared.errors import UserError, nearest
 from shared.io import recipe_yaml
 from shared.recipe import read_recipe
+from shared.wrong_settings import Given, refuse
 
 S = TypeVar("S", bound=Section)
 C = TypeVar("C", bound=CommandConfig)
@@ -45,14 +45,15 @@ def build(config: type[C], flags: Mapping[str, str]) -> C:
                 remedy=f"Write a list as --{name} A,B and a mapping as '{{key: value}}'.",
             ) from error
     if not issubclass(config, StageConfig):
-        return _validate(config, values, "the command line", "--")
+        return _validate(config, Given(values, flags.keys(), None))
     recipe_path = values.get("recipe")
     recipe = read_recipe(Path(recipe_path)) if recipe_path else {}
-    source = str(recipe_path) if recipe_path else "the command line (no --recipe given)"
+    source = str(recipe_path or "")
     run_flags = {name: values.pop(name) for name in list(values) if name in RunConfig.model_fields}
-    run = _validate(RunConfig, {**recipe.get("run", {}), **run_flags}, source, "run.")
+    run_values = {**recipe.get("run", {}), **run_flags}
+    run = _validate(RunConfig, Given(run_values, flags.keys(), source, "run."))
     section = {**recipe.get(config.section, {}), **values, "run": run}
-    return _validate(config, section, source, f"{config.section}.")
+    return _validate(config, Given(section, flags.keys(), source, f"{config.section}."))
 
 
 def flag_fields(config: type[CommandConfig]) -> dict[str, FieldInfo]:
@@ -86,42 +87,8 @@ def _from_text(text: str, field: FieldInfo) -> Any:
     return text
 
 
-def _validate(model: type[S], values: Mapping[str, Any], source: str, prefix: str) -> S:
+def _validate(model: type[S], given: Given) -> S:
     try:
-        return model.model_validate(values)
+        return model.model_validate(given.values)
     except pydantic.ValidationError as error:
-        raise _refuse(error, source, model.model_fields, prefix) from error
-
-
-def _refuse(
-    error: pydantic.ValidationError,
-    source: str,
-    valid: Iterable[str],
-    prefix: str = "",
-) -> UserError:
-    lines = []
-    for problem in error.errors(include_url=False):
-        where = prefix + ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            name = str(problem["loc"][-1])
-            if len(problem["loc"]) == 1 and name in RunConfig.model_fields:
-                lines.append(
-                    f"{where}: all stages share it; move it to the section `run` of {source}."
-                )
-                continue
-            lines.append(f"{where}: unknown key in {source}. {nearest(name, valid)}")
-        elif problem["type"] == "missing":
-            lines.append(f"{where}: needed, but neither {source} nor a flag gives it.")
-        else:
-            # A check over several keys has the whole section as its input: too much to show.
-            is_secret = isinstance(problem.get("ctx", {}).get("error"), SecretValueError)
-            shown = problem["loc"] and not is_secret
-            found = f", found {reprlib.repr(problem['input'])}" if shown else ""
-            message = problem["msg"].removeprefix("Value error, ")
-            named = where if problem["loc"] else "settings"
-            lines.append(f"{named}: {message}{found} (from {source}).")
-    return UserError(
-        "\n".join(lines),
-        code="setting-invalid",
-        remedy="Correct these settings in the recipe or the flags; --help explains each.",
-    )
+        raise refuse(error, given, model) from error

@@ -33,14 +33,15 @@ def help_text(
     others = [name for name in commands if name != command]
     if others:
         lines += [f"Other commands: {', '.join(others)}. Each has its own --help.", ""]
-    lines.append(
-        "A flag overrides the recipe, the recipe overrides the default. * changes the result."
-    )
     fields = flag_fields(config)
+    if issubclass(config, StageConfig):
+        lines.append("A flag overrides the recipe, the recipe overrides the default.")
+    if any(_changes_result(field) for field in fields.values()):
+        lines.append("* changes the result.")
     if any(_value(field.annotation).endswith(_LIST) for field in fields.values()):
         lines.append("A list is written A,B.")
     if not config.lists_all:
-        lines.append("What else the training needs to know is read from the recipe.")
+        lines.append("What else it needs to know is read from the recipe.")
     for heading, names in _groups(config):
         lines += ["", f"{heading}:"]
         for name in names:
@@ -66,7 +67,7 @@ def _groups(config: type[CommandConfig]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _flag(name: str, field: FieldInfo) -> list[str]:
-    star = "*" if kind_of(field) == "identity" else " "
+    star = "*" if _changes_result(field) else " "
     default = field.get_default(call_default_factory=True, validated_data={})
     text = (field.description or "").rstrip(".") + "."
     if field.is_required():
@@ -76,6 +77,10 @@ def _flag(name: str, field: FieldInfo) -> list[str]:
     pad = " " * _INDENT
     body = textwrap.wrap(text, _WIDTH, initial_indent=pad, subsequent_indent=pad)
     return [f"  {star} --{name} {_value(field.annotation)}", *body]
+
+
+def _changes_result(field: FieldInfo) -> bool:
+    return kind_of(field) == "identity"
 
 
 def _shown(default: Any) -> str:

@@ -6,13 +6,13 @@ model of the keys that are read; others are left as they are. No conversions: a 
 fault, and so is NaN, which JSON does not have.
 """
 
-import reprlib
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from shared.errors import UserError
+from shared.expected import wrong
 from shared.io import files
 
 
@@ -61,9 +61,8 @@ def require_shape(raw: Any, shape: type[Shape], *, where: str, remedy: str) -> d
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "the whole"
-        found = "no such key" if first["type"] == "missing" else reprlib.repr(first["input"])
         raise UserError(
-            f"{where}: {key}: {first['msg']}; found {found}.", code="record-invalid", remedy=remedy
+            f"{where}: {key}: {wrong(first)}.", code="record-invalid", remedy=remedy
         ) from error
     except RecursionError as error:
         raise UserError(

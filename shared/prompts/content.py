@@ -6,6 +6,8 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shared.io.files import printable
+
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 
@@ -16,7 +18,9 @@ class Unusable(ValueError):
     def __init__(self, reason: str, detail: object = "") -> None:
         super().__init__(reason)
         self.reason = reason
-        self.detail = (detail if isinstance(detail, str) else reprlib.repr(detail))[:200]
+        # Python's own parsers put the reason and the place last: an exception is not shortened within.
+        is_said = isinstance(detail, str | Exception)
+        self.detail = printable(str(detail) if is_said else reprlib.repr(detail))[:200]
 
 
 def encodable(text: str) -> str:

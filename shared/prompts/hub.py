@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of a data set on a hub, by the library `datasets`, which keeps them on disk as Arrow."""
 
-import errno
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
-from shared.errors import FOREIGN_ERRORS, EyrieError, RetryableError, UserError
+from shared.errors import EyrieError, RetryableError, UserError
 from shared.prompts.tables import plain_rows
 
 _BATCH_ROWS = 256
@@ -27,7 +25,7 @@ def rows(
     import datasets
     import pyarrow as pa
 
-    http = _http_library()
+    from shared.io.hub import HUB_ERRORS
 
     try:
         builder = datasets.load_dataset_builder(name, subset, revision=revision)
@@ -48,10 +46,9 @@ def rows(
                 number += 1
                 yield f"row {number}", row
     except (
-        *FOREIGN_ERRORS,
+        *HUB_ERRORS,
         yaml.YAMLError,  # in the head of its README.md
         datasets.exceptions.DatasetsError,
-        http.HTTPError,
         pa.ArrowException,
     ) as error:
         raise _refusal(error, f"{label}: could not read {name} from the hub") from error
@@ -60,6 +57,8 @@ def rows(
 def _refusal(error: Exception, where: str) -> EyrieError:
     """What `datasets` raised, as one of our own errors, with the whole chain's reason."""
     from huggingface_hub import constants
+
+    from shared.io.hub import may_pass
 
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
@@ -77,7 +76,7 @@ def _refusal(error: Exception, where: str) -> EyrieError:
             remedy="Fill the cache where there is a network, or give the data set's files.",
             facts=facts,
         )
-    if any(map(_may_pass, chain)):
+    if any(map(may_pass, chain)):
         return RetryableError(
             f"{where}: {reason}.",
             code="hub-unreachable",
@@ -91,19 +90,3 @@ def _refusal(error: Exception, where: str) -> EyrieError:
         remedy=f"If it is private or gated, set HF_TOKEN. {_REMEDY}" if is_denied else _REMEDY,
         facts=facts,
     )
-
-
-def _http_library() -> Any:
-    """The library that huggingface_hub asks with: httpx2 where it is installed, httpx before that."""
-    return importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: the network, or a server that is busy."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return status == 429 or status >= 500
-    is_network = isinstance(error, ConnectionError | TimeoutError | _http_library().TransportError)
-    return is_network or getattr(error, "errno", None) == errno.EIO

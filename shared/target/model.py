@@ -73,9 +73,17 @@ class TargetConfig:
 
 
 def locate(
-    target: str, workspace: Path, *, revision: str | None, label: str = "run.target"
+    target: str,
+    workspace: Path,
+    *,
+    revision: str | None,
+    label: str = "run.target",
+    is_head: bool = False,
 ) -> Path:
     """A model's folder: in the workspace, here, or in the hub's cache (downloaded if need be).
+
+    Args:
+        is_head: whether it is a draft head that is looked for, not a target.
 
     Raises:
         UserError: no such folder and no such hub id.
@@ -85,7 +93,7 @@ def locate(
     if found is not None:
         if not found.is_dir():
             raise UserError(
-                f"{label}: expected a model's folder, found the file {found}.",
+                f"{label}: expected a folder, found the file {found}.",
                 code="target-not-a-folder",
                 remedy="Name the folder that holds its config.json.",
                 facts={"path": str(found)},
@@ -93,7 +101,7 @@ def locate(
         return found
     from shared.target import hub
 
-    hub.require_id(target, workspace, label=label)
+    hub.require_id(target, workspace, label=label, is_head=is_head)
     return hub.fetch(target, revision, label=label)
 
 

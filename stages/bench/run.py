@@ -148,7 +148,11 @@ def find_subject(config: BenchConfig) -> Subject:
         subject.head = export
     else:
         subject.head = target.locate(
-            config.head, config.workspace, revision=config.head_revision, label="bench.head"
+            config.head,
+            config.workspace,
+            revision=config.head_revision,
+            label="bench.head",
+            is_head=True,
         )
         subject.inputs["head"] = target.weights_hash(subject.head, weight_files(subject.head))
     lineage.require_same_template(subject.head, config)

@@ -216,8 +216,11 @@ class ParityConfig(DumpConfig):
 
     groups: ClassVar[Mapping[str, str]] = {
         "Comparison": "rows against tolerance",
-        **DumpConfig.groups,
+        "Data": "conversations special_token_text",
+        "Model": "backend dtype",
+        "Speed": "batch_tokens tensor_parallel_size expert_parallel_size engine_args",
     }
+    lists_all: ClassVar[bool] = False
 
     rows: int = operational(8, "Rows to compare.", ge=1)
     against: Literal["hf", "vllm"] = operational("hf", "The backend to compare with.")

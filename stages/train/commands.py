@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 
 from shared.config import operational
+from shared.paths import is_hub_id
 from stages.train.config import TrainConfig
 
 
@@ -17,7 +18,7 @@ class VocabConfig(TrainConfig):
     Out: <workspace>/<run>/train/d2t.npy and t2d.npy. A later `train` uses the same ones.
     """
 
-    groups: ClassVar[Mapping[str, str]] = {"Data": "dump_of follow patience_s"}
+    groups: ClassVar[Mapping[str, str]] = {"Data": "dump_of"}
     lists_all: ClassVar[bool] = False
 
 
@@ -74,7 +75,7 @@ class ExportConfig(TrainConfig):
 
     groups: ClassVar[Mapping[str, str]] = {
         "Export": "checkpoint format output push_to export_dtype walk_tokens",
-        "Data": "dump_of follow patience_s",
+        "Data": "dump_of",
     }
     lists_all: ClassVar[bool] = False
 
@@ -88,3 +89,16 @@ class ExportConfig(TrainConfig):
     push_to: str | None = operational(
         None, "Also upload to this hub repository; a new one is private."
     )
+
+    @pydantic.field_validator("push_to")
+    @classmethod
+    def _a_hub_takes_the_name(cls, name: str | None) -> str | None:
+        """Before the export is written, since the upload comes last."""
+        if name is not None:
+            # Here, not above: --help must answer at once.
+            from huggingface_hub.utils import validate_repo_id
+
+            if not is_hub_id(name):
+                raise ValueError("expected a repository as organisation/name")
+            validate_repo_id(name)
+        return name

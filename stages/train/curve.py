@@ -97,10 +97,10 @@ def sample_counts(shares: Sequence[float], rows: int) -> list[int]:
     counts = sorted({max(1, round(share * rows)) for share in shares})
     if len(counts) < 3:
         raise UserError(
-            f"train.shares: expected three different numbers of samples or more, found {counts} of "
+            f"--shares: expected three different numbers of samples or more, found {counts} of "
             f"{rows} training samples.",
             code="curve-shares",
-            remedy="Set train.shares to three or more different shares, or dump more rows.",
+            remedy="Give --shares three or more different ones, or dump more rows.",
             facts={"samples": counts, "rows": rows},
         )
     return counts

@@ -75,7 +75,7 @@ def of_checkpoint(
         raise UserError(
             f"expected a checkpoint at {path}, found none.",
             code="checkpoint-missing",
-            remedy="Train first, or set train.checkpoint to an existing file.",
+            remedy="Train first, or give --checkpoint the path of an existing file.",
             facts={"file": str(path)},
         )
     head = build(config, target_config, read_tensors(target_config), folder)

@@ -166,7 +166,7 @@ def _old_head(config: AdaptConfig, paths: RunPaths) -> Head:
         UserError: there is none, or this run would overwrite it.
     """
     folder = target.locate(
-        config.head, config.workspace, revision=config.head_revision, label="--head"
+        config.head, config.workspace, revision=config.head_revision, label="--head", is_head=True
     )
     if folder.resolve().is_relative_to(paths.root.resolve()):
         raise UserError(

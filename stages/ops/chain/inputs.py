@@ -2,9 +2,10 @@
 """What the stages read from outside the run: prompts, and targets on this disk or on the hub."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
-from shared.errors import EyrieError, UserError
+from shared.errors import EyrieError, RetryableError, UserError
 from shared.io.safetensors_files import TensorInfo
 from shared.paths import RunPaths, find_input
 from shared.prompts.sources import Source
@@ -50,6 +51,20 @@ def find(name: str, revision: str | None, paths: RunPaths) -> Found:
     return found
 
 
+def unanswered(left: Sequence[Step], paths: RunPaths) -> list[RetryableError]:
+    """What a hub that could not be asked leaves open about the stages' targets, an error for each."""
+    found = []
+    users = {name: step for step in left for name in targets(step)}
+    for name, step in users.items():
+        try:
+            find(name, step.run["target_revision"], paths)
+        except RetryableError as error:
+            found.append(error)
+        except EyrieError:  # it is known what is wrong with it
+            continue
+    return found
+
+
 @functools.lru_cache
 def _asked(name: str, revision: str | None, paths: RunPaths) -> Found | EyrieError:
     try:
@@ -61,8 +76,8 @@ def _asked(name: str, revision: str | None, paths: RunPaths) -> Found | EyrieErr
 def _ask_hub(name: str, revision: str | None, paths: RunPaths) -> Found:
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub import errors as hub_errors
 
+    from shared.io.hub import HUB_ERRORS
     from shared.target import hub
 
     hub.require_id(name, paths.workspace)
@@ -70,7 +85,7 @@ def _ask_hub(name: str, revision: str | None, paths: RunPaths) -> Found:
         kept = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
         if any(Path(kept).glob("*.safetensors")):
             return Path(kept), None
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError):
+    except HUB_ERRORS:  # nothing that can be used is kept here: the hub says what is wrong
         pass
     if constants.HF_HUB_OFFLINE:
         raise UserError(

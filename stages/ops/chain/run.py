@@ -94,7 +94,7 @@ def look_ahead(config: RunChainConfig, paths: RunPaths, *, even_if_done: bool = 
     if not (config.dry_run or config.overwrite or undone or even_if_done):
         return  # a finished chain takes seconds, and needs nothing
     # Here, not above: a chain that is done must not wait for them.
-    from stages.ops.chain import estimates
+    from stages.ops.chain import estimates, inputs
     from stages.ops.chain.machine import look
     from stages.ops.chain.preflight import checks
 
@@ -114,6 +114,10 @@ def look_ahead(config: RunChainConfig, paths: RunPaths, *, even_if_done: bool = 
             estimates.show(paths.run_name, rows, machine, console)
         if line := ahead.expectation():
             logger.info("expected: %s", line)
+    if found and config.by == "processes":
+        unanswered = inputs.unanswered([step for step in steps if not step.done], paths)
+        if set(map(str, unanswered)) == set(found):  # nothing is known to be wrong
+            raise unanswered[0]
     if found:
         *others, last = found
         for other in others:

@@ -9,7 +9,6 @@ weight is read.
 
 import hashlib
 import json
-import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import pydantic
 import yaml
 from rich.console import Console
 
+from shared import expected
 from shared.config import RunConfig
 from shared.errors import UserError
 from shared.io import files, safetensors_files
@@ -91,14 +91,13 @@ def _require_run(recipe_text: str) -> None:
     try:
         RunConfig.model_validate(yaml.safe_load(recipe_text)["run"])
     except pydantic.ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        setting, why = wrong["loc"][0], wrong["msg"].removeprefix("Value error, ")
-        found = reprlib.repr(wrong["input"])
+        first = error.errors(include_url=False)[0]
+        setting = first["loc"][0]
         raise UserError(
-            f"run.{setting}: {why}, found {found}.",
+            f"run.{setting}: {expected.wrong(first)}.",
             code="plan-recipe-invalid",
             remedy="Give another --name or --length.",
-            facts={"setting": f"run.{setting}", "found": found},
+            facts={"setting": f"run.{setting}", "found": expected.found(first)},
         ) from error
 
 

@@ -14,6 +14,7 @@ import pydantic
 
 from shared.artifacts.unfinished import IDENTITY, started_identity
 from shared.errors import UserError
+from shared.expected import wrong
 from stages.train.commands import ExportConfig
 from stages.train.export import warm_start
 
@@ -56,7 +57,7 @@ def as_trained(config: ExportConfig, checkpoint: Path) -> tuple[ExportConfig, di
     except pydantic.ValidationError as error:
         raise UserError(
             f"{training / IDENTITY}: expected the settings of a training, found others: "
-            f"{'; '.join(each['msg'] for each in error.errors())}.",
+            f"{'; '.join(map(wrong, error.errors()))}.",
             code="training-identity",
             remedy="Restore the file, or train anew with --overwrite.",
             facts={"folder": str(training)},

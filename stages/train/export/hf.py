@@ -115,9 +115,9 @@ def require_replaceable(out: Path, own: Path) -> None:
     """
     if foreign := _foreign(out, own):
         raise UserError(
-            f"train.output: expected no folder or an earlier export at {out}, found {foreign}.",
+            f"--output: expected no folder or an earlier export at {out}, found {foreign}.",
             code="export-folder-taken",
-            remedy="Set train.output to another folder.",
+            remedy="Give another folder as --output.",
             facts={"folder": str(out), "found": foreign},
         )
 

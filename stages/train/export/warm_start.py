@@ -56,7 +56,11 @@ logger = logging.getLogger(__name__)
 
 def _folder(config: TrainConfig) -> Path:
     return target.locate(
-        str(config.init_from), config.workspace, revision=None, label="train.init_from"
+        str(config.init_from),
+        config.workspace,
+        revision=None,
+        label="train.init_from",
+        is_head=True,
     )
 
 

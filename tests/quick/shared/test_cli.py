@@ -21,6 +21,7 @@ from shared.runtime.log import format_error
 from shared.usage import help_text
 from stages.dump.config import DumpConfig
 from stages.synth.config import SynthConfig
+from stages.train.commands import CurveConfig, ExportConfig
 from stages.train.config import TrainConfig
 
 
@@ -101,6 +102,9 @@ def test_fires_own_flags_are_out_of_reach() -> None:
         (("synth", "rum"), "Did you mean run?"),
         (("train", "--target", "t", "--epochs", "many"), "train.epochs"),
         (("train", "--target", "t", "stray"), "unexpected argument 'stray'"),
+        (("train", "--epochs", "2", "export"), "python -m stages.train export and then the flags"),
+        (("demo", "--seed", "1", "real-target"), "python -m stages.demo real-target"),
+        (("bench", "compare"), "--first: needed, but given neither as a flag nor as a word."),
         (("dump", "--target", "t", "--backend", "sglang"), "'vllm', 'hf', 'trtllm' or 'auto'"),
         (("bench", "--recipe", "nowhere.yaml"), "nowhere.yaml"),
         (("synth", "--target", "nowhere", "--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
@@ -153,6 +157,61 @@ def test_a_bad_recipe_names_the_key(text: str, told: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r".") as refused:
         settings.build(TrainConfig, {"recipe": str(write_recipe(tmp_path, text))})
     assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "told"),
+    [
+        (
+            TrainConfig,
+            {"epochs": "0"},
+            "train.epochs: expected at least 1, found '0' (from --epochs).",
+        ),
+        (
+            TrainConfig,
+            {"epochs": "a"},
+            "train.epochs: expected a whole number, found 'a' (from --epochs)",
+        ),
+        (TrainConfig, {"variant": "x"}, "'eagle3' or 'eagle3.1', found 'x' (from --variant)."),
+        (TrainConfig, {"seed": "-1"}, "run.seed: expected at least 0, found '-1' (from --seed)."),
+        (
+            TrainConfig,
+            {"batch_tokens": "2"},
+            "batch_tokens: expected at least 8 or 'auto', found '2' (from",
+        ),
+        (TrainConfig, {"dump_of": "x"}, "own (from --dump_of and {recipe})."),
+        (TrainConfig, {}, "train.ttt_steps: expected at least 1, found 0 (from {recipe})."),
+        (
+            CurveConfig,
+            {"shares": ".1,.2"},
+            "--shares: expected at least 3 values, found 2 (from --shares).",
+        ),
+        (
+            CurveConfig,
+            {"shares": ".1,.2,3"},
+            "--shares.2: expected at most 1, found 3 (from --shares).",
+        ),
+        (
+            ExportConfig,
+            {"format": "x"},
+            "--format: expected 'hf' or 'speculators', found 'x' (from --f",
+        ),
+        (
+            SynthConfig,
+            {"sources": "[{pth: a}]"},
+            "synth.sources.0.pth: unknown key in --sources. Did you mean path?",
+        ),
+    ],
+)
+def test_a_value_is_blamed_on_who_gave_it(
+    config: type[StageConfig], flags: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    train = {"dump_of": "{follow: true}", "": "{ttt_steps: 0}"}.get(next(iter(flags), ""), "{}")
+    recipe = write_recipe(tmp_path, f"run: {{target: t}}\ntrain: {train}\n")
+    with pytest.raises(UserError, match=r".") as refused:
+        settings.build(config, {"recipe": str(recipe), **flags})
+    assert told.replace("{recipe}", str(recipe)) in refused.value.problem
+    assert (str(recipe) in refused.value.problem) == ("{recipe}" in told)
 
 
 def test_identity_is_what_changes_the_result() -> None:

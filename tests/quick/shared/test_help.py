@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from shared.config import CommandConfig
+from shared.config import CommandConfig, StageConfig
 from shared.settings import build
 from shared.usage import help_text
 from stages.bench import config as bench
@@ -61,9 +61,18 @@ def test_a_list_is_written_as_a_flag_takes_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [commands.VocabConfig, commands.CheckHeadConfig, commands.ExportConfig]
+    "config",
+    [commands.VocabConfig, commands.CheckHeadConfig, commands.ExportConfig, dump.ParityConfig],
 )
 def test_a_small_command_lists_the_flags_that_it_uses(config: type[CommandConfig]) -> None:
     found = entries(config)
     assert {"recipe", "draft_vocab_size"} < found.keys()
-    assert not {"epochs", "learning_rate", "overwrite", "trackers"} & found.keys()
+    unused = {"epochs", "learning_rate", "overwrite", "trackers", "follow", "patience_s"}
+    assert not (unused | {"layout", "writers", "window_shards", "num_shards"}) & found.keys()
+
+
+@pytest.mark.parametrize("config", COMMANDS, ids=lambda config: config.__name__)
+def test_stars_and_a_recipe_are_explained_where_there_are_some(config: type[CommandConfig]) -> None:
+    page = help_text("x", {"run": (config, "x:y")}, "run")
+    assert ("* changes the result." in page) == ("\n  * --" in page)
+    assert ("A flag overrides the recipe" in page) == issubclass(config, StageConfig)

@@ -43,7 +43,7 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
         ("warm", (*HEAD, "--prompts", "warm.jsonl"), 2, "none of the warm-up's texts"),
         ("lost", (*HEAD, "--prompts", "lost.jsonl"), 2, "bench.prompts: expected a file"),
         ("stranger", ("--head", "stranger"), 2, "found one for another target"),
-        ("headless", ("--head", "./none"), 2, "bench.head: expected a model's folder"),
+        ("headless", ("--head", "./none"), 2, "bench.head: expected a draft head's folder"),
         ("long", (*HEAD, "--max_tokens", "4096"), 2, "the engine has 128"),
         ("deep", (*HEAD, *FEW, "--num_speculative_tokens", "64"), 2, "the engine has 128"),
         ("old", (*HEAD, *FEW, "--earlier_report", "old.json"), 2, "schema version 3, found 1"),

@@ -15,6 +15,6 @@ def test_a_head_that_is_refused_in_a_dry_run_leaves_no_log(tmp_path: Path) -> No
     workspace = make_workspace(tmp_path)
     write(workspace, {"train": {"init_from": "nope"}})
     before = sorted(workspace.rglob("*"))
-    with pytest.raises(UserError, match=r"train.init_from: expected a model's folder"):
+    with pytest.raises(UserError, match=r"train.init_from: expected a draft head's folder"):
         run(config(workspace, dry_run="true", only="train"))
     assert sorted(workspace.rglob("*")) == before

@@ -60,7 +60,7 @@ def _require_head(bench: Step, paths: RunPaths, *, is_made: bool) -> None:
         return
     own = paths.export.absolute()
     if not (is_made and own in ((paths.workspace / name).absolute(), Path(name).absolute())):
-        require_id(name, paths.workspace, label="bench.head")
+        require_id(name, paths.workspace, label="bench.head", is_head=True)
 
 
 def head_problems(bench: Step, config: TargetConfig, workspace: Path) -> Iterator[str]:

@@ -108,7 +108,7 @@ def test_a_gate_on_what_was_not_measured_is_not_met() -> None:
     ("flags", "told"),
     [
         ({"concurrency": "[4,4]"}, "must differ"),
-        ({"num_speculative_tokens": "0"}, "greater than or equal to 1"),
+        ({"num_speculative_tokens": "0"}, "expected at least 1"),
         ({"baseline_endpoint": "http://x"}, "baseline_endpoint needs an endpoint"),
         ({"endpoint": "http://x", "head": "y"}, "an endpoint serves its own head"),
         ({"endpoint": "http://x", "min_speedup": "1.1"}, "needs a baseline"),

@@ -53,7 +53,7 @@ def test_each_stage_is_asked_what_it_makes_of_the_recipe(workspace: Path) -> Non
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"from": "tarin"}, "Input should be 'synth', 'dump', 'train' or 'bench'"),
+        ({"from": "tarin"}, "expected 'synth', 'dump', 'train' or 'bench'"),
         ({"skip": "synth,dumb"}, "stages are synth"),
         ({"only": "synth", "from": "dump"}, "leave no stage to run"),
         ({"form": "dump"}, "Did you mean from"),

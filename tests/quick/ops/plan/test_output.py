@@ -76,7 +76,7 @@ def test_bench_s_answers_have_room_in_a_short_target(positions: int, tmp_path: P
 
 
 def test_a_plan_is_for_rows_enough_to_hold_one_out() -> None:
-    with pytest.raises(UserError, match=r"samples: .* greater than or equal to 2"):
+    with pytest.raises(UserError, match=r"samples: expected at least 2"):
         settings(samples="1")
 
 

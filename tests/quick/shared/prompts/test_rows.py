@@ -50,6 +50,21 @@ BAD_LINES = {
 }
 
 
+def test_a_broken_line_has_its_whole_reason_on_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(
+        b'{"prompt": "x", "id": "a\x1b[31m"}\n{"prompt": "x" "id": 1}\n{"messages": "[{"}\n\xff\n'
+    )
+    details = [row.detail for row in read(path) if isinstance(row, BadRow)]
+    assert details == [
+        "Invalid control character at: line 1 column 25 (char 24)",
+        "Expecting ',' delimiter: line 1 column 16 (char 15)",
+        "Expecting property name enclosed in double quotes: line 1 column 3 (char 2)",
+        "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+    ]
+    assert Unusable("x", ValueError("a\nb\x1b" + "c" * 999)).detail == r"a\nb\x1b" + "c" * 192
+
+
 def test_every_line_of_a_prompts_file_is_accounted_for(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b"\n".join([*GOOD_LINES, b"", *BAD_LINES]) + b"\n")

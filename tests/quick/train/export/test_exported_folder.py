@@ -125,7 +125,7 @@ def test_only_an_earlier_export_is_replaced(
     (out / "notes.txt").write_text("mine")
     monkeypatch.chdir(out)
     for path in (out, Path()):
-        with pytest.raises(UserError, match=r"train\.output: .* found notes\.txt"):
+        with pytest.raises(UserError, match=r"--output: .* found notes\.txt"):
             require_replaceable(path, run)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("no head beside it")
@@ -133,7 +133,7 @@ def test_only_an_earlier_export_is_replaced(
         require_replaceable(tmp_path / "mine", run)
     (tmp_path / "link").symlink_to(out)
     for path in (out / "notes.txt", tmp_path / "link", Path("/")):
-        with pytest.raises(UserError, match=r"train\.output: .* found "):
+        with pytest.raises(UserError, match=r"--output: .* found "):
             require_replaceable(path, run)
 
 

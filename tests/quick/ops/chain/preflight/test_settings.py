@@ -28,7 +28,10 @@ ONLY_TRAIN = slice(2, 3)
     [
         ({"bench": {"earlier_report": "nope.json"}}, "bench.earlier_report: expected a file"),
         ({"bench": {"earlier_report": "prompts.jsonl"}}, "prompts.jsonl is not valid JSON"),
-        ({"bench": {"head": "nope"}}, "bench.head: expected a model's folder at .*/nope, or a hub"),
+        (
+            {"bench": {"head": "nope"}},
+            "bench.head: expected a draft head's folder at .*/nope, or a hub",
+        ),
         ({"bench": {"head": "model"}}, "model: it has no fc.weight, which combines"),
         (
             {"bench": {"max_tokens": 300}},
@@ -81,7 +84,7 @@ def test_what_is_there_and_what_vllm_takes_is_no_obstacle(workspace: Path) -> No
     own = {"bench": {"head": str(workspace / "run" / "export")}}
     assert problems(steps(workspace, own), workspace) == []
     (told,) = problems(steps(workspace, own)[3:], workspace)
-    assert "bench.head: expected a model's folder" in told
+    assert "bench.head: expected a draft head's folder" in told
 
 
 def test_a_head_is_held_to_its_target(workspace: Path, tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_a_dump_that_train_would_borrow_is_there_and_finished(workspace: Path) -
 def test_a_precision_that_no_engine_has_is_refused_by_its_stage(
     workspace: Path, stage: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"{stage}.dtype: Input should be .*found 'bfloat61'"):
+    with pytest.raises(UserError, match=rf"{stage}.dtype: expected .*found 'bfloat61'"):
         steps(workspace, {stage: {"dtype": "bfloat61"}})
 
 

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from shared.config import RunConfig
 from shared.errors import EXIT_STOPPED, EyrieError
 from shared.runtime.log import format_error
 from shared.runtime.status import Status
+from stages.bench.config import BenchConfig
+from stages.dump.config import DumpConfig
 from stages.ops.config import TriageConfig
 from stages.ops.look.triage.own_errors import TRANSLATED, WRAPPERS
 from stages.ops.look.triage.run import run
+from stages.synth.config import SynthConfig
+from stages.train.config import TrainConfig
 from tests.error_table import CLASSES, TABLE, raised, table, without_code
 
 
@@ -41,6 +46,30 @@ def test_the_table_has_no_empty_cell() -> None:
     assert {len(each) for each in cells} == {5}
     empty = {"...", "see the message"}
     assert not [each[0] for each in cells if empty & set(each[2:4]) or not all(each)]
+
+
+def test_an_error_of_several_backends_is_shown_in_vllm_s_words() -> None:
+    places = collections.defaultdict(set)
+    for each in raised():
+        places[each.code].add(each.place)
+    shared = [code for code, where in places.items() if any("/vllm/" in place for place in where)]
+    rows = [line for line in table().splitlines() if line.split(" | ")[0].strip("| ") in shared]
+    assert len(rows) > 4
+    assert not [row for row in rows if "TensorRT" in "".join(row.split(" | ")[2:4])]
+
+
+def test_a_setting_that_an_error_names_is_one_that_a_recipe_takes() -> None:
+    """A setting of one command alone is named by its flag: the stage itself refuses it in a recipe."""
+    known = {"run": RunConfig, "synth": SynthConfig, "dump": DumpConfig}
+    known |= {"train": TrainConfig, "bench": BenchConfig}
+    named = re.compile(rf"(?<![\w./-])({'|'.join(known)})\.([a-z]\w*)")
+    found = [
+        (section, key, each.code)
+        for each in raised()
+        for section, key in named.findall(f"{each.problem} {each.remedy}")
+    ]
+    assert len(found) > 80
+    assert not [each for each in found if each[1] not in known[each[0]].model_fields]
 
 
 def test_what_triage_knows_of_our_codes_is_there() -> None:
