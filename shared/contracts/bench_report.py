@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`report.json`, which bench writes and others read: its version and its shape."""
+"""What bench writes and others read: `report.json`, its version and shape; the head's answers in `raw/`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ Interval = Annotated[list[float], Field(min_length=2, max_length=2)] | None
 
 
 class _Acceptance(Shape):
-    acceptance_length: float
+    acceptance_length: float = Field(ge=1)
     acceptance_length_interval: Interval
     acceptance_rate: float
     per_position: list[float]
@@ -40,7 +40,7 @@ class _Measured(Shape):
 
 
 class _Engine(_Measured):
-    tokens_per_s: float
+    tokens_per_s: float = Field(gt=0)
     tokens_per_step: float | None = None
     categories: dict[str, _Measured]
     contexts: dict[str, _Measured] = Field(default_factory=dict)
@@ -100,6 +100,32 @@ class _Report(_Load):
     provenance: dict[str, Any]
 
 
+class _Counts(Shape):
+    num_drafts: int = Field(ge=0)
+    num_accepted_tokens: int = Field(ge=0)
+
+
+class _Answer(Shape):
+    """The keys from which intervals are computed."""
+
+    id: str
+    token_ids: list[int] = Field(min_length=1)
+    latency_s: float = Field(gt=0)
+    counters: _Counts | None
+
+
+class _Segment(Shape):
+    requests: list[_Answer]
+
+
+class _Measurement(Shape):
+    segments: list[_Segment]
+
+
+class _Raw(Shape):
+    loads: list[_Measurement] = Field(min_length=1)
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """A finished report of this schema.
 
@@ -116,6 +142,19 @@ def read_report(path: Path) -> dict[str, Any]:
             facts={"path": str(path), "expected": SCHEMA_VERSION, "found": version},
         )
     return require_shape(report, _Report, where=str(path), remedy=_AGAIN)
+
+
+def read_answers(bench: Path) -> list[dict[str, Any]]:
+    """The head's answers at the first load and the first K, which `report.json` has the figures of.
+
+    Args:
+        bench: the folder of a finished bench.
+
+    Raises:
+        UserError: they are not there, or are something else.
+    """
+    raw = read_record(bench / "raw" / "head.json", _Raw, remedy=_AGAIN)
+    return [answer for segment in raw["loads"][0]["segments"] for answer in segment["requests"]]
 
 
 def require_comparable(

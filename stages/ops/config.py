@@ -125,7 +125,10 @@ class AdaptConfig(CommandConfig):
     )
     max_rows: int = pydantic.Field(2000, description="Rows to learn from, at most.", ge=1)
     min_gain: float = pydantic.Field(
-        0.02, description="Gate: required gain in acceptance length (0.02 is 2 %).", ge=0
+        0.02,
+        description="Gate: required gain in acceptance length (0.02 is 2 %); the gain's 95 % interval must "
+        "lie above 0, too.",
+        ge=0,
     )
     dry_run: bool = pydantic.Field(
         False,

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from stages.bench.figures.summary import acceptance_length_interval
+from shared.vllm.intervals import acceptance_length_interval
 from stages.bench.head_check import needed_settings
 
 ROOT = Path(__file__).resolve().parents[2]

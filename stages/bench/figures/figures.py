@@ -2,7 +2,7 @@
 """The figures of one engine under one load, overall, by category and by the length of the prompt.
 
 In: one load of a raw measurement. Out: JSON values for the report. Formulas: acceptance as in
-`metrics`, statistics as in `summary`, and
+`metrics`, statistics as in `summary` and `intervals`, and
 
     tokens/s        = answer tokens / wall seconds (engine start and warm-up left out)
     speed-up        = tokens/s with the drafter / without, at the same load
@@ -19,6 +19,7 @@ from dataclasses import asdict
 from typing import Any
 
 from shared.errors import OutputError
+from shared.vllm import intervals
 from stages.bench.figures import summary
 from stages.bench.figures.metrics import Counters, acceptance, decode_steps, delta, total
 
@@ -27,6 +28,11 @@ Requests = Sequence[Mapping[str, Any]]
 
 # Where one group of prompt lengths ends and the next begins, in tokens.
 CONTEXT_EDGES = (256, 1024, 4096, 16384, 65536)
+CONTEXT_NAMES = (
+    f"below {CONTEXT_EDGES[0]}",
+    *(f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(CONTEXT_EDGES)),
+    f"{CONTEXT_EDGES[-1]:,} and more",
+)
 
 
 def requests_of(measured: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -74,14 +80,11 @@ def _by_context(requests: Requests) -> dict[str, list[Mapping[str, Any]]]:
     Worked example: prompts of 100, 255, 256 and 5,000 tokens are in `below 256` (two), `256 to 1,023` and
     `4,096 to 16,383`.
     """
-    edges = (0, *CONTEXT_EDGES)
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for request in sorted(requests, key=lambda row: len(row["prompt_token_ids"])):
         group = bisect.bisect_right(CONTEXT_EDGES, len(request["prompt_token_ids"]))
         groups.setdefault(group, []).append(request)
-    names = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(edges)]
-    names = [f"below {CONTEXT_EDGES[0]}", *names[1:], f"{CONTEXT_EDGES[-1]:,} and more"]
-    return {names[group]: rows for group, rows in groups.items()}
+    return {CONTEXT_NAMES[group]: rows for group, rows in groups.items()}
 
 
 def drafted(measured: Mapping[str, Any], *, depth: int, always_drafts: bool, seed: int) -> Entry:
@@ -103,7 +106,7 @@ def drafted(measured: Mapping[str, Any], *, depth: int, always_drafts: bool, see
 
     def figures(counters: Counters, rows: Requests) -> Entry:
         known = acceptance(counters, num_speculative_tokens=depth, always_drafts=always_drafts)
-        interval = summary.acceptance_length_interval(rows, seed=seed)
+        interval = intervals.acceptance_length_interval(rows, seed=seed)
         return {**asdict(known), "acceptance_length_interval": interval}
 
     found["acceptance"] = figures(counted, requests)
@@ -170,7 +173,7 @@ def add_speedup(
     requests, plain = requests_of(measured), requests_of(baseline_measured)
 
     def add(group: Entry, ours: Requests, theirs: Requests, speedup: float) -> None:
-        interval = summary.speedup_interval(ours, theirs, speedup=speedup, seed=seed)
+        interval = intervals.speedup_interval(ours, theirs, speedup=speedup, seed=seed)
         group.update(speedup=speedup, speedup_interval=interval)
 
     add(entry, requests, plain, entry["tokens_per_s"] / baseline["tokens_per_s"])

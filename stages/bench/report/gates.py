@@ -12,8 +12,8 @@ Gate = dict[str, Any]
 
 _REMEDIES = {
     "acceptance length": "Train on more rows first (5 thousand give about 1.5, hundreds of thousands "
-    "2.5 and more), then for more epochs; train's walked acceptance length shows what helps. A "
-    "length that walked well and is near 1 here means that the head is served otherwise than trained.",
+    "2.5 and more), then for more epochs; train's walked acceptance length shows what helps. Where the "
+    "head walked well and makes less here, the report's `limit` says how to find out why.",
     "speed-up": "Try a shorter draft or a lower concurrency; on a small CPU target drafting costs "
     "more than it saves.",
     "tokens per step above ngram's": "On text that copies its prompt ngram is hard to beat: train "

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from stages.bench.figures.figures import CONTEXT_NAMES
 from stages.bench.report import plots, terminal
 
 Report = Mapping[str, Any]
@@ -111,6 +112,8 @@ def render(report: Report) -> str:
         number=Numbers(report),
         figures=[(Markup(svg), caption) for svg, caption in figures],
         load=terminal.describe_load(report),
+        is_slower=terminal.is_slower,
+        context_names=CONTEXT_NAMES,
         as_json=json.dumps(report, indent=2, ensure_ascii=False),
     )
 

@@ -4,23 +4,24 @@
 In: a report with its lineage. Out: {limit, says, next}, or None for a head that this run did not make
 or that was never walked. Only measured facts decide, in this order:
 
-    serving   the served gain (AL - 1) is under a quarter of the walked one
-    prompts   AL is under 0.95 of the walked AL: bench's prompts are unlike training's
+    serving   AL is under 0.95 of the walked AL, on prompts of training's own source that the target
+              answered itself: it is served otherwise than it was trained
+    unlike    AL is under 0.95 of the walked AL: that, or bench's prompts are unlike training's
     steps     the walk rose by more than 1 % over the last third of the steps, or there were too few
               steps to tell
     walks     there were too few walks to tell
     rows      otherwise: what these rows teach is learnt
 
-The first two are asked only where the walk and the answers in vLLM can be compared (`walked.py`).
+Those two are asked only where the walk and the answers in vLLM can be compared (`walked.py`).
 """
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shared.runtime.wording import counted
 from stages.bench.report.walked import Lengths, comparable
 
-_SERVED_OTHERWISE = 0.25
 _UNLIKE = 0.95
 _RISE = 1.01
 _FEW_STEPS = 200
@@ -46,29 +47,60 @@ def find(report: Report, *, is_exact: bool = True) -> dict[str, str] | None:
         return None
     shares = lineage.get("walked_per_position")
     lengths = comparable(report, stages["train"], shares) if is_exact else None
-    found = _of_serving(lengths) if lengths else None
+    found = _of_serving(report, stages, lengths) if lengths else None
     return found or _of_training(stages, lineage.get("walks") or [])
 
 
-def _of_serving(lengths: Lengths) -> dict[str, str] | None:
+def _of_serving(
+    report: Report, stages: Mapping[str, Report], lengths: Lengths
+) -> dict[str, str] | None:
     """What the answers in vLLM say against those of the training."""
     walked, served, highest, over = lengths
-    if served - 1 < _SERVED_OTHERWISE * (walked - 1):
+    if highest >= _UNLIKE * walked:
+        return None
+    says = (
+        f"The head walked to {walked:.2f} on held-out answers of its training and makes {served:.2f} here"
+        f"{over}"
+    )
+    check = (
+        "check that bench has training's target, chat template and dtype, and ask "
+        f"`python -m stages.ops validate {report['run']}`."
+    )
+    synth = stages.get("synth", {}).get("settings", {})
+    is_own = synth.get("mode", "keep") != "keep"
+    if is_own and _is_of_training(report, stages.values()):
         return _limit(
             "serving",
-            f"The head walked to {walked:.2f} on held-out training answers and makes {served:.2f} "
-            f"here{over}: it is served otherwise than it was trained.",
-            "Check that bench has training's target, chat template and dtype; then ask "
-            "`python -m stages.ops validate`.",
+            f"{says}, on prompts of its training's source: it is served otherwise than it was trained.",
+            f"{check[0].upper()}{check[1:]}",
         )
-    if highest < _UNLIKE * walked:
-        return _limit(
-            "prompts",
-            f"On answers like those of its training the head makes {walked:.2f}, on these prompts "
-            f"{served:.2f}{over}: they are unlike training's.",
-            "Add prompts of this kind to synth.prompts, not the measured ones themselves.",
-        )
-    return None
+    own = "" if is_own else ", or the target's own answers are unlike those that it was trained on"
+    return _limit(
+        "unlike",
+        f"{says}: either these prompts are unlike training's{own}, or it is served otherwise than it was "
+        "trained.",
+        "Tell them apart: measure it on training's own prompts "
+        f"(`python -m stages.bench --recipe RECIPE --name {report['run']}-own --head {report['run']}/export "
+        f"--prompts {_prompts(synth)} --max_prompts 40`). Near {walked:.2f} there: add prompts of the kind "
+        "measured here to synth.prompts, not the measured ones themselves. As low as here: "
+        f"{'' if is_own else 'train on answers of the target (synth.mode: regenerate), or '}{check}",
+    )
+
+
+def _is_of_training(report: Report, stages: Iterable[Report]) -> bool:
+    """Whether bench's prompts are a training input, or another split of the same data set on the hub.
+
+    A digest is a file's hash, or `data set@revision/subset/split`.
+    """
+    inputs = {name for entry in stages for name in entry.get("inputs", {}).values() if name}
+    ours = report["measured"]["prompts"].rpartition("/")[0] or report["measured"]["prompts"]
+    return any(ours in (name, name.rpartition("/")[0]) for name in map(str, inputs))
+
+
+def _prompts(synth: Report) -> str:
+    """What synth read, as a flag takes it; in words where that is not one path."""
+    prompts = synth.get("prompts")
+    return shlex.quote(prompts) if isinstance(prompts, str) else "TRAINING_PROMPTS"
 
 
 def _of_training(stages: Mapping[str, Report], walks: Sequence[Walk]) -> dict[str, str]:

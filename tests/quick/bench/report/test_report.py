@@ -216,6 +216,11 @@ def test_a_sweep_names_the_best_k_of_each_load() -> None:
     assert best[1]["speedup"] == pytest.approx(12 / 5)
     assert best[8]["num_speculative_tokens"] == 3
     assert best[8]["speedup"] == pytest.approx(4 / 3)
+    told = [line for line in terminal.sentences(found) if "to serve" in line]
+    assert [line.split(": ")[0] for line in told] == [
+        "to serve at concurrency 1, temperature 0, max_tokens 256, K = 5",
+        "to serve at concurrency 8, temperature 0, max_tokens 256, K = 3",
+    ]
     assert found["num_speculative_tokens"] == 3
     assert found["concurrency"] == 1
 
