@@ -75,10 +75,13 @@ def adapted(workspace: Path) -> Adapted:
 def test_a_head_that_learned_little_gains_on_its_traffic(adapted: Adapted) -> None:
     result = adapted.result
     assert result["improved"] and result["after"] > 1.3 * result["before"]
-    gained = f"acceptance_length={result['before']:.2f}->{result['after']:.2f}"
+    low, high = result["gain_interval"]
+    assert 0 < low < result["gain"] < high
     head, report = (adapted.workspace / "adapted" / name for name in ("export", "bench"))
     last = adapted.stdout.splitlines()[-1]
-    assert last == f"adapted: {gained} head={head} report={report / 'report.json'}"
+    gained = f"adapted: acceptance_length={result['before']:.2f}->{result['after']:.2f} gain=+"
+    assert last.startswith(gained)
+    assert last.endswith(f" head={head} report={report / 'report.json'}")
 
 
 def test_it_is_measured_on_what_it_did_not_learn_from(adapted: Adapted) -> None:
