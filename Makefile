@@ -56,7 +56,7 @@ demo: setup ## All four stages on a small target made on the spot; less than eig
 	$(PY) -m stages.demo make-target "$(WORKSPACE)/targets/demo"
 	$(PY) -m stages.ops run --recipe compose/recipes/demo/recipe.yaml
 
-# quarter: a narrow domain, the shorter one (compose/recipes/README.md has times). night: all kinds of prompts.
+# quarter: a narrow domain, the shorter one (compose/recipes/first-hour/laptop.md has times). night: all kinds of prompts.
 TIER ?= quarter
 REAL_night := --domain broad --num_prompts 5000 --num_held_out 96
 
