@@ -78,6 +78,16 @@ def is_on_hub(source: Source, workspace: Path) -> bool:
     return _hub_source(source, workspace) is not None
 
 
+def require_answer(source: Source, workspace: Path, *, label: str) -> None:
+    """Ask the hub once for a data set of its own; of files nothing is asked.
+
+    Raises:
+        UserError, RetryableError: as `hub.require_answer`.
+    """
+    if on_hub := _hub_source(source, workspace):
+        hub.require_answer(on_hub.path, on_hub.revision, label=label)
+
+
 def find_files(source: Source, workspace: Path, *, label: str) -> list[Path]:
     """The files of a source, sorted.
 

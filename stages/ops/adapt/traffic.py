@@ -222,24 +222,5 @@ def _apart(
     return held_out, train, unfit
 
 
-def _messages(prompt: Prompt) -> Iterator[dict[str, Any]]:
-    """A row's messages: an answer that is not to be trained on with its mark, none as an empty one."""
-    for turn in prompt.turns:
-        yield from turn.asked
-        if turn.answer is not None:
-            yield turn.answer if turn.is_trained else {**turn.answer, "weight": 0}
-        elif turn is not prompt.turns[-1]:
-            yield {"role": "assistant", "content": ""}
-
-
 def _write(path: Path, prompts: Iterable[Prompt]) -> None:
-    lines = []
-    for prompt in prompts:
-        row = {
-            "id": prompt.sample_id,
-            "category": prompt.category,
-            "messages": list(_messages(prompt)),
-            "tools": list(prompt.tools),
-        }
-        lines.append(json.dumps({key: value for key, value in row.items() if value}))
-    files.write_text(path, "".join(line + "\n" for line in lines))
+    files.write_text(path, "".join(json.dumps(each.as_row()) + "\n" for each in prompts))
