@@ -21,7 +21,7 @@ from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Duplicates, Source
 from shared.runtime.wording import counted, listed
-from stages.ops.adapt.server_log import NO_CHAT, Rendering, log_files, read_logs
+from stages.ops.adapt.server_log import NO_CHAT, OTHER_TEMPLATE, Rendering, log_files, read_logs
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 HELD_OUT_SHARE = 0.1
@@ -29,6 +29,11 @@ MIN_HELD_OUT, MAX_HELD_OUT = 8, 64
 MIN_ROWS = 5 * MIN_HELD_OUT
 MAX_BAD_FRACTION = 0.5
 _TOO_MANY = "over_max_rows"
+_REMEDIES = {
+    "cut_off": "Start the server without --max-log-len, and give the log as its collector wrote it; "
+    "journalctl cuts long lines without --all.",
+    OTHER_TEMPLATE: "Set run.chat_template_kwargs to what the requests say.",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +159,9 @@ def _require_most(
         f"{traffic}: expected chats, found {bad.total()} of {bad.total() + usable} rows that cannot be "
         f"used: {listed(reasons)}; for example, {most}: {examples[most] or 'no more is known'}.",
         code="traffic-unusable",
-        remedy="Give chats with `messages`. A server's log must not be cut (--max-log-len); "
-        "other_template: set run.chat_template_kwargs to what the requests say.",
+        remedy=_REMEDIES.get(
+            most, "Give chats with `messages`: stages/ops/README.md#adapt lists the forms."
+        ),
         facts={"reasons": dict(reasons)},
     )
 
