@@ -70,7 +70,9 @@ def _hub_source(source: Source, workspace: Path) -> Source | None:
     if source.path in NAMED:
         chosen = source.model_dump(exclude_unset=True, exclude={"path"})
         return Source.model_validate({**NAMED[source.path], **chosen})
-    return source if is_hub_id(source.path) else None
+    # `data/mine.jsonl` has the form of a hub's id, too, and is a path with a mistake.
+    is_id = is_hub_id(source.path) and not formats.is_data(Path(source.path))
+    return source if is_id else None
 
 
 def is_on_hub(source: Source, workspace: Path) -> bool:

@@ -140,7 +140,8 @@ def test_a_wrong_path_is_refused_before_the_target_is_fetched(
 
     monkeypatch.setattr(target, "make_real_target", never)
     (tmp_path / "mine.jsonl").write_text('{"text": "no prompt"}\n')
-    wrong = {"nowhere.jsonl": "prompts-not-found", "mine.jsonl": "prompts-no-prompt"}
+    wrong = dict.fromkeys(("nowhere.jsonl", "data/nowhere.jsonl"), "prompts-not-found")
+    wrong["mine.jsonl"] = "prompts-no-prompt"
     for given, code in wrong.items():
         with pytest.raises(UserError) as refused:
             run.run_real(RealTargetConfig(out=tmp_path / "out", workspace=tmp_path, prompts=given))

@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -180,3 +181,19 @@ def test_prompts_that_are_json_of_any_kind_never_crash_the_reader(tmp_path: Path
         assert len(read(path)) in expected
 
     check()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "category": "greeting"},
+        {"turns": ["a", "b"], "id": 7},
+        {"messages": [SYSTEM, USER, ASSISTANT, USER]},
+        {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, ASSISTANT]},
+        {"messages": [USER, CALLING, RESULT, ASSISTANT, USER], "tools": [{"type": "function"}]},
+        {"question": "2 + 2?", "answer": "4", "thinking": "Easily."},
+    ],
+)
+def test_a_prompt_as_a_row_is_the_same_prompt(row: dict[str, Any]) -> None:
+    prompt = parse_row(row)
+    assert parse_row(json.loads(json.dumps(prompt.as_row()))) == prompt
