@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +116,8 @@ def test_a_hub_s_prompts_are_taken_and_kept(tmp_path: Path) -> None:
 
 
 def test_where_no_hub_answers_they_are_written_and_stay(tmp_path: Path) -> None:
-    began_s = time.monotonic()
     said = real_target(tmp_path / "out", "http://127.0.0.1:9")
-    assert time.monotonic() - began_s < 20  # the libraries' own repetitions alone take longer
+    assert "Retrying" not in said  # as the libraries do, for half a minute
     assert [line for line in said.splitlines() if "hub" in line and "WARNING" in line] == [
         line for line in said.splitlines() if "WARNING" in line
     ]
