@@ -25,6 +25,8 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments":
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "3", "tool_call_id": "c1"}
 
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
 GOOD_LINES = [
     b'{"id": "a", "prompt": "Hello", "category": "greeting"}',
     b'{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}',
@@ -190,7 +192,7 @@ def test_prompts_that_are_json_of_any_kind_never_crash_the_reader(tmp_path: Path
         {"turns": ["a", "b"], "id": 7},
         {"messages": [SYSTEM, USER, ASSISTANT, USER]},
         {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, ASSISTANT]},
-        {"messages": [USER, CALLING, RESULT, ASSISTANT, USER], "tools": [{"type": "function"}]},
+        {"messages": [USER, CALLING, RESULT, ASSISTANT, USER], "tools": [ADD]},
         {"question": "2 + 2?", "answer": "4", "thinking": "Easily."},
     ],
 )
