@@ -68,7 +68,8 @@ def find(
             "(owner/name), "
             f"found {', '.join(f'{each.name} ({each.why_not})' for each in unread[:5]) or 'none'}.",
             code="prompts-not-found",
-            remedy=f"Correct the path, or mount the folder that holds it. {_content(workspace)}",
+            remedy="Correct the path, or mount the folder that holds it; several files are a folder or a "
+            f"glob. {_content(workspace)}",
             facts={"path": pattern},
         )
     return _of_split(found, split, f"{label}: {pattern}"), unread
@@ -127,7 +128,7 @@ def _of_split(found: list[DataFile], split: str | None, where: str) -> list[Data
         f"{where}: expected {'one split' if split is None else f'the split {split!r}'}, found "
         f"{', '.join(splits)}.",
         code="prompts-split",
-        remedy=f"Set the source's `split` to one of them, or to {ALL_SPLITS!r}.",
+        remedy=f"Set the source's `split` to one of them, or to {ALL_SPLITS!r}; or give the files of one.",
         facts={"splits": splits},
     )
 

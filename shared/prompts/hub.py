@@ -10,6 +10,7 @@ from shared.errors import EyrieError, RetryableError, UserError
 from shared.prompts.tables import plain_rows
 
 _BATCH_ROWS = 256
+_ANSWER_WITHIN_S = 3.0
 _REMEDY = "Correct the source, or download its files and give their path."
 
 
@@ -52,6 +53,28 @@ def rows(
         pa.ArrowException,
     ) as error:
         raise _refusal(error, f"{label}: could not read {name} from the hub") from error
+
+
+def require_answer(name: str, revision: str | None, *, label: str) -> None:
+    """Ask the hub for a data set once; `rows` asks again and again, for half a minute.
+
+    Offline the cache is all there is, and nobody is asked.
+
+    Raises:
+        UserError: no such data set or revision, or no access.
+        RetryableError: the hub does not answer.
+    """
+    from huggingface_hub import HfApi, constants
+
+    from shared.io.hub import HUB_ERRORS
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=_ANSWER_WITHIN_S)
+    except HUB_ERRORS as error:
+        where = f"{label}: {name} is no file or folder here, and the hub has not given it"
+        raise _refusal(error, where) from error
 
 
 def _refusal(error: Exception, where: str) -> EyrieError:

@@ -95,6 +95,26 @@ class Prompt:
         """The same prompt under another id."""
         return dataclasses.replace(self, sample_id=sample_id)
 
+    def as_row(self) -> dict[str, Any]:
+        """A row that `parse_row` makes this prompt of: to be written as JSON.
+
+        An answer that is not to be trained on has weight 0, a turn without an answer an empty one.
+        """
+        messages: list[Message] = []
+        for turn in self.turns:
+            messages += turn.asked
+            if turn.answer is not None:
+                messages.append(turn.answer if turn.is_trained else {**turn.answer, "weight": 0})
+            elif turn is not self.turns[-1]:
+                messages.append({"role": "assistant", "content": ""})
+        row = {
+            "id": self.sample_id,
+            "category": self.category,
+            "messages": messages,
+            "tools": list(self.tools),
+        }
+        return {key: value for key, value in row.items() if value}
+
     def content_hash(self) -> str:
         """16 hex digits over turns and tools: equal for exact duplicates."""
         text = json.dumps([self.conversation, self.tools], sort_keys=True, ensure_ascii=True)

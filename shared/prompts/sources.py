@@ -70,12 +70,24 @@ def _hub_source(source: Source, workspace: Path) -> Source | None:
     if source.path in NAMED:
         chosen = source.model_dump(exclude_unset=True, exclude={"path"})
         return Source.model_validate({**NAMED[source.path], **chosen})
-    return source if is_hub_id(source.path) else None
+    # `data/mine.jsonl` has the form of a hub's id, too, and is a path with a mistake.
+    is_id = is_hub_id(source.path) and not formats.is_data(Path(source.path))
+    return source if is_id else None
 
 
 def is_on_hub(source: Source, workspace: Path) -> bool:
     """Whether `source` means a hub's data set, and no file in the workspace or here."""
     return _hub_source(source, workspace) is not None
+
+
+def require_answer(source: Source, workspace: Path, *, label: str) -> None:
+    """Ask the hub once for a data set of its own; of files nothing is asked.
+
+    Raises:
+        UserError, RetryableError: as `hub.require_answer`.
+    """
+    if on_hub := _hub_source(source, workspace):
+        hub.require_answer(on_hub.path, on_hub.revision, label=label)
 
 
 def find_files(source: Source, workspace: Path, *, label: str) -> list[Path]:

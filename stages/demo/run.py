@@ -3,6 +3,7 @@
 
 import logging
 
+from shared.runtime.process import stopping_at_once
 from stages.demo.config import MakeTargetConfig, RealTargetConfig
 
 logger = logging.getLogger(__name__)
@@ -30,18 +31,21 @@ def run(config: MakeTargetConfig) -> None:
 
 
 def run_real(config: RealTargetConfig) -> None:
-    """Fetch the pretrained target and write its prompts."""
-    from stages.demo.real.prompts import write_prompts
+    """Fetch the pretrained target and write its prompts, which are read first: they cost seconds."""
+    from stages.demo.real.prompts import Asked, choose_prompts, write_prompts
     from stages.demo.real.target import make_real_target
 
-    found = make_real_target(config.out, model=config.model, revision=config.revision)
-    write_prompts(
-        config.out,
+    asked = Asked(
         given=config.prompts,
+        workspace=config.workspace,
         domain=config.domain,
         rows=config.num_prompts,
         held_out=config.num_held_out,
         seed=config.seed,
-        overwrite=config.overwrite,
     )
+    with stopping_at_once("no prompts were written"):  # a hub's data set takes a while
+        chosen = choose_prompts(config.out, asked, overwrite=config.overwrite)
+    found = make_real_target(config.out, model=config.model, revision=config.revision)
+    if chosen:
+        write_prompts(config.out, chosen)
     logger.info("target at %s, from %s", config.out, found.source)

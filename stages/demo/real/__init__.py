@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pretrained target, and prompts for it, where no hub can be reached."""
+"""A pretrained target and prompts for it: from a hub, or from here where none can be reached."""

@@ -1,189 +1,175 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts for the pretrained target: the user's file, or written here by seed.
+"""Prompts for the pretrained target: the user's; else the hub's; else those that are written here by seed.
 
-Out: `prompts.jsonl` for synth and `held_out.jsonl` for bench. Rows of a user's file are read as synth reads
-them and shared out at random, those that begin alike to one of the two; what is written here shares no
-template between them.
+Out: `prompts.jsonl` for synth, `held_out.jsonl` for bench, and `prompts.json`, which says where they came
+from. The same command keeps the prompts that are there, whatever a hub answers by then.
 """
 
-import itertools
+import contextlib
+import dataclasses
 import json
 import logging
-import random
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-
-from shared.errors import UserError
-from shared.io.files import printable, write_text
-from shared.prompts import formats
-from shared.prompts.rows import Unusable, parse_row
+from shared.errors import RetryableError, UserError
+from shared.io import files
+from shared.io.records import Shape, read_record
+from shared.paths import find_input
+from shared.prompts import formats, sources
+from shared.prompts.rows import Prompt, Unusable, parse_row
+from shared.prompts.sources import Source
 from shared.runtime.wording import counted
+from stages.demo.real import on_hub
+from stages.demo.real.given import LABEL, Sides, of_source
+from stages.demo.real.written import Domain, both_sides
+
+TRAINING, HELD_OUT, RECORD = "prompts.jsonl", "held_out.jsonl", "prompts.json"
+OWN = "own"  # the word for those that are written here
 
 logger = logging.getLogger(__name__)
-Domain = Literal["narrow", "broad"]
-_TEMPLATES = yaml.safe_load(Path(__file__).with_name("problems.yaml").read_text(encoding="utf-8"))
-WORDS: dict[str, str] = _TEMPLATES["words"]
-KINDS: dict[str, list[str]] = _TEMPLATES["kinds"]
-HELD_OUT_SHARE = 0.25  # of each kind's templates
-# A small model drafts well on one kind of text; broad is what a night's training is for.
-_DOMAINS: dict[Domain, tuple[str, ...]] = {"narrow": ("problem",), "broad": tuple(KINDS)}
-_MAX_TRIES = 200
 
 
-def write_prompts(
-    folder: Path,
-    *,
-    given: Path | None,
-    domain: Domain,
-    rows: int,
-    held_out: int,
-    seed: int,
-    overwrite: bool = False,
-) -> None:
-    """Both files in `folder`; one that holds these prompts already stays as it is.
+class _Record(Shape):
+    """`prompts.json`."""
+
+    taken_from: list[str]
+    asked: dict[str, Any]
+    sha256: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Which prompts are asked for, and how many of each side.
+
+    Attributes:
+        given: a source as synth's `prompts` names it, or `own`; None leaves the choice to the hub.
+        workspace: where a relative path is looked for first.
+    """
+
+    given: str | None
+    workspace: Path
+    domain: Domain
+    rows: int
+    held_out: int
+    seed: int
+
+    @property
+    def source(self) -> Source | None:
+        """What is given; None where it is nothing, or the word `own` and no file of that name."""
+        if self.given is None or (self.given == OWN and not find_input(OWN, self.workspace)):
+            return None
+        return Source(path=self.given)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What decides about the prompts, the content of what is given among it.
+
+        Raises:
+            UserError: there is no such source.
+        """
+        source, kept = self.source, ("given", "domain", "rows", "held_out", "seed")
+        digest = sources.digest(source, self.workspace, label=LABEL) if source else None
+        return {name: getattr(self, name) for name in kept} | {"digest": digest}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Prompts of both sides, where they came from, and by what they were asked for."""
+
+    taken_from: list[str]
+    sides: Sides
+    asked: dict[str, Any]
+
+
+def choose_prompts(folder: Path, asked: Asked, *, overwrite: bool = False) -> Chosen | None:
+    """The prompts that `write_prompts` is to write; None where the folder keeps those that it has.
 
     Raises:
-        UserError: `given` cannot be read, or too few of its rows differ; or other prompts are there
+        UserError: what is given cannot be read, or too few of its rows differ; or other prompts are there
             and `overwrite` is false: a run may have been made of them.
+        RetryableError: a hub's data set is given, and the hub does not answer.
     """
-    training: Sequence[str]
-    testing: Sequence[str]
-    if given is None:
-        training = list(itertools.islice(written(domain, seed=seed, is_held_out=False), rows))
-        testing = list(itertools.islice(written(domain, seed=seed, is_held_out=True), held_out))
-    else:
-        training, testing = _shared_out(given, rows, held_out, seed)
-    parts = {folder / "prompts.jsonl": training, folder / "held_out.jsonl": testing}
-    changed = {path: lines for path, lines in parts.items() if not _holds(path, lines)}
-    for path in changed:
-        if path.exists() and not overwrite:
+    record = asked.as_dict()
+    if not overwrite and (kept := _kept(folder, record)):
+        logger.info("the prompts in %s are kept, of %s", folder, ", ".join(kept))
+        return None
+    chosen = Chosen(*_found(folder, asked, overwrite), record)
+    for path, prompts in _in_folder(folder, chosen.sides).items():
+        if path.exists() and not overwrite and not _holds(path, prompts):
             raise UserError(
-                f"{path}: expected these prompts or none, found others, of an earlier run.",
+                f"{path}: expected prompts of {', '.join(chosen.taken_from)}, or none, found others, of an "
+                "earlier run.",
                 code="other-prompts",
                 remedy="make real OPTIONS=--overwrite puts these in their place and makes the run anew; "
                 "make real WORKSPACE=another-folder keeps both.",
             )
-    for path, lines in changed.items():
-        write_text(path, "".join(line + "\n" for line in lines))
+    return chosen
 
 
-def written(domain: Domain, *, seed: int, is_held_out: bool) -> Iterator[str]:
-    """Distinct rows: kinds in turn, each from its own templates, until it has no more."""
-    rng = random.Random(f"{seed}-{is_held_out}")
-    prefix = "held-out" if is_held_out else "real"
-    kinds = list(_DOMAINS[domain])
-    known: set[str] = set()
-    while kinds:
-        for kind in tuple(kinds):
-            templates = _part(KINDS[kind], is_held_out)
-            tries = (_fill(rng.choice(templates), rng) for _ in range(_MAX_TRIES))
-            prompt = next((text for text in tries if text not in known), None)
-            if prompt is None:
-                kinds.remove(kind)
-                logger.warning("no new %s is found after %s", kind, counted(len(known), "row"))
-                continue
-            row = {"id": f"{prefix}-{len(known):05d}", "prompt": prompt, "category": kind}
-            known.add(prompt)
-            yield json.dumps(row)
+def write_prompts(folder: Path, chosen: Chosen) -> None:
+    """The files of both sides, one that holds these prompts already as it is; their record comes last."""
+    files.unlink(folder, RECORD)
+    parts = _in_folder(folder, chosen.sides)
+    for path, prompts in parts.items():
+        if not _holds(path, prompts):
+            files.write_text(path, "".join(json.dumps(each.as_row()) + "\n" for each in prompts))
+    record = {
+        "taken_from": chosen.taken_from,
+        "asked": chosen.asked,
+        "sha256": {path.name: files.sha256(path) for path in parts},
+    }
+    files.write_json(folder / RECORD, record)
+    training, held_out = map(len, chosen.sides)
+    logger.info(
+        "%s to train on and %d held out, of %s",
+        counted(training, "prompt"),
+        held_out,
+        ", ".join(chosen.taken_from),
+    )
 
 
-def _part(templates: Sequence[str], is_held_out: bool) -> Sequence[str]:
-    cut = len(templates) - int(len(templates) * HELD_OUT_SHARE)
-    return templates[cut:] if is_held_out else templates[:cut]
+def _in_folder(folder: Path, sides: Sides) -> dict[Path, list[Prompt]]:
+    return dict(zip((folder / TRAINING, folder / HELD_OUT), sides, strict=True))
 
 
-def _fill(template: str, rng: random.Random) -> str:
-    numbers = {name: rng.randint(3, 19) for name in "abcd"}
-    words = {name: rng.choice(text.split()) for name, text in WORDS.items()}
-    return template.format(**numbers, **words)
-
-
-def _shared_out(
-    given: Path, rows: int, held_out: int, seed: int
-) -> tuple[Sequence[str], Sequence[str]]:
-    """(training lines, held-out lines) of a file of prompts, each prompt once.
-
-    What is held out begins as nothing else does, as far as the file allows it: the openings of fewest
-    rows are held out first, and what is left of the last one of them is left out.
-    """
-    openings = _openings(given)
-    lines = list(openings)
-    random.Random(seed).shuffle(lines)
-    alike: defaultdict[str, list[str]] = defaultdict(list)
-    for line in lines:
-        alike[openings[line]].append(line)
-    testing = [line for group in sorted(alike.values(), key=len) for line in group][:held_out]
-    taken = {openings[line] for line in testing}
-    training = [line for line in lines if openings[line] not in taken]
-    if len(training) < held_out:
-        raise UserError(
-            f"{given}: expected at least {2 * held_out} different prompts, of which half have "
-            f"openings that the others have not, found {len(lines)} with {len(alike)} openings.",
-            code="prompts-too-few",
-            remedy="Half of them at most may be held out: give more.",
-        )
-    if siblings := len(lines) - len(training) - len(testing):
-        logger.warning(
-            "%s: left out, since held-out ones begin alike: %s", given, counted(siblings, "row")
-        )
-    if (left_over := len(training) - rows) > 0:
-        logger.warning(
-            "%s: %d of %d rows are not used: this run takes %d and holds out %d",
-            given,
-            left_over,
-            len(lines),
-            rows,
-            held_out,
-        )
-    return training[:rows], testing
-
-
-def _openings(given: Path) -> dict[str, str]:
-    """Line -> what its conversation begins with, for each different prompt of a file.
-
-    Raises:
-        UserError: the file cannot be read, or a row is no prompt.
-    """
-    openings: dict[str, str] = {}
-    known: set[str] = set()
-    repeated = 0
-    for position, value in formats.rows(given):
+def _found(folder: Path, asked: Asked, overwrite: bool) -> tuple[list[str], Sides]:
+    """Where the prompts come from, and both sides."""
+    counts = {"rows": asked.rows, "held_out": asked.held_out, "seed": asked.seed}
+    if source := asked.source:
+        return [source.path], of_source(source, asked.workspace, **counts)
+    own = both_sides(asked.domain, **counts)
+    # Begun with them: a hub that answers by now is asked for a new run only.
+    is_begun = not overwrite and any(_holds(*part) for part in _in_folder(folder, own).items())
+    if asked.given != OWN and not is_begun:
         try:
-            if isinstance(value, Unusable):
-                raise value
-            prompt = parse_row(value)
-        except Unusable as unusable:
-            why = f" ({printable(unusable.detail)})" if unusable.detail else ""
-            raise UserError(
-                f"{given}, {position}: expected a prompt, found {unusable.reason}{why}.",
-                code="prompts-unreadable",
-                remedy='Give rows like {"id": ..., "prompt": ...} or {"messages": [...]}.',
-                facts={"path": str(given), "row": position, "reason": unusable.reason},
-            ) from unusable
-        if (content := prompt.content_hash()) in known:
-            repeated += 1
-            continue
-        known.add(content)
-        openings[_line(value)] = prompt.opening
-    if repeated:
-        logger.warning("%s: left out as repetitions: %s", given, counted(repeated, "row"))
-    return openings
+            names = on_hub.names(asked.domain, asked.workspace)
+            return names, on_hub.from_hub(asked.domain, asked.workspace, **counts)
+        except (UserError, RetryableError) as error:
+            logger.warning("%s Writing prompts of our own.", error.problem)
+    return [f"our own templates, by seed {asked.seed}"], own
 
 
-def _line(row: Any) -> str:
-    """A row as a line of JSON; a table's values that JSON has no words for as text."""
-    return json.dumps(row, default=str)
+def _kept(folder: Path, wanted: dict[str, Any]) -> list[str] | None:
+    """Where the folder's prompts came from, if it has those that are asked for."""
+    with contextlib.suppress(UserError):  # no record, no files: there is nothing to keep
+        record = read_record(folder / RECORD, _Record, remedy="")
+        hashes = {name: files.sha256(folder / name) for name in (TRAINING, HELD_OUT)}
+        if record["asked"] == wanted and record["sha256"] == hashes:
+            return list(record["taken_from"])
+    return None
 
 
-def _holds(path: Path, lines: Sequence[str]) -> bool:
-    """Whether a file has these rows, however it spells them: earlier versions copied the user's lines."""
+def _holds(path: Path, prompts: Sequence[Prompt]) -> bool:
+    """Whether a file has these prompts, however it spells them."""
     if not path.exists():
         return False
     try:
-        return [_line(row) for _, row in formats.rows(path)] == list(lines)
-    except UserError:  # it is no file of rows at all
+        found = [parse_row(row) for _, row in formats.rows(path)]
+    except (UserError, Unusable):  # it is no file of prompts at all
         return False
+    return list(map(_identity, found)) == list(map(_identity, prompts))
+
+
+def _identity(prompt: Prompt) -> tuple[str, str, str]:
+    return prompt.sample_id, prompt.category, prompt.content_hash()

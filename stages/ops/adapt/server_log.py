@@ -2,15 +2,15 @@
 """The logs of a vLLM server -> the chats that it was asked.
 
 In: logs of a server that was started with `--enable-log-requests` at log level DEBUG, where each request's
-JSON body is a line: one file, a folder or a glob, rotated or compressed under any name. Out: prompts; a
-request that the run would render otherwise than the server did, or that is no chat, as a `BadRow`.
+JSON body is a line, or files of requests, in any form that `log_lines.py` lists: one file, a folder or a
+glob, rotated or compressed under any name. Out: prompts; a request that the run would render otherwise than
+the server did, or that is no chat, as a `BadRow`.
 """
 
 import collections
-import json
+import itertools
 import logging
 import lzma
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from shared.io import files
 from shared.prompts import folders, formats
 from shared.prompts.rows import BadRow, Prompt, Unusable, parse_row
 from shared.prompts.text_files import opened, require_data, require_text, unreadable
+from stages.ops.adapt import log_lines
 
 NO_CHAT = "no_chat"
 OTHER_TEMPLATE = "other_template"
-# As vLLM's RequestLogger writes a request: `Request chatcmpl-1 JSON body: {"messages": ...}`.
-_BODY = re.compile(rb"Request \S+ JSON body: (\{.*)$")
 _MAX_LINE_BYTES = 64 << 20
+_LOOKED_AT = 100  # lines that tell what a file is
 # Fields by which a request gets another prompt than its messages alone, and their values that change nothing.
 _CHANGES_PROMPT: dict[str, tuple[Any, ...]] = {
     "chat_template": (None, ""),
@@ -36,6 +36,7 @@ _CHANGES_PROMPT: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (None, False),
     "truncate_prompt_tokens": (None,),
 }
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 logger = logging.getLogger(__name__)
@@ -78,19 +79,41 @@ def log_files(traffic: str, workspace: Path) -> list[Path]:
         UserError: a folder cannot be read.
     """
     paths = [each.path for each in folders.listed_files(traffic, workspace, label="--traffic")]
-    if any(map(formats.is_data, paths)):
+    found = [(path, _is_log(path)) for path in paths if path.is_file()]
+    if any(formats.is_data(path) and not is_log for path, is_log in found):
         return []
-    return [path for path in paths if path.is_file() and not _holds_json(path)]
+    return [path for path, is_log in found if is_log]
 
 
-def _holds_json(path: Path) -> bool:
-    """Whether the first line that is not blank is a row, so that the file is data without its name."""
+def _is_log(path: Path) -> bool:
+    """Whether a file is a log and no rows, by its first lines: a row may have a field `message`, too."""
+    if formats.is_data(path) and formats.suffix_of(path) not in _JSON_LINES:
+        return False
     try:
         with opened(path) as stream:
-            first = next((line for line in _lines(stream) if line.strip()), b"")
-        return isinstance(formats.parse_json(first), dict | list)
-    except (Unusable, *_READ_ERRORS):
+            full = (line for line in _lines(stream) if line.strip())
+            lines = list(itertools.islice(full, _LOOKED_AT))
+    except _READ_ERRORS:
+        return not formats.is_data(path)
+    if any(map(_is_row, lines)):
         return False
+    is_text = not formats.is_data(path) and not (lines and _is_json(lines[0]))
+    return is_text or any(map(log_lines.is_record, lines))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(formats.parse_json(line), dict | list)
+    except Unusable:
+        return False
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        parse_row(formats.parse_json(line))
+    except Unusable:
+        return False
+    return True
 
 
 def _lines(stream: Any) -> Iterator[bytes]:
@@ -107,10 +130,11 @@ def read_logs(paths: Iterable[Path], rendering: Rendering) -> Iterator[Prompt | 
     paths = list(paths)
     requests, unsaid, models = 0, 0, collections.Counter[str]()
     for path in paths:
-        for position, text in _bodies(path):
+        for position, body in _bodies(path):
             requests += 1
             try:
-                body = _parsed(text)
+                if isinstance(body, Unusable):
+                    raise body
                 asked = _asked(body)
                 yield _prompt_of(body, asked, path.name, rendering)
             except Unusable as error:
@@ -124,7 +148,7 @@ def read_logs(paths: Iterable[Path], rendering: Rendering) -> Iterator[Prompt | 
             "no line with one.",
             code="log-without-requests",
             remedy="Start the server with --enable-log-requests and VLLM_LOGGING_LEVEL=DEBUG, or give "
-            "the prompts as JSON lines.",
+            "the prompts as JSON lines. stages/ops/README.md#adapt lists the forms that are read.",
             facts={"paths": [str(path) for path in paths]},
         )
     _warn(models, unsaid, rendering)
@@ -148,8 +172,8 @@ def _warn(models: collections.Counter[str], unsaid: int, rendering: Rendering) -
         )
 
 
-def _bodies(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(its place in the log, the JSON text) of each request.
+def _bodies(path: Path) -> Iterator[tuple[str, log_lines.Found]]:
+    """(its place in the log, its body or what is wrong with it) of each request.
 
     Raises:
         UserError: the file cannot be read.
@@ -159,25 +183,10 @@ def _bodies(path: Path) -> Iterator[tuple[str, bytes]]:
         require_data(path)
         require_text(path)
         with opened(path) as stream:
-            for number, line in enumerate(_lines(stream), 1):
-                if match := _BODY.search(line):
-                    yield f"{path.name} line {number}", match[1]
+            for number, body in log_lines.bodies(_lines(stream)):
+                yield f"{path.name} line {number}", body
     except _READ_ERRORS as error:
         raise unreadable(path, "a log", error) from error
-
-
-def _parsed(text: bytes) -> Any:
-    """A body.
-
-    Raises:
-        Unusable: bytes that are not UTF-8, or no whole JSON.
-    """
-    try:
-        return json.loads(text.decode())
-    except UnicodeDecodeError as error:
-        raise Unusable("not_utf8", error) from error
-    except (ValueError, RecursionError) as error:
-        raise Unusable("cut_off", "the body is no whole JSON") from error
 
 
 def _asked(body: Mapping[str, Any]) -> dict[str, Any]:

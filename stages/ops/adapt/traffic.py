@@ -21,7 +21,7 @@ from shared.prompts import sources
 from shared.prompts.rows import BadRow, Prompt
 from shared.prompts.sources import Duplicates, Source
 from shared.runtime.wording import counted, listed
-from stages.ops.adapt.server_log import NO_CHAT, Rendering, log_files, read_logs
+from stages.ops.adapt.server_log import NO_CHAT, OTHER_TEMPLATE, Rendering, log_files, read_logs
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 HELD_OUT_SHARE = 0.1
@@ -29,6 +29,11 @@ MIN_HELD_OUT, MAX_HELD_OUT = 8, 64
 MIN_ROWS = 5 * MIN_HELD_OUT
 MAX_BAD_FRACTION = 0.5
 _TOO_MANY = "over_max_rows"
+_REMEDIES = {
+    "cut_off": "Start the server without --max-log-len, and give the log as its collector wrote it; "
+    "journalctl cuts long lines without --all.",
+    OTHER_TEMPLATE: "Set run.chat_template_kwargs to what the requests say.",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +159,9 @@ def _require_most(
         f"{traffic}: expected chats, found {bad.total()} of {bad.total() + usable} rows that cannot be "
         f"used: {listed(reasons)}; for example, {most}: {examples[most] or 'no more is known'}.",
         code="traffic-unusable",
-        remedy="Give chats with `messages`. A server's log must not be cut (--max-log-len); "
-        "other_template: set run.chat_template_kwargs to what the requests say.",
+        remedy=_REMEDIES.get(
+            most, "Give chats with `messages`: stages/ops/README.md#adapt lists the forms."
+        ),
         facts={"reasons": dict(reasons)},
     )
 
@@ -222,24 +228,5 @@ def _apart(
     return held_out, train, unfit
 
 
-def _messages(prompt: Prompt) -> Iterator[dict[str, Any]]:
-    """A row's messages: an answer that is not to be trained on with its mark, none as an empty one."""
-    for turn in prompt.turns:
-        yield from turn.asked
-        if turn.answer is not None:
-            yield turn.answer if turn.is_trained else {**turn.answer, "weight": 0}
-        elif turn is not prompt.turns[-1]:
-            yield {"role": "assistant", "content": ""}
-
-
 def _write(path: Path, prompts: Iterable[Prompt]) -> None:
-    lines = []
-    for prompt in prompts:
-        row = {
-            "id": prompt.sample_id,
-            "category": prompt.category,
-            "messages": list(_messages(prompt)),
-            "tools": list(prompt.tools),
-        }
-        lines.append(json.dumps({key: value for key, value in row.items() if value}))
-    files.write_text(path, "".join(line + "\n" for line in lines))
+    files.write_text(path, "".join(json.dumps(each.as_row()) + "\n" for each in prompts))

@@ -6,7 +6,8 @@
     /api/datasets/<name>/paths-info/<rev>        files by name
     /datasets/<name>/resolve/<rev>/<file>        HEAD and GET, with ETag and X-Repo-Commit
 
-A data set is a folder `<root>/<owner>/<name>`. One named `acme/gated` is gated, `acme/busy` answers 503.
+A data set is a folder `<root>/<owner>/<name>`, its commit the text of `<name>.commit` beside it. One
+named `acme/gated` is gated, `acme/busy` answers 503.
 """
 
 import contextlib
@@ -69,7 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(401, "GatedRepo")
         if not base.is_dir():
             return self._error(404, "RepoNotFound")
-        if route["rev"] not in (None, "main", COMMIT):
+        named = self.root / f"{route['name']}.commit"
+        commit = named.read_text() if named.is_file() else COMMIT
+        if route["rev"] not in (None, "main", commit):
             return self._error(404, "RevisionNotFound")
         files = sorted(path for path in base.rglob("*") if path.is_file())
         if route["verb"] == "tree":
@@ -89,10 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
             if not path.is_file():
                 return self._error(404, "EntryNotFound")
             etag = f'"{self._entry(path, base)["oid"]}"'
-            return self._send(200, path.read_bytes(), ETag=etag, X_Repo_Commit=COMMIT)
+            return self._send(200, path.read_bytes(), ETag=etag, X_Repo_Commit=commit)
         siblings = [{"rfilename": path.relative_to(base).as_posix()} for path in files]
         return self._json(
-            {"id": route["name"], "sha": COMMIT, "private": False, "siblings": siblings, "tags": []}
+            {"id": route["name"], "sha": commit, "private": False, "siblings": siblings, "tags": []}
         )
 
     do_HEAD = do_POST = do_GET  # noqa: N815

@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -23,6 +24,8 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "3", "tool_call_id": "c1"}
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
 GOOD_LINES = [
     b'{"id": "a", "prompt": "Hello", "category": "greeting"}',
@@ -195,3 +198,19 @@ def test_prompts_that_are_json_of_any_kind_never_crash_the_reader(tmp_path: Path
         assert len(read(path)) in expected
 
     check()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "category": "greeting"},
+        {"turns": ["a", "b"], "id": 7},
+        {"messages": [SYSTEM, USER, ASSISTANT, USER]},
+        {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, ASSISTANT]},
+        {"messages": [USER, CALLING, RESULT, ASSISTANT, USER], "tools": [ADD]},
+        {"question": "2 + 2?", "answer": "4", "thinking": "Easily."},
+    ],
+)
+def test_a_prompt_as_a_row_is_the_same_prompt(row: dict[str, Any]) -> None:
+    prompt = parse_row(row)
+    assert parse_row(json.loads(json.dumps(prompt.as_row()))) == prompt
