@@ -2,12 +2,14 @@
 """What the chain's tests begin with."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
 from stages.ops.chain.preflight import packages
+from tests.models import tiny_llama
 from tests.quick.ops.chain.recipes import CONFIG, TENSORS, write
 
 
@@ -27,6 +29,14 @@ def workspace(tmp_path: Path) -> Path:
     (tmp_path / "held_out.jsonl").write_text("\n".join(held_out))
     write(tmp_path, {})
     return tmp_path
+
+
+@pytest.fixture
+def real_target(workspace: Path) -> Path:
+    """The same with a target that has a tokenizer, and weights."""
+    shutil.rmtree(workspace / "model")
+    tiny_llama(workspace / "model", max_length_tokens=256)
+    return workspace
 
 
 @pytest.fixture
