@@ -161,24 +161,27 @@ class RunState:
         """
         manifest = self.manifest(stage)
         started_s = [float(p.record["started_s"]) for p in self.processes(stage) if p.record]
-        if manifest is None or not started_s:
-            return None
-        try:
-            ended = datetime.datetime.fromisoformat(manifest["provenance"]["finished"])
-            return max(0.0, ended.timestamp() - min(started_s))
-        except (ValueError, OverflowError):
-            return None
+        ended_s = None if manifest is None else _finished_s(manifest)
+        return max(0.0, ended_s - min(started_s)) if ended_s and started_s else None
 
     def processes(self, stage: str) -> list[ProcessState]:
         """The stage's processes; one that is "to do" or "done" where no status file is there."""
         folder, own = self.paths.root / "status", re.compile(rf"{stage}(-\d+)?\.json")
         files = [path for path in sorted(folder.glob(f"{stage}*.json")) if own.fullmatch(path.name)]
-        manifest = self.paths.stage(stage) / MANIFEST
-        finished_s = _written_s(manifest)
+        finished_s = self._finished_s(stage)
         found = _without_history([_read(path, finished_s) for path in files], finished_s)
         if not found and stage in self.skipped:
             return [ProcessState(stage, "skipped", "what came after it was made without it")]
         return found or [ProcessState(stage, "to do" if finished_s is None else "done")]
+
+    def _finished_s(self, stage: str) -> float | None:
+        """When the stage's manifest says that it was finished: a copy's file time is the copy's."""
+        path = self.paths.stage(stage) / MANIFEST
+        try:
+            manifest = self.manifest(stage)
+            return None if manifest is None else _finished_s(manifest) or _written_s(path)
+        except UserError:  # validate reports what is wrong with it
+            return _written_s(path)
 
     @functools.cached_property
     def skipped(self) -> frozenset[str]:
@@ -245,6 +248,14 @@ def find_run(
     )
 
 
+def _finished_s(manifest: Mapping[str, Any]) -> float | None:
+    """When an artifact was finished, in seconds since 1970; None where its manifest has no such time."""
+    try:
+        return datetime.datetime.fromisoformat(manifest["provenance"]["finished"]).timestamp()
+    except (KeyError, ValueError, OverflowError):
+        return None
+
+
 def _is_run(folder: Path) -> bool:
     return any(next(folder.glob(mark), None) is not None for mark in _MARKS)
 
@@ -279,7 +290,7 @@ def _read(path: Path, finished_s: float | None) -> ProcessState:
     """The process of one status file.
 
     Args:
-        finished_s: when the stage's manifest was written, in seconds since 1970.
+        finished_s: when the stage was finished, in seconds since 1970.
     """
     try:
         record, reason = _looked_at(path)
@@ -321,8 +332,7 @@ def _without_history(found: list[ProcessState], finished_s: float | None) -> lis
     def is_history(each: ProcessState) -> bool:
         if each.state not in ENDED_BADLY or each.path is None or not each.record:
             return False
-        told_s = _written_s(each.path)
-        if finished_s is not None and told_s is not None and told_s <= finished_s:
+        if finished_s is not None and float(each.record["updated_s"]) <= finished_s:
             return True
         return _share_count(each) != _share_count(newest)
 

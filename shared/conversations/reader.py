@@ -13,7 +13,10 @@ from shared.prompts.rows import Message, Prompt, Turn
 from shared.target.special_tokens import REASON, Policy, SpecialTokens
 
 _LONGEST_DETAIL = 300
-LEFT_OUT = "answer_of_weight_0"  # the row itself says so: no failure
+LEFT_OUT = "answer_of_weight_0"  # the row itself says so
+TOO_LONG = "too_long"  # no room for one token of an answer
+# Rows that are left out on purpose; every other refusal is a failure.
+SKIPPED = frozenset({TOO_LONG, LEFT_OUT, REASON})
 # What ends reasoning in the text of an answer: Qwen and DeepSeek, Mistral, Seed-OSS, Command A, Kimi-VL,
 # OpenThoughts, and plain mark-up.
 REASONING_ENDS = (

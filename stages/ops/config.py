@@ -84,6 +84,8 @@ class RunChainConfig(CommandConfig):
             raise ValueError("only, from and skip together leave no stage to run")
         if (self.by == "kubernetes") != (self.overlay is not None):
             raise ValueError("--by kubernetes and --overlay need each other")
+        if self.dry_run and self.open_page:
+            raise ValueError("--dry_run makes no report's page for --open to show: leave one out")
         if self.overlay and (self.dry_run or self.overwrite or self.open_page):
             raise ValueError(
                 "--by kubernetes takes no --dry_run, --overwrite or --open: see `kubectl diff -k`, or put "

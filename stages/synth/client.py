@@ -18,7 +18,7 @@ import aiohttp
 import tenacity
 
 from shared.contracts.conversations import Conversation
-from shared.conversations.reader import Refused
+from shared.conversations.reader import TOO_LONG, Refused
 from shared.errors import OutputError
 from shared.prompts.rows import Message, Prompt
 from shared.runtime.process import stop_requested
@@ -189,7 +189,7 @@ class Client:
         if response.status == 429 or response.status >= 500:
             raise BusyError(f"{response.status}: {text}")
         too_long = any(words in text for words in _TOO_LONG)
-        raise Refused("too_long" if too_long else "refused_by_server", f"{response.status}: {text}")
+        raise Refused(TOO_LONG if too_long else "refused_by_server", f"{response.status}: {text}")
 
     async def answer(self, prompt: Prompt) -> Outcome:
         """Play one prompt to its end.

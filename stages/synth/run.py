@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.artifacts.artifact import Artifact
-from shared.conversations.reader import LEFT_OUT
+from shared.conversations.reader import SKIPPED
 from shared.conversations.switches import require_switches
 from shared.errors import RetryableError
 from shared.io import files
@@ -22,14 +22,10 @@ from shared.runtime.process import Share, stop_if_requested
 from shared.runtime.status import Accounting, Status
 from shared.runtime.wording import counted
 from shared.target import model as target
-from shared.target.special_tokens import REASON as SPECIAL_TOKEN
 from shared.target.templates import require_chat_template, template_inputs
 from shared.target.tokenizer import tokenizer_hash, vocabulary_hash
 from stages.synth import mixture, parts
 from stages.synth.config import SynthConfig
-
-# Rows that are left out on purpose; every other refusal is a failure.
-_SKIPPED = {"too_long", LEFT_OUT, SPECIAL_TOKEN}
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +119,7 @@ async def _answer(config: SynthConfig, target_folder: Path, folder: Path, total:
     async for outcome, in_flight in answers(config, target_folder, unanswered()):
         if outcome.refused is not None:
             reason = outcome.refused.reason
-            account = accounting.skip if reason in _SKIPPED else accounting.fail
+            account = accounting.skip if reason in SKIPPED else accounting.fail
             account(outcome.prompt.sample_id, reason, outcome.refused.detail)
         else:
             writer.add(outcome.rows)

@@ -2,20 +2,19 @@
 """What a chain will take: rows, tokens, disk, memory, time, before anything starts.
 
 Where a stage is done its manifest says what came out; before that the recipe's own limits bound it
-("at most"). Time is only told where an earlier run of the same target in this workspace took some:
-nothing here knows how fast a machine is.
+("at most"), less the rows that `Looks` sees left out. Time is only told where an earlier run of the same
+target in this workspace took some.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from shared.artifacts.manifest import MANIFEST, read_manifest
-from shared.artifacts.run_state import RunState
+from shared.artifacts.manifest import read_manifest
 from shared.contracts import layers
 from shared.errors import EyrieError, UserError
 from shared.io import safetensors_files
@@ -28,9 +27,11 @@ from shared.runtime.wording import counted
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from stages.ops.chain import sizes
+from stages.ops.chain.earlier import earlier
 from stages.ops.chain.inputs import find, prompt_sources
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.processes import Step
+from stages.ops.chain.rows import Looks
 from stages.ops.expected import expectation
 
 # Counting more rows than this takes longer than a person waits for a plan.
@@ -57,6 +58,7 @@ class Estimates:
         steps: Sequence[Step],
         paths: RunPaths,
         machine: Machine,
+        looks: Looks,
         *,
         asks_hub: bool = False,
     ) -> None:
@@ -69,6 +71,7 @@ class Estimates:
         self.steps = steps
         self.paths = paths
         self.machine = machine
+        self._looks = looks
         self._rows: dict[str, int | None] = {}
         self._bench_answers = 0
 
@@ -76,7 +79,7 @@ class Estimates:
         return [self._done(step) if step.done else self._ahead(step) for step in self.steps]
 
     def expectation(self) -> str:
-        """What others have reached with as many rows as train will get; "" where nothing compares.
+        """What was reached with as many rows as train will get; "" where nothing compares.
 
         Asked after `rows`.
         """
@@ -90,6 +93,16 @@ class Estimates:
         gates = [s.settings["min_acceptance_length"] for s in self.steps if s.stage == "bench"]
         required = f"; bench.min_acceptance_length requires {gates[0]:g}" if gates else ""
         return line and line + required
+
+    def warnings(self) -> Iterator[str]:
+        """What the numbers of rows mean for a stage. Asked after `rows`."""
+        if self._rows.get("train") == 1 and any(
+            s.stage == "train" and not s.done for s in self.steps
+        ):
+            yield (
+                "train: its one row is trained on and none is held out, so no walked acceptance length "
+                "tells what the head has learnt. Give synth more prompts."
+            )
 
     def _done(self, step: Step) -> Estimate:
         folder = self.paths.export if step.stage == "train" else self.paths.stage(step.stage)
@@ -115,6 +128,8 @@ class Estimates:
         else:
             tokens = self._tokens(step, rows)
             work = f"{counted(rows, 'row')}, at most {counted(tokens, 'token')}"
+            if most := step.settings.get("max_steps"):
+                work += f", at most {counted(most, 'step')}"
             if (prefills := self._prefills(step)) > 1:
                 work += f", {prefills} prefills of each"
         return Estimate(
@@ -143,7 +158,8 @@ class Estimates:
                 return None
             if step.stage == "bench":
                 self._bench_answers = sum(map(_answers, rows))
-            return sum(isinstance(row, Prompt) for row in rows)
+            prompts = sum(isinstance(row, Prompt) for row in rows)
+            return round(prompts * self._looks.left(step))
         parent = {"dump": "synth", "train": "dump"}.get(step.stage)
         if parent is None or step.settings.get("states"):
             return None
@@ -174,7 +190,9 @@ class Estimates:
             tokens = int(made["facts"]["tokens"])
         else:
             tokens = rows * longest
-        return tokens * int(step.settings.get("epochs", 1))
+        tokens *= int(step.settings.get("epochs", 1))
+        most, batch = step.settings.get("max_steps"), step.settings.get("batch_tokens")
+        return min(tokens, most * batch) if most and isinstance(batch, int) else tokens
 
     def _prefills(self, step: Step) -> int:
         """How often dump computes a row: with a window, once in each of train's epochs."""
@@ -247,33 +265,17 @@ class Estimates:
         found = earlier(self.paths, step)
         if found is None or not rows:
             return "unknown"
-        seconds, then_rows, run = found
-        return f"about {_duration(seconds * rows / then_rows)} (as {run} took)"
+        seconds = found.seconds * rows * step.settings.get("epochs", 1) / found.passes
+        if found.steps and (most := step.settings.get("max_steps")):
+            seconds = min(seconds, found.seconds * most / found.steps)
+        but = f", with other {', '.join(found.differing)}" if found.differing else ""
+        return f"about {_duration(seconds)} (as {found.run} took{but})"
 
 
 def _answers(row: Prompt | BadRow) -> int:
     """Answers that bench measures for a row: one per turn that brings none, and the last turn's."""
     turns = row.turns if isinstance(row, Prompt) else ()
     return sum(turn.answer is None or turn is turns[-1] for turn in turns)
-
-
-def earlier(paths: RunPaths, step: Step) -> tuple[float, int, str] | None:
-    """(seconds, rows, run) of the same stage in another run of this target, or None.
-
-    Counted from what a stage writes first, its status, to what it writes last, its manifest.
-    """
-    for path in sorted(paths.workspace.glob(f"*/{step.stage}/{MANIFEST}")):
-        run = RunState(RunPaths(paths.workspace, path.parents[1].name))
-        try:
-            manifest, seconds = run.manifest(step.stage), run.seconds(step.stage)
-        except EyrieError:
-            continue
-        if manifest is None or manifest["identity"].get("run.target") != step.run["target"]:
-            continue
-        epochs = manifest["config"].get("epochs", 1) / step.settings.get("epochs", 1)
-        if run.paths.run_name != paths.run_name and seconds and manifest["counts"]["ok"]:
-            return seconds / epochs, int(manifest["counts"]["ok"]), run.paths.run_name
-    return None
 
 
 def show(name: str, found: Sequence[Estimate], machine: Machine, console: Console) -> None:

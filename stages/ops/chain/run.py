@@ -97,18 +97,22 @@ def look_ahead(config: RunChainConfig, paths: RunPaths, *, even_if_done: bool = 
     from stages.ops.chain import estimates, inputs
     from stages.ops.chain.machine import look
     from stages.ops.chain.preflight import checks
+    from stages.ops.chain.preflight.rows import row_warnings
+    from stages.ops.chain.rows import Looks
 
     steps = processes.steps(config, config.stages, paths)
-    machine = look()
+    machine, looks = look(), Looks(paths.workspace)
     look_for = checks.problems if config.by == "processes" else checks.problems_of_containers
-    found = look_for(steps, paths, machine) if config.preflight else []
+    found = look_for(steps, paths, machine, looks) if config.preflight else []
     if config.preflight and not found and config.by == "processes":
         found = processes.refused_heads(config, steps)
-    for warning in checks.warnings(steps):
+    for warning in [*checks.warnings(steps), *row_warnings(steps, looks)]:
         logger.warning("%s", warning)
     if config.dry_run or not found:
-        ahead = estimates.Estimates(steps, paths, machine, asks_hub=config.preflight)
+        ahead = estimates.Estimates(steps, paths, machine, looks, asks_hub=config.preflight)
         rows = ahead.rows()
+        for warning in ahead.warnings():
+            logger.warning("%s", warning)
         if config.dry_run:
             console = Console(width=None if sys.stdout.isatty() else 160)
             estimates.show(paths.run_name, rows, machine, console)

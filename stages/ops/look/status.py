@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far is each stage of a run? A table, once or live, or JSON.
 
-In: the folder of a run. Costs reading its status files and the times of its manifests.
+In: the folder of a run. Costs reading its status files and its manifests.
 """
 
+import dataclasses
 import datetime
 import itertools
 import json
@@ -21,6 +22,7 @@ from shared.artifacts.run_state import ENDED_BADLY, ProcessState, RunState, find
 from shared.paths import STAGES, RunPaths
 from shared.runtime.process import stop_requested
 from shared.runtime.tables import cell
+from stages.ops.chain.processes import is_done
 from stages.ops.config import StatusConfig, WatchConfig
 
 _COLOURS = {
@@ -31,6 +33,8 @@ _COLOURS = {
     "stopped": "yellow",
     "unreadable": "bold red",
 }
+# Errors of a command with other settings than those of the artifact, or of what it was made of.
+_OTHER_SETTINGS = ("artifact-settings", "parent-settings")
 _BARS, _MAX_BARS = "▁▂▃▄▅▆▇█", 40
 
 
@@ -75,7 +79,18 @@ def _looks(paths: RunPaths, period_s: float) -> Iterator[list[ProcessState]]:
 def read_states(paths: RunPaths) -> list[ProcessState]:
     """Every stage's state, in order; a stage of several processes has one for each."""
     run = RunState(paths)
-    return [process for stage in STAGES for process in run.processes(stage)]
+    return [
+        _as_finished(process, stage, run) for stage in STAGES for process in run.processes(stage)
+    ]
+
+
+def _as_finished(process: ProcessState, stage: str, run: RunState) -> ProcessState:
+    """A finished artifact that other settings were refused for since: it is as it was."""
+    code = process.error["code"] if process.error else ""
+    if process.state != "failed" or code not in _OTHER_SETTINGS or not is_done(stage, run.paths):
+        return process
+    message = f"other settings were refused since: {process.message}"
+    return dataclasses.replace(process, state="done", message=message, seconds=run.seconds(stage))
 
 
 def _print_json(paths: RunPaths, states: list[ProcessState]) -> None:

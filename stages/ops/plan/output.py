@@ -76,7 +76,7 @@ def _remarks(plan: Plan, config: PlanConfig, *, has_gate: bool) -> list[str]:
     return [
         f"{plan.model} on {config.gpu}; {'; '.join(plan.target.kinds)}",
         f"dump: {plan.backend[1]}",
-        "bench requires nine tenths of what others reached with as many rows or fewer"
+        "bench requires nine tenths of what was reached with as many rows or fewer"
         if has_gate
         else "bench requires no acceptance length: none is known for as few rows, or for such a target",
         *warnings(plan),
@@ -118,7 +118,7 @@ def run_name(plan: Plan, config: PlanConfig) -> str:
 
 
 def expected(plan: Plan, config: PlanConfig) -> str:
-    """What others have reached with as many rows; "" where nothing compares."""
+    """What was reached with as many rows; "" where nothing compares."""
     return expectation(config.samples, _EPOCHS, plan.head.hidden_size)
 
 
@@ -191,12 +191,13 @@ def _gpus(plan: Plan) -> Table:
 
 
 def _published() -> Table:
-    table = Table(title="What others have reached")
-    for column in ("target", "samples", "K", "acceptance length", "prompts", "source"):
+    table = Table(title="What has been reached, by others and by this project")
+    for column in ("target", "samples", "epochs", "K", "acceptance length", "prompts", "source"):
         table.add_column(column, overflow="fold")
     for row in sorted(published(), key=lambda row: row.get("samples", 1 << 60)):
         samples = f"{row['samples']:,}" if "samples" in row else "not stated"
         length = f"{row['acceptance_length']:.2f}"
-        k = str(row.get("k", "not stated"))
-        table.add_row(row["target"], samples, k, length, row.get("prompts", ""), row["source"])
+        epochs, k = (str(row.get(name, "not stated")) for name in ("epochs", "k"))
+        about = (row.get("prompts", ""), row["source"])
+        table.add_row(row["target"], samples, epochs, k, length, *about)
     return table

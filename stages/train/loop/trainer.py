@@ -57,7 +57,7 @@ class Trainer:
     ) -> None:
         if not dataset.training:
             raise UserError(
-                "expected at least two samples in dump to train on, found fewer.",
+                "expected at least one sample in dump to train on, found none.",
                 code="too-few-samples",
                 remedy="Give synth more prompts and run dump again.",
             )

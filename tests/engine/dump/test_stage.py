@@ -112,16 +112,18 @@ def test_killed_three_times_every_sample_is_there_once_and_right(
 
 
 @pytest.mark.parametrize(
-    ("said", "delay_s"),
+    ("said", "delay_s", "comes_later"),
     [
-        ("tokens in", 1.0),  # the plan is made; importing vLLM comes next
-        ("Initializing a V1 LLM engine", 0.0),  # in its own process; this one waits for it
+        # The plan is made; importing vLLM comes next.
+        ("tokens in", 1.0, "Initializing a V1 LLM engine"),
+        # The engine, in its own process, may still get ready while this one ends it.
+        ("Initializing a V1 LLM engine", 0.0, "checked and written"),
     ],
 )
 def test_sigterm_while_the_engine_starts_stops_at_once(
-    workspace: Path, said: str, delay_s: float
+    workspace: Path, said: str, delay_s: float, comes_later: str
 ) -> None:
-    """At once: the engine does not get as far as to be ready, however slow the machine is."""
+    """At once: the stage does not get to its next step, however slow the machine is."""
     process = start(workspace, VLLM_LOGGING_LEVEL="INFO", EYRIE_SHOW_ENGINE="1")
     log = []
     for line in process.stderr or ():
@@ -133,7 +135,7 @@ def test_sigterm_while_the_engine_starts_stops_at_once(
     process.send_signal(signal.SIGTERM)
     _, rest = process.communicate(timeout=120)
     assert process.returncode == 143, rest
-    assert "init engine (" not in rest
+    assert comes_later not in rest
 
 
 def test_ctrl_c_reaches_the_engine_too_and_ends_as_sigterm_does(workspace: Path) -> None:

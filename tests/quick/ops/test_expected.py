@@ -13,20 +13,29 @@ from stages.ops.expected import expectation, gate, published
         (
             50_000,
             4096,
-            ["AL 1.94 from 50,000 rows x 5 epochs (Qwen2.5-7B, ", "AL 2.82 from 508,000"],
+            ["AL 1.94 from 50,000 rows x 5 epochs (Qwen2.5-7B on GSM8K, ", "AL 2.82 from 508,000"],
         ),
         (
             2_000,
             2048,
-            ["AL 1.89 from 5,000 rows x 5 epochs at K = 3 (Qwen3-8B, "],
+            ["AL 1.89 from 5,000 rows x 5 epochs at K = 3 (Qwen3-8B on "],
         ),  # the best of 5,000
         (
             10**6,
             4096,
-            ["AL 2.82 from 508,000 rows x 2 epochs at K = 5 (Qwen3-8B, speculators pull"],
+            ["AL 2.82 from 508,000 rows x 2 epochs at K = 5 (Qwen3-8B on nine "],
         ),
         (900, 4096, []),  # too few to compare
-        (5_000, 576, []),  # too small a target
+        (5_000, 192, []),  # too small a target
+        (
+            480,
+            576,
+            [
+                "AL 1.95 from 250 rows x 5 epochs at K = 3 (SmolLM2-135M on test questions of GSM8K, "
+                "measured by Eyrie",
+                "AL 2.28 from 500 rows",
+            ],
+        ),
         (None, 4096, []),
     ],
 )
@@ -49,7 +58,9 @@ def test_the_expected_length_quotes_the_figures_next_to_the_rows(
         # 0.9 x 2.817 is above bench's own.
         (600_000, 4096, BenchConfig.model_fields["min_acceptance_length"].default),
         (900, 4096, 0),  # too few to compare
-        (5_000, 576, 0),  # too small a target
+        (5_000, 192, 0),  # too small a target
+        (480, 576, 1.1),  # 0.9 x 1.26, on prompts unlike the training's
+        (5_000, 576, 1.6),
     ],
 )
 def test_bench_requires_less_than_others_reached(
@@ -58,8 +69,9 @@ def test_bench_requires_less_than_others_reached(
     assert gate(rows, hidden_size) == expected
 
 
-def test_more_rows_never_have_a_lower_gate() -> None:
-    gates = [gate(rows, 4096) for rows in (2, 900, 1_000, 5_000, 50_000, 600_000)]
+@pytest.mark.parametrize("hidden_size", [576, 4096])
+def test_more_rows_never_have_a_lower_gate(hidden_size: int) -> None:
+    gates = [gate(rows, hidden_size) for rows in (2, 900, 1_000, 5_000, 50_000, 600_000)]
     assert gates == sorted(gates)
 
 

@@ -4,16 +4,14 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from shared.config import RunConfig
 from shared.conversations.template import ChatTemplate, TemplateMismatch
 from shared.errors import UserError
 from shared.paths import find_input
 from shared.prompts import sources
-from shared.prompts.rows import Message
 from shared.prompts.sources import Source
 from shared.runtime.status import Accounting
 from shared.target.model import TargetConfig
@@ -24,15 +22,13 @@ from shared.vllm.measured_rows import (
     longest_row,
     needed_model_len,
 )
+from stages.ops.chain.asked import most_tokens
 from stages.ops.chain.processes import SOURCE_ROOT, Step
 from stages.ops.chain.served import problem, said
 
 LABEL = "bench.prompts"
 # So many prompts are looked at: bench measures hundreds.
 _MAX_PROMPTS = 2_000
-# What a template may write around the messages. Prompts that have room with it, at a token for each byte,
-# need no tokenizer, which takes seconds to load.
-_TEMPLATE_TOKENS = 1_000
 
 
 def prompts_of(bench: Step, workspace: Path) -> Source | None:
@@ -86,7 +82,7 @@ def _require_room(bench: Step, workspace: Path, answer: int, depth: int, positio
         limit=positions,
     )
     with contextlib.suppress(UserError):
-        measure(_most_tokens)
+        measure(most_tokens)  # the tokenizer takes seconds to load
         return
     if (folder := find_input(bench.target, workspace)) is None:
         return
@@ -97,8 +93,3 @@ def _require_room(bench: Step, workspace: Path, answer: int, depth: int, positio
         return
     with contextlib.suppress(TemplateMismatch):
         measure(ChatTemplate(tokenizer, run.template_kwargs).prompt_ids)
-
-
-def _most_tokens(messages: Sequence[Message], tools: Sequence[Any]) -> range:
-    """As many as a prompt can have, counted without a tokenizer."""
-    return range(len(str((messages, tools)).encode()) + _TEMPLATE_TOKENS)

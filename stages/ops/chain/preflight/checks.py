@@ -28,20 +28,21 @@ from stages.ops.chain.preflight.settings import option_problems, setting_problem
 from stages.ops.chain.preflight.target import existing_folder, target_problems
 from stages.ops.chain.preflight.variant import served_variant_problems
 from stages.ops.chain.processes import Step, uses_vllm
+from stages.ops.chain.rows import Looks
 from stages.ops.chain.served import problem
 
 # Below this vLLM ends with "Insufficient space in /dev/shm"; Docker's default is 64 MiB.
 _SHARED_BYTES = 160 << 20
 
 
-def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[str]:
+def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine, looks: Looks) -> list[str]:
     """Everything that stands in the way, the stages that are done left out."""
     left = [step for step in steps if not step.done]
     found = [*_workspace(paths), *_artifacts(steps), *setting_problems(left, paths)]
     for step in left:
         found += package_problems(step, machine)
         found += option_problems(step)
-        found += input_problems(step, paths.workspace)
+        found += input_problems(step, looks, paths.workspace)
         found += _endpoints(step)
         found += _reasoning(step, paths.workspace)
     found += compiler_problems(left, machine)
@@ -53,7 +54,9 @@ def problems(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[s
     return list(dict.fromkeys(found))
 
 
-def problems_of_containers(steps: Sequence[Step], paths: RunPaths, machine: Machine) -> list[str]:
+def problems_of_containers(
+    steps: Sequence[Step], paths: RunPaths, machine: Machine, looks: Looks
+) -> list[str]:
     """As `problems`, but for what only an image can tell: packages, its network, its cache."""
     left = [step for step in steps if not step.done]
     # The recipe is kept in the workspace, from here.
@@ -61,7 +64,7 @@ def problems_of_containers(steps: Sequence[Step], paths: RunPaths, machine: Mach
     found += setting_problems(left, paths)
     found += pair.problems(steps, machine, is_local=False)
     for step in left:
-        found += input_problems(step, paths.workspace)
+        found += input_problems(step, looks, paths.workspace)
         found += _reasoning(step, paths.workspace)
     for name in dict.fromkeys(name for step in left for name in targets(step)):
         if find_input(name, paths.workspace) is not None:

@@ -21,25 +21,15 @@ from stages.ops.chain.preflight.bench import bench_problems
 from stages.ops.chain.processes import Step, environment, python_of, uses_vllm
 from stages.ops.chain.served import problem, said
 
-# A training holds out one of its rows.
-_LEAST_ROWS = 2
-
 
 def setting_problems(left: Sequence[Step], paths: RunPaths) -> Iterator[str]:
     """What the stages that are left name and is not there."""
     by_stage = {step.stage: step for step in left}
     if bench := by_stage.get("bench"):
         yield from bench_problems(bench, paths, is_made="train" in by_stage)
-    train, synth = by_stage.get("train"), by_stage.get("synth")
+    train = by_stage.get("train")
     if train and train.settings["dump_of"] is not None:
         yield from _borrowing(train.settings["dump_of"], by_stage, paths)
-    elif train and synth and (synth.settings["max_samples"] or _LEAST_ROWS) < _LEAST_ROWS:
-        yield problem(
-            "synth.max_samples",
-            f"at least {_LEAST_ROWS} rows, of which train holds one out",
-            str(synth.settings["max_samples"]),
-            "Raise it, or leave train out (--skip train,bench).",
-        )
 
 
 def _borrowing(owner: str, left: Mapping[str, Step], paths: RunPaths) -> Iterator[str]:

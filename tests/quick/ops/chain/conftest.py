@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the chain's tests begin with."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from stages.ops.chain.preflight import packages
+from tests.models import tiny_llama
 from tests.quick.ops.chain.recipes import make_workspace
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     return make_workspace(tmp_path)
+
+
+@pytest.fixture
+def real_target(workspace: Path) -> Path:
+    """The same with a target that has a tokenizer, and weights."""
+    shutil.rmtree(workspace / "model")
+    tiny_llama(workspace / "model", max_length_tokens=256)
+    return workspace
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from stages.dump.config import DumpConfig
 from stages.ops.chain import processes
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.preflight import checks
+from stages.ops.chain.rows import Looks
 from stages.ops.config import RunChainConfig
 from stages.synth.config import SynthConfig
 from stages.train.config import TrainConfig
@@ -107,4 +108,4 @@ def asked_here(
 
 
 def problems(found: list[processes.Step], workspace: Path, machine: Machine = CPU) -> list[str]:
-    return checks.problems(found, RunPaths(workspace, "run"), machine)
+    return checks.problems(found, RunPaths(workspace, "run"), machine, Looks(workspace))

@@ -8,6 +8,7 @@ from shared.paths import RunPaths
 from shared.settings import build
 from stages.ops.chain import estimates, pair
 from stages.ops.chain.machine import Machine
+from stages.ops.chain.rows import Looks
 from stages.synth.config import SynthConfig
 from tests.quick.ops.chain.recipes import CPU, GIB, problems, steps, write
 
@@ -41,7 +42,9 @@ def test_a_window_bounds_the_disk_and_says_how_often_rows_are_computed(workspace
         "dump": {"window_shards": 2, "shard_bytes": 10_000},
         "train": {"follow": True, "epochs": 3},
     }
-    found = estimates.Estimates(steps(workspace, settings), RunPaths(workspace, "run"), CPU).rows()
+    found = estimates.Estimates(
+        steps(workspace, settings), RunPaths(workspace, "run"), CPU, Looks(workspace)
+    ).rows()
     dump = next(each for each in found if each.stage == "dump")
     assert "at most 20" in dump.disk and "without a window" in dump.disk
     assert "3 prefills of each" in dump.work

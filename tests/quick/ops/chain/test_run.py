@@ -134,6 +134,11 @@ def test_finished_conversations_need_no_synth(
         run(config(workspace, dry_run="true"))
 
 
+def test_a_dry_run_has_no_page_to_open(workspace: Path) -> None:
+    with pytest.raises(UserError, match="makes no report's page for --open to show"):
+        config(workspace, dry_run="true", open="true")
+
+
 def play(monkeypatch: pytest.MonkeyPatch, workspace: Path, stage: str, script: str) -> None:
     """Let a stage be this script of a shell."""
     python = workspace / f"python-{stage}"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """status and watch on real status files, of processes that work, end and are killed."""
 
+import datetime
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from shared.artifacts import run_state
+from shared.artifacts.artifact import Artifact
 from shared.artifacts.run_state import ProcessState, RunState, find_run
 from shared.artifacts.unfinished import IDENTITY
 from shared.errors import RetryableError, UserError
@@ -26,6 +28,7 @@ from shared.settings import build
 from stages.ops.config import StatusConfig, ValidateConfig, WatchConfig
 from stages.ops.look.status import _looks, read_states, run, sparkline, watch
 from stages.ops.look.validate.run import run as validate
+from stages.synth.config import SynthConfig
 
 ROOT = Path(__file__).resolve().parents[4]
 # A stage as far as its status goes: it says how far it is, and then nothing for a long time.
@@ -138,8 +141,7 @@ def test_an_artifact_that_is_voided_while_it_is_looked_at_is_none(
 ) -> None:
     """As `--overwrite` does: the manifest goes first."""
     manifest = write_manifest(tmp_path, "synth")
-    failed = write(tmp_path, "synth", state="failed", exit_code=3)
-    os.utime(failed, (1, 1))
+    write(tmp_path, "synth", state="failed", exit_code=3, updated_s=1)
     stat = Path.stat
 
     def removed_since(path: Path, **how: Any) -> Any:
@@ -150,7 +152,8 @@ def test_an_artifact_that_is_voided_while_it_is_looked_at_is_none(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", removed_since)
-        assert state_of(tmp_path, "synth").state == "done"  # as it was when it was looked at
+        assert state_of(tmp_path, "synth").state == "failed"
+    assert not manifest.exists()
     assert state_of(tmp_path, "synth").state == "failed"
 
 
@@ -295,9 +298,8 @@ def test_a_failed_share_of_an_older_count_is_history(
 
 def test_a_share_that_failed_before_its_stage_was_finished_is_history(tmp_path: Path) -> None:
     write(tmp_path, "synth", state="done")
-    failed = write(tmp_path, "synth-1", state="failed", num_shards=4)
+    write(tmp_path, "synth-1", state="failed", num_shards=4, updated_s=1)
     write_manifest(tmp_path, "synth")
-    os.utime(failed, (1, 1))
     names = [state.name for state in read_states(RunPaths(tmp_path, "r"))]
     assert names == ["synth", "dump", "train", "bench"]
 
@@ -385,3 +387,53 @@ def test_a_long_curve_is_averaged_into_forty_bars() -> None:
     assert sparkline([0.0] * 60 + [7.0] * 60) == "▁" * 20 + "█" * 20
     assert sparkline([1.0, 2.0, 3.0, 8.0]) == "▁▂▃█"
     assert sparkline([2.0, 2.0]) == "▁▁"
+
+
+def finish(workspace: Path, stage: str, finished_s: float) -> None:
+    """A finished artifact without a file, and its config nowhere: as far as status reads it."""
+    flags = {"workspace": str(workspace), "name": "r", "target": "t", "prompts": "p.jsonl"}
+    config = build(SynthConfig, flags)
+    artifact = Artifact(RunPaths(workspace, "r").stage(stage), config)
+    with artifact.work():
+        artifact.finish([], counts={"in": 1, "ok": 1, "skipped": {}, "failed": {}})
+    path = artifact.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    ended = datetime.datetime.fromtimestamp(finished_s, datetime.UTC)
+    manifest["provenance"]["finished"] = ended.isoformat(timespec="seconds")
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("code", ["artifact-settings", "parent-settings", "disk-full"])
+def test_a_refusal_of_other_settings_leaves_a_finished_stage_done(
+    tmp_path: Path, code: str
+) -> None:
+    """Started 5,000 s ago, finished 40 s later; a command of today was refused."""
+    began = round(time.time()) - 5000
+    finish(tmp_path, "synth", began + 40)
+    error = {"code": code, "problem": "synth.temperature: was 0.0"}
+    told = {"state": "failed", "exit_code": 2, "message": "synth.temperature: was 0.0"}
+    write(tmp_path, "synth", **told, error=error, started_s=began)
+    found = state_of(tmp_path, "synth")
+    if code == "disk-full":
+        assert found.state == "failed"
+        return
+    assert (found.state, found.seconds) == ("done", 40)
+    assert found.message == "other settings were refused since: synth.temperature: was 0.0"
+    # What was refused is what triage explains.
+    assert RunState(RunPaths(tmp_path, "r")).stages["synth"].state == "failed"
+
+
+def test_a_refusal_without_a_finished_artifact_is_a_failure(tmp_path: Path) -> None:
+    error = {"code": "artifact-settings", "problem": "other settings"}
+    write(tmp_path, "synth", state="failed", exit_code=2, error=error)
+    assert state_of(tmp_path, "synth").state == "failed"
+
+
+def test_the_time_that_a_stage_took_is_the_same_in_a_copy_of_its_run(tmp_path: Path) -> None:
+    """A copy's files are young, and its stage, run again, finds its work done."""
+    began = round(time.time()) - 5000
+    finish(tmp_path, "synth", began + 40)
+    write(tmp_path, "synth", state="done", started_s=began)
+    assert state_of(tmp_path, "synth").seconds == 40
+    write(tmp_path, "synth-1", state="failed", started_s=began, updated_s=began + 20, num_shards=1)
+    assert [state.name for state in read_states(RunPaths(tmp_path, "r"))][:2] == ["synth", "dump"]

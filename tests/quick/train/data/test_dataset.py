@@ -133,6 +133,12 @@ def test_fewer_samples_train_on_a_part_and_hold_out_the_same(tmp_path: Path) -> 
     assert not whole & {sample.sample_id for sample in splits[0].held_out}
 
 
+def test_a_single_sample_is_trained_on(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    found = dataset(tmp_path, ["samples/data_0.pt"], holdout=0.3)
+    assert len(found.training) == 1 and found.held_out == []
+
+
 @pytest.mark.parametrize("layout", ["samples", "modelopt"])
 def test_one_file_a_row_gives_the_batch_of_a_shard(tmp_path: Path, layout: str) -> None:
     ids, states = write_files(tmp_path)

@@ -2,7 +2,6 @@
 """What bench would refuse after hours, told before the first stage: prompts and the earlier report."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from shared.prompts import sources
 from shared.prompts.sources import Source
 from shared.target.model import read_config
 from stages.ops.chain.preflight.bench_prompts import room_problems
-from tests.models import tiny_llama
 from tests.quick.bench.report import reports
 from tests.quick.ops.chain.recipes import problems, steps
 
@@ -33,13 +31,6 @@ def test_a_prompt_that_warms_up_is_named(workspace: Path) -> None:
     assert told(workspace, {"max_prompts": 1}) == []  # bench does not read so far
     write_prompts(workspace, {"turns": ["Why?", "Hello there."]})
     assert told(workspace, {}) == []  # where a conversation goes on it is no warm-up
-
-
-@pytest.fixture
-def real_target(workspace: Path) -> Path:
-    shutil.rmtree(workspace / "model")
-    tiny_llama(workspace / "model", max_length_tokens=256)
-    return workspace
 
 
 def test_a_prompt_that_is_too_long_for_the_target_is_named(real_target: Path) -> None:

@@ -17,6 +17,7 @@ from shared.runtime import compiler
 from stages.ops.chain import containers
 from stages.ops.chain.machine import Machine
 from stages.ops.chain.preflight import checks, packages
+from stages.ops.chain.rows import Looks
 from tests.quick.ops.chain.recipes import CPU, GIB, KEPT, problems, steps
 from tests.quick.shared.conversations.gallery import FOLDER, tokenizer_of
 
@@ -123,7 +124,7 @@ def test_what_holds_for_several_stages_is_said_once(
     monkeypatch.setattr(containers, "problems", lambda _: [])
     misspelt, paths = {"run": {"chat_template_kwargs": {"enable": 1}}}, RunPaths(workspace, "run")
     for look_for in (checks.problems, checks.problems_of_containers):
-        (line,) = look_for(steps(workspace, misspelt), paths, CPU)
+        (line,) = look_for(steps(workspace, misspelt), paths, CPU, Looks(workspace))
         assert "found enable, which it does not read" in line
 
 

@@ -1,14 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows that their stage could not use are named before the first stage."""
 
+import asyncio
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.quick.ops.chain.recipes import KEPT, problems, steps
+from shared.paths import RunPaths
+from shared.prompts.rows import Prompt
+from shared.settings import build
+from shared.target.special_tokens import SpecialTokens
+from shared.target.tokenizer import load_tokenizer
+from stages.ops.chain import asked as chain_asked
+from stages.ops.chain.estimates import Estimates
+from stages.ops.chain.preflight import checks
+from stages.ops.chain.preflight.rows import row_warnings
+from stages.ops.chain.rows import Look, Looks
+from stages.synth import mixture
+from stages.synth.client import Client
+from stages.synth.config import SynthConfig
+from tests.quick.ops.chain.recipes import CPU, KEPT, problems, steps
 
 
 @pytest.mark.parametrize(
@@ -108,3 +123,117 @@ def test_a_prompt_that_bench_cannot_use_is_refused_where_bench_reads_it(
 
 def test_answers_that_are_there_are_no_obstacle(workspace: Path) -> None:
     assert problems(steps(workspace, {"synth": KEPT}), workspace) == []
+
+
+WORDS, TOKEN = "why " * 400, "Say <|im_end|>"  # more than the recipe's 64 tokens; the target's own
+MANY_TURNS = [{"role": "user", "content": "a"}, ANSWER, {"role": "user", "content": WORDS}]
+
+
+def asked(content: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+def write_asked(workspace: Path, *chats: list[dict[str, Any]]) -> dict[str, Any]:
+    """A file of chats as synth's prompts: those that say the same get another id alone."""
+    path = workspace / "chats.jsonl"
+    rows = [{"id": str(number), "messages": chat} for number, chat in enumerate(chats)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"prompts": str(path), "deduplicate": False}
+
+
+@pytest.mark.parametrize(
+    ("chat", "settings", "found"),
+    [
+        (asked(TOKEN), {}, r"none \(3 special_token_in_text\). Take the control tokens out"),
+        (asked(WORDS), {}, r"none \(3 too_long\). Give shorter prompts, or raise run.max_length"),
+        (MANY_TURNS, {"mode": "complete"}, "3 too_long"),
+        ([*asked(TOKEN), ANSWER], {"mode": "keep"}, "3 special_token_in_text"),
+        # What synth answers.
+        (asked(TOKEN), {"special_token_text": "allow"}, ""),
+        (MANY_TURNS, {}, ""),  # the first turn
+        (asked(WORDS), {"server_args": {"tokenizer-mode": "mistral"}}, ""),
+    ],
+)
+def test_rows_that_the_target_cannot_be_asked_are_refused_where_none_is_left(
+    real_target: Path, chat: list[dict[str, Any]], settings: dict[str, Any], found: str
+) -> None:
+    chosen = {"synth": write_asked(real_target, *[chat] * 3) | settings}
+    told = problems(steps(real_target, chosen), real_target)
+    assert len(told) == bool(found)
+    assert not told or re.search(f"synth.prompts: .*chats.jsonl: .*{found}", told[0])
+
+
+@pytest.mark.parametrize("dropped", [TOKEN, WORDS])
+def test_many_rows_that_the_target_cannot_be_asked_are_told_and_not_counted(
+    real_target: Path, dropped: str
+) -> None:
+    def told(*chats: list[dict[str, Any]]) -> tuple[list[str], str]:
+        chain, looks = (
+            steps(real_target, {"synth": write_asked(real_target, *chats)}),
+            Looks(real_target),
+        )
+        paths = RunPaths(real_target, "run")
+        assert checks.problems(chain, paths, CPU, looks) == []
+        work = {row.stage: row.work for row in Estimates(chain, paths, CPU, looks).rows()}
+        assert work["dump"] == work["synth"]
+        return list(row_warnings(chain, looks)), work["synth"]
+
+    (warning,), work = told(*[asked("Why?")] * 3, *[asked(dropped)] * 2)
+    assert "chats.jsonl: nothing comes of 40% of the prompts: 2 " in warning
+    assert work == "3 rows, at most 192 tokens"
+    warnings, work = told(*[asked("Why?")] * 19, asked(dropped))
+    assert warnings == [] and work == "19 rows, at most 1,216 tokens"
+
+
+def test_a_source_of_which_nothing_is_left_is_no_obstacle_beside_others(real_target: Path) -> None:
+    path = write_asked(real_target, asked(WORDS))["prompts"]
+    both = {"prompts": None, "sources": [{"path": path}, {"path": "prompts.jsonl"}]}
+    chain, looks = steps(real_target, {"synth": both}), Looks(real_target)
+    assert checks.problems(chain, RunPaths(real_target, "run"), CPU, looks) == []
+    (warning,) = row_warnings(chain, looks)
+    assert "nothing comes of 100% of the prompts: 1 too_long" in warning
+
+
+def test_of_many_long_rows_some_are_tokenised(
+    real_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others count as those, and are not refused: they may be shorter."""
+    monkeypatch.setattr(chain_asked, "_MAX_TOKENIZED", 4)
+    chats = [*[asked(WORDS)] * 3, *[asked("Why?")] * 5]
+    chain, looks = (
+        steps(real_target, {"synth": write_asked(real_target, *chats)}),
+        Looks(real_target),
+    )
+    assert looks.left(chain[0]) == 0.25
+    none_seen = write_asked(real_target, *[asked(WORDS)] * 9)
+    assert problems(steps(real_target, {"synth": none_seen}), real_target) == []
+
+
+@pytest.mark.parametrize("mode", ["regenerate", "complete"])
+def test_synth_itself_refuses_the_same_rows(real_target: Path, mode: str) -> None:
+    """By its client, without a server: control tokens are refused before a request."""
+    chats = [asked(TOKEN), [*asked("a"), ANSWER, *asked(TOKEN)]]
+    chain = steps(real_target, {"synth": write_asked(real_target, *chats) | {"mode": mode}})
+    (look,) = Looks(real_target).of(chain[0])
+    assert isinstance(look, Look)
+    config = build(
+        SynthConfig, {"recipe": str(real_target / "recipe.yaml"), "workspace": str(real_target)}
+    )
+    special = SpecialTokens(load_tokenizer(real_target / "model", trust_remote_code=False))
+
+    async def refusals() -> int:
+        client = Client([], config, (), special)
+        try:
+            found = 0
+            for prompt in mixture.prompts(config):
+                assert isinstance(prompt, Prompt)
+                try:
+                    outcome = await client.answer(prompt)
+                    found += outcome.refused is not None
+                except ZeroDivisionError:  # it would be asked: there is no endpoint
+                    pass
+            return found
+        finally:
+            await client.close()
+
+    assert asyncio.run(refusals()) == look.reasons.total()

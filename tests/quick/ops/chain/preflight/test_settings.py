@@ -52,7 +52,6 @@ ONLY_TRAIN = slice(2, 3)
             "dump.engine_args: .* Remove",
         ),
         ({"synth": {"server_args": {"max_num_seks": 1}}}, "synth.server_args: .*mean max_num_seqs"),
-        ({"synth": {"max_samples": 1}}, "synth.max_samples: expected at least 2 rows"),
     ],
 )
 def test_a_setting_that_its_stage_would_refuse_is_named(
