@@ -260,9 +260,8 @@ def test_a_share_that_failed_before_its_stage_was_done_is_history(
     manifest = folder / "synth" / "manifest.json"
     manifest.write_text("{}")
     status(folder, "synth", state="done", exit_code=0, message="")
-    status(folder, "synth-3", state="failed", exit_code=3, message="no room")
-    finished_s = manifest.stat().st_mtime
-    os.utime(folder / "status" / "synth-3.json", (0, finished_s + newer_s))
+    told_s = manifest.stat().st_mtime + newer_s
+    status(folder, "synth-3", state="failed", exit_code=3, message="no room", updated_s=told_s)
     assert state_of(folder, "synth") == state
 
 
