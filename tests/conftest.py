@@ -37,6 +37,11 @@ def ops(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return _module("stages.ops", workspace, *arguments)
 
 
+def train(workspace: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The stage train."""
+    return _module("stages.train", workspace, *flags)
+
+
 def make_target(workspace: Path, target: Path) -> subprocess.CompletedProcess[str]:
     """The first command of `make demo`."""
     return _module("stages.demo", workspace, "make-target", str(target))

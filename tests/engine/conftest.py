@@ -2,6 +2,8 @@
 """The demo, run once for all engine tests: its states, its head."""
 
 import dataclasses
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ import pytest
 
 from tests.conftest import ROOT, MadeTarget, ops
 
+_LARGE_BYTES = 1 << 20
 RECIPE = ROOT / "compose" / "recipes" / "demo" / "recipe.yaml"
 
 
@@ -41,6 +44,19 @@ class Demo:
     @property
     def export(self) -> Path:
         return self.run / "export"
+
+
+def beside(demo: Demo, workspace: Path) -> Path:
+    """A workspace of its own with the demo's target and run in it: what is made there stays there."""
+    (workspace / "targets").mkdir()
+    (workspace / "targets" / "demo").symlink_to(demo.target)
+    shutil.copytree(demo.run, workspace / "demo", copy_function=_link_or_copy)
+    return workspace
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """The states are shared; locks and status files are not."""
+    (os.link if Path(source).stat().st_size > _LARGE_BYTES else shutil.copy2)(source, target)
 
 
 @pytest.fixture(scope="session")

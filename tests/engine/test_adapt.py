@@ -3,40 +3,30 @@
 
 import dataclasses
 import json
-import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from shared.contracts.conversations import read_conversations
 from shared.io.files import sha256
-from tests.conftest import ROOT, ops
-from tests.engine.conftest import RECIPE, Demo
+from tests.conftest import ROOT, ops, train
+from tests.engine.conftest import RECIPE, Demo, beside
 
 pytestmark = pytest.mark.engine
 
 ADAPT = ROOT / "compose" / "recipes" / "adapt" / "recipe.yaml"
 TRAFFIC_ROWS = 300
-FEW_STEPS = 8
+FEW_STEPS = "8"
 
 
 @pytest.fixture(scope="module")
 def workspace(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's target, and in the run `early` a head of eight steps on the demo's dump."""
-    folder = tmp_path_factory.mktemp("adapt")
-    (folder / "targets").mkdir()
-    (folder / "targets" / "demo").symlink_to(demo.target)
-    shutil.copytree(demo.run, folder / "demo", copy_function=os.link)
-    recipe = yaml.safe_load(RECIPE.read_text())
-    recipe["run"]["name"] = "early"
-    recipe["train"] |= {"dump_of": "demo", "max_steps": FEW_STEPS}
-    (folder / "early.yaml").write_text(yaml.safe_dump(recipe))
-    done = ops(folder, "run", "--recipe", str(folder / "early.yaml"), "--only", "train")
-    assert done.returncode == 0
+    folder = beside(demo, tmp_path_factory.mktemp("adapt"))
+    own = ("--name", "early", "--dump_of", "demo", "--max_steps", FEW_STEPS)
+    assert train(folder, "--recipe", str(RECIPE), *own).returncode == 0
     lines = (demo.target / "prompts.jsonl").read_text().splitlines(keepends=True)
     (folder / "traffic.jsonl").write_text("".join(lines[:TRAFFIC_ROWS]))
     return folder

@@ -1,134 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's exported head inside vLLM's own Eagle3 model, in float32, against ours.
+"""The demo's exported head inside vLLM's own Eagle3 model, in float32, against ours."""
 
-The reference answer is transformers' greedy generation, its hidden states are transformers' too, so
-neither vLLM's capture nor its proposer's inputs are taken on trust: a head served with its aux ids
-one off gets other states than it was trained on, and its logits show it.
-
-K draft length, V target vocabulary, A aux layers, H hidden size.
-"""
-
-import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.target import model as targets
-from shared.target.tensors import read_tensors
 from stages.train.model import DraftHead
-from stages.train.objective.walk import Walk, combine, walk
 from tests.engine.conftest import Demo
-from tests.engine.train.proposer import Observation, observe_in_child
-from tests.heads import draft_logits, load_head
+from tests.engine.train.proposer import Observation
+from tests.engine.train.references import (
+    SCORED_TOKENS,
+    Reference,
+    compare,
+    exported,
+    observe,
+    walked,
+)
 
 pytestmark = pytest.mark.engine
 
-K = 3
-SCORED_TOKENS = 64
-NUM_PROMPTS = 24
 TOLERANCE = 1e-3
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """One prompt's greedy answer, K + 1 tokens longer than scored, and the states over it."""
-
-    prompt: list[int]
-    tokens: torch.Tensor  # [T + 1] int64
-    states: dict[int, torch.Tensor]  # layer id -> [T, H] float32
-
-
-@pytest.fixture(scope="module")
-def references(demo: Demo) -> list[Reference]:
-    """All of it from transformers alone."""
-    tokenizer = AutoTokenizer.from_pretrained(demo.target)
-    model = AutoModelForCausalLM.from_pretrained(demo.target, dtype=torch.float32).eval()
-    lines = (demo.target / "held_out.jsonl").read_text().splitlines()[:NUM_PROMPTS]
-    found = []
-    for line in lines:
-        messages = [{"role": "user", "content": json.loads(line)["prompt"]}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-        ids = encoded["input_ids"]
-        with torch.no_grad():
-            for _ in range(SCORED_TOKENS + K + 1):  # the demo's rows are short: no cache needed
-                best = model(ids).logits[:, -1:].argmax(-1)
-                ids = torch.cat((ids, best), dim=1)
-            states = model(ids, output_hidden_states=True).hidden_states
-        prompt = encoded["input_ids"][0].tolist()
-        found.append(Reference(prompt, ids[0], {i: s[0] for i, s in enumerate(states)}))
-    return found
-
-
-def observe(demo: Demo, head: Path, references: list[Reference]) -> Observation:
-    return observe_in_child(
-        demo.target,
-        head=head,
-        num_speculative_tokens=K,
-        prompts=[reference.prompt for reference in references],
-        max_tokens=SCORED_TOKENS,
-    )
 
 
 @pytest.fixture(scope="module")
 def head(demo: Demo) -> DraftHead:
-    tensors = read_tensors(targets.read_config(demo.target))
-    return load_head(demo.export, tensors.embed_tokens.float()).float().eval()
+    return exported(demo.target, demo.export)
 
 
 @pytest.fixture(scope="module")
 def observed(demo: Demo, references: list[Reference]) -> Observation:
-    return observe(demo, demo.export, references)
-
-
-@torch.no_grad()
-def our_logits(head: DraftHead, reference: Reference) -> torch.Tensor:
-    """[K, T, D] for every slot, teacher forced on the reference answer."""
-    states = torch.cat([reference.states[layer] for layer in head.config.aux_layers], dim=-1)
-    return draft_logits(head, reference.tokens, states, num_steps=K)
-
-
-def compare(
-    head: DraftHead, references: list[Reference], observation: Observation
-) -> tuple[float, float, int]:
-    """(largest difference of a logit, share of equal drafted ids, ids compared).
-
-    Step k of a chain is compared where the chain was fed the answer's own tokens up to there: only
-    then do both sides see the same input.
-    """
-    worst, equal, compared = 0.0, 0, 0
-    rows = head.to_target_ids(torch.arange(head.config.draft_vocab_size))
-    for reference, trace in zip(references, observation.traces, strict=True):
-        ours = our_logits(head, reference)
-        for event in trace.events:
-            slot = event.position
-            for step in range(K):
-                fed = reference.tokens[slot + 2 : slot + 2 + step].tolist()
-                if event.drafted[:step] != fed:
-                    break
-                mine = ours[step, slot]
-                worst = max(worst, float((event.logits[step, rows] - mine).abs().max()))
-                equal += int(rows[mine.argmax()]) == event.drafted[step]
-                compared += 1
-    return worst, equal / compared, compared
-
-
-def walked(head: DraftHead, references: list[Reference]) -> Walk:
-    walks = []
-    for reference in references:
-        proposed = head.to_target_ids(our_logits(head, reference).argmax(-1))  # [K, T]
-        last = len(reference.tokens) - 1 - K  # slots whose K proposals are all known
-        hits = torch.stack(
-            [proposed[k, :last] == reference.tokens[2 + k : 2 + k + last] for k in range(K)], dim=1
-        )
-        first = len(reference.prompt) - 1
-        walks.append(walk(hits, first_slot=first, num_scored_tokens=SCORED_TOKENS))
-    return combine(walks, K)
+    return observe(demo.target, demo.export, references)
 
 
 def test_the_engine_gives_the_references_tokens(
@@ -167,6 +70,6 @@ def test_aux_ids_one_off_are_caught(
     ids = config["eagle_aux_hidden_state_layer_ids"]
     config["eagle_aux_hidden_state_layer_ids"] = [layer + 1 for layer in ids]
     (shifted / "config.json").write_text(json.dumps(config))
-    worst, equal, _ = compare(head, references, observe(demo, shifted, references))
+    worst, equal, _ = compare(head, references, observe(demo.target, shifted, references))
     assert worst > 100 * TOLERANCE
     assert equal < 0.995
