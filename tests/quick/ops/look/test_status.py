@@ -423,6 +423,13 @@ def test_a_refusal_of_other_settings_leaves_a_finished_stage_done(
     assert RunState(RunPaths(tmp_path, "r")).stages["synth"].state == "failed"
 
 
+def test_a_refusal_beside_a_manifest_that_is_damaged_is_shown(tmp_path: Path) -> None:
+    write_manifest(tmp_path, "synth")
+    error = {"code": "artifact-settings", "problem": "other settings"}
+    write(tmp_path, "synth", state="failed", message="other settings", error=error)
+    assert state_of(tmp_path, "synth").state == "failed"
+
+
 def test_a_refusal_without_a_finished_artifact_is_a_failure(tmp_path: Path) -> None:
     error = {"code": "artifact-settings", "problem": "other settings"}
     write(tmp_path, "synth", state="failed", exit_code=2, error=error)
