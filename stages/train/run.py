@@ -8,7 +8,6 @@ see the README's floor. A killed run continues from its last checkpoint to the s
 
 import contextlib
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

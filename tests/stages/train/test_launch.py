@@ -67,7 +67,10 @@ def test_several_nodes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"EYRIE_RANKS": "0"}, "$EYRIE_RANKS: expected a number from 1, found '0'."),
         ({"EYRIE_RANKS": "two"}, "$EYRIE_RANKS: expected a number from 1, found 'two'."),
         ({"EYRIE_NODES": "0"}, "$EYRIE_NODES: expected a number from 1, found '0'."),
-        ({"EYRIE_NODES": "2", "EYRIE_NODE_RANK": "2"}, "expected less than $EYRIE_NODES, 2, found 2."),
+        (
+            {"EYRIE_NODES": "2", "EYRIE_NODE_RANK": "2"},
+            "expected less than $EYRIE_NODES, 2, found 2.",
+        ),
         ({"MASTER_PORT": "http"}, "$MASTER_PORT: expected a number from 0, found 'http'."),
     ],
 )
