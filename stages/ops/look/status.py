@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.artifacts.history import read_curves
-from shared.artifacts.run_state import ENDED_BADLY, ProcessState, RunState, find_run
+from shared.artifacts.process_state import ENDED_BADLY, ProcessState
+from shared.artifacts.run_state import RunState, find_run
 from shared.errors import UserError
 from shared.paths import STAGES, RunPaths
 from shared.runtime.process import stop_requested

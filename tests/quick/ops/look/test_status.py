@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from shared.artifacts import run_state
+from shared.artifacts import process_state
 from shared.artifacts.artifact import Artifact
-from shared.artifacts.run_state import ProcessState, RunState, find_run
+from shared.artifacts.process_state import ProcessState
+from shared.artifacts.run_state import RunState, find_run
 from shared.artifacts.unfinished import IDENTITY
 from shared.errors import RetryableError, UserError
 from shared.io import files
@@ -132,7 +133,7 @@ def test_a_stage_that_ends_well_while_it_is_looked_at_is_done(
         write(tmp_path, "synth", state="done", host=socket.gethostname(), exit_code=0)
         return False
 
-    monkeypatch.setattr(run_state, "is_alive", gone)
+    monkeypatch.setattr(process_state, "is_alive", gone)
     assert state_of(tmp_path, "synth").state == "done"
 
 
