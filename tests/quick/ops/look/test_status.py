@@ -445,3 +445,21 @@ def test_the_time_that_a_stage_took_is_the_same_in_a_copy_of_its_run(tmp_path: P
     assert state_of(tmp_path, "synth").seconds == 40
     write(tmp_path, "synth-1", state="failed", started_s=began, updated_s=began + 20, num_shards=1)
     assert [state.name for state in read_states(RunPaths(tmp_path, "r"))][:2] == ["synth", "dump"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_reader_that_leaves_is_no_bug(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """As in `ops status | head`."""
+    write(tmp_path, "synth", state="done")
+    source, sink = os.pipe()
+    os.close(source)
+    command = [sys.executable, "-m", "stages.ops", "status", "r", "--workspace", str(tmp_path)]
+    environment = {"PYTHONPATH": str(ROOT)}  # output is buffered
+    with os.fdopen(sink, "wb") as unread:
+        done = subprocess.run(
+            [*command, *flags], env=environment, stdout=unread, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 143, done.stderr
+    assert [line.partition("Z ")[2] for line in done.stderr.splitlines()] == [
+        "INFO ops [output-unread] nobody reads the output any more"
+    ]
