@@ -131,10 +131,26 @@ def _resolved(config: CommandConfig) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False)
 
 
+def _is_unread(error: BaseException) -> bool:
+    """Whether whoever read the output has left, as `head` does; from here on it goes nowhere."""
+    if isinstance(error, SystemExit):  # rich has found it, and says so
+        return isinstance(error.__context__, BrokenPipeError)
+    if not isinstance(error, BrokenPipeError):
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def _outcome(error: BaseException) -> errors.EyrieError:
     """Whatever ended the stage, as one of our own errors."""
     if isinstance(error, errors.EyrieError):
         return error
+    if _is_unread(error):
+        return errors.Stopped("nobody reads the output any more", code="output-unread")
     if isinstance(error, KeyboardInterrupt):
         return errors.Stopped("interrupted", code="interrupted")
     is_torch = type(error).__name__ == "OutOfMemoryError" or _TORCH_MESSAGE in str(error)

@@ -218,5 +218,17 @@ def is_plain_url(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and is_bare
 
 
+def number_from(variable: str, default: int = 0, *, least: int = 0) -> int:
+    """The number that a variable of the machine's environment holds.
+
+    Raises:
+        ValueError: it holds something else, or less than `least`.
+    """
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"${variable}: expected a number from {least}, found {text!r}")
+    return int(text)
+
+
 class SecretValueError(ValueError):
     """Raised by a validator whose value may hold a secret: messages do not repeat the value."""

@@ -64,7 +64,7 @@ def refuse(error: pydantic.ValidationError, given: Given, model: type[Section]) 
     return UserError(
         "\n".join(lines),
         code="setting-invalid",
-        remedy="Correct these settings in the recipe or the flags; --help explains each.",
+        remedy="Correct these settings in the recipe, the flags or the environment; --help explains each.",
     )
 
 
@@ -90,6 +90,8 @@ def _said(
 ) -> str:
     first, origin = problems[0], given.origin(path[:1])
     message = first["msg"].removeprefix("Value error, ")
+    if not path and message.startswith("$"):
+        return f"{message}."
     if not path:  # a check over several keys: the section that it saw is too much to show
         keys = [key for key in given.values if key not in ("run", "recipe", "workspace")]
         names = [key for key in keys if re.search(rf"\b{re.escape(key)}\b", message)]

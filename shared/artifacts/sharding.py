@@ -26,7 +26,7 @@ from pathlib import Path
 import pydantic
 
 from shared.artifacts.unfinished import LOCK
-from shared.config import StageConfig, operational
+from shared.config import StageConfig, number_from, operational
 from shared.runtime.process import Share, lock
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
@@ -54,14 +54,11 @@ class ShardedConfig(StageConfig):
     def share(self) -> Share:
         given = self.shard_index
         if given is None:
-            text = os.environ.get(INDEX_VARIABLE, "")
-            if not text and self.num_shards > 1:
+            if self.num_shards > 1 and not os.environ.get(INDEX_VARIABLE):
                 raise ValueError(
                     f"num_shards is {self.num_shards}: give --shard_index or ${INDEX_VARIABLE}"
                 )
-            if text and not text.isdecimal():
-                raise ValueError(f"${INDEX_VARIABLE}: expected a number from 0, found {text!r}")
-            given = int(text or 0)
+            given = number_from(INDEX_VARIABLE)
         return Share(given, self.num_shards)
 
 

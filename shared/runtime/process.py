@@ -118,8 +118,9 @@ def leave(code: int) -> NoReturn:
 @atexit.register  # before any library's, as this module is imported early: so it is called after them
 def _end_at_once() -> None:
     if _exit_code is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                stream.flush()
         os._exit(_exit_code)
 
 

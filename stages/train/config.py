@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section `train` of a recipe."""
 
-import os
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 
-from shared.config import StageConfig, identity, operational
+from shared.config import StageConfig, identity, number_from, operational
 
-RANK_VARIABLE = "RANK"  # as torchrun and accelerate set it
+# As torchrun and accelerate set them.
+RANK_VARIABLE = "RANK"
 LOCAL_RANK_VARIABLE = "LOCAL_RANK"
+RANKS_VARIABLE = "WORLD_SIZE"
 
 
 def rank() -> int:
     """The rank of this process; 0 if it trains alone."""
-    return int(os.environ.get(RANK_VARIABLE) or 0)
+    return number_from(RANK_VARIABLE)
+
+
+def num_ranks() -> int:
+    """The ranks of this training, over all nodes."""
+    return number_from(RANKS_VARIABLE, 1, least=1)
 
 
 class TrainConfig(StageConfig):
@@ -251,6 +257,15 @@ class TrainConfig(StageConfig):
             raise ValueError("init_vocabulary redraw needs init_from, the head whose it is")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _knows_its_rank(self) -> "TrainConfig":
+        if rank() >= num_ranks():
+            raise ValueError(
+                f"${RANK_VARIABLE}: expected less than ${RANKS_VARIABLE}, {num_ranks()}, found {rank()}"
+            )
+        number_from(LOCAL_RANK_VARIABLE)
+        return self
+
     @property
     def process_name(self) -> str:
         """Rank 0 logs as `train`, the others as `train-rank<N>`."""
@@ -259,4 +274,4 @@ class TrainConfig(StageConfig):
     @property
     def is_quiet(self) -> bool:
         """On each node its first rank reports the step of all ranks."""
-        return int(os.environ.get(LOCAL_RANK_VARIABLE) or 0) > 0
+        return number_from(LOCAL_RANK_VARIABLE) > 0

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.artifacts.sharding import INDEX_VARIABLE
+from shared.config import number_from
 from shared.errors import EXIT_BUG, EXIT_DONE, EXIT_OUTPUT, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
 from shared.runtime.children import Children, held_port, wait_for_all
 from shared.runtime.gpus import listed_devices
@@ -39,12 +40,12 @@ def num_gpus() -> int:
     return len(list(_DEVICES.glob("nvidia[0-9]*"))) if listed is None else len(listed)
 
 
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        sys.stderr.write(f"${name}: expected a number, found {text!r}.\n")
+def _number(name: str, default: int, *, least: int = 0) -> int:
+    try:
+        return number_from(name, default, least=least)
+    except ValueError as error:
+        sys.stderr.write(f"{error}.\n")
         sys.exit(EXIT_USER)
-    return int(text)
 
 
 def environments(ranks: int, nodes: int, node: int, free_port: int = _PORT) -> list[dict[str, str]]:
@@ -54,12 +55,18 @@ def environments(ranks: int, nodes: int, node: int, free_port: int = _PORT) -> l
 
     Worked example, 2 nodes of 4 ranks: on node 1, LOCAL_RANK 0 is RANK 4 of WORLD_SIZE 8.
     """
+    if node >= nodes:
+        sys.stderr.write(
+            f"$EYRIE_NODE_RANK, else ${INDEX_VARIABLE}: expected less than $EYRIE_NODES, {nodes}, "
+            f"found {node}.\n"
+        )
+        sys.exit(EXIT_USER)
     if nodes > 1 and not os.environ.get("MASTER_ADDR"):
         sys.stderr.write("$MASTER_ADDR: required if $EYRIE_NODES is more than 1.\n")
         sys.exit(EXIT_USER)
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = os.environ.get("MASTER_PORT") or str(_PORT if nodes > 1 else free_port)
-    common = {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": str(ranks * nodes)}
+    port = _number("MASTER_PORT", _PORT if nodes > 1 else free_port)
+    common = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks * nodes)}
     common["LOCAL_WORLD_SIZE"] = str(ranks)
     if "OMP_NUM_THREADS" not in os.environ:
         common["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
@@ -101,8 +108,8 @@ def _prepare_rank() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Start the ranks and watch them; one rank alone replaces this process."""
     command = [sys.executable, "-m", "stages.train", *arguments]
-    ranks = _number("EYRIE_RANKS", num_gpus() or 1)
-    nodes = _number("EYRIE_NODES", 1)
+    ranks = _number("EYRIE_RANKS", num_gpus() or 1, least=1)
+    nodes = _number("EYRIE_NODES", 1, least=1)
     is_training = all(word.startswith("-") for word in arguments[:1])
     if ranks * nodes == 1 or not is_training or "--help" in arguments:
         os.execv(sys.executable, command)

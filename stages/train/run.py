@@ -8,7 +8,6 @@ see the README's floor. A killed run continues from its last checkpoint to the s
 
 import contextlib
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from shared.paths import find_input
 from shared.target import model as target
 from shared.target.model import TargetConfig
 from stages.train.commands import ExportConfig, VocabConfig
-from stages.train.config import TrainConfig, rank
+from stages.train.config import TrainConfig, num_ranks, rank
 from stages.train.export import warm_start
 from stages.train.export.again import forget_other_dtype
 from stages.train.export.as_trained import as_trained, chat_settings, require_same
@@ -72,7 +71,7 @@ def _train_and_record(
     is_main = rank() == 0
     with training.work() if is_main else contextlib.nullcontext(True) as is_needed:
         if not is_needed:
-            if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # the other ranks wait for this one
+            if num_ranks() > 1:  # the other ranks wait for this one
                 raise RetryableError(
                     f"another process finished {training.folder} while the ranks started.",
                     code="train-finished-elsewhere",

@@ -18,7 +18,14 @@ from pathlib import Path
 from rich.console import Console
 
 from shared.artifacts.window import OFFER
-from shared.errors import EXIT_DONE, EXIT_RETRY, EXIT_STOPPED, UserError
+from shared.errors import (
+    EXIT_DONE,
+    EXIT_RETRY,
+    EXIT_STOPPED,
+    EyrieError,
+    RetryableError,
+    UserError,
+)
 from shared.io import files
 from shared.paths import RunPaths
 from shared.recipe import read_recipe
@@ -89,6 +96,7 @@ def look_ahead(config: RunChainConfig, paths: RunPaths, *, even_if_done: bool = 
 
     Raises:
         UserError: with one line for each problem.
+        RetryableError: the same, where only a hub's answers are missing.
     """
     undone = [stage for stage in config.stages if not processes.is_done(stage, paths)]
     if not (config.dry_run or config.overwrite or undone or even_if_done):
@@ -118,21 +126,21 @@ def look_ahead(config: RunChainConfig, paths: RunPaths, *, even_if_done: bool = 
             estimates.show(paths.run_name, rows, machine, console)
         if line := ahead.expectation():
             logger.info("expected: %s", line)
-    if found and config.by == "processes":
-        unanswered = inputs.unanswered([step for step in steps if not step.done], paths)
-        if set(map(str, unanswered)) == set(found):  # nothing is known to be wrong
-            raise unanswered[0]
     if found:
-        *others, last = found
-        for other in others:
-            logger.error("%s", other)
-        raise UserError(
-            f"the chain would fail, for {_reasons(len(found))}: {last}", code="preflight-failed"
-        )
+        left = [step for step in steps if not step.done]
+        raise _refusal(found, inputs.unanswered(left, paths) if config.by == "processes" else [])
 
 
-def _reasons(number: int) -> str:
-    return "one reason" if number == 1 else f"{number} reasons, of which this is the last"
+def _refusal(found: Sequence[str], unanswered: Sequence[RetryableError]) -> EyrieError:
+    """The last problem as an error, after a line for each of the others."""
+    *others, last = found
+    for other in others:
+        logger.error("%s", other)
+    of_the_hub = {str(error): error for error in unanswered}
+    if of_the_hub.keys() == set(found):  # nothing is known to be wrong
+        return of_the_hub[last]
+    reasons = f"{len(found)} reasons, of which this is the last" if others else "one reason"
+    return UserError(f"the chain would fail, for {reasons}: {last}", code="preflight-failed")
 
 
 def _keep_recipe(recipe: Path, paths: RunPaths) -> None:

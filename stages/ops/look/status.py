@@ -18,7 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.artifacts.history import read_curves
-from shared.artifacts.run_state import ENDED_BADLY, ProcessState, RunState, find_run
+from shared.artifacts.process_state import ENDED_BADLY, ProcessState
+from shared.artifacts.run_state import RunState, find_run
+from shared.errors import UserError
 from shared.paths import STAGES, RunPaths
 from shared.runtime.process import stop_requested
 from shared.runtime.tables import cell
@@ -89,8 +91,12 @@ def _as_finished(process: ProcessState, stage: str, run: RunState) -> ProcessSta
     code = process.error["code"] if process.error else ""
     if process.state != "failed" or code not in _OTHER_SETTINGS or not is_done(stage, run.paths):
         return process
+    try:
+        seconds = run.seconds(stage)
+    except UserError:  # validate reports what is wrong with it
+        return process
     message = f"other settings were refused since: {process.message}"
-    return dataclasses.replace(process, state="done", message=message, seconds=run.seconds(stage))
+    return dataclasses.replace(process, state="done", message=message, seconds=seconds)
 
 
 def _print_json(paths: RunPaths, states: list[ProcessState]) -> None:

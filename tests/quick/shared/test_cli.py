@@ -301,3 +301,26 @@ def test_help_groups_flags_and_lists_choices() -> None:
 def test_a_boolean_flag_takes_no_word_that_follows_it() -> None:
     words = _spell_out(["--json", "name", "--overwrite", "false", "--rows", "many"], _Grouped)
     assert words == ["--json=true", "name", "--overwrite", "false", "--rows", "many"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "x"}, "$RANK: expected a number from 0, found 'x'."),
+        ({"LOCAL_RANK": "-1"}, "$LOCAL_RANK: expected a number from 0, found '-1'."),
+        ({"WORLD_SIZE": "0"}, "$WORLD_SIZE: expected a number from 1, found '0'."),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "$RANK: expected less than $WORLD_SIZE, 2, found 2."),
+    ],
+)
+def test_a_rank_that_cannot_be_is_refused(
+    tmp_path: Path, variables: dict[str, str], said: str
+) -> None:
+    """It names the log, before any error is caught; no flag and no recipe gives it."""
+    command = [sys.executable, "-m", "stages.train", "--target", "t", "--workspace", str(tmp_path)]
+    refused = subprocess.run(
+        command, env={"PYTHONPATH": str(ROOT), **variables}, capture_output=True, text=True
+    )
+    assert refused.returncode == EXIT_USER
+    assert f"settings: {said}\n" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not any(tmp_path.iterdir())

@@ -62,6 +62,35 @@ def test_several_nodes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"EYRIE_RANKS": "0"}, "$EYRIE_RANKS: expected a number from 1, found '0'."),
+        ({"EYRIE_RANKS": "two"}, "$EYRIE_RANKS: expected a number from 1, found 'two'."),
+        ({"EYRIE_NODES": "0"}, "$EYRIE_NODES: expected a number from 1, found '0'."),
+        (
+            {"EYRIE_NODES": "2", "EYRIE_NODE_RANK": "2"},
+            "expected less than $EYRIE_NODES, 2, found 2.",
+        ),
+        ({"MASTER_PORT": "http"}, "$MASTER_PORT: expected a number from 0, found 'http'."),
+    ],
+)
+def test_numbers_of_the_environment_that_cannot_be_start_no_rank(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: dict[str, str],
+    said: str,
+) -> None:
+    for name, value in {"EYRIE_RANKS": "2", "MASTER_ADDR": "127.0.0.1", **given}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a rank was started"))
+    monkeypatch.setattr(ranks, "catch_stop_signals", lambda: None)
+    with pytest.raises(SystemExit) as left:
+        ranks.main(["--recipe", "recipe.yaml"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.endswith(f"{said}\n")
+
+
+@pytest.mark.parametrize(
     ("listed", "count"),
     [(None, 3), ("", 0), ("1", 1), ("0, 2", 2), ("0,-1,2", 1), ("MIG-a,MIG-b", 2)],
 )

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts.run_state import ProcessState, RunState
+from shared.artifacts.process_state import ProcessState
+from shared.artifacts.run_state import RunState
 from shared.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from shared.paths import STAGES, RunPaths
 from stages.ops.chain.processes import run_paths

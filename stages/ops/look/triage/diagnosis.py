@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts.run_state import ProcessState
+from shared.artifacts.process_state import ProcessState
 from shared.errors import EXIT_BUG, EXIT_RETRY
 from shared.paths import STAGES
 from stages.ops.look.triage.case import Case, LogFile

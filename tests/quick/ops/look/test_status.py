@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from shared.artifacts import run_state
+from shared.artifacts import process_state
 from shared.artifacts.artifact import Artifact
-from shared.artifacts.run_state import ProcessState, RunState, find_run
+from shared.artifacts.process_state import ProcessState
+from shared.artifacts.run_state import RunState, find_run
 from shared.artifacts.unfinished import IDENTITY
 from shared.errors import RetryableError, UserError
 from shared.io import files
@@ -132,7 +133,7 @@ def test_a_stage_that_ends_well_while_it_is_looked_at_is_done(
         write(tmp_path, "synth", state="done", host=socket.gethostname(), exit_code=0)
         return False
 
-    monkeypatch.setattr(run_state, "is_alive", gone)
+    monkeypatch.setattr(process_state, "is_alive", gone)
     assert state_of(tmp_path, "synth").state == "done"
 
 
@@ -423,6 +424,13 @@ def test_a_refusal_of_other_settings_leaves_a_finished_stage_done(
     assert RunState(RunPaths(tmp_path, "r")).stages["synth"].state == "failed"
 
 
+def test_a_refusal_beside_a_manifest_that_is_damaged_is_shown(tmp_path: Path) -> None:
+    write_manifest(tmp_path, "synth")
+    error = {"code": "artifact-settings", "problem": "other settings"}
+    write(tmp_path, "synth", state="failed", message="other settings", error=error)
+    assert state_of(tmp_path, "synth").state == "failed"
+
+
 def test_a_refusal_without_a_finished_artifact_is_a_failure(tmp_path: Path) -> None:
     error = {"code": "artifact-settings", "problem": "other settings"}
     write(tmp_path, "synth", state="failed", exit_code=2, error=error)
@@ -437,3 +445,21 @@ def test_the_time_that_a_stage_took_is_the_same_in_a_copy_of_its_run(tmp_path: P
     assert state_of(tmp_path, "synth").seconds == 40
     write(tmp_path, "synth-1", state="failed", started_s=began, updated_s=began + 20, num_shards=1)
     assert [state.name for state in read_states(RunPaths(tmp_path, "r"))][:2] == ["synth", "dump"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_reader_that_leaves_is_no_bug(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """As in `ops status | head`."""
+    write(tmp_path, "synth", state="done")
+    source, sink = os.pipe()
+    os.close(source)
+    command = [sys.executable, "-m", "stages.ops", "status", "r", "--workspace", str(tmp_path)]
+    environment = {"PYTHONPATH": str(ROOT)}  # output is buffered
+    with os.fdopen(sink, "wb") as unread:
+        done = subprocess.run(
+            [*command, *flags], env=environment, stdout=unread, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 143, done.stderr
+    assert [line.partition("Z ")[2] for line in done.stderr.splitlines()] == [
+        "INFO ops [output-unread] nobody reads the output any more"
+    ]

@@ -75,3 +75,25 @@ def test_a_process_that_goes_while_it_is_looked_at_is_gone(
     assert is_alive(os.getpid())
     monkeypatch.setattr(Path, "read_text", gone)
     assert not is_alive(os.getpid())
+
+
+UNREAD = """
+import os
+from shared.runtime import process
+
+process.expect_threads_to_outlive_the_work()
+source, sink = os.pipe()
+os.dup2(sink, 1)
+os.close(sink), os.close(source)
+print("words for nobody")
+process.leave(75)
+"""
+
+
+def test_whoever_reads_no_more_does_not_change_the_exit_code() -> None:
+    """As in `stage | head`."""
+    environment = {"PYTHONPATH": str(ROOT)}  # output is buffered
+    done = subprocess.run(
+        [sys.executable, "-c", UNREAD], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (75, "")

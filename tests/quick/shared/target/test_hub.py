@@ -124,6 +124,11 @@ def test_nor_in_a_dry_run(cached: Path) -> None:
     chain = ("ops", "run", "--dry_run", "--recipe", "recipe.yaml", "--workspace", ".")
     code, said = told(cached, CLOSED, RUN, *chain)
     assert (code, "[hub-unreachable]" in said, "│ synth │ to do" in said) == (75, True, True), said
+    two = recipe.replace("someorg/x", "someorg/x, target_train: someorg/y")
+    (cached / "recipe.yaml").write_text(two)
+    code, said = told(cached, CLOSED, RUN, *chain)
+    unreached = [f"run.target: someorg/{name} is no folder here" in said for name in "xy"]
+    assert (code, *unreached) == (75, True, True), said
     recipe = recipe.replace("prompts.jsonl", "gone.jsonl")  # which no network mends
     (cached / "recipe.yaml").write_text(recipe)
     code, said = told(cached, CLOSED, RUN, *chain)
