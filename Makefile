@@ -61,11 +61,13 @@ TIER ?= quarter
 REAL_night := --domain broad --num_prompts 5000 --num_held_out 96
 
 .PHONY: real
+# As it was typed: neither make nor the shell reads it.
+real: override export PROMPTS := $(value PROMPTS)
 real: setup ## The chain on a pretrained model, SmolLM2-135M: TIER=quarter or night, PROMPTS=yours (a file, folder, glob or hub data set).
 	@[ -f compose/recipes/smollm2/$(TIER).yaml ] \
 	  || { echo "TIER: expected quarter or night, found $(TIER)"; exit 2; }
 	$(PY) -m stages.demo real-target "$(WORKSPACE)/targets/smollm2-$(TIER)" $(REAL_$(TIER)) \
-	  $(if $(PROMPTS),--prompts "$(PROMPTS)") $(filter --overwrite,$(OPTIONS))
+	  $(if $(PROMPTS),--prompts "$$PROMPTS") $(filter --overwrite,$(OPTIONS))
 	$(PY) -m stages.ops run --recipe compose/recipes/smollm2/$(TIER).yaml $(OPTIONS)
 
 .PHONY: images

@@ -22,6 +22,7 @@ from shared.io import files
 from shared.prompts import folders, formats
 from shared.prompts.rows import BadRow, Prompt, Unusable, parse_row
 from shared.prompts.text_files import opened, require_data, require_text, unreadable
+from shared.runtime.wording import counted
 from stages.ops.adapt import log_lines
 
 NO_CHAT = "no_chat"
@@ -73,7 +74,7 @@ class Rendering:
 
 
 def log_files(traffic: str, workspace: Path) -> list[Path]:
-    """The server's logs that `traffic` means; none where it means data.
+    """The server's logs that `traffic` means, and what lies beside them; none where it means data.
 
     Raises:
         UserError: a folder cannot be read.
@@ -82,7 +83,7 @@ def log_files(traffic: str, workspace: Path) -> list[Path]:
     found = [(path, _is_log(path)) for path in paths if path.is_file()]
     if any(formats.is_data(path) and not is_log for path, is_log in found):
         return []
-    return [path for path, is_log in found if is_log]
+    return [path for path, _ in found] if any(is_log for _, is_log in found) else []
 
 
 def _is_log(path: Path) -> bool:
@@ -128,10 +129,10 @@ def read_logs(paths: Iterable[Path], rendering: Rendering) -> Iterator[Prompt | 
         UserError: no line is a request, or a file is not what its name says.
     """
     paths = list(paths)
-    requests, unsaid, models = 0, 0, collections.Counter[str]()
+    without, unsaid, models = set(paths), 0, collections.Counter[str]()
     for path in paths:
         for position, body in _bodies(path):
-            requests += 1
+            without.discard(path)
             try:
                 if isinstance(body, Unusable):
                     raise body
@@ -142,7 +143,7 @@ def read_logs(paths: Iterable[Path], rendering: Rendering) -> Iterator[Prompt | 
                 continue
             models[files.printable(body.get("model"))] += 1
             unsaid += asked.keys().isdisjoint(rendering.switches)
-    if not requests:
+    if without == set(paths):
         raise UserError(
             f"{', '.join(map(str, paths[:3]))}: expected a vLLM server's log with requests' bodies, found "
             "no line with one.",
@@ -150,6 +151,11 @@ def read_logs(paths: Iterable[Path], rendering: Rendering) -> Iterator[Prompt | 
             remedy="Start the server with --enable-log-requests and VLLM_LOGGING_LEVEL=DEBUG, or give "
             "the prompts as JSON lines. stages/ops/README.md#adapt lists the forms that are read.",
             facts={"paths": [str(path) for path in paths]},
+        )
+    if without:
+        names = sorted(files.printable(path.name) for path in without)
+        logger.warning(
+            "%s without a request in it: %s", counted(len(names), "file"), ", ".join(names[:8])
         )
     _warn(models, unsaid, rendering)
 

@@ -28,6 +28,10 @@ _OF_SPEED = (
 )
 
 
+# A training writes down the batch that it chose, and not that this was left to it.
+_CHOSEN = ("batch_tokens", "auto")
+
+
 @dataclasses.dataclass(frozen=True)
 class Earlier:
     """The same stage in another run of this target.
@@ -72,7 +76,9 @@ def _earlier(other: RunPaths, step: Step) -> Earlier | None:
     differing = tuple(
         name
         for name in names
-        if name in config and config[name] != step.settings.get(name, config[name])
+        if name in config
+        and (asked := step.settings.get(name, config[name])) != config[name]
+        and (name, asked) != _CHOSEN
     )
     passes = int(manifest["counts"]["ok"]) * int(config.get("epochs", 1))
     if not seconds or not passes:

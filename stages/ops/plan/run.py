@@ -2,9 +2,9 @@
 """What a target will take, and the recipe to begin with, from its config.json and tensor headers.
 
 In: a model's folder, a config.json, or a hub id (its config.json and headers are fetched). Out: facts,
-sizes, GPUs and parallelism for a table of GPU types, the draft head's shape, disk, what others have
-reached; and a recipe that `run --dry_run` takes, and a Kubernetes overlay. Costs some seconds, and no
-weight is read.
+sizes, GPUs and parallelism for a table of GPU types, the draft head's shape, disk, acceptance lengths
+that were reached; and a recipe that `run --dry_run` takes, and a Kubernetes overlay. Costs some seconds,
+and no weight is read.
 """
 
 import hashlib

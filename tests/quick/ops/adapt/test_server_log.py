@@ -180,6 +180,19 @@ def test_several_logs_are_one_traffic(tmp_path: Path, given: str) -> None:
     assert one.counts == {"train": 81, "held_out": 9, "left_out": 0}
 
 
+def test_a_log_beside_others_is_read_whole_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_of(tmp_path, chats(50), "logs/server.log")
+    other = json.dumps({"msg": "idle"}).encode() + b"\n"
+    late = tmp_path / "logs/late.log"
+    late.write_bytes(200 * other + log_text([chat(n) for n in range(50, 60)]))
+    (tmp_path / "logs/proxy.log").write_bytes(other)
+    assert split(tmp_path, "logs").counts == {"train": 52, "held_out": 8, "left_out": 0}
+    assert "without a request in it: proxy.log" in caplog.text
+    assert "late.log" not in caplog.text
+
+
 def test_json_lines_of_any_name_are_no_log(tmp_path: Path) -> None:
     for name in ("rows.txt", "rows"):
         (tmp_path / name).write_text("\n".join(json.dumps(each) for each in chats(50)))

@@ -209,6 +209,15 @@ def test_a_stage_takes_as_long_as_the_newest_one_with_its_settings(workspace: Pa
     assert time_of(workspace, "dump", {}) == "about 1 s (as adapted took)"
 
 
+def test_a_batch_that_train_chose_is_no_other_setting(workspace: Path) -> None:
+    make_earlier(workspace, "train", "whole", days=1, seconds=100, batch_tokens="512")
+    assert time_of(workspace, "train", {}) == "about 50 s (as whole took)"
+    assert (
+        time_of(workspace, "train", {"train": {"batch_tokens": 256}})
+        == "about 50 s (as whole took, with other batch_tokens)"
+    )
+
+
 def test_a_training_of_few_steps_takes_as_long_as_those(workspace: Path) -> None:
     make_earlier(workspace, "train", "whole", days=1, seconds=100)  # 10 rows x 2 epochs
     assert time_of(workspace, "train", {}) == "about 50 s (as whole took)"
