@@ -33,6 +33,16 @@ _EXPECTED = {
     "tuple_type": "a list",
 }
 
+_KINDS = {
+    bool: "true or false",
+    float: "a number",
+    int: "a number",
+    list: "a list",
+    str: "text",
+    tuple: "a list",
+    type(None): "nothing",
+}
+
 
 def expected(problem: Mapping[str, Any]) -> str | None:
     """What should have been there; None where the check has words of its own."""
@@ -45,6 +55,10 @@ def found(problem: Mapping[str, Any]) -> str:
     """What was there instead."""
     if problem["type"] == "missing":
         return "none"
+    if (
+        problem["type"] == "dict_type"
+    ):  # what should have been a mapping may hold a secret: no value
+        return _KINDS.get(type(problem["input"]), "something else")
     length = problem.get("ctx", {}).get("actual_length")
     return reprlib.repr(problem["input"]) if length is None else f"{length}"
 

@@ -197,6 +197,11 @@ def test_a_bad_recipe_names_the_key(text: str, told: str, tmp_path: Path) -> Non
             "--format: expected 'hf' or 'speculators', found 'x' (from --f",
         ),
         (
+            SynthConfig,  # it may be a secret, and is not shown
+            {"server_env": "HF_TOKEN=hf_x"},
+            "synth.server_env: expected a mapping, found a list (from --server_env).",
+        ),
+        (
             SynthConfig,
             {"sources": "[{pth: a}]"},
             "synth.sources.0.pth: unknown key in --sources. Did you mean path?",
