@@ -35,6 +35,7 @@ _EXPECTED = {
 
 _KINDS = {
     bool: "true or false",
+    dict: "a mapping",
     float: "a number",
     int: "a number",
     list: "a list",
@@ -55,9 +56,8 @@ def found(problem: Mapping[str, Any]) -> str:
     """What was there instead."""
     if problem["type"] == "missing":
         return "none"
-    if (
-        problem["type"] == "dict_type"
-    ):  # what should have been a mapping may hold a secret: no value
+    # Of a mapping; its values may be secrets.
+    if problem["type"] in ("dict_type", "string_type"):
         return _KINDS.get(type(problem["input"]), "something else")
     length = problem.get("ctx", {}).get("actual_length")
     return reprlib.repr(problem["input"]) if length is None else f"{length}"

@@ -203,6 +203,11 @@ def test_a_bad_recipe_names_the_key(text: str, told: str, tmp_path: Path) -> Non
         ),
         (
             SynthConfig,
+            {"server_env": "{HF_TOKEN: [hf_x]}"},
+            "synth.server_env.HF_TOKEN: expected text, found a list (from --server_env).",
+        ),
+        (
+            SynthConfig,
             {"sources": "[{pth: a}]"},
             "synth.sources.0.pth: unknown key in --sources. Did you mean path?",
         ),

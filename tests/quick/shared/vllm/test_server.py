@@ -150,21 +150,27 @@ SLOW_TO_END = """
 import os, pathlib, signal, sys, time
 out = pathlib.Path(os.environ["PROBE_OUT"])
 def end(*_):
-    time.sleep(3)
+    time.sleep(float(os.environ["ENDS_AFTER_S"]))
     out.write_text("ended by itself")
     sys.exit()
 signal.signal(signal.SIGTERM, end)
-out.write_text("is there")
-time.sleep(60)
+begun = out.with_suffix(".begun")
+begun.write_text("is there")
+begun.rename(out)  # whole, as soon as it is there
+time.sleep(120)
 """
 
 
-@pytest.mark.parametrize(("is_ready", "left"), [(True, "ended by itself"), (False, "is there")])
+@pytest.mark.parametrize(
+    ("is_ready", "ends_after_s", "left"),
+    [(True, "2", "ended by itself"), (False, "30", "is there")],
+)
 def test_only_a_server_that_was_ready_is_given_time_to_end(
-    probed: Path, monkeypatch: pytest.MonkeyPatch, is_ready: bool, left: str
+    probed: Path, monkeypatch: pytest.MonkeyPatch, is_ready: bool, ends_after_s: str, left: str
 ) -> None:
     """vLLM's own, while it loads, takes more than 20 s to heed a signal."""
     (probed.parent / "probe.py").write_text(SLOW_TO_END)
+    monkeypatch.setenv("ENDS_AFTER_S", ends_after_s)
     monkeypatch.setattr(server.ChildServer, "is_healthy", lambda _: is_ready)
     with server.start_server({}) as child:
         deadline = time.monotonic() + 60
