@@ -20,6 +20,7 @@ VARIANTS = {
     "p-eagle": ("--parallel_drafting", "true"),
     "lk_hybrid": ("--loss", "lk_hybrid"),
 }
+USUAL = ("classic", "p-eagle")  # a minute each
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,9 @@ def workspace(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return beside(demo, tmp_path_factory.mktemp("variants"))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.soak) for n in VARIANTS]
+)
 def test_the_walk_is_what_vllm_counts(
     workspace: Path, demo: Demo, references: list[Reference], name: str
 ) -> None:
