@@ -8,6 +8,9 @@ import pydantic
 
 from shared.config import CommandConfig
 
+# What a stop leaves of a target.
+NOTHING_KEPT = "nothing was kept, the target is made whole or not at all"
+
 
 class MakeTargetConfig(CommandConfig):
     """Makes the demo's target: a small Llama, its tokenizer and prompts, learnt on the spot.

@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from shared.errors import UserError
 from shared.io.files import atomic_folder, read_json, write_json
 from shared.runtime.process import stop_if_requested
+from stages.demo.config import NOTHING_KEPT
 from stages.demo.dialogues import Dialogue, dialogues
 from stages.demo.model import build_model, build_tokenizer, opened
 from stages.demo.training import DEFAULT_STEPS, batches, train
@@ -46,7 +47,7 @@ class TargetFacts:
 
 def _stop_where_asked(ids: torch.Tensor, _scores: object, **_more: object) -> torch.Tensor:
     """A stopping criterion of generate(): never ends a row, but leaves on a signal."""
-    stop_if_requested("nothing was kept, the target is made whole or not at all")
+    stop_if_requested(NOTHING_KEPT)
     return torch.zeros(ids.shape[0], dtype=torch.bool)
 
 

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from shared.muon import MuonAdamW
 from shared.runtime.process import stop_if_requested
 from shared.runtime.processor import faster_dtype
+from stages.demo.config import NOTHING_KEPT
 from stages.demo.dialogues import Dialogue
 from stages.demo.model import END, opened
 
@@ -87,7 +88,7 @@ def train(model: LlamaForCausalLM, data: Iterator[Batch], *, steps: int) -> floa
     started_s = logged_s = time.monotonic()
     seen_tokens = 0
     for step in range(1, steps + 1):
-        stop_if_requested("nothing was kept, the target is made whole or not at all")
+        stop_if_requested(NOTHING_KEPT)
         ids, labels = next(data)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=faster_dtype() == torch.bfloat16):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]

